@@ -1,0 +1,42 @@
+"""Packaging of vtfast and of its kernels.
+
+`kernels/` is installed as `vtfast_kernels`: Hugging Face publishes a package called `kernels` and transformers probes
+for it, so our folder must never be importable under that name (it has no `__init__.py`).
+"""
+
+from setuptools import setup
+
+RUNTIME = [
+    "torch>=2.11",
+    "torchvision",  # qwen_vl_utils imports it
+    "triton>=3.6",
+    "transformers>=5.17",
+    "deepspeed>=0.19",
+    "liger-kernel>=0.8.5",
+    "datasets>=5",
+    "qwen-vl-utils>=0.0.14",
+    "math-verify>=0.9",
+    "pillow",
+    "pyarrow",
+    "pyyaml",
+    "safetensors",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
+]
+
+setup(
+    name="vtfast",
+    version="0.1.0",
+    description="GRPO for vision-language models with fused kernels: VisualThinker-R1-Zero, faster",
+    python_requires=">=3.10",
+    packages=["vtfast", "vtfast.rollout", "vtfast_kernels"],
+    package_dir={"vtfast_kernels": "kernels"},
+    package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*"]},
+    install_requires=RUNTIME,
+    extras_require={
+        "gpu": ["flash-attn"],
+        "dev": ["pytest", "ruff", "hypothesis", "trl>=1.16; python_version >= '3.11'"],
+    },
+    entry_points={"console_scripts": ["vtfast = vtfast.cli:main"]},
+)
