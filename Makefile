@@ -1,0 +1,36 @@
+# make demo   set up, then train the embedded default; ends with a table and a picture
+# make test   the tests that CI runs;  make test-slow  the long ones;  make test-gpu  those that need a GPU
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test test-slow test-gpu lint bench
+
+setup: $(STAMP)
+
+# torch comes first and pinned: an open requirement would fetch several gigabytes of another build.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else \
+	    f"error: Python {v[0]}.{v[1]} found; vtfast needs 3.10 to 3.12 (make PYTHON=python3.11 ...)")'
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python train.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python -m bench kernels

@@ -1,0 +1,278 @@
+"""Every setting of a run: one dataclass, filled from a YAML recipe and then from the command line.
+
+Names are TRL's where TRL has one. The text under a field is its help; `train.py --help` prints it. Recipes
+(`recipes/*.yaml`) are data: a mapping of these names to values, nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vtfast.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+FREEZABLE = ("vision", "merger", "language", "embeddings")
+
+
+@dataclass
+class Config:
+    recipe: str = "tiny-spatial"
+    """Name of the recipe that these settings started from."""
+
+    # What is trained
+    model: str = "tiny-spatial-base"
+    """Folder or hub id of a Qwen2-VL checkpoint; `tiny-spatial-base` is the one that ships with vtfast."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that get no gradient: any of vision, merger, language, embeddings."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on CUDA and float32 on the CPU."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # What it is asked
+    data: str = "synthetic"
+    """SAT rows: a parquet or JSON file, a folder, or a hub id; `synthetic` renders its own."""
+    split: str | None = None
+    """Split to train on, where `data` has several; none means train."""
+    eval_data: str | None = None
+    """Held-out rows in the same forms, asked before and after training; none skips that."""
+    first_n: int | None = None
+    """Use only the first N good rows of `data`; none means all."""
+    eval_samples: int = 400
+    """Number of held-out questions."""
+    template: str = "r1-zero"
+    """Prompt template: a name in vtfast/templates, or the path of a text file."""
+    min_pixels: int = 3136
+    """Smallest image area in pixels; smaller images are enlarged."""
+    max_pixels: int = 12845056
+    """Largest image area in pixels; larger images are shrunk. One merged token covers 28 x 28 pixels."""
+    max_prompt_length: int = 1024
+    """Longest prompt in tokens, image tokens counted. Longer ones are bad samples, never truncated."""
+    on_bad_sample: str = "skip"
+    """skip (report, count, go on) or error (stop at the first)."""
+
+    # How it answers
+    num_generations: int = 8
+    """G, completions sampled per prompt; their rewards are compared with each other."""
+    max_completion_length: int = 256
+    """Most tokens in a completion."""
+    temperature: float = 1.0
+    """Sampling temperature; the loss uses the same one."""
+
+    # What is good
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
+    """Rewards, by name (accuracy, format, length) or as `module:function`; the total is their weighted sum."""
+    reward_weights: list[float] | None = None
+    """One weight per reward; none means 1 each."""
+    scale_rewards: str = "group"
+    """What advantages are divided by: group (standard deviation of the G), batch, or none."""
+
+    # The loss
+    loss_type: str = "grpo"
+    """grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo."""
+    importance_sampling_level: str = "token"
+    """token, or sequence (GSPO)."""
+    beta: float = 0.0
+    """Weight of the KL divergence from the starting model; 0 loads no reference model."""
+    epsilon: float = 0.2
+    """Lower clip range of the importance ratio."""
+    epsilon_high: float | None = None
+    """Upper clip range; none means epsilon."""
+    delta: float | None = None
+    """Upper bound of the ratio for negative advantages (two-sided clip); none means no bound."""
+
+    # The optimizer
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: str = "linear"
+    """Schedule after the warm-up, by its name in transformers: linear (to zero), cosine, constant_with_warmup."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay rate."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay rate."""
+    adam_epsilon: float = 1e-8
+    """AdamW's denominator floor."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 switches it off."""
+    max_steps: int = 200
+    """Optimizer steps."""
+    per_device_train_batch_size: int = 1
+    """Prompts in one forward and backward pass of one rank (their G completions come with them)."""
+    gradient_accumulation_steps: int = 1
+    """Passes per optimizer step. Prompts per step = ranks x per_device_train_batch_size x this."""
+    num_processes: int | None = None
+    """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
+    seed: int = 0
+    """Seed of the data order, the rendered questions and the sampling."""
+
+    # What is left behind
+    output_dir: str | None = None
+    """Run folder; must be new or empty. None means runs/RECIPE, then runs/RECIPE-2 and so on."""
+    save_steps: int = 100
+    """Write a checkpoint every N steps and at the end; 0 means at the end only."""
+    save_total_limit: int | None = None
+    """Keep only the newest N checkpoints; none keeps all."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """tensorboard, wandb, trackio, or none."""
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _problems(self):
+        """All impossible settings at once, each with the values that would do."""
+        choices = {
+            "dtype": ("auto", "float32", "bfloat16"),
+            "device": ("auto", "cpu", "cuda"),
+            "on_bad_sample": ("skip", "error"),
+            "scale_rewards": ("group", "batch", "none"),
+            "loss_type": LOSS_TYPES,
+            "importance_sampling_level": ("token", "sequence"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                yield f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}"
+        for part in self.freeze:
+            if part not in FREEZABLE:
+                yield f"--freeze {part}: must be among {', '.join(FREEZABLE)}"
+        for tracker in self.report_to:
+            if tracker not in ("tensorboard", "wandb", "trackio", "none"):
+                yield f"--report_to {tracker}: must be tensorboard, wandb, trackio or none"
+        for name in (
+            "num_generations", "max_completion_length", "max_prompt_length", "max_steps", "min_pixels",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)}: must be at least 1"
+        for name in (
+            "beta",
+            "learning_rate",
+            "warmup_steps",
+            "save_steps",
+            "weight_decay",
+            "max_grad_norm",
+        ):
+            if getattr(self, name) < 0:
+                yield f"--{name} {getattr(self, name)}: must not be negative"
+        for name in ("first_n", "save_total_limit", "num_processes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)}: must be at least 1"
+        if self.temperature <= 0:
+            yield f"--temperature {self.temperature}: must be above 0"
+        if self.num_generations == 1 and self.scale_rewards == "group":
+            yield "--num_generations 1: a group of one has no advantage; use 2 or more, or --scale_rewards none"
+        if self.max_pixels < self.min_pixels:
+            yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
+        if not self.reward_funcs:
+            yield "--reward_funcs: name at least one reward"
+        elif self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+            yield (
+                f"--reward_weights: {len(self.reward_weights)} weights for "
+                f"{len(self.reward_funcs)} rewards ({', '.join(self.reward_funcs)})"
+            )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def field_help() -> dict[str, str]:
+    """The docstring under each field of `Config`, by name."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    return {
+        entry.target.id: inspect.cleandoc(text.value.value)
+        for entry, text in zip(body, body[1:], strict=False)
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(
+    recipe: str = "tiny-spatial",
+    file: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """A recipe of this package, or a YAML `file` instead of it, with `overrides` (flags, as text or values) on top.
+
+    Raises UserError for an unknown recipe, an unreadable file, an unknown key (naming the nearest valid one) or a
+    value of the wrong type.
+    """
+    if file is None:
+        if recipe not in recipe_names():
+            raise UserError(f"--recipe {recipe}: unknown{_nearest(recipe, recipe_names())}")
+        file, name = RECIPES / f"{recipe}.yaml", recipe
+    else:
+        name = Path(file).stem
+    values = {"recipe": name, **_read_yaml(Path(file)), **(overrides or {})}
+    hints = get_type_hints(Config)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        where = "flag --" if overrides and unknown[0] in overrides else f"{file}: key "
+        raise UserError(f"{where}{unknown[0]}: unknown{_nearest(unknown[0], list(hints))}")
+    return Config(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must be a mapping of settings to values")
+    return values
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(sorted(valid))}"
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type. Text is read as the command line means it: "none", "true", "a,b"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _convert(name, value, next(part for part in arguments if part is not NoneType))
+    if origin is list:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise UserError(f"--{name} {value}: must be a list, such as a,b")
+        return [_convert(name, item, arguments[0]) for item in items if item != ""]
+    if hint is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in known:
+            raise UserError(f"--{name} {value}: must be true or false")
+        return known[str(value).lower()]
+    try:
+        number = hint(value)
+        if isinstance(value, bool) or (hint is int and float(value) != number):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"--{name} {value}: must be {_TYPE_NAMES[hint]}") from None
+    return number
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+FIELD_NAMES = tuple(entry.name for entry in fields(Config))

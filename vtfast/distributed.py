@@ -1,0 +1,154 @@
+"""Ranks and the ZeRO-2 engine. One process without a launcher, and `deepspeed train.py`, are the same code.
+
+DeepSpeed is imported here alone, and only once the device is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vtfast.config import Config
+from vtfast.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+log = logging.getLogger("vtfast")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """The value that rank 0 passed."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(config: Config) -> Ranks:
+    """Join the process group of the launcher, or start a group of one."""
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local)
+
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    ranks = Ranks(
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch.device("cuda", local) if cuda else torch.device("cpu"),
+    )
+    if not cuda and ranks.size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.size))
+    if config.num_processes not in (None, ranks.size) and ranks.is_main:
+        log.warning(
+            "recipe %s was written for %d ranks and runs on %d: %d prompts a step instead of %d"
+            " (--gradient_accumulation_steps changes that)",
+            config.recipe, config.num_processes, ranks.size,
+            prompts_per_rank(config) * ranks.size, prompts_per_rank(config) * config.num_processes,
+        )  # fmt: skip
+    return ranks
+
+
+def prompts_per_rank(config: Config) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def zero2_engine(config: Config, objective: nn.Module, dtype: torch.dtype) -> DeepSpeedEngine:
+    """ZeRO-2 around `objective`: AdamW, the schedule and gradient clipping of `config`, weights in `dtype`."""
+    from transformers import get_scheduler
+
+    deepspeed = _import_deepspeed()
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError(f"--freeze {','.join(config.freeze)}: nothing is left to train")
+    cuda = trained[0].is_cuda
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 2, "overlap_comm": cuda, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=objective, model_parameters=trained, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+    )  # fmt: skip
+    return engine
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _import_deepspeed():
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed's shared-memory collectives for CPU ranks are C++ compiled at the first start. gloo does the same
+    # without a compiler and without half a minute of waiting.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,99 @@
+"""The numbers of a step, over all ranks. The names of metrics.jsonl are TRL's where TRL has one."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from vtfast.distributed import Ranks
+from vtfast.groups import Group
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the device's name (data sheets)."""
+
+
+class Timer:
+    """Seconds spent in named phases of a step; on CUDA the device is waited for at the phase's end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far: the allocator's on CUDA, the process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def mfu(model: torch.nn.Module, tokens: int, seconds: float) -> float | None:
+    """Share of the device's peak that the update's useful FLOPs reach; None where the peak is not known.
+
+    Useful = 6 per language-model parameter and token; attention, the vision tower and padding are not counted.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if peak is None:
+        return None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 6 * parameters * tokens / seconds / peak
+
+
+PER_TOKEN = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
+"""Sums over tokens that the objective reports; metrics.jsonl holds their means."""
+
+
+def step_metrics(
+    groups: Sequence[Group], sums: Mapping[str, float], reward_names: Sequence[str], ranks: Ranks
+) -> dict[str, float]:
+    """What the answers of a step were like. `sums`: this rank's loss, tokens and PER_TOKEN sums of the update."""
+    parts = ranks.gather(
+        {
+            "total": torch.stack([group.total for group in groups]),
+            "rewards": torch.stack([group.rewards for group in groups]),
+            "lengths": [len(tokens) for group in groups for tokens in group.tokens],
+            "clipped": [c.finish_reason == "length" for group in groups for c in group.completions],
+            "sums": dict(sums),
+        }
+    )
+    total = torch.cat([part["total"] for part in parts])  # [questions, G]
+    rewards = torch.cat([part["rewards"] for part in parts])  # [questions, reward functions, G]
+    lengths = [length for part in parts for length in part["lengths"]]
+    clipped = [flag for part in parts for flag in part["clipped"]]
+    summed = {key: sum(part["sums"][key] for part in parts) for key in sums}
+    spread = total.std(dim=1) if total.shape[1] > 1 else torch.zeros(len(total))
+    return {
+        "reward": float(total.mean()),
+        "reward_std": float(spread.mean()),
+        **{f"rewards/{name}": float(rewards[:, i].mean()) for i, name in enumerate(reward_names)},
+        "frac_reward_zero_std": float((spread == 0).float().mean()),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/clipped_ratio": sum(clipped) / len(clipped),
+        **{key: summed[key] / summed["tokens"] for key in PER_TOKEN},
+        "loss": summed["loss"],
+        "num_tokens": summed["tokens"],
+    }
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The few numbers beside the progress bar."""
+    rewards = [key for key in metrics if key.startswith("rewards/")]
+    parts = [f"reward {metrics['reward']:.2f}"]
+    parts += [f"{key.removeprefix('rewards/')} {metrics[key]:.2f}" for key in rewards]
+    parts += [f"length {metrics['completions/mean_length']:.0f}"]
+    return ", ".join([*parts, f"{metrics['tokens_per_second']:.0f} tok/s"])

@@ -1,0 +1,141 @@
+"""From samples to tokenized prompts: which questions a run asks, in which order, and each step's share of a rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vtfast import synthetic
+from vtfast.config import Config
+from vtfast.data import Sample, load_samples, shuffle_options
+from vtfast.errors import UserError
+from vtfast.processor import Processor, Prompt
+from vtfast.prompts import load_template, render
+
+log = logging.getLogger("vtfast")
+SYNTHETIC_TRAIN = 2048
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample with its tokenized prompt."""
+
+    sample: Sample
+    prompt: Prompt
+
+
+class Asker:
+    """Turns samples into questions with one template and one processor."""
+
+    def __init__(self, config: Config, processor: Processor) -> None:
+        self.processor = processor
+        self.template = load_template(config.template)
+        self.max_prompt_length = config.max_prompt_length
+        self.on_bad_sample = config.on_bad_sample
+
+    def ask(self, sample: Sample) -> Question:
+        images = list(sample.images)
+        return Question(sample, self.processor.encode(render(self.template, sample), images))
+
+    def fitting(self, samples: Sequence[Sample], name: str) -> list[Sample]:
+        """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
+        good = []
+        for sample in samples:
+            length = self.processor.prompt_length(
+                render(self.template, sample), [image.size for image in sample.images]
+            )
+            if length <= self.max_prompt_length:
+                good.append(sample)
+                continue
+            problem = (
+                f"{name}: row {sample.row}: prompt of {length} tokens is over --max_prompt_length"
+                f" {self.max_prompt_length} (lower --max_pixels or raise it)"
+            )
+            if self.on_bad_sample == "error":
+                raise UserError(problem)
+            log.warning("%s; skipped", problem)
+        if not good:
+            raise UserError(
+                f"{name}: no prompt fits into --max_prompt_length {self.max_prompt_length}"
+            )
+        return good
+
+
+def load_questions(
+    config: Config, asker: Asker, folder: Path | None
+) -> tuple[list[Sample], list[Sample]]:
+    """(training samples, held-out samples). Rendered ones are read back from `folder`/data, like any others."""
+    train, held_out = config.data, config.eval_data
+    if folder is not None:
+        train, held_out = (folder / "data" / name for name in ("train.parquet", "val.parquet"))
+    loaded = _load(config, train, config.split, config.first_n)
+    kept = [asker.fitting(shuffle_options(loaded, config.seed), str(train))]
+    if config.eval_data is None:
+        return kept[0], []
+    loaded = _load(config, held_out, None, config.eval_samples)
+    return kept[0], asker.fitting(shuffle_options(loaded, config.seed), str(held_out))
+
+
+def _load(config: Config, source, split, limit) -> Sequence[Sample]:
+    samples = load_samples(source, split=split, limit=limit, on_bad=config.on_bad_sample)
+    if samples.skipped:
+        row, reason = samples.skipped[0]
+        log.warning(
+            "%s: %d bad rows skipped, the first is row %d: %s",
+            source,
+            len(samples.skipped),
+            row,
+            reason,
+        )
+    return samples
+
+
+def render_synthetic(config: Config, folder: Path) -> None:
+    synthetic.write_dataset(
+        folder / "data", train=SYNTHETIC_TRAIN, val=config.eval_samples, seed=config.seed
+    )
+
+
+def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:
+    """Indices of the `prompts` samples that step `step` (from 1) asks: epoch after epoch, each freshly shuffled.
+
+    A function of its arguments alone, so that ranks agree and any step can be asked again.
+    """
+    first = (step - 1) * prompts
+    indices = []
+    for place in range(first, first + prompts):
+        epoch, offset = divmod(place, samples)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        if not indices or offset == 0:
+            shuffled = torch.randperm(samples, generator=generator)
+        indices.append(int(shuffled[offset]))
+    return indices
+
+
+def batches(
+    asker: Asker,
+    samples: Sequence[Sample],
+    steps: Sequence[int],
+    *,
+    per_rank: int,
+    rank: int,
+    ranks: int,
+    seed: int,
+) -> Iterator[list[Question]]:
+    """This rank's questions of each step; the next step's images are decoded while this one trains."""
+
+    def prepare(step: int) -> list[Question]:
+        indices = order(len(samples), step, per_rank * ranks, seed)
+        return [asker.ask(samples[i]) for i in indices[rank * per_rank : (rank + 1) * per_rank]]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        upcoming = None
+        for number, step in enumerate(steps):
+            questions = upcoming.result() if upcoming else prepare(step)
+            upcoming = pool.submit(prepare, steps[number + 1]) if number + 1 < len(steps) else None
+            yield questions
