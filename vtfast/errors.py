@@ -1,0 +1,10 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Bad input of a user: a file, a row, a flag, a name.
+
+    The command line prints the message alone and exits with code 2, so a message names the file,
+    row or flag and says what to do next. Anything else that is raised is a bug of ours and keeps
+    its traceback.
+    """

@@ -1,0 +1,83 @@
+"""Prompt templates: small text files, one prompt each.
+
+A template is text with three slots, all optional but `{question}`:
+
+    {images}    one `<|vision_start|><|image_pad|><|vision_end|>` per image; a template without it
+    gets them in front {question}  the question as the data set asks it {options}   `a, b or c`
+
+Everything else is taken literally, so braces, tags and ChatML marks need no escaping. One line feed
+at the end of the file belongs to the file and not to the prompt (editors put it there): a ChatML
+template, whose prompt ends with a line feed, therefore ends with an empty line.
+
+In `templates/`: `r1-zero` is the base-model prompt of VisualThinker-R1-Zero letter by letter, with
+the literal `<image>` its code left in the text and the two spaces behind `User:`; `instruct` is the
+same study's prompt for the instruction- tuned model; `brief` is the short one for the embedded tiny
+model. All three say `{images}` where the images go.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtfast.errors import UserError
+
+if TYPE_CHECKING:
+    from vtfast.data import Sample
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TEMPLATES = Path(__file__).parent / "templates"
+_SLOT = re.compile(r"\{(images|question|options)\}")
+
+
+def template_names() -> list[str]:
+    """Names of the templates that come with vtfast."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.txt"))
+
+
+def load_template(name_or_path: str | Path) -> str:
+    """Text of a template, by its name here or by the path of a text file.
+
+    Raises:
+        UserError: no such name (the nearest one is suggested), unreadable file, or no `{question}`
+        in it.
+    """
+    name = str(name_or_path)
+    looks_like_path = name.endswith(".txt") or "/" in name or "\\" in name
+    path = Path(name).expanduser() if looks_like_path else TEMPLATES / f"{name}.txt"
+    if not looks_like_path and name not in template_names():
+        near = difflib.get_close_matches(name, template_names(), n=1, cutoff=0.0)
+        raise UserError(
+            f"unknown prompt template {name!r}: did you mean {near[0]!r}? "
+            f"Templates: {', '.join(template_names())}, or the path of a .txt file"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt template {path}: {error}") from error
+    if "{question}" not in text:
+        raise UserError(f"the prompt template {path} lacks {{question}}: write it where it goes")
+    return text
+
+
+def join_options(options: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`: the way VisualThinker lists options."""
+    return " or ".join(filter(None, (", ".join(options[:-1]), *options[-1:])))
+
+
+def render(template: str, sample: "Sample") -> str:
+    """The prompt text of one sample, ready for `Processor.encode(text, sample.images)`.
+
+    Slots are filled in one pass, so text that came from the data (a question with braces in it) is
+    never filled again.
+    """
+    images = IMAGE * len(sample.images)
+    slots = {"images": images, "question": sample.question, "options": join_options(sample.options)}
+    text = _SLOT.sub(lambda slot: slots[slot[1]], template)
+    return text if "{images}" in template else images + text
+
+
+def response_prefix(template: str) -> str:
+    """What the prompt already wrote of the response: `<think>` where it ends with it, else ""."""
+    return "<think>" if template.endswith("<think>") else ""
