@@ -1,0 +1,115 @@
+"""Argument checks and the choice of implementation, shared by every op.
+
+Shapes and dtypes are host data and always checked. Checks of *values* (ids in range, sorted, finite) read
+the tensor: on the CPU they always run, on CUDA they would stall the stream, so they run only when
+`VTFAST_CHECK=1` (or `checks.CHECK_VALUES = True`) asks for them.
+"""
+
+import os
+
+import torch
+
+IMPLS = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_FLOATS = (*FLOATS, torch.float64)  # float64 is the oracle's dtype
+CHECK_VALUES = os.environ.get("VTFAST_CHECK", "0") == "1"
+IGNORED = -100
+
+
+def require(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: {message}")
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose_impl(impl: str, tensor: torch.Tensor) -> str:
+    """ "auto" -> "triton" on CUDA, "torch" elsewhere; anything else must be runnable on the tensor's device."""
+    require(impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if tensor.is_cuda else "torch"
+    runnable = impl != "triton" or tensor.is_cuda or interpreted()
+    require(
+        runnable,
+        "impl",
+        "'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before the first import",
+    )
+    return impl
+
+
+def check_values(tensor: torch.Tensor) -> bool:
+    """Whether the values of `tensor` may be read: always on the CPU, on CUDA only in debug mode."""
+    return CHECK_VALUES or not tensor.is_cuda
+
+
+def check_tensor(
+    name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple, like: torch.Tensor
+) -> None:
+    """`shape` may hold None for a free size; `like` fixes the device."""
+    require(isinstance(x, torch.Tensor), name, f"expected a tensor, got {type(x).__name__}")
+    fits = x.dim() == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, x.shape, strict=True)
+    )
+    require(fits, name, f"expected shape {_show(shape)}, got {tuple(x.shape)}")
+    require(x.dtype in dtypes, name, f"expected {' | '.join(map(str, dtypes))}, got {x.dtype}")
+    require(x.device == like.device, name, f"on {x.device}, expected {like.device}")
+
+
+def _show(shape: tuple) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, impl: str) -> None:
+    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
+    check_tensor("hidden", hidden, (None, None), dtypes, hidden)
+    check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden)
+    require(
+        weight.shape[0] > 0 and weight.shape[1] > 0,
+        "weight",
+        "needs at least one row and one column",
+    )
+
+
+def check_target(target: torch.Tensor, hidden: torch.Tensor, vocab: int) -> None:
+    check_tensor("target", target, (hidden.shape[0],), (torch.int64,), hidden)
+    if target.numel() and check_values(target):
+        low, high = (int(v) for v in target.aminmax())
+        in_range = high < vocab and (low >= 0 or bool(((target >= 0) | (target == IGNORED)).all()))
+        require(
+            in_range, "target", f"ids must be {IGNORED} or in [0, {vocab}), got {low} .. {high}"
+        )
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    ok = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
+    require(ok, name, f"a positive number, got {temperature!r}")
+
+
+def check_sequences(sequence_id: torch.Tensor, advantage: torch.Tensor, like: torch.Tensor) -> None:
+    """Token -> sequence map of `like.shape[0]` tokens: non-decreasing, in [0, S); one finite advantage a sequence."""
+    check_tensor("sequence_id", sequence_id, (like.shape[0],), (torch.int64, torch.int32), like)
+    check_tensor("advantage", advantage, (None,), REFERENCE_FLOATS, like)
+    if check_values(advantage):
+        require(bool(advantage.isfinite().all()), "advantage", "holds a value that is not finite")
+    if sequence_id.numel() and check_values(sequence_id):
+        ordered = bool((sequence_id[1:] >= sequence_id[:-1]).all())
+        require(ordered, "sequence_id", "must be non-decreasing")
+        low, high, S = int(sequence_id[0]), int(sequence_id[-1]), advantage.shape[0]
+        require(
+            low >= 0 and high < S, "sequence_id", f"ids must be in [0, {S}), got {low} .. {high}"
+        )
+
+
+def check_denominator(name: str, value: "int | float | torch.Tensor | None") -> None:
+    if isinstance(value, torch.Tensor):
+        require(
+            value.dim() == 0,
+            name,
+            f"expected a number or a 0-d tensor, got shape {tuple(value.shape)}",
+        )
+    elif value is not None:
+        require(
+            isinstance(value, (int, float)) and value > 0, name, f"a positive number, got {value!r}"
+        )

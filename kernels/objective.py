@@ -1,0 +1,387 @@
+"""What the GRPO family minimises: the one copy of its mathematics.
+
+Token t of sequence s with advantage A, log-probs x (policy), o (behaviour: `old_logp`, else x held
+constant), r (reference model), q (the sampler's own):
+
+    importance  w_t = exp(x - o), or one value a sequence: exp(mean over s of (x - o))       (GSPO)
+    correction  k_t = bounded exp(o - q), a token or a sequence                              (TIS / MIS)
+    kl_t        = e^d - d - 1 with d = r - x  (k3), times w_t with `use_bias_correction_kl`
+    policy_t    grpo bnpo dr_grpo dapo luspo   -min(min(w, delta) A, clip(w, 1-e_low, 1+e_high) A)
+                cispo                          -min(w, e_high) A x          (the factor of x is constant)
+                sapo                           -4/tau sigmoid(tau (w - 1)) A      tau by the sign of A
+                vespo                          -phi(W) A x,  W = product over s of clamped w_t k_t,
+                                               phi(W) = e^lambda W^k e^(-lambda W), constant
+    loss        = sum over t of c_t (k_t policy_t + beta kl_t);       k_t lives inside phi for vespo
+    c_t         grpo sapo 1/(n_s S)    bnpo dapo cispo vespo 1/N    luspo 1/S    dr_grpo 1/(S max_length)
+
+`policy_loss`, `sampler_ratio` and `vespo_term` are written in the common subset of Triton and PyTorch.
+The kernels inline them; `torch_twin` runs the same code objects with `tl` bound to tensor functions. Each
+returns the value and its closed-form derivative; `reference.py` ignores the derivative and lets autograd
+differentiate the value, so the tests check one against the other.
+"""
+
+import math
+import types
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import require
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass(frozen=True)
+class GRPOLoss:
+    """A member of the GRPO family. Names and defaults are TRL's."""
+
+    loss_type: str = "grpo"
+    """grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | vespo."""
+    beta: float = 0.04
+    """Weight of the KL to the reference model; 0 never touches `ref_logp`."""
+    epsilon_low: float = 0.2
+    """Importance below 1 - epsilon_low is clipped."""
+    epsilon_high: float = 0.2
+    """Importance above 1 + epsilon_high is clipped; for cispo above epsilon_high itself."""
+    delta: float | None = None
+    """Two-sided clipping: the unclipped branch stops growing at delta, which should exceed 1 + epsilon_high."""
+    importance_level: str = "token"
+    """token | sequence (GSPO). The losses without a clip (cispo, sapo, vespo) know only "token"."""
+    temperature: float = 1.0
+    """Divides the logits, as it did in the sampler."""
+    max_completion_length: int | None = None
+    """The constant denominator of dr_grpo."""
+    use_bias_correction_kl: bool = False
+    """Multiply the KL by the importance (DeepSeek-V3.2): its gradient becomes the reverse KL's, unbiased."""
+    sapo_temperature_pos: float = 1.0
+    """Gate steepness for positive advantages."""
+    sapo_temperature_neg: float = 1.05
+    """Gate steepness for the others."""
+    vespo_k_pos: float = 2.0
+    """Power of W for advantages >= 0."""
+    vespo_lambda_pos: float = 3.0
+    """Decay in W for advantages >= 0."""
+    vespo_k_neg: float = 3.0
+    """Power of W for negative advantages."""
+    vespo_lambda_neg: float = 2.0
+    """Decay in W for negative advantages."""
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    """How `sampler_logp` corrects: one ratio a token or a sequence; out of bounds it is clamped or zeroed."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Upper bound of that ratio."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """Lower bound of that ratio."""
+
+    def __post_init__(self) -> None:
+        def one_of(name: str, options: tuple[str, ...]) -> None:
+            value = getattr(self, name)
+            require(value in options, name, f"one of {', '.join(options)}, got {value!r}")
+
+        def number(name: str, above: float = -math.inf, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if not (optional and value is None):
+                real = isinstance(value, (int, float)) and not isinstance(value, bool)
+                require(real and math.isfinite(value), name, f"a finite number, got {value!r}")
+                require(value > above, name, f"must be greater than {above}, got {value!r}")
+
+        one_of("loss_type", LOSS_TYPES)
+        one_of("importance_level", ("token", "sequence"))
+        one_of("vllm_importance_sampling_mode", SAMPLER_MODES)
+        number("beta")
+        require(self.beta >= 0, "beta", f"must not be negative, got {self.beta!r}")
+        for name in ("epsilon_low", "epsilon_high"):
+            number(name)
+            require(
+                getattr(self, name) >= 0, name, f"must not be negative, got {getattr(self, name)!r}"
+            )
+        for name in ("temperature", "sapo_temperature_pos", "sapo_temperature_neg"):
+            number(name, above=0)
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            number(name)
+        for name in ("delta", "max_completion_length"):
+            number(name, above=0, optional=True)
+        for name in ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"):
+            number(name, optional=True)
+        unclipped = self.loss_type in ("cispo", "sapo", "vespo")
+        require(
+            not (unclipped and self.importance_level == "sequence"),
+            "importance_level",
+            f"'sequence' is not defined for loss_type {self.loss_type!r}",
+        )
+        require(
+            self.loss_type != "dr_grpo" or self.max_completion_length is not None,
+            "max_completion_length",
+            "is the denominator of dr_grpo and must be given",
+        )
+
+    @property
+    def sampler_per_sequence(self) -> bool:
+        return self.vllm_importance_sampling_mode.startswith("sequence")
+
+    @property
+    def sampler_masks(self) -> bool:
+        return self.vllm_importance_sampling_mode.endswith("mask")
+
+    def couples_tokens(self, has_sampler: bool) -> bool:
+        """Whether a token's loss depends on the other tokens of its sequence."""
+        sequence_loss = self.importance_level == "sequence" or self.loss_type == "vespo"
+        return sequence_loss or (has_sampler and self.sampler_per_sequence)
+
+
+class GRPOLossOutput(NamedTuple):
+    """Only `loss` carries a gradient; ignored tokens hold 0 in the per-token tensors."""
+
+    loss: torch.Tensor
+    """0-d fp32."""
+    logp: torch.Tensor
+    """[N] log-probs of the targets under the policy."""
+    entropy: torch.Tensor | None
+    """[N] entropy of the policy; None from `grpo_loss`, which sees no logits."""
+    kl: torch.Tensor | None
+    """[N] k3 estimate of the KL to the reference model, uncorrected; None when beta is 0."""
+    clip_low: torch.Tensor
+    """0-d: fraction of scored tokens clipped from below with a negative advantage."""
+    clip_high: torch.Tensor
+    """0-d: fraction clipped from above with a positive advantage (cispo: above epsilon_high)."""
+
+
+# --- per token, in Triton and (through `torch_twin`) in PyTorch -----------------------------------
+
+
+@triton.jit
+def constant(x):
+    return x  # the twin detaches
+
+
+@triton.jit
+def sampler_ratio(log_ratio, SPEC: tl.constexpr):
+    """exp(old - sampler), truncated to the bounds or zeroed outside them."""
+    ratio = tl.exp(log_ratio)
+    bounded = ratio
+    if SPEC.vllm_importance_sampling_clip_max is not None:
+        bounded = tl.minimum(bounded, SPEC.vllm_importance_sampling_clip_max)
+    if SPEC.vllm_importance_sampling_clip_min is not None:
+        bounded = tl.maximum(bounded, SPEC.vllm_importance_sampling_clip_min)
+    if SPEC.sampler_masks:
+        bounded = tl.where(bounded == ratio, ratio, 0.0)
+    return bounded
+
+
+@triton.jit
+def vespo_term(log_ratio, correction, share):
+    """What a token adds to its sequence's log W. `share` is 1 for a token's own correction and 1/n_s for
+    a sequence's, which so counts once."""
+    log_correction = tl.minimum(tl.log(tl.maximum(correction, 1e-8)), 20.0)
+    return tl.minimum(tl.maximum(log_ratio, -20.0), 20.0) + share * log_correction
+
+
+@triton.jit
+def k3(logp, ref):
+    """e^d - d - 1 for d = ref - logp; as a series for small d, where the direct form cancels."""
+    d = ref - logp
+    near = tl.minimum(tl.maximum(d, -0.25), 0.25)
+    tail = 1 / 6 + near * (1 / 24 + near * (1 / 120 + near * (1 / 720)))
+    series = near * near * (0.5 + near * tail)
+    return tl.where(d == near, series, tl.exp(d) - d - 1.0)
+
+
+@triton.jit
+def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.constexpr):
+    """-> value, d/d log_weight, d/d logp, clipped below, clipped above; all before c_t and the KL.
+    `log_product` is vespo's log W, unused elsewhere."""
+    low = advantage != advantage  # nowhere: an advantage is never NaN
+    high = low
+    if SPEC.loss_type == "cispo":
+        ratio = tl.exp(log_weight)
+        factor = constant(tl.minimum(ratio, SPEC.epsilon_high)) * advantage * correction
+        high = (ratio > SPEC.epsilon_high) & (advantage > 0)
+        value = -factor * logp
+        d_weight = 0.0 * factor
+        d_logp = -factor
+    elif SPEC.loss_type == "vespo":
+        k = tl.where(advantage >= 0, SPEC.vespo_k_pos, SPEC.vespo_k_neg)
+        lam = tl.where(advantage >= 0, SPEC.vespo_lambda_pos, SPEC.vespo_lambda_neg)
+        lam = tl.maximum(lam, 1e-4)
+        log_w = tl.minimum(tl.maximum(constant(log_product), -18.420680743952367), 20.0)  # log 1e-8
+        factor = tl.exp(lam + k * log_w - lam * tl.exp(log_w)) * advantage
+        value = -factor * logp
+        d_weight = 0.0 * factor
+        d_logp = -factor
+    elif SPEC.loss_type == "sapo":
+        tau = tl.where(advantage > 0, SPEC.sapo_temperature_pos, SPEC.sapo_temperature_neg)
+        ratio = tl.exp(log_weight)
+        gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+        value = -4.0 / tau * gate * advantage * correction
+        d_weight = -4.0 * gate * (1.0 - gate) * ratio * advantage * correction
+        d_logp = 0.0 * d_weight
+    else:
+        ratio = tl.exp(log_weight)
+        free = ratio
+        if SPEC.delta is not None:
+            free = tl.minimum(ratio, SPEC.delta)
+        clipped = tl.minimum(tl.maximum(ratio, 1.0 - SPEC.epsilon_low), 1.0 + SPEC.epsilon_high)
+        low = (free < 1.0 - SPEC.epsilon_low) & (advantage < 0)
+        high = (free > 1.0 + SPEC.epsilon_high) & (advantage > 0)
+        value = -tl.minimum(free * advantage, clipped * advantage) * correction
+        # the branch that is the minimum moves with the ratio unless it is the one held at a bound
+        taken = tl.where(free * advantage <= clipped * advantage, free, clipped)
+        d_weight = -tl.where(taken == ratio, ratio * advantage * correction, 0.0)
+        d_logp = 0.0 * d_weight
+    return value, d_weight, d_logp, low, high
+
+
+@triton.jit
+def token_loss(logp, log_weight, log_product, ref, advantage, correction, SPEC: tl.constexpr):
+    """`policy_loss` plus beta KL -> value, d/d log_weight, d/d logp, kl, clipped below, clipped above."""
+    value, d_weight, d_logp, low, high = policy_loss(
+        logp, log_weight, log_product, advantage, correction, SPEC
+    )
+    kl = 0.0 * logp
+    if SPEC.beta != 0.0:
+        kl = k3(logp, ref)
+        d_kl = logp - ref - kl  # = 1 - e^d
+        if SPEC.use_bias_correction_kl:
+            ratio = tl.exp(log_weight)
+            value += SPEC.beta * kl * ratio
+            d_weight += SPEC.beta * kl * ratio
+            d_logp += SPEC.beta * d_kl * ratio
+        else:
+            value += SPEC.beta * kl
+            d_logp += SPEC.beta * d_kl
+    return value, d_weight, d_logp, kl, low, high
+
+
+def _bound(pick):
+    def apply(a: torch.Tensor, b: "torch.Tensor | float") -> torch.Tensor:
+        return pick(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
+
+    return apply
+
+
+_TORCH_TL = types.SimpleNamespace(
+    exp=torch.exp, log=torch.log, where=torch.where,
+    minimum=_bound(torch.minimum), maximum=_bound(torch.maximum), constexpr=None,
+)  # fmt: skip
+_TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach}
+
+
+def torch_twin(kernel_function):
+    """The same Python code as the `@triton.jit` function, run on tensors."""
+    fn = kernel_function.fn
+    twin = types.FunctionType(fn.__code__, _TWINS, fn.__name__)
+    return _TWINS.setdefault(fn.__name__, twin)
+
+
+sampler_ratio_torch = torch_twin(sampler_ratio)
+vespo_term_torch = torch_twin(vespo_term)
+torch_twin(k3)
+torch_twin(policy_loss)
+token_loss_torch = torch_twin(token_loss)
+
+
+# --- a batch of tokens -----------------------------------------------------------------------------
+
+
+class Tokens(NamedTuple):
+    """What the loss needs to know of N tokens besides their log-probs. Every field but `count` is [N]."""
+
+    sequence_id: torch.Tensor
+    scored: torch.Tensor  # bool; False = ignored
+    advantage: torch.Tensor  # of the token's sequence
+    scale: torch.Tensor  # c_t, 0 where ignored
+    count: torch.Tensor  # [S] scored tokens of each sequence, at least 1
+    old: torch.Tensor | None
+    ref: torch.Tensor | None
+    sampler: torch.Tensor | None
+
+    def slice(self, start: int, stop: int) -> "Tokens":
+        cut = (None if x is None else x[start:stop] for x in self)
+        return Tokens(*cut)._replace(count=self.count)
+
+
+def describe_tokens(
+    spec: GRPOLoss,
+    sequence_id: torch.Tensor,
+    advantage: torch.Tensor,
+    scored: torch.Tensor,
+    dtype: torch.dtype,
+    old: torch.Tensor | None = None,
+    ref: torch.Tensor | None = None,
+    sampler: torch.Tensor | None = None,
+    num_sequences: "int | float | torch.Tensor | None" = None,
+    num_tokens: "int | float | torch.Tensor | None" = None,
+) -> Tokens:
+    """Look up each token's advantage and c_t; no host sync."""
+    S = advantage.shape[0]
+    sequence_id = sequence_id.long()
+    # counts from a running sum of the sorted ids: no atomics, so no order to vary
+    end = torch.searchsorted(sequence_id, torch.arange(S, device=scored.device), right=True)
+    running = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
+    count = running[end].diff(prepend=running.new_zeros(1)).clamp(min=1).to(dtype)
+    if num_sequences is None:
+        num_sequences = max(S, 1)
+    if num_tokens is None:
+        num_tokens = running[-1]
+    whole = torch.as_tensor(num_sequences, dtype=dtype, device=scored.device).clamp(min=1)
+    if spec.loss_type in ("grpo", "sapo"):
+        scale = 1.0 / (count * whole)[sequence_id]
+    elif spec.loss_type == "luspo":
+        scale = 1.0 / whole
+    elif spec.loss_type == "dr_grpo":
+        scale = 1.0 / (whole * spec.max_completion_length)
+    else:
+        scale = 1.0 / torch.as_tensor(num_tokens, dtype=dtype, device=scored.device).clamp(min=1)
+    return Tokens(
+        sequence_id, scored, advantage.to(dtype)[sequence_id], scored * scale, count,
+        *(None if x is None else x.detach().to(dtype) for x in (old, ref, sampler)),
+    )  # fmt: skip
+
+
+class Evaluation(NamedTuple):
+    """Per token, all [N]; `gradient` is d loss / d logp with c_t inside."""
+
+    loss: torch.Tensor  # c_t times the token's loss
+    gradient: torch.Tensor
+    kl: torch.Tensor
+    clip_low: torch.Tensor  # bool
+    clip_high: torch.Tensor  # bool
+
+
+def evaluate(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss) -> Evaluation:
+    """The loss and its closed-form gradient in PyTorch. Tokens of one sequence must all be here if
+    `spec.couples_tokens`. `loss` is differentiable by autograd too."""
+    fixed, scored, ids = logp.detach(), tokens.scored, tokens.sequence_id
+
+    def per_sequence(x: torch.Tensor) -> torch.Tensor:  # [N] -> [N], sums over the token's sequence
+        return x.new_zeros(tokens.count.shape).index_add(0, ids, x)[ids]
+
+    old = fixed if tokens.old is None else tokens.old
+    log_ratio = torch.where(scored, logp - old, 0.0)
+    correction = torch.ones_like(fixed)
+    if tokens.sampler is not None:
+        # a token that the sampler could not score carries NaN and is not corrected, as in TRL
+        drift = torch.where(scored, old - tokens.sampler, 0.0).nan_to_num(nan=0.0)
+        drift = per_sequence(drift) if spec.sampler_per_sequence else drift
+        correction = sampler_ratio_torch(drift, spec)
+    log_weight = log_product = log_ratio
+    count = tokens.count[ids]
+    if spec.loss_type == "vespo":
+        share = 1.0 / count if spec.sampler_per_sequence else torch.ones_like(count)
+        term = vespo_term_torch(log_ratio, correction, share)
+        log_product = per_sequence(torch.where(scored, term, 0.0))
+    elif spec.importance_level == "sequence":
+        log_weight = per_sequence(log_ratio) / count
+    ref = fixed if tokens.ref is None else torch.where(scored, tokens.ref, 0.0)
+    value, d_weight, d_logp, kl, low, high = token_loss_torch(
+        logp, log_weight, log_product, ref, tokens.advantage, correction, spec
+    )
+    scale = tokens.scale  # 0 where ignored; every other factor there is finite
+    d_weight = d_weight * scale
+    if spec.importance_level == "sequence":
+        d_weight = per_sequence(d_weight) / count * scored
+    gradient = d_weight + d_logp * scale
+    return Evaluation(value * scale, gradient, kl * scored, low & scored, high & scored)

@@ -1,0 +1,147 @@
+"""Every op in plain PyTorch: same names, same signatures, full [N, V] logits.
+
+The oracle of the tests (in float64) and a baseline of the benches, so it favours the obvious over the
+fast. The loss value comes from objective.py like everyone's, but its gradient is autograd's.
+
+Shapes: N scored tokens, V vocabulary, D hidden, S sequences, R rows, G group.
+"""
+
+import torch
+
+from .checks import IGNORED, check_head, check_target, check_temperature
+from .group_advantage import check_reward
+from .grpo_loss import check_loss_inputs, output_of
+from .linear_sample import check_rows, exponential_noise
+from .objective import GRPOLoss, GRPOLossOutput, describe_tokens, evaluate
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """[N, V] in fp32 (float64 for float64), rounded to the inputs' dtype as an `nn.Linear` would."""
+    logits = hidden @ weight.t()
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    impl: str = "reference",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    check_head(hidden, weight, "reference")
+    check_target(target, hidden, weight.shape[0])
+    check_temperature(temperature)
+    scored = target != IGNORED
+    log_p = torch.log_softmax(_logits(hidden, weight, temperature), dim=-1)
+    logp = log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+    logp = torch.where(scored, logp, 0.0)
+    if not entropy:
+        return logp
+    return logp, torch.where(scored, -(log_p.exp() * log_p).sum(1), 0.0)
+
+
+def group_advantage(
+    reward: torch.Tensor,
+    group_size: int,
+    *,
+    scale: str = "group",
+    eps: float = 1e-4,
+    impl: str = "reference",
+) -> torch.Tensor:
+    check_reward(reward, group_size, scale, eps)
+    r = reward.double().view(
+        -1, group_size
+    )  # a few thousand numbers; a mean in fp32 would cost digits
+    centred = r - r.mean(1, keepdim=True)
+    if scale == "group" and group_size > 1:
+        centred = centred / (r.std(1, keepdim=True) + eps)
+    elif scale == "batch" and r.numel() > 1:
+        centred = centred / (r.std() + eps)
+    return centred.flatten().float()
+
+
+def _loss(
+    logp, entropy, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp,
+    num_sequences, num_tokens,
+) -> GRPOLossOutput:  # fmt: skip
+    ref_logp = ref_logp if spec.beta != 0 else None
+    tokens = describe_tokens(
+        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp,
+        num_sequences, num_tokens,
+    )  # fmt: skip
+    e = evaluate(logp, tokens, spec)
+    e = e._replace(kl=e.kl.detach())
+    return output_of(spec, e.loss.sum(), logp.detach(), entropy, *e[2:], scored)
+
+
+def grpo_loss(
+    logp: torch.Tensor,
+    sequence_id: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    spec: GRPOLoss,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
+    num_sequences: int | float | torch.Tensor | None = None,
+    num_tokens: int | float | torch.Tensor | None = None,
+    impl: str = "reference",
+) -> GRPOLossOutput:
+    optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
+    denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
+    check_loss_inputs(spec, logp, sequence_id, advantage, optional, denominators)
+    scored = torch.ones_like(sequence_id, dtype=torch.bool)
+    return _loss(
+        logp, None, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp,
+        num_sequences, num_tokens,
+    )  # fmt: skip
+
+
+def linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    sequence_id: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    spec: GRPOLoss,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
+    num_sequences: int | float | torch.Tensor | None = None,
+    num_tokens: int | float | torch.Tensor | None = None,
+    impl: str = "reference",
+) -> GRPOLossOutput:
+    optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
+    denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
+    check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
+    logp, entropy = linear_logprob(
+        hidden, weight, target, temperature=spec.temperature, entropy=True
+    )
+    return _loss(
+        logp, entropy.detach(), sequence_id, advantage, target != IGNORED, spec, old_logp, ref_logp,
+        sampler_logp, num_sequences, num_tokens,
+    )  # fmt: skip
+
+
+def linear_sample(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    seed: int,
+    row_key: torch.Tensor,
+    position: torch.Tensor,
+    greedy: bool = False,
+    impl: str = "reference",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_head(hidden, weight, "reference")
+    check_rows(hidden, row_key, position)
+    check_temperature(temperature)
+    V = weight.shape[0]
+    log_p = torch.log_softmax(_logits(hidden, weight, temperature), dim=-1)
+    score = log_p if greedy else log_p - exponential_noise(seed, row_key, position, 0, V).log()
+    token = score.argmax(1)
+    return token, log_p.gather(1, token[:, None])[:, 0].float()
