@@ -1,0 +1,83 @@
+"""Hugging Face hub: quick answers on what is there, and clear ones on what is not.
+
+The hub's own clients retry for half a minute and more before they admit that there is no
+connection; one plain request first tells the user at once. Without a connection, what an earlier
+run downloaded is used.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from vtfast.errors import UserError
+
+Kind = Literal["dataset", "model"]
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text reads as `owner/name`, rather than as the path of a file."""
+    is_file = source.endswith((".parquet", ".json", ".jsonl", ".csv", ".arrow"))
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not is_file
+
+
+def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
+    """Names of a repository's files and the commit they are of; without a connection, the folder
+    of its downloaded copy.
+
+    Raises:
+        UserError: neither can be had; the message names the id and how to use a local copy.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().repo_info(repo, repo_type=kind, timeout=10)
+        return [file.rfilename for file in info.siblings or []], info.sha
+    except Exception as error:  # the client's own, its http library's, the socket's
+        if isinstance(error, GatedRepoError):
+            reason = "access has to be asked for on its page, then log in with `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "no such id, or a private one"
+        else:
+            reason = f"no connection ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            try:
+                return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+            except Exception:
+                reason += ", and no downloaded copy"
+        local = "a folder with its parquet files" if kind == "dataset" else "a checkpoint folder"
+        raise UserError(
+            f"{repo} is no local path, and the Hugging Face hub does not give this {kind}: "
+            f"{reason}. To use a local copy, give the path of {local} instead, made on a connected "
+            f"machine with `hf download {repo} --repo-type {kind} --local-dir FOLDER`"
+        ) from error
+
+
+def model_path(path: str | Path) -> str:
+    """A checkpoint's folder, or its hub id once it is known to be there: for `from_pretrained`.
+
+    Raises:
+        UserError: neither a folder nor a reachable hub id.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if not is_hub_id(str(path)):
+        raise UserError(f"no model folder {path}: give a Qwen2-VL checkpoint folder or a hub id")
+    found = hub_files(str(path), "model")
+    return str(found) if isinstance(found, Path) else str(path)
+
+
+def open_dataset_file(repo: str, name: str, commit: str, *, download: bool):
+    """A file of a data set: the path of its downloaded copy, or a file object that streams it.
+
+    Args:
+        download: fetch the whole file into the cache, rather than only the parts that are read.
+    """
+    from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, name, repo_type="dataset", revision=commit)
+    if isinstance(cached, str):
+        return cached
+    if download:
+        return hf_hub_download(repo, name, repo_type="dataset", revision=commit)
+    return HfFileSystem().open(f"datasets/{repo}@{commit}/{name}", "rb")

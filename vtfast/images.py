@@ -1,0 +1,106 @@
+"""Images of a sample, kept encoded: decoded when read, checked once when loaded.
+
+15,000 images of 512 x 512 are 12 GB as pixels and 0.5 GB as JPEG, so only the encoded form stays in
+memory.
+"""
+
+import io
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from vtfast.errors import UserError
+
+MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as RGB
+MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
+Source = bytes | Path | Image.Image
+
+
+class ImageError(UserError):
+    """An image that cannot be used; the message says why, the caller adds which."""
+
+
+def open_image(source: Source | str) -> Image.Image:
+    """Opens encoded bytes, a path or a PIL image (returned as it is). Pixels may still be unread.
+
+    Raises:
+        ImageError: no such file, not an image, or an image of forbidden size.
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        try:
+            with warnings.catch_warnings():  # the size check below says it better
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except FileNotFoundError:
+            raise ImageError(f"no such file: {source}") from None
+        except Image.DecompressionBombError:
+            raise ImageError(f"image of more than {MAX_PIXELS} pixels") from None
+        except UnidentifiedImageError:  # its message is the address of our buffer
+            raise ImageError("not an image of any known format") from None
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+            raise ImageError(f"not a readable image ({_short(error)})") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"image of {width} x {height} pixels, more than {MAX_PIXELS}")
+    if min(width, height) < 2:
+        raise ImageError(f"image of {width} x {height} pixels: a side of one pixel shows nothing")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(f"image of {width} x {height} pixels: aspect ratio above {MAX_RATIO}")
+    return image
+
+
+def load_image(source: Source | str) -> Image.Image:
+    """`open_image`, with all pixels read.
+
+    Raises:
+        ImageError: as there, or truncated or otherwise corrupt data.
+    """
+    return _read(open_image(source))
+
+
+def check_image(source: Source | str) -> None:
+    """Decodes an image once and drops it.
+
+    Raises:
+        ImageError: what `load_image` would raise.
+    """
+    image = open_image(source)
+    if image.format == "JPEG" and image is not source:
+        image.draft(None, (image.width // 8, image.height // 8))  # all bytes read, fewer pixels
+    _read(image)
+
+
+def _read(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:
+        raise ImageError(f"corrupt image ({_short(error)})") from error
+    return image
+
+
+class Images(Sequence[Image.Image]):
+    """The images of one sample: a sequence that decodes an image whenever it is read."""
+
+    __slots__ = ("_sources",)
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._sources = tuple(sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Images(self._sources[index])
+        return load_image(self._sources[index])
+
+    def __repr__(self) -> str:
+        return f"Images({len(self)})"
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200] or type(error).__name__
