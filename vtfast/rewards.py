@@ -64,22 +64,27 @@ def _last_answer(completion: str) -> str | None:
     return completion[start + len("<answer>") : end] if start >= 0 else None
 
 
-def _normalise(text: str) -> str:
-    """Without the white space and punctuation around it (but `.5` keeps its point), in one case."""
-    text = " ".join(text.casefold().split())
-    bare = text.strip(_AROUND)
+def _bare(text: str, around: str) -> str:
+    """Text in one case without the characters around it; the point of a leading `.5` stays."""
+    bare = text.casefold().strip(around)
     return "." + bare if re.match(r"[^\w+-]*\.\d", text) else bare
+
+
+def _normalise(text: str) -> str:
+    return _bare(" ".join(text.split()), _AROUND)
 
 
 def _same_number(inside: str, sample: "Sample") -> bool:
     """Whether an answer that is not the gold text is the gold number: `3.0`, `6/2`, `3 chairs`."""
     gold = _normalise(sample.answer)
-    text = inside.strip(string.whitespace + ".,:;!?*_`\"'").casefold()
+    text = _bare(inside, string.whitespace + ".,:;!?*_`\"'").removeprefix("+")
     numerals = _NUMERALS.findall(text)
     if not _NUMBER.fullmatch(gold) or not numerals or len(text) > _LONGEST_NUMBER:
         return False
+    if text == gold:
+        return True
     if text in {_normalise(option) for option in sample.options} or _HEDGE.search(text):
-        return False
+        return False  # another option, or several
     if len(numerals) > 1 or "\\" in text:
         if not _ARITHMETIC.fullmatch(text) or _TWO_NUMBERS.search(text):
             return False

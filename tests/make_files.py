@@ -1,0 +1,95 @@
+"""Small files in the true schemas, and the images in them."""
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+# https://huggingface.co/datasets/array/SAT: `image_bytes` is a list of JPEG files.
+SAT = pa.schema(
+    [
+        ("image_bytes", pa.list_(pa.binary())),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("question_type", pa.string()),
+        ("correct_answer", pa.string()),
+    ]
+)
+# https://huggingface.co/datasets/array/SAT-v2: the `datasets` library's Image structs.
+SAT_V2 = pa.schema(
+    [
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("correct_answer", pa.string()),
+        ("question_type", pa.string()),
+    ]
+)
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """Smooth noise: every seed another picture, with something to lose in resizing."""
+    noise = random.Random(f"{width}/{height}/{seed}/{mode}")
+    small = Image.frombytes(mode, (5, 5), noise.randbytes(25 * len(mode)))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image | None = None, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image or picture()).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def sat_row(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A row of `array/SAT` as pyarrow hands it over, with some values replaced."""
+    row = {
+        "image_bytes": [encoded(picture(seed=seed))],
+        "question": f"How many Chairs are visible in the scene? ({seed})",
+        "answers": ["3", "2", "6", "4", "5"],
+        "question_type": "other",
+        "correct_answer": "3",
+    }
+    return row | changes
+
+
+def write_sat(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, SAT), path, **options)
+    return path
+
+
+def write_sat_v2(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    structs = [
+        row | {"images": [{"bytes": data, "path": None} for data in row["image_bytes"]]}
+        for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(structs, SAT_V2), path)
+    return path
+
+
+def write_visualthinker(path: Path, rows: list[dict[str, Any]], image_folder: Path) -> Path:
+    """`SAT_train_15000.json` and `SAT_images_train/ROW_0.png`, as VisualThinker prepares SAT."""
+    image_folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, row in enumerate(rows):
+        name = f"{number}_0.png"
+        Image.open(io.BytesIO(row["image_bytes"][0])).save(image_folder / name)
+        options = ", ".join(row["answers"][:-1]) + " or " + row["answers"][-1]
+        user = (
+            f"<image> Answer in natural language. {row['question']} "
+            f"Choose between the following options: {options}"
+        )
+        messages = [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": row["correct_answer"]},
+        ]
+        entries.append({"messages": messages, "images": [f"{image_folder.name}/{name}"]})
+    path.write_text(json.dumps(entries))
+    return path

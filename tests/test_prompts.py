@@ -1,0 +1,98 @@
+"""Prompt templates: the published texts letter by letter, and data that tries to break them."""
+
+import pytest
+from make_files import picture
+
+from vtfast.data import Sample
+from vtfast.errors import UserError
+from vtfast.prompts import (
+    IMAGE,
+    join_options,
+    load_template,
+    render,
+    response_prefix,
+    template_names,
+)
+
+
+def sample(question="Is A left of B?", options=("yes", "no"), images=1) -> Sample:
+    return Sample(
+        question=question,
+        options=list(options),
+        answer=options[0],
+        images=[picture(seed=n) for n in range(images)],
+    )
+
+
+def test_the_papers_base_prompt():
+    assert render(load_template("r1-zero"), sample()) == (
+        "<|vision_start|><|image_pad|><|vision_end|><image>A conversation between User and "
+        "Assistant. The user asks a question about the image, and the Assistant solves it. The "
+        "assistant first thinks about the reasoning process in the mind and then provides the "
+        "user with the answer.\n"
+        "User:  Answer in natural language. Is A left of B? Choose between the following options: "
+        "yes or no \n"
+        "Assistant: Let me solve this step by step.\n"
+        "<think>"
+    )
+
+
+def test_the_papers_instruct_prompt():
+    assert render(load_template("instruct"), sample()) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|><image> Answer in natural language. "
+        "Is A left of B? Choose between the following options: yes or no  Output the thinking "
+        "process in <think> </think> and final answer (option) in <answer> </answer> tags."
+        "<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_the_brief_prompt():
+    text = render(load_template("brief"), sample(options=("a", "b", "c")))
+    assert text == IMAGE + "User: Is A left of B? Choose: a, b or c\nAssistant: <think>"
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_one_placeholder_per_image(name, images):
+    text = render(load_template(name), sample(images=images))
+    assert text.count(IMAGE) == text.count("<|image_pad|>") == images
+
+
+def test_response_prefix():
+    assert response_prefix(load_template("r1-zero")) == "<think>"
+    assert response_prefix(load_template("instruct")) == ""
+
+
+def test_options_read_as_visualthinker_wrote_them():
+    assert join_options(["a"]) == "a"
+    assert join_options(["a", "b"]) == "a or b"
+    assert join_options(["3", "2", "6", "4", "5"]) == "3, 2, 6, 4 or 5"
+
+
+def test_braces_in_the_data_are_text():
+    asked = sample(question="{options} {images} {question} {0} {", options=("{question}", "{}"))
+    assert render("{question}|{options}", asked) == (
+        IMAGE + "{options} {images} {question} {0} {|{question} or {}"
+    )
+
+
+def test_a_template_of_ones_own(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_bytes(b"Q: {question}\r\nA: <think>\n")
+    assert render(load_template(file), sample()) == IMAGE + "Q: Is A left of B?\nA: <think>"
+
+
+def test_wrong_templates(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'r1-zero'"):
+        load_template("r1zero")
+    with pytest.raises(UserError, match="nowhere"):
+        load_template(tmp_path / "nowhere.txt")
+    (tmp_path / "no-slot.txt").write_text("User: {options}")
+    with pytest.raises(UserError, match=r"no-slot.txt lacks \{question\}"):
+        load_template(tmp_path / "no-slot.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe{question}")
+    with pytest.raises(UserError, match="binary"):
+        load_template(tmp_path / "binary.txt")
