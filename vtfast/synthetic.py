@@ -14,6 +14,7 @@ nor in the corpus that the tiny base model saw.
 
 import hashlib
 import io
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 RADIUS = {"small": 5.0, "large": 11.5}  # pixels
 JITTER = {"small": 4, "large": 1}  # pixels, each way; keeps the object inside its cell
+MIDDLE = ((1, 1),)
+EDGES = ((0, 1), (1, 0), (1, 2), (2, 1))
+CORNERS = ((0, 0), (0, 2), (2, 0), (2, 2))
 COLUMNS = ("left", "middle", "right")
 ROWS = ("top", "center", "bottom")
 
@@ -66,6 +70,12 @@ class Thing:
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """x, y in pixels."""
+        middle = MARK + (CELL - MARK) / 2  # of the part of the cell that the marks leave free
+        return self.column * CELL + middle + self.dx, self.row * CELL + middle + self.dy
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,7 @@ def render(scene: Scene) -> Image.Image:
             draw.rectangle((x, y, x + CELL - 1, y + MARK - 1), fill=(MARK_GREYS[column],) * 3)
             draw.rectangle((x, y + MARK, x + MARK - 1, y + CELL - 1), fill=(MARK_GREYS[row],) * 3)
     for thing in scene.things:
-        middle = MARK + (CELL - MARK) / 2  # of the part of the cell that the marks leave free
-        x, y = thing.column * CELL + middle + thing.dx, thing.row * CELL + middle + thing.dy
+        x, y = thing.centre
         r, fill = RADIUS[thing.size], COLOURS[thing.colour]
         if thing.shape == "circle":
             draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=fill)
@@ -254,17 +263,17 @@ def _ask_depth(rng: random.Random) -> Question:
 
 def _ask_distance(rng: random.Random) -> Question:
     # The reference lies in the middle, so "one away" is an edge neighbour and "two away" a corner.
-    things = _things(rng, rng.randint(3, 4))
-    middle, near, far = things[:3]
-    middle.update(row=1, column=1)
-    for thing, cells in (
-        (near, ((0, 1), (1, 0), (1, 2), (2, 1))),
-        (far, ((0, 0), (0, 2), (2, 0), (2, 2))),
-    ):
-        thing["row"], thing["column"] = rng.choice(cells)
-    scene = _place(rng, things)
-    named = {t.colour: t for t in scene.things}
-    reference, near, far = (named[t["colour"]] for t in (middle, near, far))
+    while True:
+        things = _things(rng, rng.randint(3, 4))
+        colours = [t["colour"] for t in things]
+        for thing, cells in zip(things, (MIDDLE, EDGES, CORNERS), strict=False):
+            thing["row"], thing["column"] = rng.choice(cells)
+        scene = _place(rng, things)
+        named = {t.colour: t for t in scene.things}
+        reference, near, far = (named[colour] for colour in colours[:3])
+        # The jitter can bring a corner as near as an edge; the picture must bear the answer out.
+        if math.dist(reference.centre, near.centre) + 3 < math.dist(reference.centre, far.centre):
+            break
     steps = {near.colour: "one", far.colour: "two"}
     one, two = rng.sample((near, far), 2)
     return Question(
