@@ -74,9 +74,12 @@ def _train(arguments: Sequence[str]) -> int:
         print(config.to_yaml(), end="")
         return 0
 
+    from transformers.utils import logging as transformers_logging
+
     from vtfast import distributed
     from vtfast.trainer import Trainer
 
+    transformers_logging.disable_progress_bar()
     try:
         Trainer(config).run()
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -48,6 +49,8 @@ class Config:
     """Split to train on, where `data` has several; none means train."""
     eval_data: str | None = None
     """Held-out rows in the same forms, asked before and after training; none skips that."""
+    eval_split: str | None = "val"
+    """Split of `eval_data`, where it has several; a lone file is taken whatever its name."""
     first_n: int | None = None
     """Use only the first N good rows of `data`; none means all."""
     eval_samples: int = 400
@@ -197,7 +200,7 @@ def field_help() -> dict[str, str]:
     body = ast.parse(inspect.getsource(Config)).body[0].body
     return {
         entry.target.id: inspect.cleandoc(text.value.value)
-        for entry, text in zip(body, body[1:], strict=False)
+        for entry, text in itertools.pairwise(body)
         if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 

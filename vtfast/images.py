@@ -82,6 +82,12 @@ def _read(image: Image.Image) -> Image.Image:
     return image
 
 
+def image_sizes(images: Sequence[Image.Image]) -> list[tuple[int, int]]:
+    """(width, height) of each image; encoded ones are only opened, not decoded."""
+    sources = images._sources if isinstance(images, Images) else images
+    return [open_image(source).size for source in sources]
+
+
 class Images(Sequence[Image.Image]):
     """The images of one sample: a sequence that decodes an image whenever it is read."""
 

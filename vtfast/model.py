@@ -101,6 +101,8 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
+    if set(module.config.text_config.layer_types) != {"full_attention"}:
+        raise UserError(f"--model {path}: sliding-window attention is not supported")
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     policy = Policy(module.to(device).eval(), eos_ids)

@@ -150,6 +150,16 @@ class Processor:
         positions = mrope_positions(mask, grid, merge)
         return Prompt(ids, positions, pixels, grid, _key(ids, pixels, grid), text, mask)
 
+    def prompt_length(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that `encode` would make of images of these (width, height), without their pixels."""
+        size, patch = self.image_processor.size, self.image_processor.patch_size
+        limits = size["shortest_edge"], size["longest_edge"], patch
+        sides = [resized_sides(*wide_high, *limits) for wide_high in sizes]
+        unit = self.image_processor.merge_size * patch
+        image_tokens = sum(width * height // unit**2 for width, height in sides)
+        text_tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text_tokens - len(sizes) + image_tokens
+
     def decode(self, ids: Sequence[int] | torch.Tensor, keep_special: bool = False) -> str:
         """Text of token ids; end marks and other special tokens are left out unless asked for."""
         return self.tokenizer.decode(
@@ -217,7 +227,17 @@ def resize_image(
         image = opaque
     else:
         image = image.convert("RGB")
-    width, height = image.size
+    return image.resize(resized_sides(*image.size, min_pixels, max_pixels, patch_size))
+
+
+def resized_sides(
+    width: int, height: int, min_pixels: int, max_pixels: int, patch_size: int = 14
+) -> tuple[int, int]:
+    """Width and height behind resizing: multiples of two patches, with an area within the limits.
+
+    Raises:
+        ValueError: aspect ratio above 200.
+    """
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f"aspect ratio above {MAX_RATIO}")
     unit = 2 * patch_size
@@ -229,7 +249,7 @@ def resize_image(
     elif area < min_pixels:
         grow = math.sqrt(min_pixels / (width * height))
         sides = [math.ceil(side * grow / unit) * unit for side in (width, height)]
-    return image.resize(tuple(sides))
+    return sides[0], sides[1]
 
 
 def _utils_resize(

@@ -14,10 +14,12 @@ from vtfast import synthetic
 from vtfast.config import Config
 from vtfast.data import Sample, load_samples, shuffle_options
 from vtfast.errors import UserError
+from vtfast.images import image_sizes
 from vtfast.processor import Processor, Prompt
 from vtfast.prompts import load_template, render
 
 log = logging.getLogger("vtfast")
+SYNTHETIC = "synthetic"
 SYNTHETIC_TRAIN = 2048
 
 
@@ -39,15 +41,15 @@ class Asker:
         self.on_bad_sample = config.on_bad_sample
 
     def ask(self, sample: Sample) -> Question:
-        images = list(sample.images)
-        return Question(sample, self.processor.encode(render(self.template, sample), images))
+        prompt = self.processor.encode(render(self.template, sample), sample.images)
+        return Question(sample, prompt)
 
     def fitting(self, samples: Sequence[Sample], name: str) -> list[Sample]:
         """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
         good = []
         for sample in samples:
             length = self.processor.prompt_length(
-                render(self.template, sample), [image.size for image in sample.images]
+                render(self.template, sample), image_sizes(sample.images)
             )
             if length <= self.max_prompt_length:
                 good.append(sample)
@@ -66,39 +68,33 @@ class Asker:
         return good
 
 
-def load_questions(
-    config: Config, asker: Asker, folder: Path | None
-) -> tuple[list[Sample], list[Sample]]:
-    """(training samples, held-out samples). Rendered ones are read back from `folder`/data, like any others."""
-    train, held_out = config.data, config.eval_data
-    if folder is not None:
-        train, held_out = (folder / "data" / name for name in ("train.parquet", "val.parquet"))
-    loaded = _load(config, train, config.split, config.first_n)
-    kept = [asker.fitting(shuffle_options(loaded, config.seed), str(train))]
-    if config.eval_data is None:
-        return kept[0], []
-    loaded = _load(config, held_out, None, config.eval_samples)
-    return kept[0], asker.fitting(shuffle_options(loaded, config.seed), str(held_out))
+def load_questions(config: Config, asker: Asker, rendered: Path | None) -> dict[str, list[Sample]]:
+    """Samples by split: "train" and "val" (held out).
 
-
-def _load(config: Config, source, split, limit) -> Sequence[Sample]:
-    samples = load_samples(source, split=split, limit=limit, on_bad=config.on_bad_sample)
-    if samples.skipped:
-        row, reason = samples.skipped[0]
-        log.warning(
-            "%s: %d bad rows skipped, the first is row %d: %s",
-            source,
-            len(samples.skipped),
-            row,
-            reason,
-        )
+    With `rendered` None those that `config` names by file or hub id; otherwise those of the embedded default, from the
+    folder into which `render_synthetic` wrote them.
+    """
+    sources = {
+        "train": (config.data, config.split, config.first_n),
+        "val": (config.eval_data, config.eval_split, config.eval_samples),
+    }
+    samples = {}
+    for split, (source, of_source, limit) in sources.items():
+        if source is None or (source == SYNTHETIC) != (rendered is not None):
+            continue
+        if rendered is not None:
+            source = rendered / f"{split}.parquet"
+        loaded = load_samples(source, of_source, limit, on_bad=config.on_bad_sample)
+        samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
     return samples
 
 
 def render_synthetic(config: Config, folder: Path) -> None:
-    synthetic.write_dataset(
-        folder / "data", train=SYNTHETIC_TRAIN, val=config.eval_samples, seed=config.seed
-    )
+    """Write train.parquet and val.parquet of the embedded default, if `config` asks for either."""
+    if SYNTHETIC in (config.data, config.eval_data):
+        synthetic.write_dataset(
+            folder, train=SYNTHETIC_TRAIN, val=config.eval_samples, seed=config.seed
+        )
 
 
 def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:

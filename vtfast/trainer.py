@@ -60,21 +60,17 @@ class Trainer:
         if config.gradient_checkpointing:
             self.policy.module.gradient_checkpointing_enable({"use_reentrant": False})
 
-        synthetic = config.data == "synthetic"
-        if not synthetic:
-            self.train_samples, self.held_out_samples = load_questions(config, self.asker, None)
+        samples = load_questions(config, self.asker, rendered=None)
         self.objective = Objective(self.policy, loss_spec(config))
         self.engine = distributed.zero2_engine(config, self.objective, dtype)
         self.rollout = RolloutEngine(self.policy)
 
         self.folder = Path(ranks.from_main(str(create_run_folder(config)) if ranks.is_main else ""))
-        if synthetic:
-            if ranks.is_main:
-                render_synthetic(config, self.folder)
-            ranks.barrier()
-            self.train_samples, self.held_out_samples = load_questions(
-                config, self.asker, self.folder
-            )
+        if ranks.is_main:
+            render_synthetic(config, self.folder / "data")
+        ranks.barrier()
+        samples |= load_questions(config, self.asker, rendered=self.folder / "data")
+        self.train_samples, self.held_out_samples = samples["train"], samples.get("val", [])
         if ranks.is_main:
             (self.folder / "config.yaml").write_text(config.to_yaml())
 
@@ -195,6 +191,7 @@ class Trainer:
         )
         learning_rate = self.engine.get_lr()[0]
         sums: dict[str, float] = {"loss": 0.0, "tokens": float(local[1])}
+        self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
         for micro in self.micro_batches(groups):
             loss, parts = self.engine(micro, num_sequences, num_tokens)
             # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be summed.
@@ -203,6 +200,7 @@ class Trainer:
             sums["loss"] += float(loss.detach())
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0.0) + value
+        self.engine.eval()
         return sums, float(self.engine.get_global_grad_norm()), learning_rate
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Sequence[Group]]:

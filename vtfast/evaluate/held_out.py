@@ -21,7 +21,7 @@ SEED = 2**31 - 1
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`scores[mode][kind]` is (accuracy, format), each a mean in [0, 1]; mode sampled | greedy, kind "all" or a name."""
+    """`scores[mode][kind]` is (accuracy, format) in [0, 1]; mode: sampled | greedy; kind: "all" or a name."""
 
     scores: dict[str, dict[str, tuple[float, float]]]
     count: int

@@ -132,7 +132,7 @@ class _Rows:
         output = self.policy.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
-            attention_mask={"full_attention": visible, "sliding_attention": visible},
+            attention_mask={"full_attention": visible},
             past_key_values=self.cache,
             use_cache=True,
         )

@@ -1,0 +1,61 @@
+"""Shared fixtures: the shipped base model, a random tiny one, and questions rendered on the spot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def base_path() -> Path:
+    """The checkpoint that ships with vtfast."""
+    import vtfast
+
+    return Path(vtfast.__file__).parent / "assets" / "tiny-spatial-base"
+
+
+@pytest.fixture(scope="session")
+def random_path(tmp_path_factory) -> Path:
+    """A tiny Qwen2-VL with random weights: flat distributions, so that mistakes are not hidden by confidence."""
+    from vtfast.model import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "random", weights="random", seed=3)
+
+
+@pytest.fixture(scope="session")
+def policy(random_path):
+    from vtfast.model import load_model
+
+    return load_model(random_path)
+
+
+@pytest.fixture(scope="session")
+def processor(random_path):
+    from vtfast.data import Processor
+
+    return Processor.from_pretrained(random_path)
+
+
+@pytest.fixture(scope="session")
+def prompts(processor):
+    """Four prompts: one image, two images of different sizes, text alone, a large image."""
+    from PIL import Image
+
+    from vtfast.prompts import IMAGE
+
+    generator = torch.Generator().manual_seed(0)
+
+    def picture(width: int, height: int) -> Image.Image:
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        return Image.fromarray(pixels.numpy())
+
+    return [
+        processor.encode(
+            IMAGE + "User: How many? Choose: 1 or 2\nAssistant: <think>", [picture(84, 84)]
+        ),
+        processor.encode(
+            f"First {IMAGE} then {IMAGE} differ how?", [picture(56, 84), picture(112, 56)]
+        ),
+        processor.encode("User: no picture at all\nAssistant:", []),
+        processor.encode(IMAGE + "What is here?", [picture(140, 112)]),
+    ]

@@ -1,0 +1,99 @@
+"""The command line as a person meets it: help, dry runs, and mistakes that cost one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vtfast.cli import main
+from vtfast.config import FIELD_NAMES
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_dry_run_prints_the_resolved_recipe(capsys):
+    assert main(["train", "--recipe", "visualthinker-2b-sat", "--dry-run", "--beta", "0.1"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["beta"] == 0.1 and settings["max_completion_length"] == 700
+    assert list(settings) == list(FIELD_NAMES)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"--{name}" in text for name in FIELD_NAMES)
+    assert main([]) == 0 and "make-base" in capsys.readouterr().out
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Inputs that a person could give by mistake, by name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "empty_model").mkdir()
+    (tmp_path / "empty_model" / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    pq.write_table(
+        pa.table({"question": ["Where?"], "reply": ["left"]}), tmp_path / "columns.parquet"
+    )
+    unreadable = {
+        "image_bytes": [[b"\xff\xd8 not a picture \xff\xd9"]],
+        "question": ["Is it left?"],
+        "answers": [["yes", "no"]],
+        "question_type": ["other"],
+        "correct_answer": ["yes"],
+    }
+    pq.write_table(pa.table(unreadable), tmp_path / "picture.parquet")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_generatons", "4"], "did you mean --num_generations"),
+        (["--beta", "big"], "--beta big: must be a number"),
+        (["--data", "{tmp}/gone.parquet"], "gone.parquet"),
+        (["--data", "{tmp}/columns.parquet"], "columns.parquet"),
+        (["--data", "{tmp}/picture.parquet", "--eval_data", "none"], "picture.parquet"),
+        (["--data", "nobody/no-such-set"], "nobody/no-such-set"),
+        (["--model", "{tmp}/empty_model"], "empty_model"),
+        (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
+        (["--template", "r2-zero"], "r1-zero"),
+        (["--reward_funcs", "acuracy"], "accuracy"),
+        (["--report_to", "trackio"], "trackio"),
+        (["--output_dir", "{tmp}/full"], "never written over"),
+        (["--config", "{tmp}/gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_leaves_nothing(flags, message, broken, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(broken)
+    before = sorted(broken.rglob("*"))
+    flags = [flag.format(tmp=broken) for flag in flags]
+    if "--output_dir" not in flags:
+        flags += ["--output_dir", str(broken / "run")]
+    assert main(["train", "--max_steps", "1", *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and lines[-1] == errors[0]
+    assert not any("Traceback" in line for line in lines)
+    assert sorted(broken.rglob("*")) == before, "a failed start must leave no folder behind"
+
+
+def test_train_py_exits_with_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--no_such_flag", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --no_such_flag")
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2 and "did you mean train" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""Settings: recipes as data, flags on top, and mistakes that are named."""
+
+from dataclasses import fields
+
+import pytest
+
+from vtfast.config import LOSS_TYPES, Config, field_help, load_config, recipe_names
+from vtfast.errors import UserError
+
+# arXiv 2503.05132, Table 2, and the authors' run_grpo_SAT.sh (defaults of its TRL 0.14 and transformers 4.49 included).
+PAPER = {
+    "model": "Qwen/Qwen2-VL-2B",
+    "data": "array/SAT",
+    "first_n": 15000,
+    "template": "r1-zero",
+    "num_processes": 4,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 1500,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "temperature": 1.0,
+    "max_completion_length": 700,
+    "max_prompt_length": 1024,
+    "num_generations": 8,
+    "beta": 0.04,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "reward_funcs": ["accuracy", "format"],
+    "reward_weights": None,
+    "min_pixels": 3136,
+    "max_pixels": 401408,
+    "gradient_checkpointing": True,
+    "save_steps": 100,
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_recipe_has_the_papers_value(name):
+    assert getattr(load_config("visualthinker-2b-sat"), name) == PAPER[name]
+
+
+def test_every_recipe_loads_and_survives_a_round_trip(tmp_path):
+    for name in recipe_names():
+        config = load_config(name)
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        assert load_config(file=tmp_path / "config.yaml") == config
+
+
+def test_flags_override_the_recipe_and_are_read_as_their_type():
+    config = load_config(
+        overrides={"beta": "0.1", "first_n": "7", "freeze": "vision,merger", "eval_data": "none"}
+    )
+    assert (config.beta, config.first_n, config.freeze, config.eval_data) == (
+        0.1,
+        7,
+        ["vision", "merger"],
+        None,
+    )
+
+
+def test_every_field_has_a_docstring():
+    described = field_help()
+    assert [f.name for f in fields(Config) if not described.get(f.name)] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_generation": 4}, "num_generations"),
+        ({"beta": "much"}, "--beta much: must be a number"),
+        ({"num_generations": "2.5"}, "--num_generations 2.5: must be a whole number"),
+        ({"num_generations": 1}, "group of one"),
+        ({"num_generations": 0}, "at least 1"),
+        ({"temperature": 0}, "--temperature"),
+        ({"loss_type": "ppo"}, "dr_grpo"),
+        ({"freeze": "eyes"}, "embeddings"),
+        ({"gradient_checkpointing": "maybe"}, "true or false"),
+        ({"reward_weights": "1,2,3"}, "3 weights for 2 rewards"),
+        ({"max_pixels": 100}, "smaller than --min_pixels"),
+        ({"report_to": "excel"}, "tensorboard"),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_do(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(overrides=overrides)
+
+
+def test_all_impossible_settings_are_named_at_once():
+    with pytest.raises(UserError) as caught:
+        load_config(overrides={"temperature": -1, "max_steps": 0, "loss_type": "x"})
+    assert all(
+        flag in str(caught.value) for flag in ("--temperature", "--max_steps", "--loss_type")
+    )
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "lerning_rate: 1\n", "\x00"])
+def test_a_bad_file_is_named(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        load_config(file=file)
+    with pytest.raises(UserError, match=r"gone\.yaml"):
+        load_config(file=tmp_path / "gone.yaml")
+
+
+def test_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(UserError, match="did you mean visualthinker-2b-sat"):
+        load_config("visualthinker-2b")
+
+
+def test_loss_types_are_those_of_the_kernels():
+    from vtfast_kernels.objective import LOSS_TYPES as KERNELS
+
+    assert LOSS_TYPES == KERNELS

@@ -1,0 +1,169 @@
+"""Short whole runs: what they leave behind, and that cutting the batch differently changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+from vtfast.questions import order
+
+ROOT = Path(__file__).parent.parent
+METRICS = [
+    "step",
+    "reward",
+    "reward_std",
+    "rewards/accuracy",
+    "rewards/format",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "kl",
+    "entropy",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "clip_ratio/low",
+    "clip_ratio/high",
+    "sampler_drift",
+    "time/rollout",
+    "time/score",
+    "time/update",
+    "time/step",
+    "tokens_per_second",
+    "mfu",
+    "memory_gb",
+]
+SHORT = [
+    "--max_steps",
+    "3",
+    "--eval_samples",
+    "16",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "16",
+]
+
+
+def run(folder: Path, *flags: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[dict]:
+    """A run in a process of its own; returns its metrics."""
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = [*launcher, str(ROOT / "train.py"), *SHORT, "--output_dir", str(folder), *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder.parent / f"{folder.name}.out").write_text(done.stdout)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Three steps of 8 prompts with KL to the starting model, in one pass each."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    metrics = run(
+        folder, "--per_device_train_batch_size", "8", "--beta", "0.04", "--save_steps", "2"
+    )
+    return folder, metrics
+
+
+def test_metrics_have_every_name_and_sane_values(short_run):
+    _, metrics = short_run
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert set(METRICS) <= set(line)
+        assert 0 <= line["rewards/accuracy"] <= 1 and 0 <= line["rewards/format"] <= 1
+        assert line["reward"] == pytest.approx(line["rewards/accuracy"] + line["rewards/format"])
+        assert line["grad_norm"] > 0 and line["entropy"] > 0 and line["memory_gb"] > 0
+        assert line["sampler_drift"] < 1e-5, "the sampler and the trainer must agree on log-probs"
+        assert line["time/rollout"] + line["time/score"] + line["time/update"] <= line["time/step"]
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[2]["kl"] > 0
+    assert metrics[0]["learning_rate"] == 0 and metrics[1]["learning_rate"] > 0
+
+
+def test_the_run_folder(short_run):
+    folder, metrics = short_run
+    assert yaml.safe_load((folder / "config.yaml").read_text())["beta"] == 0.04
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 8 * 4
+    first = [row for row in rows if row["step"] == 1]
+    assert sum(row["reward"] for row in first) / len(first) == pytest.approx(metrics[0]["reward"])
+    assert all(row["completion"].startswith("<think>") for row in rows)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    table = (folder.parent / "one.out").read_text()
+    assert (
+        "held-out accuracy: 0." in table and "held-out format: 0." in table and "distance" in table
+    )
+
+
+def test_checkpoints_are_hugging_face_folders(short_run, base_path):
+    folder, _ = short_run
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    last = folder / "checkpoints" / "step-3"
+    model = Qwen2VLForConditionalGeneration.from_pretrained(last)
+    tokenizer = AutoTokenizer.from_pretrained(last)
+    base = load_file(base_path / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    changed = [
+        name
+        for name, value in load_file(last / "model.safetensors").items()
+        if not value.equal(base[name])
+    ]
+    assert len(changed) == len(base), "every weight is trained"
+    assert tokenizer.decode(tokenizer.encode("Is it left?")) == "Is it left?"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = (
+        [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (one, other)
+    )
+    for left, right in zip(a, b, strict=True):
+        for name in ("loss", "reward", "kl", "grad_norm", "entropy", "completions/mean_length"):
+            assert left[name] == pytest.approx(right[name], rel=1e-5, abs=1e-6), (
+                left["step"],
+                name,
+            )
+    weights, others = (
+        load_file(f / "checkpoints" / "step-3" / "model.safetensors") for f in (one, other)
+    )
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_accumulation_changes_nothing(short_run, tmp_path):
+    """8 prompts in one pass, and in 4 passes of 2, are the same step."""
+    flags = [
+        "--per_device_train_batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "4",
+        "--beta",
+        "0.04",
+    ]
+    run(tmp_path / "four", *flags)
+    assert_same_run(short_run[0], tmp_path / "four")
+
+
+def test_two_ranks_equal_one(short_run, tmp_path):
+    """DeepSpeed's launcher, two gloo ranks, ZeRO-2: the same global batch gives the same weights."""
+    launcher = ("deepspeed", "--num_accelerators", "2", "--master_port", "29631")
+    run(tmp_path / "two", "--per_device_train_batch_size", "4", "--beta", "0.04", launcher=launcher)
+    assert_same_run(short_run[0], tmp_path / "two")
+
+
+def test_order_visits_everything_once_an_epoch():
+    seen = [i for step in range(1, 8) for i in order(10, step, 4, seed=1)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    assert order(10, 3, 4, seed=1) == seen[8:12] and order(10, 3, 4, seed=2) != seen[8:12]
