@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,16 @@ def write_visualthinker(path: Path, rows: list[dict[str, Any]], image_folder: Pa
         entries.append({"messages": messages, "images": [f"{image_folder.name}/{name}"]})
     path.write_text(json.dumps(entries))
     return path
+
+
+ROWS = [sat_row(seed) for seed in range(4)]
+
+
+def assert_same_questions(samples: Sequence[Any], rows: list[dict[str, Any]]) -> None:
+    """Whether samples are these rows of SAT, in order, pixel by pixel."""
+    assert len(samples) == len(rows)
+    for sample, row in zip(samples, rows, strict=True):
+        assert (sample.question, sample.options) == (row["question"], row["answers"])
+        assert sample.answer == row["correct_answer"]
+        originals = [Image.open(io.BytesIO(data)) for data in row["image_bytes"]]
+        assert [i.tobytes() for i in sample.images] == [i.tobytes() for i in originals]
