@@ -10,6 +10,8 @@ Shapes: N scored tokens, S sequences.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 from .checks import (
     REFERENCE_FLOATS,
@@ -20,14 +22,137 @@ from .checks import (
     require,
 )
 from .objective import (
+    Evaluation,
     GRPOLoss,
     GRPOLossOutput,
     Tokens,
     describe_tokens,
     evaluate,
+    sampler_ratio,
+    token_loss,
+    vespo_term,
 )
 
 __all__ = ["GRPOLoss", "GRPOLossOutput", "grpo_loss"]
+
+
+@triton.jit
+def load_token(
+    logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr
+):
+    """-> log importance of the policy, log ratio of behaviour policy to sampler; 0 where not `keep`."""
+    old = logp
+    if HAS_OLD:
+        old = tl.load(old_ptr + offset, mask=keep, other=0.0)
+    drift = 0.0 * logp
+    if HAS_SAMPLER:
+        drift = old - tl.load(sampler_ptr + offset, mask=keep, other=0.0)
+        drift = tl.where(drift == drift, drift, 0.0)  # NaN: the sampler could not score the token
+    return logp - old, drift
+
+
+@triton.jit
+def grpo_loss_kernel(
+    logp_ptr, advantage_ptr, scale_ptr, scored_ptr, old_ptr, ref_ptr, sampler_ptr,  # [N]
+    count_ptr, end_ptr,  # [S]
+    loss_ptr, gradient_ptr, kl_ptr, low_ptr, high_ptr,  # [N]
+    first, last,
+    SPEC: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence; tokens first .. last belong to this launch."""
+    sequence = tl.program_id(0)
+    begin = tl.load(end_ptr + sequence - 1, mask=sequence > 0, other=0)
+    begin = tl.maximum(begin, first)
+    end = tl.minimum(tl.load(end_ptr + sequence), last)
+    count = tl.load(count_ptr + sequence)
+    per_sequence: tl.constexpr = SPEC.importance_level == "sequence"
+    sequence_sampler: tl.constexpr = HAS_SAMPLER and SPEC.sampler_per_sequence
+
+    sum_ratio = 0.0
+    sum_drift = 0.0
+    if SPEC.couples_tokens(HAS_SAMPLER):
+        for block in range(begin, end, BLOCK):
+            offset = block + tl.arange(0, BLOCK)
+            keep = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
+            logp = tl.load(logp_ptr + offset, mask=keep, other=0.0)
+            log_ratio, drift = load_token(
+                logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER
+            )
+            sum_drift += tl.sum(drift, 0)
+            if SPEC.loss_type == "vespo":
+                own = drift
+                if sequence_sampler:
+                    own = 0.0 * drift  # one correction for the sequence, added below
+                term = vespo_term(log_ratio, sampler_ratio(own, SPEC), 1.0)
+                if not HAS_SAMPLER or sequence_sampler:
+                    term = vespo_term(log_ratio, 1.0 + 0.0 * drift, 0.0)
+                log_ratio = tl.where(keep, term, 0.0)
+            sum_ratio += tl.sum(log_ratio, 0)
+    if sequence_sampler and SPEC.loss_type == "vespo":
+        sum_ratio += vespo_term(0.0 * sum_drift, sampler_ratio(sum_drift, SPEC), 1.0)
+
+    sum_d_weight = 0.0
+    for block in range(begin, end, BLOCK):
+        offset = block + tl.arange(0, BLOCK)
+        here = offset < end
+        keep = tl.load(scored_ptr + offset, mask=here, other=0) != 0
+        logp = tl.load(logp_ptr + offset, mask=keep, other=0.0)
+        advantage = tl.load(advantage_ptr + offset, mask=here, other=0.0)
+        scale = tl.load(scale_ptr + offset, mask=here, other=0.0)
+        log_ratio, drift = load_token(
+            logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER
+        )
+        correction = 1.0 + 0.0 * logp
+        if sequence_sampler:
+            correction = sampler_ratio(0.0 * drift + sum_drift, SPEC)
+        elif HAS_SAMPLER:
+            correction = sampler_ratio(drift, SPEC)
+        log_weight = log_ratio
+        if per_sequence:
+            log_weight = 0.0 * logp + sum_ratio / count
+        ref = logp
+        if SPEC.beta != 0.0:
+            ref = tl.load(ref_ptr + offset, mask=keep, other=0.0)
+        value, d_weight, d_logp, kl, low, high = token_loss(
+            logp, log_weight, 0.0 * logp + sum_ratio, ref, advantage, correction, SPEC
+        )
+        gradient = d_logp * scale
+        if per_sequence:
+            sum_d_weight += tl.sum(d_weight * scale, 0)
+        else:
+            gradient += d_weight * scale
+        tl.store(loss_ptr + offset, value * scale, mask=here)
+        tl.store(gradient_ptr + offset, gradient, mask=here)
+        tl.store(kl_ptr + offset, tl.where(keep, kl, 0.0), mask=here)
+        tl.store(low_ptr + offset, low & keep, mask=here)
+        tl.store(high_ptr + offset, high & keep, mask=here)
+
+    if per_sequence:
+        tl.debug_barrier()  # the gradients stored above are read back
+        for block in range(begin, end, BLOCK):
+            offset = block + tl.arange(0, BLOCK)
+            keep = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
+            gradient = tl.load(gradient_ptr + offset, mask=keep, other=0.0)
+            tl.store(gradient_ptr + offset, gradient + sum_d_weight / count, mask=keep)
+
+
+def empty_evaluation(logp: torch.Tensor) -> Evaluation:
+    flags = [torch.empty_like(logp, dtype=torch.bool) for _ in range(2)]
+    return Evaluation(*(torch.empty_like(logp) for _ in range(3)), *flags)
+
+
+def evaluate_triton(
+    logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, out: Evaluation, first: int, last: int
+) -> None:
+    """`evaluate` for the tokens first .. last of the whole batch, written into `out`."""
+    old, ref, sampler = (logp if x is None else x for x in (tokens.old, tokens.ref, tokens.sampler))
+    S = tokens.end.shape[0]
+    if S > 0 and last > first:
+        grpo_loss_kernel[(S,)](
+            logp, tokens.advantage, tokens.scale, tokens.scored, old, ref, sampler,
+            tokens.count, tokens.end, *out, first, last,
+            spec, tokens.old is not None, tokens.sampler is not None, BLOCK=1024,
+        )  # fmt: skip
 
 
 def check_loss_inputs(spec, like, sequence_id, advantage, optional, denominators) -> None:
@@ -55,7 +180,11 @@ def output_of(
 class _GRPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, impl: str):
-        result = evaluate(logp, tokens, spec)
+        if impl == "triton":
+            result = empty_evaluation(logp)
+            evaluate_triton(logp.contiguous(), tokens, spec, result, 0, len(logp))
+        else:
+            result = evaluate(logp, tokens, spec)
         ctx.save_for_backward(result.gradient)
         ctx.mark_non_differentiable(*result[2:])
         return result.loss.sum(), *result[2:]

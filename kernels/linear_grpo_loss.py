@@ -20,13 +20,87 @@ Shapes: N scored tokens, V vocabulary, D hidden, S sequences.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 from .checks import IGNORED, check_head, check_target, choose_impl
-from .grpo_loss import check_loss_inputs, output_of
-from .linear_logprob import Chunk, chunk_rows, linear_logprob, row_spans
-from .objective import Evaluation, GRPOLoss, GRPOLossOutput, Tokens, describe_tokens, evaluate
+from .grpo_loss import (
+    check_loss_inputs,
+    empty_evaluation,
+    evaluate_triton,
+    load_token,
+    output_of,
+)
+from .linear_logprob import linear_logprob
+from .objective import (
+    GRPOLoss,
+    GRPOLossOutput,
+    Tokens,
+    describe_tokens,
+    evaluate,
+    sampler_ratio,
+    token_loss,
+)
+from .rows import (
+    Chunk,
+    add_matmul,
+    chunk_rows,
+    dlogits_triton,
+    row_config,
+    row_spans,
+    row_statistics,
+    write_dlogits,
+)
 
 WORTH_COMPACTING = 0.9  # share of rows with a gradient below which copying them out is cheaper
+
+
+@triton.jit
+def grpo_rows_kernel(
+    logits_ptr, target_ptr,  # [n, V], [n]: this chunk
+    advantage_ptr, scale_ptr, scored_ptr, old_ptr, ref_ptr, sampler_ptr,  # [N]
+    logp_ptr, entropy_ptr, loss_ptr, gradient_ptr, kl_ptr, low_ptr, high_ptr,  # [N]
+    first, V, stride_logits, inv_temperature,
+    SPEC: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr, STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place.
+    STATISTICS stops after log-prob and entropy: the loss needs the other tokens of the sequence."""
+    row = tl.program_id(0)
+    token = first + row
+    row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
+    top, total, mean = row_statistics(row_ptr, V, inv_temperature, BLOCK)
+    log_total = tl.log(total)
+    scored = tl.load(scored_ptr + token) != 0
+    target = tl.load(target_ptr + row)
+    z_target = tl.load(row_ptr + target, mask=scored, other=0.0).to(tl.float32) * inv_temperature
+    logp = tl.where(scored, (z_target - top) - log_total, 0.0)
+    tl.store(logp_ptr + token, logp)
+    tl.store(entropy_ptr + token, tl.where(scored, log_total - mean / total, 0.0))
+    if not STATISTICS:
+        log_ratio, drift = load_token(
+            logp, old_ptr, sampler_ptr, token, scored, HAS_OLD, HAS_SAMPLER
+        )
+        correction = 1.0
+        if HAS_SAMPLER:
+            correction = sampler_ratio(drift, SPEC)
+        ref = logp
+        if SPEC.beta != 0.0:
+            ref = tl.load(ref_ptr + token, mask=scored, other=0.0)
+        value, d_weight, d_logp, kl, low, high = token_loss(
+            logp, log_ratio, log_ratio, ref, tl.load(advantage_ptr + token), correction, SPEC
+        )
+        scale = tl.load(scale_ptr + token)
+        gradient = d_logp * scale + d_weight * scale
+        tl.store(loss_ptr + token, value * scale)
+        tl.store(gradient_ptr + token, gradient)
+        tl.store(kl_ptr + token, tl.where(scored, kl, 0.0))
+        tl.store(low_ptr + token, low & scored)
+        tl.store(high_ptr + token, high & scored)
+        tl.debug_barrier()  # the target's logit is read before it is overwritten
+        write_dlogits(
+            row_ptr, V, target, top, log_total, 0.0, gradient, 0.0, inv_temperature, False, BLOCK
+        )
 
 
 def _spans(tokens: Tokens, rows: int, whole_sequences: bool) -> list[tuple[int, int]] | None:
@@ -48,63 +122,133 @@ def _spans(tokens: Tokens, rows: int, whole_sequences: bool) -> list[tuple[int, 
     return [*spans, (start, end)]
 
 
-def _torch_forward(hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need: tuple[bool, bool]):
+class _TorchChunks:
+    """The passes over a chunk of tokens, on the CPU."""
+
+    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int):
+        self.hidden, self.weight, self.tokens, self.spec = hidden, weight.float(), tokens, spec
+        self.target, self.inv_temperature = target.clamp(min=0), 1.0 / spec.temperature
+        self.chunk = Chunk(rows, self.weight)
+        self.logp, self.entropy = self.weight.new_empty(2, len(hidden))
+        self.result = empty_evaluation(self.logp)
+
+    def score(self, a: int, b: int) -> None:
+        """Log-prob, entropy, loss and coefficient of the tokens a .. b."""
+        x = self.hidden[a:b].float() * self.inv_temperature
+        logp, entropy, *_ = self.chunk(x, self.target[a:b])
+        ignored = ~self.tokens.scored[a:b]
+        self.logp[a:b] = logp.masked_fill_(ignored, 0.0)
+        self.entropy[a:b] = entropy.masked_fill_(ignored, 0.0)
+        part = evaluate(logp, self.tokens.slice(a, b), self.spec)
+        for whole, field in zip(self.result, part, strict=True):
+            whole[a:b] = field
+
+    def evaluate_all(self) -> None:
+        self.result = evaluate(self.logp, self.tokens, self.spec)
+
+    def rescore(self, a: int, b: int) -> None:
+        """Bring back the logits of tokens whose coefficient is known."""
+        x = self.hidden[a:b].float() * self.inv_temperature
+        self.chunk(x, self.target[a:b], entropy=False)
+
+    def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, "slice | torch.Tensor"]:
+        """The logits' gradient for the tokens that have one, and which of them those are."""
+        g, target, p, live = (
+            self.result.gradient[a:b],
+            self.target[a:b],
+            self.chunk.softmax,
+            slice(a, b),
+        )
+        keep = g.nonzero()[:, 0]
+        if len(keep) < WORTH_COMPACTING * (b - a):
+            g, target, p, live = g[keep], target[keep], p[keep], keep + a
+        g = g[:, None] * self.inv_temperature
+        return p[: len(g)].mul_(-g).scatter_add_(1, target[:, None], g), live
+
+
+class _TritonChunks:
+    """The same passes on CUDA."""
+
+    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int):
+        self.hidden, self.weight, self.target = hidden, weight, target
+        self.tokens, self.spec, self.inv_temperature = tokens, spec, 1.0 / spec.temperature
+        self.coupled = spec.couples_tokens(tokens.sampler is not None)
+        self.buffer = weight.new_empty(rows, weight.shape[0])
+        self.logp, self.entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        self.result = empty_evaluation(self.logp)
+        self.is_gradient = False  # what the buffer holds: raw logits, or already their gradient
+
+    def score(self, a: int, b: int) -> None:
+        t, logits = self.tokens, self.buffer[: b - a]
+        torch.mm(self.hidden[a:b], self.weight.t(), out=logits)
+        old, ref, sampler = (self.logp if x is None else x for x in (t.old, t.ref, t.sampler))
+        grpo_rows_kernel[(b - a,)](
+            logits, self.target[a:b], t.advantage, t.scale, t.scored, old, ref, sampler,
+            self.logp, self.entropy, *self.result,
+            a, logits.shape[1], logits.stride(0), self.inv_temperature,
+            self.spec, t.old is not None, t.sampler is not None, self.coupled,
+            **row_config(logits.shape[1]),
+        )  # fmt: skip
+        self.is_gradient = not self.coupled
+        if self.coupled:
+            evaluate_triton(self.logp, t, self.spec, self.result, a, b)
+
+    def evaluate_all(self) -> None:
+        evaluate_triton(self.logp, self.tokens, self.spec, self.result, 0, len(self.logp))
+
+    def rescore(self, a: int, b: int) -> None:
+        torch.mm(self.hidden[a:b], self.weight.t(), out=self.buffer[: b - a])
+        self.is_gradient = False
+
+    def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, "slice | torch.Tensor"]:
+        d, g, live = self.buffer[: b - a], self.result.gradient[a:b], slice(a, b)
+        if not self.is_gradient:
+            dlogits_triton(d, self.target[a:b], g, None, self.inv_temperature)
+        if self.spec.beta == 0:  # the KL gives nearly every token a gradient: not worth the sync
+            keep = g.nonzero()[:, 0]
+            if len(keep) < WORTH_COMPACTING * (b - a):
+                d, live = d[keep], keep + a
+        return d, live
+
+
+def _forward(hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl: str):
+    """-> the chunks object with its results, d_hidden | None, fp32 d_weight | None."""
     need_hidden, need_weight = need
-    N, inv_t = hidden.shape[0], 1.0 / spec.temperature
-    w, safe = weight.float(), target.clamp(min=0)
-    rows = chunk_rows(w.shape[0])
+    N, rows = len(hidden), chunk_rows(len(hidden), weight)
     spans = _spans(tokens, rows, spec.couples_tokens(tokens.sampler is not None))
-    known = None
-    if spans is None:
-        logp = linear_logprob(hidden, weight, target, temperature=spec.temperature, impl="torch")
-        known = evaluate(logp, tokens, spec)
-        spans = list(row_spans(N, rows))
-    chunk = Chunk(min(rows, N), w)
-    logp, entropy = w.new_empty(2, N)
+    score_first = spans is None or not (need_hidden or need_weight)
+    chunks = (_TritonChunks if impl == "triton" else _TorchChunks)(
+        hidden, weight, target, tokens, spec, 0 if score_first and spans else rows
+    )
+    if score_first:
+        with torch.no_grad():
+            chunks.logp, chunks.entropy = linear_logprob(
+                hidden, weight, target, temperature=spec.temperature, entropy=True, impl=impl
+            )
+        chunks.evaluate_all()
+        spans = row_spans(N, rows)
     d_hidden = torch.zeros_like(hidden) if need_hidden else None
-    d_weight = torch.zeros_like(w) if need_weight else None
-    parts = []
-    for a, b in spans:
-        x = hidden[a:b].float() * inv_t
-        logp[a:b], entropy[a:b], _, p = chunk(x, safe[a:b])
-        logp[a:b].masked_fill_(~tokens.scored[a:b], 0.0)
-        entropy[a:b].masked_fill_(~tokens.scored[a:b], 0.0)
-        if known is None:
-            parts.append(evaluate(logp[a:b], tokens.slice(a, b), spec))
-            g = parts[-1].gradient
-        else:
-            g = known.gradient[a:b]
-        if not (need_hidden or need_weight):
-            continue
-        live = g.nonzero()[:, 0]
-        if len(live) == 0:
-            continue
-        p.scatter_add_(1, safe[a:b, None], p.new_full((b - a, 1), -1.0))  # p - 1_y
-        out = slice(a, b)
-        if len(live) < WORTH_COMPACTING * (b - a):
-            p, x, g, out = p[live], x[live], g[live], live + a
-        g = g[:, None]
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+    for a, b in spans if need_hidden or need_weight else ():
+        chunks.rescore(a, b) if score_first else chunks.score(a, b)
+        d, live = chunks.dlogits(a, b)
         if need_hidden:
-            d_hidden[out] = (p @ w).mul_(g * -inv_t).to(hidden.dtype)
+            d_hidden[live] = (d @ chunks.weight).to(hidden.dtype)
         if need_weight:
-            d_weight.addmm_(p.t(), x.mul_(g), alpha=-1.0)
-    if known is None:
-        parts = parts or [evaluate(logp, tokens, spec)]  # no tokens at all
-        known = Evaluation(*(torch.cat(field) for field in zip(*parts, strict=True)))
-    return known, logp, entropy, d_hidden, d_weight
+            add_matmul(d_weight, d.t(), hidden[live])
+    return chunks, d_hidden, d_weight
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl: str):
-        e, logp, entropy, d_hidden, d_weight = _torch_forward(
-            hidden, weight, target, tokens, spec, need
-        )
+        chunks, d_hidden, d_weight = _forward(hidden, weight, target, tokens, spec, need, impl)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = hidden.dtype
-        rest = (logp, entropy, e.kl, e.clip_low, e.clip_high)
+        result = chunks.result
+        rest = (chunks.logp, chunks.entropy, result.kl, result.clip_low, result.clip_high)
         ctx.mark_non_differentiable(*rest)
-        return e.loss.sum(), *rest
+        return result.loss.sum(), *rest
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor, *_):

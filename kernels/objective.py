@@ -266,7 +266,7 @@ _TORCH_TL = types.SimpleNamespace(
     exp=torch.exp, log=torch.log, where=torch.where,
     minimum=_bound(torch.minimum), maximum=_bound(torch.maximum), constexpr=None,
 )  # fmt: skip
-_TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach}
+_TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach, "__builtins__": __builtins__}
 
 
 def torch_twin(kernel_function):
@@ -287,20 +287,21 @@ token_loss_torch = torch_twin(token_loss)
 
 
 class Tokens(NamedTuple):
-    """What the loss needs to know of N tokens besides their log-probs. Every field but `count` is [N]."""
+    """What the loss needs to know of N tokens besides their log-probs. All [N] but `count` and `end`."""
 
     sequence_id: torch.Tensor
     scored: torch.Tensor  # bool; False = ignored
     advantage: torch.Tensor  # of the token's sequence
     scale: torch.Tensor  # c_t, 0 where ignored
     count: torch.Tensor  # [S] scored tokens of each sequence, at least 1
+    end: torch.Tensor  # [S] where each sequence ends in the whole batch, sliced or not
     old: torch.Tensor | None
     ref: torch.Tensor | None
     sampler: torch.Tensor | None
 
     def slice(self, start: int, stop: int) -> "Tokens":
         cut = (None if x is None else x[start:stop] for x in self)
-        return Tokens(*cut)._replace(count=self.count)
+        return Tokens(*cut)._replace(count=self.count, end=self.end)
 
 
 def describe_tokens(
@@ -336,7 +337,7 @@ def describe_tokens(
     else:
         scale = 1.0 / torch.as_tensor(num_tokens, dtype=dtype, device=scored.device).clamp(min=1)
     return Tokens(
-        sequence_id, scored, advantage.to(dtype)[sequence_id], scored * scale, count,
+        sequence_id, scored, advantage.to(dtype)[sequence_id], scored * scale, count, end,
         *(None if x is None else x.detach().to(dtype) for x in (old, ref, sampler)),
     )  # fmt: skip
 
