@@ -131,7 +131,7 @@ def combine_splits_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(scored, log_total - mean / total, 0.0), mask=in_n)
 
 
-def _tma_ready(*tensors: torch.Tensor) -> bool:
+def tma_ready(*tensors: torch.Tensor) -> bool:
     return all(
         x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
         for x in tensors
@@ -143,7 +143,7 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor, tma: bool | None 
     is_fp32 = hidden.dtype == torch.float32
     if tma is None:
         hopper = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] >= 9
-        tma = hopper and _tma_ready(hidden, weight)
+        tma = hopper and tma_ready(hidden, weight)
     block_n, block_v, block_d, warps, stages = (
         FP32_TILE if is_fp32 else WGMMA_TILE if tma else PLAIN_TILE
     )

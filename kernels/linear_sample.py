@@ -8,7 +8,7 @@ a 31-bit u keeps a token of probability 1e-6 at its probability, -log(u) in fp32
 splitmix64 hash of a 64-bit row key and the vocabulary id, two ids from one hash.
 
 FLOPs 2RVD, bytes 2VD (bf16 weight, read once; at decode sizes this is the floor) + R/128 times nothing: the
-logits never leave the chip on CUDA, nor more than `TILE_BYTES` of them exist on the CPU.
+logits never leave the chip on CUDA, nor more than `CPU_TILE_BYTES` of them exist on the CPU.
 Tolerance: log-probs in fp32 within 1e-5 of float64; tokens equal across implementations on fp32 inputs.
 Measured on a GPU: not yet.
 
@@ -16,13 +16,165 @@ Shapes: R rows, V vocabulary, D hidden.
 """
 
 import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .checks import check_head, check_temperature, check_tensor, choose_impl, require
+from .checks import check_head, check_temperature, check_tensor, choose_impl, interpreted, require
+from .linear_logprob import tma_ready
 
-TILE_BYTES = 1 << 24
-GOLDEN = 0x9E3779B97F4A7C15
-MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-BELOW_ONE = 1.0 - 2.0**-24  # u = 1 would give infinite noise to a token that may hold all the mass
+CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
+GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
+MIX_1: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
+MIX_2: tl.constexpr = tl.constexpr(0x94D049BB133111EB)
+BELOW_ONE: tl.constexpr = tl.constexpr(
+    1.0 - 2.0**-24
+)  # u = 1 would bar a token that may hold all the mass
+
+# BLOCK_V, BLOCK_D, warps, stages; the vocabulary is the matmul's M, so that few rows fill a wgmma
+WGMMA_TILE = (128, 64, 4, 5)
+FP32_TILE = (64, 32, 4, 3)
+
+
+@triton.jit
+def mix(x):
+    """splitmix64's finaliser, uint64 -> uint64."""
+    x = (x ^ (x >> 30)) * MIX_1
+    x = (x ^ (x >> 27)) * MIX_2
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def exponential(state, ids):
+    """Exp(1) noise of the vocabulary ids; accurate near 0, where the unlikely tokens win."""
+    pair = (ids >> 1).to(tl.uint64) + 1
+    bits = (mix(state + pair * GOLDEN) >> ((ids & 1) * 32).to(tl.uint64)) & 0x7FFFFFFF
+    u = tl.minimum(
+        bits.to(tl.int32).to(tl.float32) * (1 / 2147483648) + (1 / 4294967296), BELOW_ONE
+    )
+    # -log1p(-u): seven terms reach fp32 for u < 1/8, above that 1 - u loses nothing
+    series = 1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7 + u * (1 / 8))))
+    series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * series)))
+    return tl.where(u < 0.125, series, -tl.log(1.0 - u))
+
+
+@triton.jit(do_not_specialize=["seed"])
+def linear_sample_kernel(
+    hidden, weight, row_key_ptr, position_ptr, seed,
+    score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr,  # [tiles, R]
+    R, V, D: tl.constexpr, inv_temperature, stride_hidden, stride_weight,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GREEDY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program a vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
+    `hidden` and `weight` are tensor descriptors if TMA, else pointers."""
+    tile = tl.program_id(0)
+    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = tl.program_id(1) * BLOCK_R
+    offs_r = row + tl.arange(0, BLOCK_R)
+    in_r = offs_r < R
+    acc = tl.zeros([BLOCK_V, BLOCK_R], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        if TMA:
+            w = weight.load([tile * BLOCK_V, k])
+            x = hidden.load([row, k])
+        else:
+            offs_d = k + tl.arange(0, BLOCK_D)
+            in_d = offs_d < D
+            w = tl.load(
+                weight + offs_v.to(tl.int64)[:, None] * stride_weight + offs_d[None, :],
+                mask=(offs_v < V)[:, None] & in_d[None, :], other=0.0,
+            )  # fmt: skip
+            x = tl.load(
+                hidden + offs_r.to(tl.int64)[:, None] * stride_hidden + offs_d[None, :],
+                mask=in_r[:, None] & in_d[None, :], other=0.0,
+            )  # fmt: skip
+        if UPCAST:
+            w = w.to(tl.float32)
+            x = x.to(tl.float32)
+        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+    z = tl.where((offs_v < V)[:, None], acc * inv_temperature, -1e38)
+    top = tl.max(z, 0)
+    e = tl.exp(z - top[None, :])
+    race = e
+    if not GREEDY:
+        key = tl.load(row_key_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
+        place = tl.load(position_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
+        start = (seed.to(tl.int64) + 1).to(tl.uint64, bitcast=True) * MIX_2
+        state = mix(mix(key * GOLDEN + start) + place * GOLDEN)
+        race = e / exponential(state[None, :], offs_v[:, None])
+    best = tl.max(race, 0)
+    token = tl.min(tl.where(race == best[None, :], offs_v[:, None], V), 0)
+    logit = tl.sum(tl.where(offs_v[:, None] == token[None, :], z, 0.0), 0)
+    out = tile * R + offs_r
+    tl.store(score_ptr + out, tl.log(best) + top, mask=in_r)
+    tl.store(token_ptr + out, token, mask=in_r)
+    tl.store(logit_ptr + out, logit, mask=in_r)
+    tl.store(top_ptr + out, top, mask=in_r)
+    tl.store(total_ptr + out, tl.sum(e, 0), mask=in_r)
+
+
+@triton.jit
+def combine_tiles_kernel(
+    score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, sample_ptr, logp_ptr,
+    R, tiles, V, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the winner of the winners, and its log-prob."""
+    row = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    here = lane < tiles
+    at = lane * R + row
+    score = tl.load(score_ptr + at, mask=here, other=-float("inf"))
+    token = tl.load(token_ptr + at, mask=here, other=V)
+    best = tl.min(tl.where(score == tl.max(score, 0), token, V), 0)
+    logit = tl.load(logit_ptr + at, mask=here, other=0.0)
+    logit = tl.sum(tl.where(token == best, logit, 0.0), 0)
+    top = tl.load(top_ptr + at, mask=here, other=-1e38)
+    total = tl.load(total_ptr + at, mask=here, other=0.0)
+    highest = tl.max(top, 0)
+    total = tl.sum(total * tl.exp(top - highest), 0)
+    tl.store(sample_ptr + row, best.to(tl.int64))
+    tl.store(logp_ptr + row, (logit - highest) - tl.log(total))
+
+
+def sample_launch(hidden: torch.Tensor, weight: torch.Tensor, tma: bool | None = None) -> tuple:
+    """-> matrices and constants of `linear_sample_kernel` that depend on dtype, rows and architecture."""
+    is_fp32 = hidden.dtype == torch.float32
+    if tma is None:
+        hopper = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] >= 9
+        tma = hopper and tma_ready(hidden, weight)
+    block_v, block_d, warps, stages = FP32_TILE if is_fp32 else WGMMA_TILE
+    block_r = min(64, max(16, triton.next_power_of_2(len(hidden))))
+    matrices = (hidden, weight)
+    if tma:
+        shapes = ([block_r, block_d], [block_v, block_d])
+        matrices = tuple(map(TensorDescriptor.from_tensor, matrices, shapes))
+    constants = {
+        "BLOCK_R": block_r, "BLOCK_V": block_v, "BLOCK_D": block_d, "TMA": tma,
+        "PRECISION": "ieee" if is_fp32 else "tf32", "num_warps": warps, "num_stages": stages,
+        "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
+    }  # fmt: skip
+    return matrices, constants
+
+
+def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, greedy):
+    (R, D), V = hidden.shape, weight.shape[0]
+    token, logp = torch.empty_like(row_key), hidden.new_empty(R, dtype=torch.float32)
+    if R == 0:
+        return token, logp
+    (x, w), constants = sample_launch(hidden, weight)
+    tiles = triton.cdiv(V, constants["BLOCK_V"])
+    score, logit, top, total = logp.new_empty(4, tiles, R)
+    winner = torch.empty_like(score, dtype=torch.int32)
+    linear_sample_kernel[(tiles, triton.cdiv(R, constants["BLOCK_R"]))](
+        x, w, row_key, position, _signed(seed), score, winner, logit, top, total,
+        R, V, D, inv_temperature, hidden.stride(0), weight.stride(0), GREEDY=greedy, **constants,
+    )  # fmt: skip
+    combine_tiles_kernel[(R,)](
+        score, winner, logit, top, total, token, logp, R, tiles, V,
+        BLOCK=triton.next_power_of_2(tiles),
+    )  # fmt: skip
+    return token, logp
 
 
 def _signed(x: int) -> int:
@@ -33,23 +185,23 @@ def _signed(x: int) -> int:
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """splitmix64's finaliser on int64, in place; the masks make the shifts logical."""
-    x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MIX_1))
-    x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MIX_2))
+    x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MIX_1.value))
+    x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MIX_2.value))
     return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def row_state(seed: int, row_key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """[R] int64: where in the 2^64 cycle the noise of this row at this position starts."""
-    start = _mix(row_key * _signed(GOLDEN) + _signed((seed + 1) * MIX_2))
-    return _mix(start.add_(position * _signed(GOLDEN)))
+    start = _mix(row_key * _signed(GOLDEN.value) + _signed((seed + 1) * MIX_2.value))
+    return _mix(start.add_(position * _signed(GOLDEN.value)))
 
 
 def negative_noise(state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """-E [R, stop - start] fp32 for the vocabulary ids start .. stop; start is even."""
     pair = torch.arange(start // 2 + 1, (stop + 1) // 2 + 1, device=state.device)
-    bits = _mix(state[:, None] + pair.mul_(_signed(GOLDEN)))
+    bits = _mix(state[:, None] + pair.mul_(_signed(GOLDEN.value)))
     u = bits.view(torch.int32)[:, : stop - start].bitwise_and_(0x7FFFFFFF).float()
-    return u.mul_(-(2.0**-31)).sub_(2.0**-32).clamp_(min=-BELOW_ONE).log1p_()
+    return u.mul_(-(2.0**-31)).sub_(2.0**-32).clamp_(min=-BELOW_ONE.value).log1p_()
 
 
 def exponential_noise(
@@ -69,7 +221,7 @@ def _sample_torch(
     """Vocabulary tiles with a running winner and log-sum-exp; `state` None = greedy."""
     (R, _), V = hidden.shape, weight.shape[0]
     hidden = hidden.float() * inv_temperature
-    tile = max(1024, TILE_BYTES // (4 * max(R, 1))) & ~1
+    tile = max(1024, CPU_TILE_BYTES // (4 * max(R, 1))) & ~1
     best = None
     for start in range(0, V, tile):
         stop = min(start + tile, V)
@@ -134,5 +286,9 @@ def linear_sample(
             hidden, weight, temperature=temperature, seed=seed, row_key=row_key,
             position=position, greedy=greedy,
         )  # fmt: skip
+    if impl == "triton":
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+        row_key, position = row_key.contiguous(), position.contiguous()
+        return _sample_triton(hidden, weight, 1.0 / temperature, seed, row_key, position, greedy)
     state = None if greedy else row_state(seed, row_key, position)
     return _sample_torch(hidden, weight, 1.0 / temperature, state)

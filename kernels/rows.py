@@ -1,0 +1,156 @@
+"""Rows of logits that do exist, a chunk of tokens at a time: what the backward of `linear_logprob` and both
+directions of `linear_grpo_loss` are made of.
+
+    p_v = softmax(z / T);   d z_v = (g (1[v = y] - p_v) - h p_v (log p_v + H)) / T
+
+Triton: one program a row reads it twice (the second time from L2) and writes it once: 6 bytes a bf16 logit,
+no matmul. The CPU's `Chunk` does the same in two buffers.
+The row's softmax always comes from these logits, rounded as they are: for a token of probability near 1 only
+a consistent p - 1 is near 0.
+Measured on a GPU: not yet.
+
+Shapes: N tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+CPU_CHUNK_BYTES = 1 << 25  # of fp32 logits at a time: small problems run as one chunk
+CUDA_CHUNK_BYTES = 1 << 30  # with the fp32 d_weight of a 152k x 1,536 head this stays below 2.3 GB
+
+
+@triton.jit
+def row_statistics(row_ptr, V, inv_temperature, BLOCK: tl.constexpr):
+    """One row of logits -> max, sum of e^(z - max), sum of e^(z - max) (z - max)."""
+    lane = tl.arange(0, BLOCK)
+    top = -1e38  # finite: 0 * -inf would be NaN
+    total = 0.0
+    mean = 0.0
+    for column in range(0, V, BLOCK):
+        in_v = column + lane < V
+        z = tl.load(row_ptr + column + lane, mask=in_v, other=0.0).to(tl.float32)
+        z = tl.where(in_v, z * inv_temperature, -1e38)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        rescale = tl.exp(top - new_top)
+        e = tl.exp(z - new_top)
+        mean = (mean + total * (top - new_top)) * rescale + tl.sum(e * (z - new_top), 0)
+        total = total * rescale + tl.sum(e, 0)
+        top = new_top
+    return top, total, mean
+
+
+@triton.jit
+def write_dlogits(
+    row_ptr, V, target, top, log_total, entropy, g, h, inv_temperature,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Overwrite a row of raw logits by g (1_y - p) - h p (log p + H), chained through the temperature."""
+    lane = tl.arange(0, BLOCK)
+    for column in range(0, V, BLOCK):
+        offs_v = column + lane
+        z = tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+        log_p = (z * inv_temperature - top) - log_total
+        p = tl.exp(log_p)
+        d = tl.where(offs_v == target, g, 0.0) - g * p
+        if ENTROPY:
+            d -= h * p * (log_p + entropy)
+        d = (d * inv_temperature).to(row_ptr.dtype.element_ty)
+        tl.store(row_ptr + offs_v, d, mask=offs_v < V)
+
+
+@triton.jit
+def dlogits_kernel(
+    logits_ptr, target_ptr, grad_logp_ptr, grad_entropy_ptr, V, stride_logits, inv_temperature,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row."""
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
+    top, total, mean = row_statistics(row_ptr, V, inv_temperature, BLOCK)
+    log_total = tl.log(total)
+    h = 0.0
+    if ENTROPY:
+        h = tl.load(grad_entropy_ptr + row)
+    write_dlogits(
+        row_ptr, V, tl.load(target_ptr + row), top, log_total, log_total - mean / total,
+        tl.load(grad_logp_ptr + row), h, inv_temperature, ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+def row_config(V: int) -> dict:
+    """Launch shape of the row kernels."""
+    block = min(8192, triton.next_power_of_2(V))
+    return {"BLOCK": block, "num_warps": max(4, min(16, block // 512))}
+
+
+def chunk_rows(N: int, weight: torch.Tensor) -> int:
+    """Tokens whose logits exist at once: equal chunks within the budget, so that none is a small rest.
+    Below 32 a chunk's pass over d_weight would cost more than its matmul."""
+    size, budget, step = 4, CPU_CHUNK_BYTES, 1
+    if weight.is_cuda:
+        size, budget, step = weight.element_size(), CUDA_CHUNK_BYTES, 128
+    most = max(32, budget // (size * weight.shape[0]))
+    even = triton.cdiv(N, max(1, triton.cdiv(N, most)))
+    return min(max(1, triton.cdiv(even, step) * step), max(N, 1))
+
+
+def row_spans(N: int, rows: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + rows, N)) for start in range(0, N, rows))
+
+
+def add_matmul(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """acc += a @ b for an fp32 acc, without rounding the product to the inputs' dtype first."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    else:
+        acc.addmm_(a.float(), b.float())
+
+
+class Chunk:
+    """The two [rows, V] buffers of the CPU path, and the softmax statistics of one chunk of tokens."""
+
+    def __init__(self, rows: int, weight: torch.Tensor):
+        self.weight = weight
+        self.logits = weight.new_empty(rows, weight.shape[0])
+        self.softmax = torch.empty_like(self.logits)
+
+    def __call__(self, hidden: torch.Tensor, target: torch.Tensor, entropy: bool = True) -> tuple:
+        """-> logp, entropy | None, softmax, log-softmax + log_total (views the next call overwrites)."""
+        n = hidden.shape[0]
+        z = torch.mm(hidden, self.weight.t(), out=self.logits[:n])
+        z.sub_(z.amax(1, keepdim=True))  # relative to the max, so that large logits cost no digits
+        p = torch.softmax(z, 1, out=self.softmax[:n])
+        log_total = -p.amax(1).log_()  # the largest p is 1 / sum of e^z
+        logp = z.gather(1, target[:, None])[:, 0] - log_total
+        # one pass over both, no temporary; p = 0 meets a finite z, so no -inf appears
+        ent = log_total - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0] if entropy else None
+        return logp, ent, p, z, log_total
+
+
+def dlogits_torch(chunk: Chunk, hidden, target, ent, g, h, inv_temperature) -> torch.Tensor:
+    _, _, p, z, log_total = chunk(hidden.float() * inv_temperature, target, entropy=False)
+    g = g[:, None] * inv_temperature
+    if h is None:
+        p.mul_(-g)
+    else:
+        z.add_((ent - log_total)[:, None]).mul_(h[:, None] * -inv_temperature)
+        p.mul_(z.sub_(g))
+    return p.scatter_add_(1, target[:, None], g)
+
+
+def dlogits_triton(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    inv_temperature: float,
+) -> torch.Tensor:
+    """Raw logits [n, V] -> their gradient, in place."""
+    dlogits_kernel[(len(logits),)](
+        logits, target, g, g if h is None else h, logits.shape[1], logits.stride(0), inv_temperature,
+        ENTROPY=h is not None, **row_config(logits.shape[1]),
+    )  # fmt: skip
+    return logits
