@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,9 +151,12 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
 
 
 MEMORY = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from vtfast.data import load_samples
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not ru_maxrss: a child starts with its parent's
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]) / 1024
 load_samples(sys.argv[1], limit=1)
 before = peak()
 load_samples(sys.argv[2], limit=20)
@@ -160,6 +164,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_one_huge_row_group_is_streamed(tmp_path):
     """SAT_train.parquet is one row group of 5 GB; here one of 400 MB must not come in whole."""
     noise = Image.effect_noise((600, 600), 90).convert("RGB")
@@ -173,7 +178,7 @@ def test_one_huge_row_group_is_streamed(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, small, huge], check=True, capture_output=True, text=True
     )
-    assert float(run.stdout) < 150  # MB
+    assert float(run.stdout) < 200  # MB
 
 
 # -------------------------------------------------------------------------------------- hub

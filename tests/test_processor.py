@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from make_files import encoded, picture
+from PIL import Image
 
 from vtfast import processor as processing
 from vtfast.errors import UserError
@@ -113,6 +114,8 @@ def test_the_key_is_the_content(processor):
 
     keys = [key(), key("How much?"), key(image=picture(56, 84, seed=1)), key(image=picture(84, 56))]
     assert len(set(keys)) == 4
+    grey = [Image.new("L", size, 9) for size in ((56, 84), (84, 56))]  # same ids, same pixels
+    assert key(image=grey[0]) != key(image=grey[1])
     assert key() == keys[0]
     assert all(0 <= k < 2**63 for k in keys)
     assert processor.encode("How many?", []).key not in keys
