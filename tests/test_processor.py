@@ -14,7 +14,7 @@ from PIL import Image
 
 from vtfast import processor as processing
 from vtfast.errors import UserError
-from vtfast.images import Images
+from vtfast.images import Images, image_sizes
 from vtfast.processor import PLACEHOLDER, Processor, mrope_positions, resize_image
 from vtfast.tiny_model import build_tiny_model
 
@@ -97,6 +97,17 @@ def test_ids_and_pixels_are_hugging_faces_own(folder, processor):
     text = text.replace("<|hole|>", "<|image_pad|>")
     expected = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert prompt.ids.tolist() == expected
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_the_length_is_known_without_pixels(processor, images):
+    prompt = prompt_of(processor, images)
+    assert processor.prompt_length(prompt.text, SIZES[:images]) == len(prompt.ids)
+
+
+def test_sizes_of_encoded_images():
+    sources = [encoded(picture(84, 40)), picture(30, 50)]
+    assert image_sizes(Images(sources)) == [(84, 40), (30, 50)]
 
 
 def test_a_text_only_prompt(processor):
@@ -275,11 +286,13 @@ def test_a_strip_that_would_vanish(folder):
     pytest.importorskip("torchvision")
     image = picture(6000, 40)
     for resize in (resize_image, processing._utils_resize):
-        with pytest.raises(ValueError, match="must be > 0"):
+        with pytest.raises(ValueError, match="short side|must be > 0"):
             resize(image, 3136, 6272)
     processor = Processor.from_pretrained(folder, max_pixels=6272)
     with pytest.raises(UserError, match="image 1 of 1"):
         processor.encode(PLACEHOLDER, [image])
+    with pytest.raises(UserError, match="short side"):  # and before a run starts
+        processor.prompt_length(PLACEHOLDER, [image.size])
 
 
 WORLD = """

@@ -112,6 +112,7 @@ class Processor:
         if not 0 < low <= high:
             raise UserError(f"min_pixels {low} and max_pixels {high}: 0 < min <= max is needed")
         image_processor.size = {"shortest_edge": low, "longest_edge": high}
+        _resizer()  # chosen, and said in the log, before any work starts
         return cls(tokenizer, image_processor, _eos_ids(path, tokenizer))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -151,10 +152,17 @@ class Processor:
         return Prompt(ids, positions, pixels, grid, _key(ids, pixels, grid), text, mask)
 
     def prompt_length(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens that `encode` would make of images of these (width, height), without their pixels."""
+        """Tokens that `encode` would make, told from the images' (width, height) alone.
+
+        Raises:
+            UserError: an image that cannot be resized within the limits.
+        """
         size, patch = self.image_processor.size, self.image_processor.patch_size
         limits = size["shortest_edge"], size["longest_edge"], patch
-        sides = [resized_sides(*wide_high, *limits) for wide_high in sizes]
+        try:
+            sides = [resized_sides(*wide_high, *limits) for wide_high in sizes]
+        except ValueError as error:
+            raise UserError(f"an image of the prompt: {error}") from error
         unit = self.image_processor.merge_size * patch
         image_tokens = sum(width * height // unit**2 for width, height in sides)
         text_tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -236,7 +244,7 @@ def resized_sides(
     """Width and height behind resizing: multiples of two patches, with an area within the limits.
 
     Raises:
-        ValueError: aspect ratio above 200.
+        ValueError: aspect ratio above 200, or a strip too thin for `max_pixels`.
     """
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f"aspect ratio above {MAX_RATIO}")
@@ -249,6 +257,8 @@ def resized_sides(
     elif area < min_pixels:
         grow = math.sqrt(min_pixels / (width * height))
         sides = [math.ceil(side * grow / unit) * unit for side in (width, height)]
+    if min(sides) == 0:
+        raise ValueError(f"{width} x {height} pixels: max_pixels leaves nothing of the short side")
     return sides[0], sides[1]
 
 
