@@ -17,6 +17,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from vtfast.config import FREEZABLE
 from vtfast.errors import UserError
+from vtfast.hub import model_path
 from vtfast.processor import Prompt
 from vtfast.tiny_model import build_tiny_model
 
@@ -82,22 +83,19 @@ def load_model(
 
     Raises UserError when the folder has no weights, the id cannot be fetched, or the model is of another family.
     """
-    folder = Path(path)
-    if folder.is_dir() and not (
-        list(folder.glob("*.safetensors")) or list(folder.glob("*.safetensors.index.json"))
-    ):
+    folder = Path(model_path(path))
+    weights = ("*.safetensors", "*.safetensors.index.json")
+    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in weights):
         raise UserError(f"--model {path}: the folder has no *.safetensors weights")
-    if folder.is_file():
-        raise UserError(f"--model {path}: is a file; give the folder of a checkpoint")
     try:
         module, report = Qwen2VLForConditionalGeneration.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+            str(folder),
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"--model {path}: cannot be loaded ({_first_line(error)}). Without a hub connection, download the"
-            " checkpoint elsewhere and give its folder."
-        ) from None
+        raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")

@@ -48,24 +48,31 @@ class Asker:
         """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
         good = []
         for sample in samples:
-            length = self.processor.prompt_length(
-                render(self.template, sample), image_sizes(sample.images)
-            )
-            if length <= self.max_prompt_length:
+            problem = self._misfit(sample)
+            if problem is None:
                 good.append(sample)
-                continue
-            problem = (
-                f"{name}: row {sample.row}: prompt of {length} tokens is over --max_prompt_length"
-                f" {self.max_prompt_length} (lower --max_pixels or raise it)"
-            )
-            if self.on_bad_sample == "error":
-                raise UserError(problem)
-            log.warning("%s; skipped", problem)
+            elif self.on_bad_sample == "error":
+                raise UserError(f"{name}: row {sample.row}: {problem}")
+            else:
+                log.warning("%s: row %d: %s; skipped", name, sample.row, problem)
         if not good:
             raise UserError(
                 f"{name}: no prompt fits into --max_prompt_length {self.max_prompt_length}"
             )
         return good
+
+    def _misfit(self, sample: Sample) -> str | None:
+        try:
+            text, sizes = render(self.template, sample), image_sizes(sample.images)
+            length = self.processor.prompt_length(text, sizes)
+        except UserError as error:
+            return str(error)
+        if length > self.max_prompt_length:
+            return (
+                f"the prompt has {length} tokens and --max_prompt_length is {self.max_prompt_length}"
+                " (raise it, or lower --max_pixels)"
+            )
+        return None
 
 
 def load_questions(config: Config, asker: Asker, rendered: Path | None) -> dict[str, list[Sample]]:
