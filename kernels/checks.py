@@ -25,12 +25,37 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def capability(tensor: torch.Tensor) -> int:
+    """Compute capability as an integer (90 = Hopper); 0 on the CPU."""
+    if not tensor.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def align_rows(*matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Half-precision rows of a length that is no multiple of 16 are padded by zeros: copy engines and vector
+    loads need aligned rows. Every real model's hidden size passes through untouched."""
+    short = -matrices[0].shape[1] % 16 if matrices[0].dtype != torch.float32 else 0
+    return tuple(torch.nn.functional.pad(x, (0, short)) if short else x for x in matrices)
+
+
+def tma_ready(*matrices: torch.Tensor) -> bool:
+    """Whether the tensor-copy engine exists and is worth it for these aligned matrices."""
+    half = matrices[0].dtype != torch.float32  # in fp32 it only costs registers
+    return half and capability(matrices[0]) >= 90 and all(x.data_ptr() % 16 == 0 for x in matrices)
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda or interpreted()
+
+
 def choose_impl(impl: str, tensor: torch.Tensor) -> str:
     """ "auto" -> "triton" on CUDA, "torch" elsewhere; anything else must be runnable on the tensor's device."""
     require(impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         return "triton" if tensor.is_cuda else "torch"
-    runnable = impl != "triton" or tensor.is_cuda or interpreted()
+    runnable = impl != "triton" or runs_triton(tensor)
     require(
         runnable,
         "impl",

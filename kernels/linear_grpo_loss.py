@@ -305,6 +305,8 @@ def linear_grpo_loss(
         spec, sequence_id, advantage, scored, torch.float32, old_logp,
         ref_logp if spec.beta != 0 else None, sampler_logp, num_sequences, num_tokens,
     )  # fmt: skip
+    if impl == "triton":
+        hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
     recording = torch.is_grad_enabled()
     need = (recording and hidden.requires_grad, recording and weight.requires_grad)
     loss, *rest = _LinearGRPOLoss.apply(hidden, weight, target, tokens, spec, need, impl)

@@ -23,15 +23,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import checks
 from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted
 from .rows import Chunk, add_matmul, chunk_rows, dlogits_torch, dlogits_triton, row_spans
 
 SPLIT = 4096  # vocabulary columns of a work item
 
-# BLOCK_N, BLOCK_V, BLOCK_D, warps, stages
-WGMMA_TILE = (128, 128, 64, 8, 4)
+# BLOCK_N, BLOCK_V, BLOCK_D, warps, stages. Two programs fit on a Hopper SM (128 registers, 98 KB each), so
+# that the exponentials of one run under the other's matmul; 128 x 256 tiles would leave room for one.
+WGMMA_TILE = (128, 128, 64, 8, 3)
 PLAIN_TILE = (128, 128, 32, 8, 3)
-FP32_TILE = (64, 64, 32, 4, 2)
+FP32_TILE = (64, 64, 16, 8, 2)
 
 
 @triton.jit
@@ -44,20 +46,26 @@ def logprob_kernel(
     ENTROPY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`hidden` and `weight` are tensor descriptors if TMA, else pointers."""
+    lane_n = tl.arange(0, BLOCK_N)
+    lane_v = tl.arange(0, BLOCK_V)
     row_blocks = tl.cdiv(N, BLOCK_N)
     for item in range(tl.program_id(0), row_blocks * num_splits, tl.num_programs(0)):
         # neighbours share a vocabulary split, so its 12 MB of weights are read from L2
         row = (item % row_blocks) * BLOCK_N
         split = item // row_blocks
-        offs_n = row + tl.arange(0, BLOCK_N)
+        offs_n = row + lane_n
         in_n = offs_n < N
+        if not TMA:
+            x_ptr = hidden + row * tl.cast(stride_hidden, tl.int64)
         target = tl.load(target_ptr + offs_n, mask=in_n, other=-1).to(tl.int32)
         top = tl.full([BLOCK_N], -1e38, tl.float32)  # finite: 0 * -inf would be NaN
         total = tl.zeros([BLOCK_N], tl.float32)
         mean = tl.zeros([BLOCK_N], tl.float32)
         target_logit = tl.zeros([BLOCK_N], tl.float32)
         for column in range(split * SPLIT, min(split * SPLIT + SPLIT, V), BLOCK_V):
-            offs_v = column + tl.arange(0, BLOCK_V)
+            offs_v = column + lane_v
+            if not TMA:  # 64 bits for the tile's corner, 32 inside it
+                w_ptr = weight + column * tl.cast(stride_weight, tl.int64)
             acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             for k in range(0, D, BLOCK_D):
                 if TMA:
@@ -67,11 +75,11 @@ def logprob_kernel(
                     offs_d = k + tl.arange(0, BLOCK_D)
                     in_d = offs_d < D
                     x = tl.load(
-                        hidden + offs_n.to(tl.int64)[:, None] * stride_hidden + offs_d[None, :],
+                        x_ptr + lane_n[:, None] * stride_hidden + offs_d[None, :],
                         mask=in_n[:, None] & in_d[None, :], other=0.0,
                     )  # fmt: skip
                     w = tl.load(
-                        weight + offs_v.to(tl.int64)[:, None] * stride_weight + offs_d[None, :],
+                        w_ptr + lane_v[:, None] * stride_weight + offs_d[None, :],
                         mask=(offs_v < V)[:, None] & in_d[None, :], other=0.0,
                     )  # fmt: skip
                 if UPCAST:
@@ -131,27 +139,18 @@ def combine_splits_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(scored, log_total - mean / total, 0.0), mask=in_n)
 
 
-def tma_ready(*tensors: torch.Tensor) -> bool:
-    return all(
-        x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-        for x in tensors
-    )
-
-
-def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor, tma: bool | None = None) -> tuple:
+def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
     """-> arguments and constants of `logprob_kernel` that depend on dtype and architecture."""
-    is_fp32 = hidden.dtype == torch.float32
-    if tma is None:
-        hopper = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] >= 9
-        tma = hopper and tma_ready(hidden, weight)
-    block_n, block_v, block_d, warps, stages = (
-        FP32_TILE if is_fp32 else WGMMA_TILE if tma else PLAIN_TILE
-    )
+    hidden, weight = checks.align_rows(hidden, weight)
+    is_fp32, tma = hidden.dtype == torch.float32, checks.tma_ready(hidden, weight)
+    tile = FP32_TILE if is_fp32 else WGMMA_TILE if tma else PLAIN_TILE
+    block_n, block_v, block_d, warps, stages = tile
     matrices = (hidden, weight)
     if tma:
         shapes = ([block_n, block_d], [block_v, block_d])
         matrices = tuple(map(TensorDescriptor.from_tensor, matrices, shapes))
     constants = {
+        "D": hidden.shape[1], "stride_hidden": hidden.stride(0), "stride_weight": weight.stride(0),
         "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_D": block_d, "TMA": tma,
         "PRECISION": "ieee" if is_fp32 else "tf32", "num_warps": warps, "num_stages": stages,
         # Triton's interpreter takes bf16 operands of a dot for integers
@@ -161,7 +160,7 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor, tma: bool | None 
 
 
 def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent) -> None:
-    (N, D), V = hidden.shape, weight.shape[0]
+    N, V = len(hidden), len(weight)
     if N == 0:
         return
     (x, w), constants = logprob_launch(hidden, weight)
@@ -170,10 +169,10 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
     items = triton.cdiv(N, constants["BLOCK_N"]) * splits
     programs = 4
     if hidden.is_cuda:
-        programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        programs = 2 * torch.cuda.get_device_properties(hidden.device).multi_processor_count
     logprob_kernel[(min(items, programs),)](
         x, w, target, top, total, mean, target_logit,
-        N, V, D, inv_temperature, splits, hidden.stride(0), weight.stride(0),
+        N=N, V=V, inv_temperature=inv_temperature, num_splits=splits,
         SPLIT=SPLIT, ENTROPY=entropy, **constants,
     )  # fmt: skip
     combine_splits_kernel[(triton.cdiv(N, 128),)](
@@ -274,5 +273,7 @@ def linear_logprob(
         return reference.linear_logprob(
             hidden, weight, target, temperature=temperature, entropy=entropy
         )
+    if impl == "triton":
+        hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
     logp, ent = _LinearLogprob.apply(hidden, weight, target, 1.0 / temperature, entropy, impl)
     return (logp, ent) if entropy else logp

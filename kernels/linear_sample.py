@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import checks
 from .checks import check_head, check_temperature, check_tensor, choose_impl, interpreted, require
-from .linear_logprob import tma_ready
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
 GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
@@ -31,9 +31,9 @@ BELOW_ONE: tl.constexpr = tl.constexpr(
     1.0 - 2.0**-24
 )  # u = 1 would bar a token that may hold all the mass
 
-# BLOCK_V, BLOCK_D, warps, stages; the vocabulary is the matmul's M, so that few rows fill a wgmma
-WGMMA_TILE = (128, 64, 4, 5)
-FP32_TILE = (64, 32, 4, 3)
+# BLOCK_V, BLOCK_D, stages; the vocabulary is the matmul's M, so that few rows fill a wgmma
+WGMMA_TILE = (128, 64, 5)
+FP32_TILE = (64, 16, 2)
 
 
 @triton.jit
@@ -69,11 +69,14 @@ def linear_sample_kernel(
     """One program a vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
     `hidden` and `weight` are tensor descriptors if TMA, else pointers."""
     tile = tl.program_id(0)
-    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane_v = tl.arange(0, BLOCK_V)
+    offs_v = tile * BLOCK_V + lane_v
     row = tl.program_id(1) * BLOCK_R
     offs_r = row + tl.arange(0, BLOCK_R)
     in_r = offs_r < R
     acc = tl.zeros([BLOCK_V, BLOCK_R], tl.float32)
+    if not TMA:  # 64 bits for the tile's corner, 32 inside it
+        w_ptr = weight + tile * BLOCK_V * tl.cast(stride_weight, tl.int64)
     for k in range(0, D, BLOCK_D):
         if TMA:
             w = weight.load([tile * BLOCK_V, k])
@@ -82,11 +85,11 @@ def linear_sample_kernel(
             offs_d = k + tl.arange(0, BLOCK_D)
             in_d = offs_d < D
             w = tl.load(
-                weight + offs_v.to(tl.int64)[:, None] * stride_weight + offs_d[None, :],
+                w_ptr + lane_v[:, None] * stride_weight + offs_d[None, :],
                 mask=(offs_v < V)[:, None] & in_d[None, :], other=0.0,
             )  # fmt: skip
             x = tl.load(
-                hidden + offs_r.to(tl.int64)[:, None] * stride_hidden + offs_d[None, :],
+                hidden + offs_r[:, None] * stride_hidden + offs_d[None, :],
                 mask=in_r[:, None] & in_d[None, :], other=0.0,
             )  # fmt: skip
         if UPCAST:
@@ -137,19 +140,19 @@ def combine_tiles_kernel(
     tl.store(logp_ptr + row, (logit - highest) - tl.log(total))
 
 
-def sample_launch(hidden: torch.Tensor, weight: torch.Tensor, tma: bool | None = None) -> tuple:
+def sample_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
     """-> matrices and constants of `linear_sample_kernel` that depend on dtype, rows and architecture."""
-    is_fp32 = hidden.dtype == torch.float32
-    if tma is None:
-        hopper = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] >= 9
-        tma = hopper and tma_ready(hidden, weight)
-    block_v, block_d, warps, stages = FP32_TILE if is_fp32 else WGMMA_TILE
+    hidden, weight = checks.align_rows(hidden, weight)
+    is_fp32, tma = hidden.dtype == torch.float32, checks.tma_ready(hidden, weight)
+    block_v, block_d, stages = FP32_TILE if is_fp32 else WGMMA_TILE
     block_r = min(64, max(16, triton.next_power_of_2(len(hidden))))
+    warps = 8 if block_r == 64 else 4
     matrices = (hidden, weight)
     if tma:
         shapes = ([block_r, block_d], [block_v, block_d])
         matrices = tuple(map(TensorDescriptor.from_tensor, matrices, shapes))
     constants = {
+        "D": hidden.shape[1], "stride_hidden": hidden.stride(0), "stride_weight": weight.stride(0),
         "BLOCK_R": block_r, "BLOCK_V": block_v, "BLOCK_D": block_d, "TMA": tma,
         "PRECISION": "ieee" if is_fp32 else "tf32", "num_warps": warps, "num_stages": stages,
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
@@ -158,7 +161,7 @@ def sample_launch(hidden: torch.Tensor, weight: torch.Tensor, tma: bool | None =
 
 
 def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, greedy):
-    (R, D), V = hidden.shape, weight.shape[0]
+    R, V = len(hidden), len(weight)
     token, logp = torch.empty_like(row_key), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return token, logp
@@ -168,7 +171,7 @@ def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, gre
     winner = torch.empty_like(score, dtype=torch.int32)
     linear_sample_kernel[(tiles, triton.cdiv(R, constants["BLOCK_R"]))](
         x, w, row_key, position, _signed(seed), score, winner, logit, top, total,
-        R, V, D, inv_temperature, hidden.stride(0), weight.stride(0), GREEDY=greedy, **constants,
+        R=R, V=V, inv_temperature=inv_temperature, GREEDY=greedy, **constants,
     )  # fmt: skip
     combine_tiles_kernel[(R,)](
         score, winner, logit, top, total, token, logp, R, tiles, V,

@@ -1,0 +1,209 @@
+"""`python -m bench aot`: compile every Triton kernel for NVIDIA GPUs on a machine that has none.
+
+Each op runs once with its launches recorded instead of executed, so what is compiled is what the op would
+launch: same constants, tiles, warps and pointer alignments. One line a kernel variant: registers, stack (a
+register spill shows as stack), shared memory, and which tensor-core and copy instructions the PTX holds.
+Exit status 1 if anything spills, or if a bf16/fp16 matmul for sm_90 goes without wgmma.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+from vtfast_kernels import checks
+from vtfast_kernels.cases import OPS, Shape, specs
+
+ARCHES = (90, 80, 100)
+SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    label: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]
+    options: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel.__name__} {self.signature} {self.constants} {self.aligned} {self.options}"
+
+
+def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], label: str) -> Launch:
+    """The specialisation that Triton's launcher would make of these arguments."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    signature, constants, aligned = {}, {}, []
+    for index, param in enumerate(kernel.params):
+        value = values[param.name]
+        one = type(value) is int and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or one:
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = list(value.block_shape)
+            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{block}>"
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                aligned.append(index)
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                aligned.append(index)
+    return Launch(kernel, label, signature, constants, tuple(aligned), options)
+
+
+def record(arch: int) -> list[Launch]:
+    """Every launch of every op for a GPU of this architecture, duplicates removed."""
+    launches: dict[str, Launch] = {}
+    label = [""]
+
+    def run(self, *args, grid, warmup, **kwargs):
+        launch = describe(self, args, kwargs, label[0])
+        launches.setdefault(launch.key, launch)
+
+    saved = JITFunction.run, checks.runs_triton, checks.capability
+    JITFunction.run, checks.runs_triton, checks.capability = run, lambda x: True, lambda x: arch
+    try:
+        for label[0], call in cases():
+            call()
+    finally:
+        JITFunction.run, checks.runs_triton, checks.capability = saved
+    return list(launches.values())
+
+
+def cases():
+    """(label, thunk) for every op, dtype and option that changes a kernel."""
+
+    def thunk(name: str, dtype: torch.dtype, shape: Shape = SHAPE, **options):
+        op = OPS[name]
+        more = {"spec": options["spec"]} if "spec" in options else {}
+        inputs = op.inputs(shape, dtype, **more)
+        inputs |= {key: value for key, value in options.items() if key != "spec"}
+
+        def call():
+            for leaf in op.differentiable:
+                inputs[leaf].requires_grad_()
+            out = op.run(inputs, impl="triton")
+            loss = getattr(out, "loss", None)
+            if loss is None and op.differentiable:
+                loss = sum(x.sum() for x in (out if isinstance(out, tuple) else (out,)))
+            if loss is not None:
+                loss.backward()
+
+        return call
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        kind = TYPES[dtype]
+        for entropy in (True, False):
+            label = f"{kind}{' entropy' if entropy else ''}"
+            yield label, thunk("linear_logprob", dtype, entropy=entropy)
+        for rows in (16, 64):
+            for greedy in (False, True):
+                label = f"{kind} {rows} rows{' greedy' if greedy else ''}"
+                shape = Shape(rows, SHAPE.V, SHAPE.D)
+                inputs = thunk("linear_sample", dtype, shape, greedy=greedy)
+                yield label, inputs
+    for name in ("linear_logprob", "linear_sample"):
+        yield "bf16 D=100", thunk(name, torch.bfloat16, Shape(129, 1000, 100))
+    for name, spec in specs().items():
+        sampler = {} if "mask" in name or "truncate" in name else {"sampler_logp": None}
+        yield f"bf16 {name}", thunk("linear_grpo_loss", torch.bfloat16, spec=spec, **sampler)
+        yield name, thunk("grpo_loss", torch.float32, spec=spec, **sampler)
+    for scale in ("group", "batch", "none"):
+        yield scale, thunk("group_advantage", torch.float32, scale=scale)
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
+    source = ASTSource(
+        launch.kernel,
+        {name: launch.signature[name] for name in launch.kernel.arg_names},
+        launch.constants,
+        {(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "matmul": "tt.dot" in compiled.asm["ttir"],
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "mma": ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
+    }
+
+
+COLUMNS = (
+    "kernel",
+    "variant",
+    "arch",
+    "registers",
+    "stack",
+    "shared",
+    "wgmma",
+    "tma",
+    "mma",
+    "verdict",
+)
+ROW = "{:<24} {:<28} {:<6} {:>9} {:>6} {:>7} {:>6} {:>4} {:>4}  {}"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHES, help="default: 90 80 100")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    options = parser.parse_args(argv)
+    torch.manual_seed(0)
+    failed = compiled = 0
+    print(ROW.format(*COLUMNS))
+    for arch in options.arch:
+        for launch in record(arch):
+            name = launch.kernel.__name__
+            if options.kernel not in name:
+                continue
+            r = compile_launch(launch, arch)
+            faults = ["spills"] if r["stack"] else []
+            half = "bf16" in str(launch.signature) or "fp16" in str(launch.signature)
+            if arch == 90 and r["matmul"] and half and not r["wgmma"]:
+                faults.append("no wgmma")
+            counts = [r[column] for column in COLUMNS[3:9]]
+            print(ROW.format(name, launch.label, f"sm_{arch}", *counts, ", ".join(faults) or "ok"))
+            sys.stdout.flush()
+            compiled, failed = compiled + 1, failed + bool(faults)
+    print(f"\n{compiled} kernel variants compiled, {failed} failed")
+    return 1 if failed or not compiled else 0

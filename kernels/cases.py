@@ -1,0 +1,195 @@
+"""One registry of ops, inputs, costs and tolerances; the tests and the benches read it.
+
+    from vtfast_kernels.cases import OPS, Shape
+    op = OPS["linear_grpo_loss"]
+    out = op.run(op.inputs(Shape(N=129, V=1000, D=64)), impl="torch")
+
+Shapes: N scored tokens (or rows R, or rewards S), V vocabulary, D hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .group_advantage import group_advantage
+from .grpo_loss import GRPOLoss, grpo_loss
+from .linear_grpo_loss import linear_grpo_loss
+from .linear_logprob import linear_logprob
+from .linear_sample import linear_sample
+from .objective import LOSS_TYPES
+
+FP32_TOLERANCE = 1e-5  # relative, against float64
+TEMPERATURE = 0.9
+
+
+@dataclass(frozen=True)
+class Shape:
+    N: int
+    V: int = 1
+    D: int = 1
+
+    def __str__(self) -> str:
+        return f"N{self.N}-V{self.V}-D{self.D}"
+
+
+# Sizes that trip kernels: nothing, one, one past a tile, no power of two, the real vocabularies.
+SMALL = [Shape(0, 123, 17), Shape(1, 123, 17), Shape(7, 1000, 64), Shape(129, 123, 100)]
+VOCABULARIES = [Shape(7, 50257, 64), Shape(1, 151936, 17), Shape(7, 152064, 17)]
+LARGE = [Shape(129, 50257, 100), Shape(7, 151936, 1536), Shape(129, 152064, 64)]
+CPU_BENCH = [Shape(2048, 32768, 256), Shape(4096, 32768, 256)]
+GPU_BENCH = [Shape(5600, 151936, 1536), Shape(45000, 151936, 1536)]
+
+
+@dataclass(frozen=True)
+class Op:
+    function: Callable
+    inputs: Callable[..., dict[str, Any]]
+    """(shape, dtype, device, seed) -> keyword arguments."""
+    differentiable: tuple[str, ...]
+    matmuls: int
+    """Vocabulary matmuls of forward + backward with everything trained; one is 2 N V D FLOPs."""
+    bytes: Callable[[Shape, int], int]
+    """(shape, bytes of an element) -> least traffic to and from memory, forward + backward."""
+
+    def run(self, inputs: dict[str, Any], impl: str = "auto") -> Any:
+        return self.function(**inputs, impl=impl)
+
+    def flops(self, shape: Shape) -> int:
+        return self.matmuls * 2 * shape.N * shape.V * shape.D
+
+
+def specs() -> dict[str, GRPOLoss]:
+    """Every loss type at every importance level it knows, with each option switched on somewhere."""
+    out = {}
+    for loss_type in LOSS_TYPES:
+        for level in ("token", "sequence"):
+            if level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
+                continue
+            out[f"{loss_type}-{level}"] = GRPOLoss(
+                loss_type,
+                importance_level=level,
+                temperature=TEMPERATURE,
+                max_completion_length=64,
+                epsilon_high=1.1 if loss_type == "cispo" else 0.28,
+            )
+    variations = {
+        "no-kl": {"beta": 0.0},
+        "delta": {"delta": 1.3},
+        "unbiased-kl": {"use_bias_correction_kl": True},
+        "unbiased-kl-sequence": {"use_bias_correction_kl": True, "importance_level": "sequence"},
+        "token-mask": {"vllm_importance_sampling_mode": "token_mask"},
+        "token-truncate": {"vllm_importance_sampling_mode": "token_truncate"},
+        "sequence-truncate": {"vllm_importance_sampling_mode": "sequence_truncate"},
+    }
+    bounds = {
+        "vllm_importance_sampling_clip_max": 1.05,
+        "vllm_importance_sampling_clip_min": 0.9,
+    }
+    for name, options in variations.items():
+        options = options if "sampling" not in str(options) else options | bounds
+        out[name] = GRPOLoss(temperature=TEMPERATURE, **options)
+    return out
+
+
+def _head(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(shape.N, shape.D, generator=generator)
+    weight = torch.randn(shape.V, shape.D, generator=generator) * (4 / shape.D**0.5)
+    return generator, hidden.to(device, dtype), weight.to(device, dtype)
+
+
+def logprob_inputs(
+    shape: Shape, dtype=torch.float32, device="cpu", seed=0, ignored: float = 0.1
+) -> dict[str, Any]:
+    generator, hidden, weight = _head(shape, dtype, device, seed)
+    target = torch.randint(shape.V, (shape.N,), generator=generator)
+    target[torch.rand(shape.N, generator=generator) < ignored] = -100
+    return {
+        "hidden": hidden, "weight": weight, "target": target.to(device),
+        "temperature": TEMPERATURE, "entropy": True,
+    }  # fmt: skip
+
+
+def sequences(N: int, device="cpu", seed=0) -> dict[str, Any]:
+    """About eight sequences of uneven length, one of them empty, one with a single token if N allows."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    S = max(3, min(8, N))
+    sequence_id = torch.randint(2, S, (N,), generator=generator).sort().values
+    sequence_id[:1] = 0  # sequence 1 stays empty
+    advantage = torch.randn(S, generator=generator)
+    advantage[-1] = 0.0
+    return {"sequence_id": sequence_id.to(device), "advantage": advantage.to(device)}
+
+
+def neighbours(logp: torch.Tensor, seed=0) -> dict[str, torch.Tensor]:
+    """Log-probs of the other policies, near enough to `logp` for ratios on both sides of a clip."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    noise = torch.randn(3, len(logp), generator=generator).to(logp.device)
+    old = logp + 0.2 * noise[0]
+    return {
+        "old_logp": old,
+        "ref_logp": logp + 0.3 * noise[1],
+        "sampler_logp": old + 0.02 * noise[2],
+    }
+
+
+def grpo_inputs(
+    shape: Shape, dtype=torch.float32, device="cpu", seed=0, spec=None
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    logp = (torch.randn(shape.N, generator=generator) - 3).to(device)
+    spec = spec or GRPOLoss(temperature=TEMPERATURE)
+    return {
+        "logp": logp,
+        **sequences(shape.N, device, seed),
+        **neighbours(logp, seed),
+        "spec": spec,
+    }
+
+
+def linear_grpo_inputs(
+    shape: Shape, dtype=torch.float32, device="cpu", seed=0, spec=None, ignored: float = 0.1
+) -> dict[str, Any]:
+    head = logprob_inputs(shape, dtype, device, seed, ignored)
+    spec = spec or GRPOLoss(temperature=TEMPERATURE)
+    with torch.no_grad():
+        logp = linear_logprob(
+            head["hidden"], head["weight"], head["target"], temperature=spec.temperature
+        )
+    head = {name: head[name] for name in ("hidden", "weight", "target")}
+    return {**head, **sequences(shape.N, device, seed), **neighbours(logp, seed), "spec": spec}
+
+
+def advantage_inputs(shape: Shape, dtype=torch.float32, device="cpu", seed=0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    groups = max(1, shape.N // 7)
+    reward = torch.randint(0, 3, (7 * groups,), generator=generator) * 0.1
+    return {"reward": reward.to(device), "group_size": 7}
+
+
+def sample_inputs(shape: Shape, dtype=torch.float32, device="cpu", seed=0) -> dict[str, Any]:
+    _, hidden, weight = _head(shape, dtype, device, seed)
+    row = torch.arange(shape.N, device=device)
+    return {
+        "hidden": hidden, "weight": weight, "temperature": TEMPERATURE,
+        "seed": seed, "row_key": row * 977, "position": row % 5,
+    }  # fmt: skip
+
+
+def _head_bytes(reads: int) -> Callable[[Shape, int], int]:
+    return lambda s, size: reads * size * (s.N + s.V) * s.D
+
+
+OPS: dict[str, Op] = {
+    "linear_logprob": Op(linear_logprob, logprob_inputs, ("hidden", "weight"), 4, _head_bytes(3)),
+    "linear_grpo_loss": Op(
+        linear_grpo_loss, linear_grpo_inputs, ("hidden", "weight"), 3,
+        # the logits of a chunk are written, read and overwritten by the rows, and read by two matmuls
+        lambda s, size: 2 * size * (s.N + s.V) * s.D + 5 * size * s.N * s.V + 4 * s.V * s.D,
+    ),
+    "grpo_loss": Op(grpo_loss, grpo_inputs, ("logp",), 0, lambda s, size: 28 * s.N),
+    "group_advantage": Op(group_advantage, advantage_inputs, (), 0, lambda s, size: 8 * s.N),
+    "linear_sample": Op(linear_sample, sample_inputs, (), 1, lambda s, size: size * s.V * s.D),
+}  # fmt: skip
