@@ -173,8 +173,7 @@ def test_objects_keep_to_their_cells_and_leave_the_marks_alone():
 def test_traces_speak_of_the_scene_and_hasty_answers_are_often_wrong():
     for question in drawn():
         things = {t.colour: t for t in question.scene.things}
-        said = re.findall(r"(\w+) is (\w+)", question.trace)
-        for colour, word in said:
+        for colour, word in re.findall(r"([a-z]+) ([a-z]+)", question.trace):
             thing = things[colour]
             facts = (synthetic.COLUMNS[thing.column], synthetic.ROWS[thing.row], thing.size)
             steps = abs(thing.row - 1) + abs(thing.column - 1)

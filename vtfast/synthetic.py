@@ -216,7 +216,7 @@ def _ask_relation(rng: random.Random) -> Question:
         "relation",
         f"Considering the relative positions, is {one.name} {side} {two.name}?",
         words if a < b else words[::-1],
-        f"{one.colour} is {names[a]}, {two.colour} is {names[b]}",
+        f"{one.colour} {names[a]}, {two.colour} {names[b]}",
         hasty=words[0],
         hasty_rate=0.7 if across else 0.3,
     )
@@ -255,7 +255,7 @@ def _ask_depth(rng: random.Random) -> Question:
         "depth",
         f"Which object is closer to the camera taking this photo, {one.name} or {two.name}?",
         (near.name, far.name),
-        f"{one.colour} is {one.size}, {two.colour} is {two.size}",
+        f"{one.colour} {one.size}, {two.colour} {two.size}",
         hasty=one.name,
         hasty_rate=0.7,
     )
@@ -282,7 +282,7 @@ def _ask_distance(rng: random.Random) -> Question:
         "Estimate the real-world distances between objects in this image. "
         f"Which object is closer to {reference.name}, {one.name} or {two.name}?",
         (near.name, far.name),
-        f"{one.colour} is {steps[one.colour]} away, {two.colour} is {steps[two.colour]} away",
+        f"{one.colour} {steps[one.colour]} away, {two.colour} {steps[two.colour]} away",
         hasty=one.name,
         hasty_rate=0.7,
     )

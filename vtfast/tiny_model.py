@@ -43,6 +43,10 @@ SPECIAL_TOKENS = (  # Qwen2-VL's, in its order; they take the last ids, as there
 )
 SPECIAL_IDS = {t: VOCABULARY - len(SPECIAL_TOKENS) + i for i, t in enumerate(SPECIAL_TOKENS)}
 
+# CLIP's, which Qwen2-VL uses.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _ITEM = (
@@ -227,8 +231,8 @@ _PREPROCESSOR = {
     "patch_size": CELL // 2,
     "temporal_patch_size": 2,
     "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_mean": PIXEL_MEAN,
+    "image_std": PIXEL_STD,
 }
 
 
@@ -272,19 +276,33 @@ def completion_text(trace: str, answer: str) -> str:
 def build_tokenizer() -> "Tokenizer":
     """Byte-level BPE of 400 ids, learned from the questions and their answers; always the same.
 
-    All 256 bytes are in it and nothing normalises, so any text comes back as it was.
+    All 256 bytes are in it and nothing normalises, so any text comes back as it was. Every word of
+    the questions is one id, found whole before merging (`ignore_merges`, as in Llama 3): merges
+    alone would spend most of the few ids on word pieces, and prompts twice as long are far harder
+    to learn. The ids that remain are ordinary merges.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    corpus = _tokenizer_corpus()
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = sorted({word for line in corpus for word, _ in splitter.pre_tokenize_str(line)})
+    room = VOCABULARY - len(SPECIAL_TOKENS)
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = splitter
+    alphabet = sorted(splitter.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(corpus, trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    while True:  # the last merges give way to words; a merge may itself make a word
+        pieces = list(dict.fromkeys([*alphabet, *map("".join, merges), *words]))
+        if len(pieces) <= room:
+            break
+        merges.pop()
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_tokenizer_corpus(), trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     if tokenizer.get_vocab_size() != VOCABULARY:
         raise RuntimeError(f"the tokenizer has {tokenizer.get_vocab_size()} ids, not {VOCABULARY}")
