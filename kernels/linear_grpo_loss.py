@@ -135,7 +135,7 @@ class _TorchChunks:
     def score(self, a: int, b: int) -> None:
         """Log-prob, entropy, loss and coefficient of the tokens a .. b."""
         x = self.hidden[a:b].float() * self.inv_temperature
-        logp, entropy, *_ = self.chunk(x, self.target[a:b])
+        logp, entropy, self.total = self.chunk(x, self.target[a:b])
         ignored = ~self.tokens.scored[a:b]
         self.logp[a:b] = logp.masked_fill_(ignored, 0.0)
         self.entropy[a:b] = entropy.masked_fill_(ignored, 0.0)
@@ -149,21 +149,16 @@ class _TorchChunks:
     def rescore(self, a: int, b: int) -> None:
         """Bring back the logits of tokens whose coefficient is known."""
         x = self.hidden[a:b].float() * self.inv_temperature
-        self.chunk(x, self.target[a:b], entropy=False)
+        *_, self.total = self.chunk(x, self.target[a:b], entropy=False)
 
     def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, "slice | torch.Tensor"]:
         """The logits' gradient for the tokens that have one, and which of them those are."""
-        g, target, p, live = (
-            self.result.gradient[a:b],
-            self.target[a:b],
-            self.chunk.softmax,
-            slice(a, b),
-        )
+        g, rows, live = self.result.gradient[a:b], None, slice(a, b)
         keep = g.nonzero()[:, 0]
         if len(keep) < WORTH_COMPACTING * (b - a):
-            g, target, p, live = g[keep], target[keep], p[keep], keep + a
-        g = g[:, None] * self.inv_temperature
-        return p[: len(g)].mul_(-g).scatter_add_(1, target[:, None], g), live
+            rows, live = keep, keep + a
+        target, inv_temperature = self.target[a:b], self.inv_temperature
+        return self.chunk.dlogits(g, self.total, target, inv_temperature, rows=rows), live
 
 
 class _TritonChunks:

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted
-from .rows import Chunk, add_matmul, chunk_rows, dlogits_torch, dlogits_triton, row_spans
+from .rows import Chunk, add_matmul, chunk_rows, dlogits_triton, row_spans
 
 SPLIT = 4096  # vocabulary columns of a work item
 
@@ -231,8 +231,9 @@ class _LinearLogprob(torch.autograd.Function):
                 z = torch.mm(x, w.t(), out=logits[: b - a])
                 d = dlogits_triton(z, target[a:b], g[a:b], h_ab, ctx.inv_temperature)
             else:
+                *_, total = chunk(x.float() * ctx.inv_temperature, safe[a:b], entropy=False)
                 ent_ab = None if h is None else ent[a:b]
-                d = dlogits_torch(chunk, x, safe[a:b], ent_ab, g[a:b], h_ab, ctx.inv_temperature)
+                d = chunk.dlogits(g[a:b], total, safe[a:b], ctx.inv_temperature, h_ab, ent_ab)
             if need_hidden:
                 d_hidden[a:b] = d @ w
             if need_weight:

@@ -1,0 +1,43 @@
+"""The kernel tests run twice. In the main process `impl` is the CPU path (and Triton's own on a GPU); in a
+child that `test_interpreter.py` starts with TRITON_INTERPRET=1, every test that takes `impl` runs again with
+the Triton kernels on CPU tensors. Triton reads that variable when it is first imported, which another test
+of this process may have done already: hence the child."""
+
+import pytest
+import torch
+from vtfast_kernels import checks, rows
+
+INTERPRETED = checks.interpreted()
+
+
+def pytest_generate_tests(metafunc):
+    if "impl" in metafunc.fixturenames:
+        impls = ["triton"] if INTERPRETED else ["torch"]
+        gpu = pytest.param("triton", marks=pytest.mark.gpu)
+        metafunc.parametrize("impl", impls + [gpu] * torch.cuda.is_available())
+
+
+def pytest_collection_modifyitems(config, items):
+    if INTERPRETED:
+        items[:] = [item for item in items if "impl" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def device(impl) -> str:
+    return "cuda" if impl == "triton" and not INTERPRETED else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers():
+    """Every `torch.empty` of the code under test holds NaN, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 32 tokens at most, so that small inputs cross chunk borders."""
+    monkeypatch.setattr(rows, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(rows, "CUDA_CHUNK_BYTES", 1)

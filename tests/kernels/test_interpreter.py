@@ -1,0 +1,39 @@
+"""Every Triton kernel on the CPU: the tests that take `impl`, once more in a child under the interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_under_interpreter(*options: str) -> str:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "pytest", str(HERE), "-p", "no:cacheprovider", "-x", *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_under_the_interpreter():
+    passed = re.search(r"(\d+) passed", pytest_under_interpreter("-m", "not slow and not gpu"))
+    assert passed and int(passed[1]) > 50
+
+
+@pytest.mark.slow
+def test_large_shapes_under_the_interpreter():
+    pytest_under_interpreter("-m", "slow and not gpu")
+
+
+def test_an_op_imports_torch_and_triton_only():
+    code = """
+import sys
+import vtfast_kernels.linear_grpo_loss, vtfast_kernels.linear_sample, vtfast_kernels.cases
+heavy = {"transformers", "trl", "liger_kernel", "deepspeed", "vtfast"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
