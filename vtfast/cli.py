@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"vtfast {command}: unknown command; did you mean {(close or ['train'])[0]}?"
             )
-        _quiet()
+        _prepare()
         return _COMMANDS[command](arguments[1:])
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -125,11 +125,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _quiet() -> None:
-    """Our own log on rank 0; of the libraries, what is worse than a warning."""
+def _prepare() -> None:
+    """Before torch is imported: how threads wait, and who speaks. Our own log on rank 0, of the libraries errors."""
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("vtfast").setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    # OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -96,8 +96,11 @@ def prompts_per_rank(config: Config) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
-def zero2_engine(config: Config, objective: nn.Module, dtype: torch.dtype) -> DeepSpeedEngine:
-    """ZeRO-2 around `objective`: AdamW, the schedule and gradient clipping of `config`, weights in `dtype`."""
+def zero2_engine(config: Config, objective: nn.Module) -> DeepSpeedEngine:
+    """ZeRO-2 around `objective`: AdamW, the schedule and gradient clipping of `config`.
+
+    bf16 weights get fp32 masters; fp32 weights are trained as they are.
+    """
     from transformers import get_scheduler
 
     deepspeed = _import_deepspeed()
@@ -120,7 +123,7 @@ def zero2_engine(config: Config, objective: nn.Module, dtype: torch.dtype) -> De
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": trained[0].dtype == torch.bfloat16},
         "zero_optimization": {"stage": 2, "overlap_comm": cuda, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

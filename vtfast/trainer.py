@@ -48,21 +48,19 @@ class Trainer:
         self.ranks = ranks = distributed.start(config)
         torch.manual_seed(config.seed)
 
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+        dtype = dtype if config.dtype == "auto" else config.dtype
         path = _model_path(config.model)
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
         self.asker = Asker(config, self.processor)
-        self.policy = load_model(
-            path, str(dtype).removeprefix("torch."), str(ranks.device), config.freeze
-        )
+        self.policy = load_model(path, dtype, str(ranks.device), config.freeze)
         self.reference = copy.deepcopy(self.policy) if config.beta > 0 else None
         if config.gradient_checkpointing:
             self.policy.module.gradient_checkpointing_enable({"use_reentrant": False})
 
         samples = load_questions(config, self.asker, rendered=None)
         self.objective = Objective(self.policy, loss_spec(config))
-        self.engine = distributed.zero2_engine(config, self.objective, dtype)
+        self.engine = distributed.zero2_engine(config, self.objective)
         self.rollout = RolloutEngine(self.policy)
 
         self.folder = Path(ranks.from_main(str(create_run_folder(config)) if ranks.is_main else ""))
@@ -182,15 +180,11 @@ class Trainer:
 
     def update(self, groups: Sequence[Group]) -> tuple[dict[str, float], float, float]:
         """Forward, backward and the optimizer step -> (sums over this rank's tokens, gradient norm, learning rate)."""
-        local = (
-            sum(len(group.completions) for group in groups),
-            sum(len(tokens) for group in groups for tokens in group.tokens),
-        )
-        num_sequences, num_tokens = (
-            sum(part) for part in zip(*self.ranks.gather(local), strict=True)
-        )
+        lengths = [len(tokens) for group in groups for tokens in group.tokens]
+        counts = self.ranks.gather((len(lengths), sum(lengths)))
+        num_sequences, num_tokens = map(sum, zip(*counts, strict=True))
         learning_rate = self.engine.get_lr()[0]
-        sums: dict[str, float] = {"loss": 0.0, "tokens": float(local[1])}
+        sums = {"loss": 0.0, "tokens": float(sum(lengths))}
         self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
         for micro in self.micro_batches(groups):
             loss, parts = self.engine(micro, num_sequences, num_tokens)
@@ -232,7 +226,5 @@ def _useful_tokens(groups: Sequence[Group]) -> int:
 
 def _step_seed(seed: int, step: int) -> int:
     """A 63-bit seed of the step's sampling; neighbouring steps and seeds share nothing."""
-    return (
-        int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "big")
-        >> 1
-    )
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
