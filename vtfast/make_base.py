@@ -8,7 +8,6 @@ So the demo shows a trainer at work; the weakness was planted, not found.
 Steps and seed are fixed, and one machine makes the same weights every time.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -44,7 +43,6 @@ from vtfast.tiny_model import (
     completion_text,
     prompt_text,
     random_model,
-    sha256,
     write_folder,
 )
 
@@ -99,18 +97,17 @@ def make_base(
         measured = measure(model, tokenizer, questions=questions) if questions else {}
     finally:
         torch.set_num_threads(before)
-    write_folder(path, model)
     recipe = {
         "made_by": "vtfast make-base",
         "seed": seed,
         "warmup_steps": warmup_steps,
         "weak_steps": weak_steps,
         "threads": threads,
-        "torch": torch.__version__,
-        "sha256": sha256(path / "model.safetensors"),
+        "torch": torch.__version__.split("+")[0],
+        "questions": questions,
         "measured": measured,
     }
-    (path / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    write_folder(path, model, recipe=recipe)
     return path
 
 

@@ -177,8 +177,13 @@ def model_config() -> "Qwen2VLConfig":
 # ------------------------------------------------------------------------------------------ folder
 
 
-def write_folder(path: str | Path, model: "Qwen2VLForConditionalGeneration") -> None:
-    """Write weights, configuration, tokenizer and image processor; the folder appears whole."""
+def write_folder(
+    path: str | Path, model: "Qwen2VLForConditionalGeneration", *, recipe: dict | None = None
+) -> None:
+    """Write weights, configuration, tokenizer and image processor; the folder appears whole.
+
+    `recipe` becomes recipe.json, with the checksum of the weights added.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -187,6 +192,9 @@ def write_folder(path: str | Path, model: "Qwen2VLForConditionalGeneration") -> 
         _write_json(part / "generation_config.json", _GENERATION)
         _write_json(part / "preprocessor_config.json", _PREPROCESSOR)
         _write_tokenizer(part)
+        if recipe is not None:
+            checksum = sha256(part / "model.safetensors")
+            _write_json(part / "recipe.json", {**recipe, "sha256": checksum})
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.rmdir()  # an empty folder: `rename` replaces none on Windows
