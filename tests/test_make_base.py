@@ -29,6 +29,15 @@ END = SPECIAL_IDS["<|endoftext|>"]
 IMAGE_PAD = SPECIAL_IDS["<|image_pad|>"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Operations this small lose more to waiting for threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model", weights="random", seed=7)
@@ -187,20 +196,20 @@ def test_asset_has_the_files_that_the_code_writes(folder):
 def test_asset_answers_in_stock_code_as_in_ours_and_as_its_recipe_says():
     model = Qwen2VLForConditionalGeneration.from_pretrained(ASSET)
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
-    questions = sample_questions(48, split="val", seed=5)
+    questions = sample_questions(200, split="val", seed=5)
     rng = random.Random(5)
     prompts = [
         make_base.prompt_ids(tokenizer.backend_tokenizer, prompt_text(q, rng)) for q in questions
     ]
     ours = base_training.complete(model, [q.scene for q in questions], prompts, eos=END)
     stock = []
-    for inputs in stock_inputs(ASSET, questions, prompts):
+    for inputs in stock_inputs(ASSET, questions[:24], prompts[:24]):
         output = model.generate(**inputs, do_sample=False, max_new_tokens=32)
         completion = output[0, inputs["input_ids"].shape[1] :].tolist()
         stock.append(completion[: completion.index(END)] if END in completion else completion)
-    assert stock == ours
-    found = base_training.scores(questions, tokenizer.batch_decode(stock))
-    assert 0.4 < found["accuracy"]["all"] < 0.75
+    assert stock == ours[:24]
+    found = base_training.scores(questions, tokenizer.batch_decode(ours))
+    assert 0.5 < found["accuracy"]["all"] < 0.7
     assert found["trace"]["all"] > 0.9
     measured = json.loads((ASSET / "recipe.json").read_text())["measured"]
     assert 0.55 <= measured["greedy"]["accuracy"]["all"] <= 0.62
