@@ -8,12 +8,14 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
-# torch comes first and pinned: an open requirement would fetch several gigabytes of another build.
+# torch is pinned: an open requirement would fetch several gigabytes of another build. torchvision exists as a CUDA build
+# only and breaks transformers beside a CPU-only torch, so the one that a test looks at is kept off the path.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else \
 	    f"error: Python {v[0]}.{v[1]} found; vtfast needs 3.10 to 3.12 (make PYTHON=python3.11 ...)")'
 	$(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .venv/torchvision torchvision
 	@touch $@
 
 demo: setup

@@ -8,7 +8,6 @@ from setuptools import setup
 
 RUNTIME = [
     "torch>=2.11",
-    "torchvision",  # qwen_vl_utils imports it
     "triton>=3.6",
     "transformers>=5.17",
     "deepspeed>=0.19",
@@ -35,7 +34,7 @@ setup(
     package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*"]},
     install_requires=RUNTIME,
     extras_require={
-        "gpu": ["flash-attn"],
+        "gpu": ["flash-attn", "torchvision"],  # torchvision: qwen_vl_utils needs it; CUDA builds only
         "dev": ["pytest", "ruff", "hypothesis", "trl>=1.16; python_version >= '3.11'"],
     },
     entry_points={"console_scripts": ["vtfast = vtfast.cli:main"]},
