@@ -46,6 +46,7 @@ from .rows import (
     add_matmul,
     chunk_rows,
     dlogits_triton,
+    matmul_over_vocabulary,
     row_config,
     row_spans,
     row_statistics,
@@ -228,7 +229,7 @@ def _forward(hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl:
         chunks.rescore(a, b) if score_first else chunks.score(a, b)
         d, live = chunks.dlogits(a, b)
         if need_hidden:
-            d_hidden[live] = (d @ chunks.weight).to(hidden.dtype)
+            d_hidden[live] = matmul_over_vocabulary(d, chunks.weight).to(hidden.dtype)
         if need_weight:
             add_matmul(d_weight, d.t(), hidden[live])
     return chunks, d_hidden, d_weight

@@ -25,7 +25,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted
-from .rows import Chunk, add_matmul, chunk_rows, dlogits_triton, row_spans
+from .rows import (
+    Chunk,
+    add_matmul,
+    chunk_rows,
+    dlogits_triton,
+    matmul_over_vocabulary,
+    row_spans,
+)
 
 SPLIT = 4096  # vocabulary columns of a work item
 
@@ -235,7 +242,7 @@ class _LinearLogprob(torch.autograd.Function):
                 ent_ab = None if h is None else ent[a:b]
                 d = chunk.dlogits(g[a:b], total, safe[a:b], ctx.inv_temperature, h_ab, ent_ab)
             if need_hidden:
-                d_hidden[a:b] = d @ w
+                d_hidden[a:b] = matmul_over_vocabulary(d, w)
             if need_weight:
                 add_matmul(d_weight, d.t(), x)
         d_weight = d_weight.to(weight.dtype) if need_weight else None

@@ -55,7 +55,7 @@ def group_advantage(
         -1, group_size
     )  # a few thousand numbers; a mean in fp32 would cost digits
     centred = r - r.mean(1, keepdim=True)
-    if scale == "group" and group_size > 1:
+    if scale == "group" and group_size > 1 and r.numel():
         centred = centred / (r.std(1, keepdim=True) + eps)
     elif scale == "batch" and r.numel() > 1:
         centred = centred / (r.std() + eps)

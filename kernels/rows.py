@@ -109,6 +109,18 @@ def add_matmul(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         acc.addmm_(a.float(), b.float())
 
 
+def matmul_over_vocabulary(d: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """d [n, V] @ weight [V, D]. CPU BLAS adds up 152k products one after the other, which costs two digits;
+    partial sums keep them."""
+    if d.is_cuda:
+        return d @ weight
+    parts = zip(d.split(8192, dim=1), weight.split(8192), strict=True)
+    total = None
+    for a, b in parts:
+        total = a @ b if total is None else total.add_(a @ b)
+    return total
+
+
 class Chunk:
     """The two [rows, V] buffers of the CPU path, and the softmax statistics of one chunk of tokens."""
 

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import torch
 from vtfast_kernels.grpo_loss import GRPOLoss
 
+import vtfast  # noqa: F401  mends torchvision where it cannot load, before TRL asks for it
+
 
 class Padded:
     """The flat tokens of a batch laid out as [S, T] with a mask."""

@@ -28,7 +28,7 @@ def inputs_for(name: str, policies: str, N: int = 61, device="cpu") -> dict:
 def test_matches_float64_and_autograd(impl, device, name, policies):
     inputs = inputs_for(name, policies, device=device)
     want = run("grpo_loss", inputs, "reference", torch.float64)
-    assert_close(run("grpo_loss", inputs, impl), want)
+    assert_close(run("grpo_loss", inputs, impl), want, nats=False)
 
 
 @pytest.mark.parametrize("policies", POLICIES)
@@ -59,7 +59,12 @@ def test_sizes(impl, device, name, N):
     for other in ("old_logp", "sampler_logp"):
         inputs[other] = inputs["logp"] + (inputs[other] - inputs["logp"]) / max(1, N / 60)
     want = run("grpo_loss", inputs, "reference", torch.float64)
-    assert_close(run("grpo_loss", inputs, impl), want, plain=run("grpo_loss", inputs, "reference"))
+    assert_close(
+        run("grpo_loss", inputs, impl),
+        want,
+        plain=run("grpo_loss", inputs, "reference"),
+        nats=False,
+    )
 
 
 def test_sampler_equal_to_the_policy_changes_nothing(impl, device):
