@@ -128,15 +128,14 @@ class _TorchChunks:
 
     def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int):
         self.hidden, self.weight, self.tokens, self.spec = hidden, weight.float(), tokens, spec
-        self.target, self.inv_temperature = target.clamp(min=0), 1.0 / spec.temperature
-        self.chunk = Chunk(rows, self.weight)
+        self.target = target.clamp(min=0)
+        self.chunk = Chunk(rows, self.weight, 1.0 / spec.temperature)
         self.logp, self.entropy = self.weight.new_empty(2, len(hidden))
         self.result = empty_evaluation(self.logp)
 
     def score(self, a: int, b: int) -> None:
         """Log-prob, entropy, loss and coefficient of the tokens a .. b."""
-        x = self.hidden[a:b].float() * self.inv_temperature
-        logp, entropy, self.total = self.chunk(x, self.target[a:b])
+        logp, entropy = self.chunk(self.hidden[a:b], self.target[a:b])
         ignored = ~self.tokens.scored[a:b]
         self.logp[a:b] = logp.masked_fill_(ignored, 0.0)
         self.entropy[a:b] = entropy.masked_fill_(ignored, 0.0)
@@ -149,8 +148,7 @@ class _TorchChunks:
 
     def rescore(self, a: int, b: int) -> None:
         """Bring back the logits of tokens whose coefficient is known."""
-        x = self.hidden[a:b].float() * self.inv_temperature
-        *_, self.total = self.chunk(x, self.target[a:b], entropy=False)
+        self.chunk(self.hidden[a:b], self.target[a:b], entropy=False)
 
     def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, "slice | torch.Tensor"]:
         """The logits' gradient for the tokens that have one, and which of them those are."""
@@ -158,8 +156,7 @@ class _TorchChunks:
         keep = g.nonzero()[:, 0]
         if len(keep) < WORTH_COMPACTING * (b - a):
             rows, live = keep, keep + a
-        target, inv_temperature = self.target[a:b], self.inv_temperature
-        return self.chunk.dlogits(g, self.total, target, inv_temperature, rows=rows), live
+        return self.chunk.dlogits(g, self.target[a:b], rows=rows), live
 
 
 class _TritonChunks:

@@ -189,9 +189,9 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
 
 def _forward_torch(hidden, weight, target, inv_temperature, entropy, logp, ent) -> None:
     rows, safe = chunk_rows(len(hidden), weight), target.clamp(min=0)
-    chunk = Chunk(rows, weight.float())
+    chunk = Chunk(rows, weight.float(), inv_temperature)
     for a, b in row_spans(len(hidden), rows):
-        logp[a:b], h, *_ = chunk(hidden[a:b].float() * inv_temperature, safe[a:b], entropy)
+        logp[a:b], h = chunk(hidden[a:b], safe[a:b], entropy)
         if entropy:
             ent[a:b] = h
     for out in (logp, ent) if entropy else (logp,):
@@ -231,16 +231,16 @@ class _LinearLogprob(torch.autograd.Function):
             w, logits = weight, weight.new_empty(rows, V)
         else:
             w = weight.float()
-            chunk, safe = Chunk(rows, w), target.clamp(min=0)
+            chunk, safe = Chunk(rows, w, ctx.inv_temperature), target.clamp(min=0)
         for a, b in row_spans(N, rows):
             x, h_ab = hidden[a:b], None if h is None else h[a:b]
             if ctx.impl == "triton":
                 z = torch.mm(x, w.t(), out=logits[: b - a])
                 d = dlogits_triton(z, target[a:b], g[a:b], h_ab, ctx.inv_temperature)
             else:
-                *_, total = chunk(x.float() * ctx.inv_temperature, safe[a:b], entropy=False)
+                chunk(x, safe[a:b], entropy=False)
                 ent_ab = None if h is None else ent[a:b]
-                d = chunk.dlogits(g[a:b], total, safe[a:b], ctx.inv_temperature, h_ab, ent_ab)
+                d = chunk.dlogits(g[a:b], safe[a:b], h_ab, ent_ab)
             if need_hidden:
                 d_hidden[a:b] = matmul_over_vocabulary(d, w)
             if need_weight:

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import check_head, check_temperature, check_tensor, choose_impl, interpreted, require
+from .rows import LN_2
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
 GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
@@ -221,35 +222,37 @@ def check_rows(hidden: torch.Tensor, row_key: torch.Tensor, position: torch.Tens
 def _sample_torch(
     hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vocabulary tiles with a running winner and log-sum-exp; `state` None = greedy."""
+    """Vocabulary tiles with a running winner and log-sum-exp; `state` None = greedy. Logits in bits and no
+    torch.log on a single tile, for the reasons given at `rows.Chunk`."""
     (R, _), V = hidden.shape, weight.shape[0]
-    hidden = hidden.float() * inv_temperature
+    hidden = hidden.float() * (inv_temperature / LN_2)
     tile = max(1024, CPU_TILE_BYTES // (4 * max(R, 1))) & ~1
     best = None
     for start in range(0, V, tile):
         stop = min(start + tile, V)
         logits = hidden @ weight[start:stop].float().t()
         top = logits.amax(1, keepdim=True)
-        weights = (logits - top).exp_()
+        weights = (logits - top).exp2_()
         total = weights.sum(1)
         if state is None:
-            token = logits.argmax(1, keepdim=True)
-            score = top
+            score, token = top, logits.argmax(1, keepdim=True)
         else:
             race = weights.div_(negative_noise(state, start, stop))  # negative: smallest wins
             score, token = race.min(1, keepdim=True)
-            score = score.neg_().log_().add_(top)
-        logit = logits.gather(1, token)
-        new = (score[:, 0], token[:, 0] + start, logit[:, 0], top[:, 0] + total.log_())
+            if tile < V:  # comparable across tiles
+                score = score.neg_().log2_().add_(top)
+        logit, top = logits.gather(1, token)[:, 0] * LN_2, top[:, 0] * LN_2
+        new = (score[:, 0], token[:, 0] + start, logit, top, (total - 1.0).log1p_())
         best = new if best is None else _merge(best, new)
-    _, token, logit, lse = best
-    return token, logit - lse
+    _, token, logit, top, log_total = best
+    return token, (logit - top) - log_total
 
 
 def _merge(a: tuple, b: tuple) -> tuple:
     wins = b[0] > a[0]  # ties go to the lower id, as argmax does
     winner = (torch.where(wins, y, x) for x, y in zip(a[:3], b[:3], strict=True))
-    return *winner, torch.logaddexp(a[3], b[3])
+    top = torch.maximum(a[3], b[3])
+    return *winner, top, torch.logaddexp(a[4] + (a[3] - top), b[4] + (b[3] - top))
 
 
 @torch.no_grad()

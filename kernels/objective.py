@@ -262,8 +262,14 @@ def _bound(pick):
     return apply
 
 
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(
+        x * (1 / math.log(2.0))
+    )  # torch.exp stalls on MKL's threads right after a matmul
+
+
 _TORCH_TL = types.SimpleNamespace(
-    exp=torch.exp, log=torch.log, where=torch.where,
+    exp=_exp, log=torch.log, where=torch.where,
     minimum=_bound(torch.minimum), maximum=_bound(torch.maximum), constexpr=None,
 )  # fmt: skip
 _TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach, "__builtins__": __builtins__}

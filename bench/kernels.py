@@ -1,0 +1,327 @@
+"""`python -m bench kernels`: linear_grpo_loss, forward + backward, beside TRL, Liger and plain PyTorch.
+
+The op's tests run first; a red test means no numbers. Rounds alternate the order of the contestants, ratios
+are paired within a round, memory is the growth of a fresh process. The outside losses are the tests' oracles.
+On a GPU the floor is three bare cuBLAS matmuls of the same run. Rows are appended to results/kernels.csv.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from vtfast_kernels.cases import CPU_BENCH, GPU_BENCH, OPS, Shape, linear_grpo_inputs
+from vtfast_kernels.grpo_loss import GRPOLoss
+from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
+from vtfast_kernels.linear_logprob import linear_logprob
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests" / "kernels"
+sys.path.insert(0, str(TESTS))  # the oracles
+CSV = Path(__file__).parent / "results" / "kernels.csv"
+GOALS = {"trl": 0.4, "plain": 1.15}  # on the CPU, our time / theirs
+MEMORY_GOAL = 1 / 3  # on the CPU, our growth / plain's
+OPTIONAL = {  # name -> module that must import
+    "liger": "liger_kernel.chunked_loss",
+    "trl": "trl.kernels.chunked_logprob",
+    "cut_cross_entropy": "cut_cross_entropy",
+}
+
+
+def inputs_of(shape: Shape, device: str) -> dict:
+    """Sixteenths of the tokens are sequences; on-policy with KL, what a first update sees."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = linear_grpo_inputs(
+        Shape(16, shape.V, shape.D), dtype, device, spec=GRPOLoss(), ignored=0.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    N = shape.N
+    inputs["hidden"] = torch.randn(N, shape.D, generator=generator).to(device, dtype)
+    inputs["target"] = torch.randint(shape.V, (N,), generator=generator).to(device)
+    inputs["sequence_id"] = (torch.arange(N) * 16 // N).to(device)
+    inputs["advantage"] = torch.randn(16, generator=generator).to(device)
+    head = (inputs[name] for name in ("hidden", "weight", "target"))
+    with torch.no_grad():
+        logp = linear_logprob(*head)
+    noise = torch.randn(N, generator=generator).to(device)
+    inputs |= {"old_logp": None, "sampler_logp": None, "ref_logp": logp + 0.3 * noise}
+    for name in ("hidden", "weight"):
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def contestants(inputs: dict, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """name -> forward of the loss; the caller runs backward."""
+    head = {k: inputs[k] for k in ("hidden", "weight", "target")}
+    rest = {k: v for k, v in inputs.items() if k not in head}
+    hidden, weight, target = head.values()
+
+    def plain(log_softmax=torch.log_softmax):
+        from oracles import trl_loss
+
+        logits = (hidden @ weight.t()).float()
+        log_p = log_softmax(logits, -1)
+        return trl_loss(log_p.gather(1, target[:, None])[:, 0], **rest)
+
+    def trl():
+        from oracles import trl_loss
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        logp, *_ = ChunkedLogProbFunction.apply(
+            hidden, weight, None, target, 1.0, 32768, None, 1.0, ("entropy",)
+        )
+        return trl_loss(logp, **rest)
+
+    def liger():
+        from oracles import liger_loss
+
+        return liger_loss(**inputs)
+
+    def cut_cross_entropy():
+        from cut_cross_entropy import linear_cross_entropy
+        from oracles import trl_loss
+
+        return trl_loss(-linear_cross_entropy(hidden, weight, target, reduction="none"), **rest)
+
+    out = {
+        "ours": lambda: linear_grpo_loss(**inputs).loss,
+        "plain": plain,
+        "trl": trl,
+        "liger": liger,
+    }
+    if device == "cuda":
+        compiled = torch.compile(
+            lambda h, w, t: torch.log_softmax((h @ w.t()).float(), -1).gather(1, t[:, None])[:, 0]
+        )
+
+        def compiled_plain():
+            from oracles import trl_loss
+
+            return trl_loss(compiled(hidden, weight, target), **rest)
+
+        out |= {"compile": compiled_plain, "cut_cross_entropy": cut_cross_entropy}
+    return {name: f for name, f in out.items() if _importable(OPTIONAL.get(name))}
+
+
+def _importable(module: str | None) -> bool:
+    import importlib
+
+    try:
+        return module is None or bool(importlib.import_module(module))
+    except Exception:
+        return False
+
+
+def three_matmuls(inputs: dict) -> Callable[[], None]:
+    """The floor on a GPU: logits, d_hidden and d_weight as bare cuBLAS calls, in chunks of the logits."""
+    hidden, weight = inputs["hidden"].detach(), inputs["weight"].detach()
+    rows = min(len(hidden), 4096)
+    logits = hidden.new_empty(rows, len(weight))
+    d_weight = torch.zeros_like(weight, dtype=torch.float32)
+
+    def run():
+        for x in hidden.split(rows):
+            z = torch.mm(x, weight.t(), out=logits[: len(x)])
+            z @ weight
+            torch.addmm(d_weight, z.t(), x, out_dtype=torch.float32, out=d_weight)
+
+    return run
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def step(forward: Callable[[], torch.Tensor], inputs: dict) -> Callable[[], None]:
+    def run():
+        inputs["hidden"].grad = inputs["weight"].grad = None
+        forward().backward()
+
+    return run
+
+
+def growth(name: str, shape: Shape, threads: int) -> float:
+    """Peak resident memory in MB that one forward + backward adds in a process of its own."""
+    code = f"import sys; sys.argv = ['bench']; from bench.kernels import grow; grow({name!r}, {shape!r}, {threads})"
+    code = "from vtfast_kernels.cases import Shape\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def grow(name: str, shape: Shape, threads: int) -> None:
+    torch.set_num_threads(threads)
+    small = inputs_of(Shape(64, 512, shape.D), "cpu")
+    step(
+        contestants(small, "cpu")[name], small
+    )()  # imports and thread pools are not the op's memory
+    inputs = inputs_of(shape, "cpu")
+    run = step(contestants(inputs, "cpu")[name], inputs)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    run()
+    print(json.dumps(_status("VmHWM") - before))
+
+
+def _status(field: str) -> float:
+    """MB of a memory field of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: int) -> bool:
+    inputs = inputs_of(shape, device)
+    runs = {name: step(f, inputs) for name, f in contestants(inputs, device).items()}
+    if device == "cuda":
+        runs["three matmuls"] = three_matmuls(inputs)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    losses = {}
+    for name in list(runs):
+        try:
+            runs[name]()  # warm-up
+            losses[name] = float(inputs["hidden"].grad.float().norm())
+        except torch.cuda.OutOfMemoryError:
+            del runs[name], times[name]
+            print(f"  {name}: out of memory")
+    for index in range(rounds):
+        order = list(runs) if index % 2 == 0 else list(runs)[::-1]
+        for name in order:
+            if name != "liger" or index < slow_rounds:
+                times[name].append(seconds(runs[name], device))
+    memory = {}
+    for name in runs:
+        if device == "cuda" and name != "three matmuls":
+            torch.cuda.reset_peak_memory_stats()
+            base = torch.cuda.memory_allocated()
+            runs[name]()
+            memory[name] = (torch.cuda.max_memory_allocated() - base) / 2**20
+        elif device == "cpu":
+            memory[name] = growth(name, shape, threads)
+    flops = OPS["linear_grpo_loss"].flops(shape)
+    print(
+        f"\nlinear_grpo_loss forward + backward, {shape}, {device}, {rounds} rounds, order alternated"
+    )
+    row = "  {:<18} {:>9} {:>9} {:>9} {:>8} {:>16} {:>10} {:>12}"
+    print(
+        row.format(
+            "provider",
+            "p20 ms",
+            "p50 ms",
+            "p80 ms",
+            "TFLOP/s",
+            "ours / theirs",
+            "growth MB",
+            "|d_hidden|",
+        )
+    )
+    ok = True
+    for name, t in times.items():
+        if not t:
+            continue
+        p20, p50, p80 = (1e3 * _quantile(t, q) for q in (0.2, 0.5, 0.8))
+        ratio = statistics.median(a / b for a, b in zip(times["ours"], t, strict=False))
+        goal = GOALS.get(name) if device == "cpu" else None
+        verdict = f"{ratio:.3f}" + (f" (<= {goal})" if goal else "")
+        ok &= goal is None or ratio <= goal
+        rate, mb = f"{flops / p50 / 1e9:.3g}", f"{memory[name]:.0f}" if name in memory else ""
+        norm = f"{losses[name]:.6g}" if name != "three matmuls" else ""
+        print(row.format(name, f"{p20:.1f}", f"{p50:.1f}", f"{p80:.1f}", rate, verdict, mb, norm))
+        _append(shape, device, name, "time_ms", p20, p50, p80)
+        if name in memory:
+            _append(shape, device, name, "growth_mb", *[memory[name]] * 3)
+    if device == "cpu":
+        share = memory["ours"] / memory["plain"]
+        ok &= share <= MEMORY_GOAL
+        print(f"  memory growth, ours / plain: {share:.3f} (<= {MEMORY_GOAL:.3f})")
+    print(f"  goals {'met' if ok else 'NOT met'}" if device == "cpu" else "")
+    return ok
+
+
+def _quantile(values: list[float], q: float) -> float:
+    values = sorted(values)
+    return values[min(len(values) - 1, int(q * len(values)))]
+
+
+def _append(shape: Shape, device: str, provider: str, metric: str, *quantiles: float) -> None:
+    CSV.parent.mkdir(exist_ok=True)
+    new = not CSV.exists()
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
+    with CSV.open("a", newline="") as file:
+        out = csv.writer(file)
+        if new:
+            out.writerow(
+                [
+                    "kernel",
+                    "provider",
+                    "shape",
+                    "metric",
+                    "p20",
+                    "p50",
+                    "p80",
+                    "device",
+                    "torch",
+                    "timestamp",
+                ]
+            )
+        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        numbers = [f"{x:.4g}" for x in quantiles]
+        out.writerow(
+            ["linear_grpo_loss", provider, shape, metric, *numbers, name, torch.__version__, stamp]
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench kernels", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include Liger")
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these sizes")
+    parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if not options.no_tests:
+        print("tests of the op first ...", flush=True)
+        tests = [
+            str(TESTS / f"test_{op}.py")
+            for op in ("grpo_loss", "linear_grpo_loss", "linear_logprob")
+        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            print("a test fails: no numbers")
+            return 1
+    devices = [("cpu", CPU_BENCH)]
+    if torch.cuda.is_available():
+        devices.append(("cuda", GPU_BENCH))
+    ok = True
+    for device, shapes in devices:
+        for shape in shapes:
+            if not options.tokens or shape.N in options.tokens:
+                ok &= compare(shape, device, options.rounds, options.slow_rounds, options.threads)
+    if not torch.cuda.is_available():
+        sizes = ", ".join(str(shape.N) for shape in GPU_BENCH)
+        print(f"\nGPU (tokens {sizes}; V 151936, D 1536, bf16): not measured, no CUDA device here")
+    return 0 if ok else 1
