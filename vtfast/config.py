@@ -39,6 +39,8 @@ class Config:
     """float32, bfloat16, or auto: bfloat16 on CUDA and float32 on the CPU."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    cpu_threads: int | None = None
+    """Threads of each rank on the CPU; none shares the cores out among the ranks."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -174,7 +176,7 @@ class Config:
         ):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
-        for name in ("first_n", "save_total_limit", "num_processes"):
+        for name in ("first_n", "save_total_limit", "num_processes", "cpu_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
         if self.temperature <= 0:
