@@ -57,7 +57,7 @@ def draw_curves(folder: Path, before: HeldOut | None, after: HeldOut | None) -> 
     entropy = length.twinx()
     entropy.plot(x, [line["entropy"] for line in steps], color="tab:red", label="entropy")
     entropy.set(ylabel="entropy (nats)", ylim=(0, None))
-    length.legend(handles=[*length.lines, *entropy.lines])
+    length.legend(handles=[*length.lines, *entropy.lines], loc="center right")
 
     phases = [key for key in ("time/rollout", "time/score", "time/update") if key in steps[0]]
     axes[1, 0].stackplot(
@@ -93,5 +93,6 @@ def _held_out_bars(axis, before: HeldOut, after: HeldOut) -> None:
             places, [judged.accuracy(mode, kind) for kind in kinds], 0.2, label=label, color=colour
         )
     axis.set_xticks(range(len(kinds)), kinds)
-    axis.set(title=f"Held-out accuracy ({after.count} questions)", ylim=(0, 1.05))
-    axis.legend(fontsize="small", loc="lower right")
+    axis.set(title=f"Held-out accuracy ({after.count} questions)", ylim=(0, 1.4))
+    axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axis.legend(fontsize="small", loc="upper center", ncols=2)
