@@ -84,8 +84,8 @@ def specs() -> dict[str, GRPOLoss]:
         "sequence-truncate": {"vllm_importance_sampling_mode": "sequence_truncate"},
     }
     bounds = {
-        "vllm_importance_sampling_clip_max": 1.05,
-        "vllm_importance_sampling_clip_min": 0.9,
+        "vllm_importance_sampling_clip_max": 1.01,
+        "vllm_importance_sampling_clip_min": 0.98,
     }
     for name, options in variations.items():
         options = options if "sampling" not in str(options) else options | bounds
