@@ -76,14 +76,10 @@ def _train(arguments: Sequence[str]) -> int:
 
     from transformers.utils import logging as transformers_logging
 
-    from vtfast import distributed
     from vtfast.trainer import Trainer
 
     transformers_logging.disable_progress_bar()
-    try:
-        Trainer(config).run()
-    finally:
-        distributed.stop()
+    Trainer(config).run()
     return 0
 
 

@@ -5,6 +5,7 @@ DeepSpeed is imported here alone, and only once the device is known.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
@@ -75,7 +76,11 @@ def start(config: Config) -> Ranks:
         torch.cuda.set_device(local)
 
     deepspeed = _import_deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        atexit.register(
+            dist.destroy_process_group
+        )  # not earlier: DeepSpeed keeps hold of its groups
     ranks = Ranks(
         dist.get_rank(),
         dist.get_world_size(),
@@ -143,11 +148,6 @@ def zero2_engine(config: Config, objective: nn.Module) -> DeepSpeedEngine:
         model=objective, model_parameters=trained, optimizer=optimizer, lr_scheduler=scheduler, config=settings
     )  # fmt: skip
     return engine
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _import_deepspeed():
