@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-gpu lint bench
+.PHONY: setup demo test test-slow test-gpu lint aot bench
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ test-gpu: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+aot: setup # every Triton kernel compiles for sm_80, sm_90 and sm_100, without spills, with wgmma on Hopper
+	$(BIN)/python -m bench aot
 
 bench: setup
 	$(BIN)/python -m bench kernels
