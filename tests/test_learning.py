@@ -20,7 +20,9 @@ def learn(
     """A run of the embedded default; (sampled before, after, greedy before, after) by accuracy and format."""
     config = load_config(overrides={"output_dir": str(tmp_path / "run"), **overrides})
     trainer_class(config).run()
-    found = HELD_OUT.findall(capsys.readouterr().out)
+    table = capsys.readouterr().out
+    print(table)  # for `pytest -rP`
+    found = HELD_OUT.findall(table)
     return {name: tuple(map(float, values)) for name, *values in found}
 
 
