@@ -29,12 +29,13 @@ setup(
     version="0.1.0",
     description="GRPO for vision-language models with fused kernels: VisualThinker-R1-Zero, faster",
     python_requires=">=3.10",
-    packages=["vtfast", "vtfast.rollout", "vtfast_kernels"],
+    packages=["vtfast", "vtfast.evaluate", "vtfast.rollout", "vtfast_kernels"],
     package_dir={"vtfast_kernels": "kernels"},
     package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*"]},
     install_requires=RUNTIME,
     extras_require={
-        "gpu": ["flash-attn", "torchvision"],  # torchvision: qwen_vl_utils needs it; CUDA builds only
+        # qwen_vl_utils needs torchvision, which package indexes hold as a CUDA build only
+        "gpu": ["flash-attn", "torchvision"],
         "dev": ["pytest", "ruff", "hypothesis", "trl>=1.16; python_version >= '3.11'"],
     },
     entry_points={"console_scripts": ["vtfast = vtfast.cli:main"]},

@@ -56,7 +56,7 @@ def broken(tmp_path):
     ("flags", "message"),
     [
         (["--num_generatons", "4"], "did you mean --num_generations"),
-        (["--beta", "big"], "--beta big: must be a number"),
+        (["--beta", "big"], "--beta big: must be a finite number"),
         (["--data", "{tmp}/gone.parquet"], "gone.parquet"),
         (["--data", "{tmp}/columns.parquet"], "columns.parquet"),
         (["--data", "{tmp}/picture.parquet", "--eval_data", "none"], "picture.parquet"),

@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare()
         return _COMMANDS[command](arguments[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+            print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -53,7 +54,7 @@ def _train(arguments: Sequence[str]) -> int:
         epilog="example: python train.py --recipe tiny-spatial --seed 1 --max_steps 50",
     )
     parser.add_argument(
-        "--recipe", default="tiny-spatial", help=f"one of {', '.join(recipe_names())}"
+        "--recipe", help=f"one of {', '.join(recipe_names())} (default tiny-spatial)"
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a YAML file of settings instead of a recipe"
@@ -69,7 +70,11 @@ def _train(arguments: Sequence[str]) -> int:
     given = {
         name: flags[name] for name in FIELD_NAMES if flags[name] is not None and name != "recipe"
     }
-    config = load_config(flags["recipe"], flags["config"], given)
+    if flags["recipe"] and flags["config"]:
+        raise UserError(
+            "--recipe and --config: give one of them; a --config file stands for itself"
+        )
+    config = load_config(flags["recipe"] or "tiny-spatial", flags["config"], given)
     if flags["dry_run"]:
         print(config.to_yaml(), end="")
         return 0

@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,9 @@ import yaml
 from vtfast.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+TOKEN_LEVEL = ("cispo", "sapo", "vespo")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 FREEZABLE = ("vision", "merger", "language", "embeddings")
 
 
@@ -102,7 +105,7 @@ class Config:
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: str = "linear"
-    """Schedule after the warm-up, by its name in transformers: linear (to zero), cosine, constant_with_warmup."""
+    """Schedule after the warm-up: linear (to zero), cosine, constant or constant_with_warmup, as in transformers."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from zero."""
     weight_decay: float = 0.0
@@ -150,6 +153,7 @@ class Config:
             "scale_rewards": ("group", "batch", "none"),
             "loss_type": LOSS_TYPES,
             "importance_sampling_level": ("token", "sequence"),
+            "lr_scheduler_type": SCHEDULES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -173,14 +177,24 @@ class Config:
             "save_steps",
             "weight_decay",
             "max_grad_norm",
+            "epsilon",
         ):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
         for name in ("first_n", "save_total_limit", "num_processes", "cpu_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
-        if self.temperature <= 0:
-            yield f"--temperature {self.temperature}: must be above 0"
+        for name in ("temperature", "adam_epsilon", "delta"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                yield f"--{name} {getattr(self, name)}: must be above 0"
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)}: must be at least 0 and below 1"
+        if self.importance_sampling_level == "sequence" and self.loss_type in TOKEN_LEVEL:
+            yield (
+                f"--importance_sampling_level sequence: not defined for --loss_type {self.loss_type};"
+                " use token"
+            )
         if self.num_generations == 1 and self.scale_rewards == "group":
             yield "--num_generations 1: a group of one has no advantage; use 2 or more, or --scale_rewards none"
         if self.max_pixels < self.min_pixels:
@@ -261,6 +275,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return None
         return _convert(name, value, next(part for part in arguments if part is not NoneType))
     if origin is list:
+        if value is None or (
+            isinstance(value, str) and value.lower() == "none" and name == "freeze"
+        ):
+            return []
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise UserError(f"--{name} {value}: must be a list, such as a,b")
@@ -272,12 +290,13 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         return known[str(value).lower()]
     try:
         number = hint(value)
-        if isinstance(value, bool) or (hint is int and float(value) != number):
+        whole = hint is not int or isinstance(value, str) or value == number
+        if isinstance(value, bool) or not whole or (hint is float and not math.isfinite(number)):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"--{name} {value}: must be {_TYPE_NAMES[hint]}") from None
     return number
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "text"}
 FIELD_NAMES = tuple(entry.name for entry in fields(Config))

@@ -94,15 +94,17 @@ def load_samples(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: 1 or more is wanted, or none at all")
     samples, reports = Samples(source=source), []
-    for row, file, result in _results(find_files(source, split, stream=limit is not None)):
+    for row, in_file, file, result in _results(find_files(source, split, stream=limit is not None)):
         if isinstance(result, Sample):
             samples.append(result)
             if len(samples) == limit:
                 break
             continue
-        reports.append(f"{file.name}, row {row}: {result}")
+        reports.append(f"{file.name}, row {in_file}: {result}")
         if on_bad == "error":
-            raise UserError(f"{reports[0]}. Mend the row, or skip such rows with on_bad=skip")
+            raise UserError(
+                f"{reports[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)"
+            )
         samples.skipped.append((row, str(result)))
     if not samples:
         first = "; ".join(reports[:3]) or "it has no rows"
@@ -116,18 +118,19 @@ def load_samples(
     return samples
 
 
-def _results(files: Iterable[DataFile]) -> Iterator[tuple[int, DataFile, "Sample | BadRow"]]:
-    """Every row, read and its images checked: (row number, its file, sample or what is wrong)."""
+def _results(files: Iterable[DataFile]) -> Iterator[tuple[int, int, DataFile, "Sample | BadRow"]]:
+    """Every row, read and its images checked: (number, number in its file, file, sample or what is wrong)."""
     row = 0
     with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
         for file in files:
+            first = row
             for batch in read_rows(file):
                 numbers = range(row, row + len(batch))
                 read = pool.map(
                     lambda entry, number, f=file: _try(entry, number, f), batch, numbers
                 )
                 for number, result in zip(numbers, read, strict=True):
-                    yield number, file, result
+                    yield number, number - first, file, result
                 row += len(batch)
 
 

@@ -6,14 +6,14 @@ that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 from vtfast.config import FREEZABLE
 from vtfast.errors import UserError
@@ -83,18 +83,27 @@ def load_model(
 
     Raises UserError when the folder has no weights, the id cannot be fetched, or the model is of another family.
     """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in dtypes:
+        raise UserError(f"dtype {dtype}: must be one of {', '.join(dtypes)}")
     folder = Path(model_path(path))
     weights = ("*.safetensors", "*.safetensors.index.json")
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in weights):
         raise UserError(f"--model {path}: the folder has no *.safetensors weights")
     try:
+        family = AutoConfig.from_pretrained(str(folder)).model_type
+        if family != "qwen2_vl":
+            raise UserError(f"--model {path}: is a {family} model; only qwen2_vl can be trained")
         module, report = Qwen2VLForConditionalGeneration.from_pretrained(
             str(folder),
-            dtype=getattr(torch, dtype),
+            dtype=dtypes[dtype],
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -104,7 +113,7 @@ def load_model(
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     policy = Policy(module.to(device).eval(), eos_ids)
-    _freeze(policy, freeze)
+    _freeze(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy
 
 

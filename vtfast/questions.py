@@ -46,15 +46,18 @@ class Asker:
 
     def fitting(self, samples: Sequence[Sample], name: str) -> list[Sample]:
         """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
-        good = []
+        good, misfits = [], []
         for sample in samples:
             problem = self._misfit(sample)
             if problem is None:
                 good.append(sample)
-            elif self.on_bad_sample == "error":
-                raise UserError(f"{name}: row {sample.row}: {problem}")
-            else:
-                log.warning("%s: row %d: %s; skipped", name, sample.row, problem)
+                continue
+            misfits.append(f"row {sample.row}: {problem}")
+            if self.on_bad_sample == "error":
+                raise UserError(f"{name}: {misfits[0]}")
+        if misfits:
+            first = "; ".join(misfits[:3])
+            log.warning("%s: skipped %d of %d prompts: %s", name, len(misfits), len(samples), first)
         if not good:
             raise UserError(
                 f"{name}: no prompt fits into --max_prompt_length {self.max_prompt_length}"
@@ -75,11 +78,10 @@ class Asker:
         return None
 
 
-def load_questions(config: Config, asker: Asker, rendered: Path | None) -> dict[str, list[Sample]]:
-    """Samples by split: "train" and "val" (held out).
+def load_questions(config: Config, asker: Asker, rendered: Path) -> dict[str, list[Sample]]:
+    """Samples by split, "train" and "val" (held out; absent without `eval_data`).
 
-    With `rendered` None those that `config` names by file or hub id; otherwise those of the embedded default, from the
-    folder into which `render_synthetic` wrote them.
+    `rendered`: the folder of `render_synthetic`; its files are read like any others.
     """
     sources = {
         "train": (config.data, config.split, config.first_n),
@@ -87,21 +89,22 @@ def load_questions(config: Config, asker: Asker, rendered: Path | None) -> dict[
     }
     samples = {}
     for split, (source, of_source, limit) in sources.items():
-        if source is None or (source == SYNTHETIC) != (rendered is not None):
+        if source is None:
             continue
-        if rendered is not None:
+        if source == SYNTHETIC:
             source = rendered / f"{split}.parquet"
         loaded = load_samples(source, of_source, limit, on_bad=config.on_bad_sample)
         samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
     return samples
 
 
-def render_synthetic(config: Config, folder: Path) -> None:
+def render_synthetic(config: Config, folder: Path) -> Path:
     """Write train.parquet and val.parquet of the embedded default, if `config` asks for either."""
     if SYNTHETIC in (config.data, config.eval_data):
         synthetic.write_dataset(
             folder, train=SYNTHETIC_TRAIN, val=config.eval_samples, seed=config.seed
         )
+    return folder
 
 
 def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:

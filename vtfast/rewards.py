@@ -12,7 +12,9 @@ naming several options earns nothing.
 import difflib
 import functools
 import importlib
+import inspect
 import logging
+import math
 import re
 import string
 from collections.abc import Callable
@@ -151,6 +153,25 @@ REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "length": length_reward,
 }
+
+
+def score(
+    name: str, reward: Reward, completion: str, sample: "Sample", tokens: int | None = None
+) -> float:
+    """What the reward called `name` gives; a reward that asks for `tokens` gets the number sampled.
+
+    Raises:
+        UserError: it returned no finite number.
+        RuntimeError: it raised; from its own error.
+    """
+    options = {"tokens": tokens} if "tokens" in inspect.signature(reward).parameters else {}
+    try:
+        value = reward(completion, sample, **options)
+    except Exception as error:
+        raise RuntimeError(f"--reward_funcs {name}: failed on row {sample.row}") from error
+    if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
+        raise UserError(f"--reward_funcs {name}: returned {value!r} and not a finite number")
+    return float(value)
 
 
 def get_reward(name: str) -> Reward:

@@ -28,6 +28,8 @@ def completion_hidden(
     Returns (hidden [N, D], target [N] int64, sequence_id [N] int64), tokens in the order of `completions`. Images are
     encoded once a prompt. Raises UserError for a completion without tokens.
     """
+    if len(prompts) != len(completions):
+        raise UserError(f"completions: {len(completions)} groups for {len(prompts)} prompts")
     rows, positions, starts, targets = [], [], [], []
     for number, (prompt, embedding, group) in enumerate(
         zip(prompts, policy.embed_prompts(prompts), completions, strict=True)
@@ -37,6 +39,8 @@ def completion_hidden(
             if len(tokens) == 0:
                 raise UserError(f"prompt {number}: a completion has no tokens")
             ids = torch.as_tensor(tokens, dtype=torch.int64)
+            if int(ids.min()) < 0 or int(ids.max()) >= policy.head.shape[0]:
+                raise UserError(f"prompt {number}: a completion has ids outside the vocabulary")
             rows.append(torch.cat([embedding, policy.embed(ids.to(policy.device))]))
             later = first + torch.arange(len(ids)).expand(3, -1)
             positions.append(torch.cat([prompt.positions, later], dim=1).T)

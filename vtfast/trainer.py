@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from vtfast.processor import Processor
 from vtfast.prompts import response_prefix
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
 from vtfast.report import draw_curves, held_out_table
-from vtfast.rewards import get_reward
+from vtfast.rewards import get_reward, score
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
 from vtfast.tracking import Tracker, check_trackers
@@ -44,7 +46,7 @@ class Trainer:
         check_output_dir(config)
         check_trackers(config.report_to)
         self.config = config
-        self.rewards = [get_reward(name) for name in config.reward_funcs]
+        self.rewards = {name: get_reward(name) for name in config.reward_funcs}
         self.ranks = ranks = distributed.start(config)
         torch.manual_seed(config.seed)
 
@@ -58,17 +60,18 @@ class Trainer:
         if config.gradient_checkpointing:
             self.policy.module.gradient_checkpointing_enable({"use_reentrant": False})
 
-        samples = load_questions(config, self.asker, rendered=None)
         self.objective = Objective(self.policy, loss_spec(config))
         self.engine = distributed.zero2_engine(config, self.objective)
         self.rollout = RolloutEngine(self.policy)
 
-        self.folder = Path(ranks.from_main(str(create_run_folder(config)) if ranks.is_main else ""))
-        if ranks.is_main:
-            render_synthetic(config, self.folder / "data")
-        ranks.barrier()
-        samples |= load_questions(config, self.asker, rendered=self.folder / "data")
-        self.train_samples, self.held_out_samples = samples["train"], samples.get("val", [])
+        with tempfile.TemporaryDirectory() as scratch:  # a start that fails leaves nothing behind
+            rendered = render_synthetic(config, Path(scratch) / "data")
+            samples = load_questions(config, self.asker, rendered)
+            self.train_samples, self.held_out_samples = samples["train"], samples.get("val", [])
+            folder = str(create_run_folder(config)) if ranks.is_main else ""
+            self.folder = Path(ranks.from_main(folder))
+            if ranks.is_main and rendered.exists():
+                shutil.move(rendered, self.folder / "data")
         if ranks.is_main:
             (self.folder / "config.yaml").write_text(config.to_yaml())
 
@@ -147,7 +150,13 @@ class Trainer:
         groups = []
         for question, answers in zip(questions, completions, strict=True):
             texts = [prefix + self.processor.decode(answer.tokens) for answer in answers]
-            rewards = [[reward(text, question.sample) for text in texts] for reward in self.rewards]
+            rewards = [
+                [
+                    score(name, reward, text, question.sample, len(answer.tokens))
+                    for text, answer in zip(texts, answers, strict=True)
+                ]
+                for name, reward in self.rewards.items()
+            ]
             groups.append(Group(question, answers, texts, torch.tensor(rewards)))
         return groups
 
