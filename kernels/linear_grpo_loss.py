@@ -53,7 +53,8 @@ from .rows import (
     write_dlogits,
 )
 
-WORTH_COMPACTING = 0.9  # share of rows with a gradient below which copying them out is cheaper
+WORTH_COMPACTING = 0.9  # share of rows with a gradient below which moving them together is cheaper
+COMPACT_ROWS = 128  # rows in flight while they move
 
 
 @triton.jit
@@ -123,6 +124,14 @@ def _spans(tokens: Tokens, rows: int, whole_sequences: bool) -> list[tuple[int, 
     return [*spans, (start, end)]
 
 
+def compact_rows(d: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Move the rows `keep` (ascending) to the front, in place: a copy of the chunk would double its memory."""
+    for start in range(0, len(keep), COMPACT_ROWS):
+        part = keep[start : start + COMPACT_ROWS]
+        d[start : start + len(part)] = d[part]  # rows still to come lie further back
+    return d[: len(keep)]
+
+
 class _TorchChunks:
     """The passes over a chunk of tokens, on the CPU."""
 
@@ -170,6 +179,8 @@ class _TritonChunks:
         self.logp, self.entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         self.result = empty_evaluation(self.logp)
         self.is_gradient = False  # what the buffer holds: raw logits, or already their gradient
+        # with a KL every scored token has a gradient: nothing to look for, no sync a chunk
+        self.may_compact = spec.beta == 0 or not bool(tokens.scored.all())
 
     def score(self, a: int, b: int) -> None:
         t, logits = self.tokens, self.buffer[: b - a]
@@ -197,10 +208,10 @@ class _TritonChunks:
         d, g, live = self.buffer[: b - a], self.result.gradient[a:b], slice(a, b)
         if not self.is_gradient:
             dlogits_triton(d, self.target[a:b], g, None, self.inv_temperature)
-        if self.spec.beta == 0:  # the KL gives nearly every token a gradient: not worth the sync
+        if self.may_compact:
             keep = g.nonzero()[:, 0]
             if len(keep) < WORTH_COMPACTING * (b - a):
-                d, live = d[keep], keep + a
+                d, live = compact_rows(d, keep), keep + a
         return d, live
 
 

@@ -198,6 +198,31 @@ def _forward_torch(hidden, weight, target, inv_temperature, entropy, logp, ent) 
         out.masked_fill_(target == IGNORED, 0.0)
 
 
+def _backward_chunks(ctx, g, h, d_hidden: torch.Tensor | None, d_weight: torch.Tensor | None):
+    """Fill `d_hidden` and add to `d_weight`, either of which may be None."""
+    hidden, weight, target, ent = ctx.saved_tensors
+    N, V = hidden.shape[0], weight.shape[0]
+    rows = chunk_rows(N, weight)
+    if ctx.impl == "triton":
+        w, logits = weight, weight.new_empty(rows, V)
+    else:
+        w = weight.float()
+        chunk, safe = Chunk(rows, w, ctx.inv_temperature), target.clamp(min=0)
+    for a, b in row_spans(N, rows):
+        x, h_ab = hidden[a:b], None if h is None else h[a:b]
+        if ctx.impl == "triton":
+            z = torch.mm(x, w.t(), out=logits[: b - a])
+            d = dlogits_triton(z, target[a:b], g[a:b], h_ab, ctx.inv_temperature)
+        else:
+            chunk(x, safe[a:b], entropy=False)
+            ent_ab = None if h is None else ent[a:b]
+            d = chunk.dlogits(g[a:b], safe[a:b], h_ab, ent_ab)
+        if d_hidden is not None:
+            d_hidden[a:b] = matmul_over_vocabulary(d, w)
+        if d_weight is not None:
+            add_matmul(d_weight, d.t(), x)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, inv_temperature: float, entropy: bool, impl: str):
@@ -212,7 +237,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, target, ent = ctx.saved_tensors
+        hidden, weight, target, _ = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -223,28 +248,10 @@ class _LinearLogprob(torch.autograd.Function):
             else grad_logp * scored
         )
         h = None if grad_entropy is None else grad_entropy * scored
-        N, V = hidden.shape[0], weight.shape[0]
-        rows = chunk_rows(N, weight)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        if ctx.impl == "triton":
-            w, logits = weight, weight.new_empty(rows, V)
-        else:
-            w = weight.float()
-            chunk, safe = Chunk(rows, w, ctx.inv_temperature), target.clamp(min=0)
-        for a, b in row_spans(N, rows):
-            x, h_ab = hidden[a:b], None if h is None else h[a:b]
-            if ctx.impl == "triton":
-                z = torch.mm(x, w.t(), out=logits[: b - a])
-                d = dlogits_triton(z, target[a:b], g[a:b], h_ab, ctx.inv_temperature)
-            else:
-                chunk(x, safe[a:b], entropy=False)
-                ent_ab = None if h is None else ent[a:b]
-                d = chunk.dlogits(g[a:b], safe[a:b], h_ab, ent_ab)
-            if need_hidden:
-                d_hidden[a:b] = matmul_over_vocabulary(d, w)
-            if need_weight:
-                add_matmul(d_weight, d.t(), x)
+        _backward_chunks(ctx, g, h, d_hidden, d_weight)
+        # the chunk's logits are gone by now: the cast needs room of its own
         d_weight = d_weight.to(weight.dtype) if need_weight else None
         return d_hidden, d_weight, None, None, None, None
 

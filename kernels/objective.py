@@ -324,7 +324,7 @@ def describe_tokens(
 ) -> Tokens:
     """Look up each token's advantage and c_t; no host sync."""
     S = advantage.shape[0]
-    sequence_id = sequence_id.long()
+    sequence_id = sequence_id.long().contiguous()  # the kernels read [N] tensors without strides
     # counts from a running sum of the sorted ids: no atomics, so no order to vary
     end = torch.searchsorted(sequence_id, torch.arange(S, device=scored.device), right=True)
     running = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
@@ -344,7 +344,7 @@ def describe_tokens(
         scale = 1.0 / torch.as_tensor(num_tokens, dtype=dtype, device=scored.device).clamp(min=1)
     return Tokens(
         sequence_id, scored, advantage.to(dtype)[sequence_id], scored * scale, count, end,
-        *(None if x is None else x.detach().to(dtype) for x in (old, ref, sampler)),
+        *(None if x is None else x.detach().to(dtype).contiguous() for x in (old, ref, sampler)),
     )  # fmt: skip
 
 

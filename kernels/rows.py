@@ -96,6 +96,8 @@ def chunk_rows(N: int, weight: torch.Tensor) -> int:
     if weight.is_cuda:
         size, budget, step = weight.element_size(), CUDA_CHUNK_BYTES, 128
     most = max(32, budget // (size * weight.shape[0]))
+    step = step if most >= step else 1
+    most -= most % step
     even = triton.cdiv(N, max(1, triton.cdiv(N, most)))
     return min(max(1, triton.cdiv(even, step) * step), max(N, 1))
 

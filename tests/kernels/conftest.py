@@ -3,6 +3,12 @@ child that `test_interpreter.py` starts with TRITON_INTERPRET=1, every test that
 the Triton kernels on CPU tensors. Triton reads that variable when it is first imported, which another test
 of this process may have done already: hence the child."""
 
+import os
+
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # deterministic algorithms need it on CUDA
+
 import pytest
 import torch
 from vtfast_kernels import checks, rows

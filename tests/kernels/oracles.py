@@ -17,7 +17,7 @@ class Padded:
 
     def __init__(self, sequence_id: torch.Tensor, S: int):
         count = torch.bincount(sequence_id, minlength=S)
-        self.mask = torch.arange(int(count.max())) < count[:, None]
+        self.mask = torch.arange(int(count.max()), device=count.device) < count[:, None]
 
     def __call__(self, flat: torch.Tensor | None) -> torch.Tensor | None:
         if flat is None:
@@ -34,9 +34,9 @@ def sampler_ratio(spec: GRPOLoss, old: torch.Tensor, sampler: torch.Tensor) -> t
     ratio = drift.exp()
     low = spec.vllm_importance_sampling_clip_min
     high = spec.vllm_importance_sampling_clip_max
+    low, high = -1.0 if low is None else low, float("inf") if high is None else high
     if "truncate" in spec.vllm_importance_sampling_mode:
         return ratio.clamp(low, high)
-    low, high = -1.0 if low is None else low, float("inf") if high is None else high
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 

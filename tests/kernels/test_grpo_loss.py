@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_close, error, run
 from oracles import trl_loss
-from vtfast_kernels.cases import Shape, grpo_inputs, specs
+from vtfast_kernels.cases import OPS, Shape, grpo_inputs, specs
 from vtfast_kernels.grpo_loss import GRPOLoss, grpo_loss
 
 SPECS = specs()
@@ -101,6 +101,20 @@ def test_micro_batches_add_up_under_global_denominators(impl, device, loss_type)
         total, grads = total + out["loss"], [*grads, out["d_logp"]]
     assert error(total, whole["loss"]) < 5e-6
     assert error(torch.cat(grads), whole["d_logp"]) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["grpo-token", "grpo-sequence", "linear"])
+def test_strided_inputs(impl, device, name):
+    """Every tensor is one column of a table."""
+    op = "linear_grpo_loss" if name == "linear" else "grpo_loss"
+    inputs = OPS[op].inputs(Shape(61, 123, 16), device=device, spec=SPECS.get(name, GRPOLoss()))
+    strided = {
+        k: torch.stack([v, torch.full_like(v, 3)], -1)[..., 0] if torch.is_tensor(v) else v
+        for k, v in inputs.items()
+    }
+    assert not strided["old_logp"].is_contiguous()
+    want, got = run(op, inputs, impl), run(op, strided, impl)
+    assert all(torch.equal(want[k], got[k]) for k in want)
 
 
 def test_zero_beta_never_touches_the_reference(impl, device):
