@@ -102,3 +102,23 @@ def test_first_token_end_and_limits(policy, prompts):
         Sampling(max_new_tokens=0)
     with pytest.raises(UserError, match="num_generations"):
         engine.generate(prompts, 0)
+
+
+def test_rows_that_finish_early_leave_the_others_as_they_were(policy, prompts):
+    """A third of the vocabulary ends a row, so the batch is halved again and again while it runs."""
+    ends = tuple(range(0, policy.head.shape[0], 3))
+    early = RolloutEngine(type(policy)(policy.module, ends))
+    sampling = Sampling(max_new_tokens=12)
+    rolled = early.generate(prompts, 8, sampling, seed=4)
+    whole = RolloutEngine(type(policy)(policy.module, ())).generate(prompts, 8, sampling, seed=4)
+    with torch.no_grad():
+        scored = completion_logprobs(
+            policy, prompts, [[c.tokens for c in group] for group in rolled]
+        )
+    assert len({len(c.tokens) for group in rolled for c in group}) > 4
+    for short, long, logps in zip(rolled, whole, scored, strict=True):
+        for row, (completion, full) in enumerate(zip(short, long, strict=True)):
+            assert completion.tokens == full.tokens[: len(completion.tokens)]
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), logps[row], rtol=1e-5, atol=1e-5
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vtfast.evaluate import HeldOut
+from vtfast.evaluate.held_out import HeldOut
 
 
 def held_out_table(before: HeldOut, after: HeldOut) -> str:

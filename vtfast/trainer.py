@@ -22,7 +22,7 @@ from vtfast_kernels.group_advantage import group_advantage
 from vtfast import distributed
 from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoint
 from vtfast.config import Config
-from vtfast.evaluate import HeldOut, held_out
+from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.groups import Group, completion_rows
 from vtfast.metrics import Timer, memory_gb, mfu, step_metrics, summary
 from vtfast.model import load_model

@@ -103,6 +103,7 @@ def test_a_row_does_not_depend_on_its_batch(impl, device):
 
 
 BAD = {
+    "hidden type": lambda i: None,
     "hidden": lambda i: i["hidden"][0],
     "weight": lambda i: i["weight"][:, :-1],
     "target": lambda i: i["target"][:-1],

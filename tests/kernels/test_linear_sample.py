@@ -115,6 +115,16 @@ def test_half_precision_logp_is_that_of_fp32_logits(impl, device, dtype):
     assert error(logp, want, 1.0) < 1e-5
 
 
+def test_a_row_of_nan_still_names_a_token(impl, device):
+    for greedy in (False, True):
+        inputs = sample_inputs(Shape(5, 50, 8), device=device) | {"greedy": greedy}
+        want = linear_sample(**inputs, impl=impl)[0]
+        inputs["hidden"][2] = float("nan")
+        token, logp = linear_sample(**inputs, impl=impl)
+        others = [0, 1, 3, 4]
+        assert 0 <= token[2] < 50 and logp[2].isnan() and torch.equal(token[others], want[others])
+
+
 @pytest.mark.parametrize(
     "name, change",
     {
@@ -123,10 +133,11 @@ def test_half_precision_logp_is_that_of_fp32_logits(impl, device, dtype):
         "row_key": lambda i: i["row_key"].int(),
         "position": lambda i: i["position"][:-1],
         "seed": lambda i: 0.5,
+        "seed ": lambda i: True,
         "temperature": lambda i: -1.0,
     }.items(),
 )
 def test_bad_input_is_named(name, change):
     inputs = sample_inputs(Shape(5, 50, 8))
-    with pytest.raises(ValueError, match=f"^{name}:"):
-        linear_sample(**{**inputs, name: change(inputs)})
+    with pytest.raises(ValueError, match=f"^{name.strip()}:"):
+        linear_sample(**{**inputs, name.strip(): change(inputs)})
