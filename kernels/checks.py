@@ -5,7 +5,10 @@ the tensor: on the CPU they always run, on CUDA they would stall the stream, so 
 `VTFAST_CHECK=1` (or `checks.CHECK_VALUES = True`) asks for them.
 """
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -43,15 +46,36 @@ def align_rows(*matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def tma_ready(*matrices: torch.Tensor) -> bool:
     """Whether the tensor-copy engine exists and is worth it for these aligned matrices."""
     half = matrices[0].dtype != torch.float32  # in fp32 it only costs registers
-    return half and capability(matrices[0]) >= 90 and all(x.data_ptr() % 16 == 0 for x in matrices)
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices
+    )
+    return half and capability(matrices[0]) >= 90 and aligned
+
+
+def op_scope(function: Callable) -> Callable:
+    """Run an op, or its backward, on the device of its tensors and in their precision whatever autocast says."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        values = (*args, *kwargs.values())
+        first = next((x for x in values if isinstance(x, torch.Tensor)), None)
+        if first is None:
+            return function(*args, **kwargs)
+        device = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+        with device, torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or interpreted()
 
 
-def choose_impl(impl: str, tensor: torch.Tensor) -> str:
+def choose_impl(impl: str, tensor: torch.Tensor, name: str = "hidden") -> str:
     """ "auto" -> "triton" on CUDA, "torch" elsewhere; anything else must be runnable on the tensor's device."""
+    is_tensor = isinstance(tensor, torch.Tensor)
+    require(is_tensor, name, f"expected a tensor, got {type(tensor).__name__}")
     require(impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         return "triton" if tensor.is_cuda else "torch"

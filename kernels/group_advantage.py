@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import REFERENCE_FLOATS, check_tensor, check_values, choose_impl, require
+from .checks import REFERENCE_FLOATS, check_tensor, check_values, choose_impl, op_scope, require
 
 SCALES = ("group", "batch", "none")
 
@@ -72,6 +72,7 @@ def group_advantage_kernel(
         tl.store(advantage_ptr + first + lane, ((reward - origin) - shift) / divisor, mask=lane < G)
 
 
+@op_scope
 def group_advantage(
     reward: torch.Tensor,
     group_size: int,
@@ -89,7 +90,7 @@ def group_advantage(
         eps: added to the standard deviation, as in TRL.
         impl: auto | triton | torch | reference.
     """
-    impl = choose_impl(impl, reward)
+    impl = choose_impl(impl, reward, "reward")
     check_reward(reward, group_size, scale, eps)
     if impl == "triton":
         reward, advantage = (

@@ -12,6 +12,7 @@ Shapes: N scored tokens, S sequences.
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from .checks import (
     REFERENCE_FLOATS,
@@ -19,6 +20,7 @@ from .checks import (
     check_sequences,
     check_tensor,
     choose_impl,
+    op_scope,
     require,
 )
 from .objective import (
@@ -190,11 +192,14 @@ class _GRPOLoss(torch.autograd.Function):
         return result.loss.sum(), *result[2:]
 
     @staticmethod
+    @once_differentiable
+    @op_scope
     def backward(ctx, grad_loss: torch.Tensor, *_):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_loss, None, None, None
 
 
+@op_scope
 def grpo_loss(
     logp: torch.Tensor,
     sequence_id: torch.Tensor,
@@ -221,7 +226,7 @@ def grpo_loss(
         num_sequences, num_tokens: denominators over all micro-batches and ranks (default: local).
         impl: auto | triton | torch | reference.
     """
-    impl = choose_impl(impl, logp)
+    impl = choose_impl(impl, logp, "logp")
     if impl == "reference":
         from . import reference
 

@@ -22,8 +22,9 @@ Shapes: N scored tokens, V vocabulary, D hidden, S sequences.
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
-from .checks import IGNORED, check_head, check_target, choose_impl
+from .checks import IGNORED, check_head, check_target, choose_impl, op_scope
 from .grpo_loss import (
     check_loss_inputs,
     empty_evaluation,
@@ -255,6 +256,8 @@ class _LinearGRPOLoss(torch.autograd.Function):
         return result.loss.sum(), *rest
 
     @staticmethod
+    @once_differentiable
+    @op_scope
     def backward(ctx, grad_loss: torch.Tensor, *_):
         scaled = (
             None if d is None else torch.mul(d, grad_loss, out=torch.empty_like(d, dtype=ctx.dtype))
@@ -263,6 +266,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
+@op_scope
 def linear_grpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,

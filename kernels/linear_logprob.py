@@ -21,10 +21,19 @@ Shapes: N scored tokens, V vocabulary, D hidden.
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted
+from .checks import (
+    IGNORED,
+    check_head,
+    check_target,
+    check_temperature,
+    choose_impl,
+    interpreted,
+    op_scope,
+)
 from .rows import (
     Chunk,
     add_matmul,
@@ -236,6 +245,8 @@ class _LinearLogprob(torch.autograd.Function):
         return logp, ent
 
     @staticmethod
+    @once_differentiable
+    @op_scope
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, target, _ = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
@@ -256,6 +267,7 @@ class _LinearLogprob(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
+@op_scope
 def linear_logprob(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -21,7 +21,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import check_head, check_temperature, check_tensor, choose_impl, interpreted, require
+from .checks import (
+    check_head,
+    check_temperature,
+    check_tensor,
+    choose_impl,
+    interpreted,
+    op_scope,
+    require,
+)
 from .rows import LN_2
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
@@ -137,7 +145,7 @@ def combine_tiles_kernel(
     total = tl.load(total_ptr + at, mask=here, other=0.0)
     highest = tl.max(top, 0)
     total = tl.sum(total * tl.exp(top - highest), 0)
-    tl.store(sample_ptr + row, best.to(tl.int64))
+    tl.store(sample_ptr + row, tl.minimum(best, V - 1).to(tl.int64))  # V: a row of NaN
     tl.store(logp_ptr + row, (logit - highest) - tl.log(total))
 
 
@@ -255,6 +263,7 @@ def _merge(a: tuple, b: tuple) -> tuple:
     return *winner, top, torch.logaddexp(a[4] + (a[3] - top), b[4] + (b[3] - top))
 
 
+@op_scope
 @torch.no_grad()
 def linear_sample(
     hidden: torch.Tensor,
@@ -284,7 +293,8 @@ def linear_sample(
     check_head(hidden, weight, impl)
     check_rows(hidden, row_key, position)
     check_temperature(temperature)
-    require(isinstance(seed, int), "seed", f"an int, got {type(seed).__name__}")
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    require(whole, "seed", f"an int, got {type(seed).__name__}")
     if impl == "reference":
         from . import reference
 
