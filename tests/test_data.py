@@ -63,6 +63,7 @@ def test_visualthinkers_json(tmp_path, json_folder):
     path = tmp_path / json_folder / "SAT_train_15000.json"
     samples = load_samples(write_visualthinker(path, rows, tmp_path / "SAT_images_train"))
     assert_same_questions(samples, rows)
+    assert_same_questions(load_samples(path.parent), rows)  # the folder, too
 
 
 def test_options_are_left_in_order_until_shuffled(tmp_path):

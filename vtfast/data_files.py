@@ -60,6 +60,9 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
         files = [file for file in path.iterdir() if file.is_file()]
         if not any(file.suffix == ".parquet" for file in files) and (path / "data").is_dir():
             files = [file for file in (path / "data").iterdir() if file.is_file()]
+        lone = [file for file in files if file.suffix == ".json"]
+        if len(lone) == 1 and not any(file.suffix == ".parquet" for file in files):
+            return [_local_file(lone[0])]  # VisualThinker's JSON beside its folder of images
         by_name = {file.relative_to(path).as_posix(): file for file in files}
         return [_local_file(by_name[name]) for name in _pick(by_name, split, str(path))]
     if path.suffix not in (".parquet", ".json"):
