@@ -3,7 +3,8 @@
 Each op runs once with its launches recorded instead of executed, so what is compiled is what the op would
 launch: same constants, tiles, warps and pointer alignments. One line a kernel variant: registers, stack (a
 register spill shows as stack), shared memory, and which tensor-core and copy instructions the PTX holds.
-Exit status 1 if anything spills, or if a bf16/fp16 matmul for sm_90 goes without wgmma.
+Exit status 1 if anything spills, if a bf16/fp16 matmul for sm_90 goes without wgmma or its TMA variant without
+TMA, or if a kernel of `EXPECTED` was never launched (for sm_90: never with TMA where it could be).
 """
 
 import argparse
@@ -29,6 +30,11 @@ from vtfast_kernels.cases import OPS, Shape, specs
 
 ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
+EXPECTED = {  # name -> whether sm_90 launches it with TMA
+    "logprob_kernel": True, "linear_sample_kernel": True, "combine_splits_kernel": False,
+    "combine_tiles_kernel": False, "dlogits_kernel": False, "grpo_rows_kernel": False,
+    "grpo_loss_kernel": False, "group_advantage_kernel": False,
+}  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -192,7 +198,13 @@ def main(argv: list[str]) -> int:
     failed = compiled = 0
     print(ROW.format(*COLUMNS))
     for arch in options.arch:
-        for launch in record(arch):
+        launches = record(arch)
+        for name, tma in EXPECTED.items():
+            found = [launch for launch in launches if launch.kernel.__name__ == name]
+            if not any(launch.constants.get("TMA") or not (tma and arch == 90) for launch in found):
+                print(f"{name} was not launched for sm_{arch}{' with TMA' if tma else ''}")
+                failed += 1
+        for launch in launches:
             name = launch.kernel.__name__
             if options.kernel not in name:
                 continue
@@ -201,6 +213,8 @@ def main(argv: list[str]) -> int:
             half = "bf16" in str(launch.signature) or "fp16" in str(launch.signature)
             if arch == 90 and r["matmul"] and half and not r["wgmma"]:
                 faults.append("no wgmma")
+            if arch == 90 and launch.constants.get("TMA") and not r["tma"]:
+                faults.append("no TMA")
             counts = [r[column] for column in COLUMNS[3:9]]
             print(ROW.format(name, launch.label, f"sm_{arch}", *counts, ", ".join(faults) or "ok"))
             sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Rewards -> group-normalised advantages.
 
-    scale = "group"   (r - mean_G) / (std_G + eps)     unbiased std of the group; a group of one gives 0
+    scale = "group"   (r - mean_G) / (std_G + eps)     unbiased std of the group; a group of one gives 0,
+                                               so do equal rewards, even with eps = 0
     scale = "batch"   (r - mean_G) / (std_S + eps)     unbiased std of the whole batch
     scale = "none"     r - mean_G                      Dr. GRPO
 
@@ -65,6 +66,8 @@ def group_advantage_kernel(
     ):  # a few thousand cached rewards: cheaper again in each program than a launch
         whole, _ = _std(reward_ptr, S, BLOCK)
         divisor = whole + eps
+    if SCALE != "none":
+        divisor = tl.where(divisor == 0.0, 1.0, divisor)  # eps 0 and no deviation: 0 / 1
     origin = tl.load(reward_ptr + first)
     for start in range(0, G, BLOCK):
         lane = start + tl.arange(0, BLOCK)

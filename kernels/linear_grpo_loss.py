@@ -76,7 +76,8 @@ def grpo_rows_kernel(
     log_total = tl.log(total)
     scored = tl.load(scored_ptr + token) != 0
     target = tl.load(target_ptr + row)
-    z_target = tl.load(row_ptr + target, mask=scored, other=0.0).to(tl.float32) * inv_temperature
+    in_row = scored & (target >= 0) & (target < V)  # whatever the id, no read outside the row
+    z_target = tl.load(row_ptr + target, mask=in_row, other=0.0).to(tl.float32) * inv_temperature
     logp = tl.where(scored, (z_target - top) - log_total, 0.0)
     tl.store(logp_ptr + token, logp)
     tl.store(entropy_ptr + token, tl.where(scored, log_total - mean / total, 0.0))

@@ -11,7 +11,9 @@ Backward: the general op does not know its gradient in the forward pass, so it r
 chunk: four vocabulary matmuls in all (`linear_grpo_loss` needs three).
 
 FLOPs 2NVD a matmul: 2.61 TFLOP = 3.7 ms at 700 TF/s for N = 5,600, V = 151,936, D = 1,536.
-Bytes, forward: 2(ND ceil(V/SPLIT) + VD ceil(N/128)), nearly all from L2; written: 16 N V/SPLIT.
+Bytes, forward: 2(ND ceil(V/SPLIT) + VD ceil(N/128)) through L2. `GROUP` row blocks take all splits before the
+next group starts, so from memory, if a group's rows and one split fit L2: 2(ND + VD ceil(N/6144)).
+Written: 16 N ceil(V/SPLIT).
 Tolerance: fp32 within 1e-5 of float64; bf16 error not above plain PyTorch bf16's.
 Measured on a GPU: not yet.
 
@@ -44,6 +46,8 @@ from .rows import (
 )
 
 SPLIT = 4096  # vocabulary columns of a work item
+GROUP = 48  # row blocks that walk all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
+IGNORED_TARGET: tl.constexpr = tl.constexpr(IGNORED)
 
 # BLOCK_N, BLOCK_V, BLOCK_D, warps, stages. Two programs fit on a Hopper SM (128 registers, 98 KB each), so
 # that the exponentials of one run under the other's matmul; 128 x 256 tiles would leave room for one.
@@ -59,7 +63,7 @@ def logprob_kernel(
     N, V, D: tl.constexpr, inv_temperature, num_splits,
     stride_hidden, stride_weight,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    ENTROPY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, ENTROPY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`hidden` and `weight` are tensor descriptors if TMA, else pointers."""
     lane_n = tl.arange(0, BLOCK_N)
@@ -67,8 +71,11 @@ def logprob_kernel(
     row_blocks = tl.cdiv(N, BLOCK_N)
     for item in range(tl.program_id(0), row_blocks * num_splits, tl.num_programs(0)):
         # neighbours share a vocabulary split, so its 12 MB of weights are read from L2
-        row = (item % row_blocks) * BLOCK_N
-        split = item // row_blocks
+        first = item // (GROUP * num_splits) * GROUP
+        group = min(row_blocks - first, GROUP)
+        place = item - first * num_splits
+        row = (first + place % group) * BLOCK_N
+        split = place // group
         offs_n = row + lane_n
         in_n = offs_n < N
         if not TMA:
@@ -148,7 +155,7 @@ def combine_splits_kernel(
         target_logit += tl.load(target_logit_ptr + at, mask=in_n, other=0.0)
         top = new_top
     log_total = tl.log(total)
-    scored = tl.load(target_ptr + offs_n, mask=in_n, other=-1) >= 0
+    scored = tl.load(target_ptr + offs_n, mask=in_n, other=-1) != IGNORED_TARGET
     logp = (target_logit - top) - log_total
     tl.store(logp_ptr + offs_n, tl.where(scored, logp, 0.0), mask=in_n)
     if ENTROPY:
@@ -189,7 +196,7 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
     logprob_kernel[(min(items, programs),)](
         x, w, target, top, total, mean, target_logit,
         N=N, V=V, inv_temperature=inv_temperature, num_splits=splits,
-        SPLIT=SPLIT, ENTROPY=entropy, **constants,
+        SPLIT=SPLIT, GROUP=GROUP, ENTROPY=entropy, **constants,
     )  # fmt: skip
     combine_splits_kernel[(triton.cdiv(N, 128),)](
         top, total, mean, target_logit, target, logp, ent, N, splits, ENTROPY=entropy, BLOCK=128

@@ -37,7 +37,7 @@ SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_
 
 @dataclass(frozen=True)
 class GRPOLoss:
-    """A member of the GRPO family. Names and defaults are TRL's."""
+    """A member of the GRPO family. Names are mostly TRL's; defaults are the VisualThinker recipe's."""
 
     loss_type: str = "grpo"
     """grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | vespo."""
@@ -45,8 +45,8 @@ class GRPOLoss:
     """Weight of the KL to the reference model; 0 never touches `ref_logp`."""
     epsilon_low: float = 0.2
     """Importance below 1 - epsilon_low is clipped."""
-    epsilon_high: float = 0.2
-    """Importance above 1 + epsilon_high is clipped; for cispo above epsilon_high itself."""
+    epsilon_high: float | None = 0.2
+    """Importance above 1 + epsilon_high is clipped; for cispo above epsilon_high itself. None = epsilon_low."""
     delta: float | None = None
     """Two-sided clipping: the unclipped branch stops growing at delta, which should exceed 1 + epsilon_high."""
     importance_level: str = "token"
@@ -91,13 +91,11 @@ class GRPOLoss:
         one_of("loss_type", LOSS_TYPES)
         one_of("importance_level", ("token", "sequence"))
         one_of("vllm_importance_sampling_mode", SAMPLER_MODES)
-        number("beta")
-        require(self.beta >= 0, "beta", f"must not be negative, got {self.beta!r}")
-        for name in ("epsilon_low", "epsilon_high"):
+        if self.epsilon_high is None:
+            object.__setattr__(self, "epsilon_high", self.epsilon_low)  # the dataclass is frozen
+        for name in ("beta", "epsilon_low", "epsilon_high"):
             number(name)
-            require(
-                getattr(self, name) >= 0, name, f"must not be negative, got {getattr(self, name)!r}"
-            )
+            require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("temperature", "sapo_temperature_pos", "sapo_temperature_neg"):
             number(name, above=0)
         for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
@@ -106,6 +104,9 @@ class GRPOLoss:
             number(name, above=0, optional=True)
         for name in ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"):
             number(name, optional=True)
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        ordered = low is None or high is None or low <= high
+        require(ordered, "vllm_importance_sampling_clip_min", f"{low} is above clip_max, {high}")
         unclipped = self.loss_type in ("cispo", "sapo", "vespo")
         require(
             not (unclipped and self.importance_level == "sequence"),

@@ -51,15 +51,14 @@ def group_advantage(
     impl: str = "reference",
 ) -> torch.Tensor:
     check_reward(reward, group_size, scale, eps)
-    r = reward.double().view(
-        -1, group_size
-    )  # a few thousand numbers; a mean in fp32 would cost digits
-    centred = r - r.mean(1, keepdim=True)
+    r = reward.double().view(-1, group_size)  # a mean in fp32 would cost digits
+    d = r - r[:, :1]  # equal rewards: exactly 0, and so are their mean and deviation
+    centred, divisor = d - d.mean(1, keepdim=True), r.new_ones(())
     if scale == "group" and group_size > 1 and r.numel():
-        centred = centred / (r.std(1, keepdim=True) + eps)
+        divisor = d.std(1, keepdim=True) + eps
     elif scale == "batch" and r.numel() > 1:
-        centred = centred / (r.std() + eps)
-    return centred.flatten().float()
+        divisor = (r - r[0, 0]).std() + eps
+    return (centred / torch.where(divisor == 0, 1.0, divisor)).flatten().float()
 
 
 def _loss(

@@ -30,7 +30,8 @@ def test_matches_the_formula(impl, device, scale, S, G):
 def test_equal_rewards_give_exactly_zero(impl, device, scale, G):
     reward = torch.full((2 * G,), 0.1, device=device)
     reward[G:] = 1.1 if scale == "group" else 0.1
-    assert (group_advantage(reward, G, scale=scale, impl=impl) == 0).all()
+    for eps in (1e-4, 0.0):
+        assert (group_advantage(reward, G, scale=scale, eps=eps, impl=impl) == 0).all()
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

@@ -103,6 +103,12 @@ def test_micro_batches_add_up_under_global_denominators(impl, device, loss_type)
     assert error(torch.cat(grads), whole["d_logp"]) < 5e-6
 
 
+def test_epsilon_high_defaults_to_epsilon_low():
+    assert GRPOLoss(epsilon_low=0.1, epsilon_high=None) == GRPOLoss(
+        epsilon_low=0.1, epsilon_high=0.1
+    )
+
+
 @pytest.mark.parametrize("name", ["grpo-token", "grpo-sequence", "linear"])
 def test_strided_inputs(impl, device, name):
     """Every tensor is one column of a table."""
@@ -146,6 +152,7 @@ def test_small_kl_keeps_its_digits():
         "epsilon_low": {"epsilon_low": -0.1},
         "temperature": {"temperature": 0.0},
         "delta": {"delta": 0.0},
+        "vllm_importance_sampling_clip_min": {"vllm_importance_sampling_clip_min": 4.0},
         "vllm_importance_sampling_mode": {"vllm_importance_sampling_mode": "token"},
     }.items(),
 )

@@ -62,6 +62,14 @@ def test_chunks_and_repeats_are_exact(impl, device, small_chunks):
     assert_close(first, run("linear_logprob", inputs, "reference", torch.float64))
 
 
+def test_row_blocks_in_groups_change_nothing(impl, device, monkeypatch):
+    inputs = logprob_inputs(Shape(150, 300, 16), device=device)
+    whole = run("linear_logprob", inputs, impl)
+    for constant, value in {"GROUP": 2, "SPLIT": 128}.items():
+        monkeypatch.setattr(f"vtfast_kernels.linear_logprob.{constant}", value)
+    assert_close(run("linear_logprob", inputs, impl), whole, 1e-6)
+
+
 def test_only_logp(impl, device):
     inputs = logprob_inputs(Shape(7, 300, 16), device=device) | {"entropy": False}
     got = run("linear_logprob", inputs, impl)
