@@ -9,7 +9,6 @@ import atexit
 import ctypes
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,20 +66,18 @@ def start(config: Config) -> Ranks:
         raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if "RANK" not in os.environ:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": _free_port()}
-        os.environ.update({key: str(value) for key, value in alone.items()})
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local)
 
     deepspeed = _import_deepspeed()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-        atexit.register(
-            dist.destroy_process_group
-        )  # not earlier: DeepSpeed keeps hold of its groups
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        atexit.register(dist.destroy_process_group)  # not earlier: DeepSpeed keeps hold of it
     ranks = Ranks(
         dist.get_rank(),
         dist.get_world_size(),
@@ -160,9 +157,3 @@ def _import_deepspeed():
     # without a compiler and without half a minute of waiting.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

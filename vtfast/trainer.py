@@ -60,14 +60,14 @@ class Trainer:
         if config.gradient_checkpointing:
             self.policy.module.gradient_checkpointing_enable({"use_reentrant": False})
 
-        self.objective = Objective(self.policy, loss_spec(config))
-        self.engine = distributed.zero2_engine(config, self.objective)
-        self.rollout = RolloutEngine(self.policy)
-
         with tempfile.TemporaryDirectory() as scratch:  # a start that fails leaves nothing behind
             rendered = render_synthetic(config, Path(scratch) / "data")
             samples = load_questions(config, self.asker, rendered)
             self.train_samples, self.held_out_samples = samples["train"], samples.get("val", [])
+            self.engine = distributed.zero2_engine(
+                config, Objective(self.policy, loss_spec(config))
+            )
+            self.rollout = RolloutEngine(self.policy)
             folder = str(create_run_folder(config)) if ranks.is_main else ""
             self.folder = Path(ranks.from_main(folder))
             if ranks.is_main and rendered.exists():
