@@ -45,7 +45,7 @@ def test_a_step_makes_better_answers_likelier(make):
     advantage = torch.cat([group.advantage for group in groups])
     assert (advantage > 0).any() and (advantage < 0).any()
     before = logprobs(trainer, groups)
-    trainer.update(groups)
+    trainer.update(trainer.share_out(groups))
     change = logprobs(trainer, groups) - before
     assert change[advantage > 0].mean() > 0 > change[advantage < 0].mean()
 
@@ -67,7 +67,7 @@ def test_frozen_parts_do_not_move(make):
     before = {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
     groups = trainer.answer(questions, step=1)
     trainer.compare(groups)
-    trainer.update(groups)
+    trainer.update(trainer.share_out(groups))
     frozen = ("visual.blocks", "visual.patch_embed", "embed_tokens", "lm_head")
     for name, value in trainer.policy.module.named_parameters():
         assert value.equal(before[name]) == any(part in name for part in frozen), name

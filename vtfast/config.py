@@ -25,6 +25,8 @@ RECIPES = Path(__file__).parent / "recipes"
 TOKEN_LEVEL = ("cispo", "sapo", "vespo")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+ATTENTION = ("auto", "flash_attn_3", "flash_attn", "varlen", "sdpa")
 FREEZABLE = ("vision", "merger", "language", "embeddings")
 
 
@@ -46,6 +48,28 @@ class Config:
     """Threads of each rank on the CPU; none shares the cores out among the ranks."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attn_implementation: str = "auto"
+    """Attention over packed rows: flash_attn_3, flash_attn, varlen (PyTorch's), sdpa; auto takes the first usable."""
+    use_liger_kernel: bool = True
+    """Liger's norms, SwiGLU and rotation in place of Hugging Face's. On CUDA alone; the CPU does without."""
+    use_peft: bool = False
+    """Train LoRA adapters instead of the weights; the model without them is the reference."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ]
+    )
+    """Names of the linear layers that get an adapter."""
 
     # What it is asked
     data: str = "synthetic"
@@ -100,6 +124,18 @@ class Config:
     """Upper clip range; none means epsilon."""
     delta: float | None = None
     """Upper bound of the ratio for negative advantages (two-sided clip); none means no bound."""
+    num_iterations: int = 1
+    """Optimizer steps per rollout. Above 1 the policy's log-probs at the time of the rollout are scored once."""
+    offload_reference: bool = False
+    """Keep the reference model in CPU memory between uses."""
+    vllm_importance_sampling_correction: bool = False
+    """Weigh tokens by exp(policy's - sampler's own log-prob). TRL's name; here both come from the same weights."""
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    """token_truncate (TIS), token_mask, sequence_truncate or sequence_mask."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Upper bound of that weight; none means no bound."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """Lower bound of that weight; none means no bound."""
 
     # The optimizer
     learning_rate: float = 1e-6
@@ -121,9 +157,12 @@ class Config:
     max_steps: int = 200
     """Optimizer steps."""
     per_device_train_batch_size: int = 1
-    """Prompts in one forward and backward pass of one rank (their G completions come with them)."""
+    """Prompts of one rank in a pass (their G completions come with them)."""
     gradient_accumulation_steps: int = 1
-    """Passes per optimizer step. Prompts per step = ranks x per_device_train_batch_size x this."""
+    """Multiplies the batch. Prompts per step = ranks x per_device_train_batch_size x this."""
+    token_budget: int | None = None
+    """Most tokens in one packed pass; it changes memory and speed, never the result. None: as many as
+    per_device_train_batch_size prompts with their completions can have at most."""
     num_processes: int | None = None
     """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
     seed: int = 0
@@ -154,6 +193,8 @@ class Config:
             "loss_type": LOSS_TYPES,
             "importance_sampling_level": ("token", "sequence"),
             "lr_scheduler_type": SCHEDULES,
+            "vllm_importance_sampling_mode": SAMPLER_MODES,
+            "attn_implementation": ATTENTION,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -166,7 +207,8 @@ class Config:
                 yield f"--report_to {tracker}: must be tensorboard, wandb, trackio or none"
         for name in (
             "num_generations", "max_completion_length", "max_prompt_length", "max_steps", "min_pixels",
-            "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples", "num_iterations", "lora_r",
+            "lora_alpha",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
@@ -181,7 +223,7 @@ class Config:
         ):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
-        for name in ("first_n", "save_total_limit", "num_processes", "cpu_threads"):
+        for name in ("first_n", "save_total_limit", "num_processes", "cpu_threads", "token_budget"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
         for name in ("temperature", "adam_epsilon", "delta"):
@@ -197,6 +239,11 @@ class Config:
             )
         if self.num_generations == 1 and self.scale_rewards == "group":
             yield "--num_generations 1: a group of one has no advantage; use 2 or more, or --scale_rewards none"
+        if self.use_peft and self.freeze:
+            yield "--freeze: says nothing with --use_peft, which trains adapters alone; choose one of the two"
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low > high:
+            yield f"--vllm_importance_sampling_clip_min {low}: above --vllm_importance_sampling_clip_max {high}"
         if self.max_pixels < self.min_pixels:
             yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
         if not self.reward_funcs:
@@ -206,6 +253,12 @@ class Config:
                 f"--reward_weights: {len(self.reward_weights)} weights for "
                 f"{len(self.reward_funcs)} rewards ({', '.join(self.reward_funcs)})"
             )
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """`token_budget`, or what `per_device_train_batch_size` full groups would fill."""
+        group = self.max_prompt_length + self.num_generations * self.max_completion_length
+        return self.token_budget or self.per_device_train_batch_size * group
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)

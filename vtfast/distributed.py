@@ -134,9 +134,12 @@ def zero2_engine(config: Config, objective: nn.Module) -> DeepSpeedEngine:
     )
     settings = {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": 1,  # the trainer says itself which pass is a step's last
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": trained[0].dtype == torch.bfloat16},
+        "data_types": {
+            "grad_accum_dtype": "fp32"
+        },  # bf16 sums over passes would lose small gradients
         "zero_optimization": {"stage": 2, "overlap_comm": cuda, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from vtfast.model import Policy
+from vtfast.packing import Pack, Part
 from vtfast.questions import Question
 from vtfast.rollout import Completion
 
@@ -17,18 +21,63 @@ class Group:
 
     question: Question
     completions: list[Completion]
-    texts: list[str]
-    rewards: Tensor
+    texts: list[str] = field(default_factory=list)
+    rewards: Tensor | None = None
     """[reward functions, G], unweighted."""
     total: Tensor | None = None
     """Weighted sum of the rewards [G]."""
     advantage: Tensor | None = None
-    reference: list[Tensor] | None = None
-    """Log-probs of each answer under the reference model; None without KL."""
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Log-probs of each answer, by whose they are: "reference", and "old" (the policy's when it answered)."""
 
     @property
     def tokens(self) -> list[list[int]]:
         return [completion.tokens for completion in self.completions]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(completion.tokens) for completion in self.completions]
+
+
+@dataclass
+class Batch:
+    """The groups, or parts of groups, that one rank handles in one pass. Sequences run over parts, then members."""
+
+    parts: Sequence[Part]
+    groups: dict[int, Group]
+    """By `Part.group`."""
+    policy: Policy
+
+    @functools.cached_property
+    def pack(self) -> Pack:
+        return self.policy.pack(
+            [self.groups[part.group].question.prompt for part in self.parts],
+            [[self.groups[part.group].tokens[i] for i in part.members] for part in self.parts],
+        )
+
+    @property
+    def sequences(self) -> list[tuple[Group, int]]:
+        return [(self.groups[part.group], i) for part in self.parts for i in part.members]
+
+    def advantage(self) -> Tensor:
+        """[S]"""
+        return torch.stack([group.advantage[i] for group, i in self.sequences])
+
+    def sampled(self) -> Tensor:
+        """The sampler's own log-probs [N]."""
+        return torch.tensor(
+            [x for group, i in self.sequences for x in group.completions[i].logprobs]
+        )
+
+    def logps(self, whose: str) -> Tensor | None:
+        """Log-probs [N] that `write` has left; None where there are none."""
+        if not all(whose in group.scores for group, _ in self.sequences):
+            return None
+        return torch.cat([group.scores[whose][i] for group, i in self.sequences])
+
+    def write(self, whose: str, logps: Sequence[Tensor]) -> None:
+        for (group, i), logp in zip(self.sequences, logps, strict=True):
+            group.scores.setdefault(whose, [logp.new_empty(0)] * len(group.completions))[i] = logp
 
 
 def completion_rows(step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> list[dict]:

@@ -11,6 +11,7 @@ import torch
 
 from vtfast.distributed import Ranks
 from vtfast.groups import Group
+from vtfast.objective import SUMS
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name (data sheets)."""
@@ -38,44 +39,39 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def mfu(model: torch.nn.Module, tokens: int, seconds: float) -> float | None:
-    """Share of the device's peak that the update's useful FLOPs reach; None where the peak is not known.
-
-    Useful = 6 per language-model parameter and token; attention, the vision tower and padding are not counted.
-    """
-    device = next(model.parameters()).device
+def mfu(flops: float, seconds: float, device: torch.device) -> float | None:
+    """Share of the device's dense bf16 peak that `flops` useful operations reach; None where the peak is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    if peak is None:
-        return None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return 6 * parameters * tokens / seconds / peak
-
-
-PER_TOKEN = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
-"""Sums over tokens that the objective reports; metrics.jsonl holds their means."""
+    peak = next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    return None if peak is None else flops / seconds / peak
 
 
 def step_metrics(
     groups: Sequence[Group], sums: Mapping[str, float], reward_names: Sequence[str], ranks: Ranks
 ) -> dict[str, float]:
-    """What the answers of a step were like. `sums`: this rank's loss, tokens and PER_TOKEN sums of the update."""
+    """What the answers of a step were like. `sums`: this rank's loss, scored tokens, and `objective.SUMS` over them.
+
+    Means over tokens are None when no token was scored, since no group had a signal.
+    """
     parts = ranks.gather(
         {
-            "total": torch.stack([group.total for group in groups]),
-            "rewards": torch.stack([group.rewards for group in groups]),
-            "lengths": [len(tokens) for group in groups for tokens in group.tokens],
+            "total": [group.total for group in groups],
+            "rewards": [group.rewards for group in groups],
+            "lengths": [length for group in groups for length in group.lengths],
             "clipped": [c.finish_reason == "length" for group in groups for c in group.completions],
             "sums": dict(sums),
         }
     )
-    total = torch.cat([part["total"] for part in parts])  # [questions, G]
-    rewards = torch.cat([part["rewards"] for part in parts])  # [questions, reward functions, G]
+    total = torch.stack([row for part in parts for row in part["total"]])  # [questions, G]
+    rewards = torch.stack(
+        [row for part in parts for row in part["rewards"]]
+    )  # [questions, functions, G]
     lengths = [length for part in parts for length in part["lengths"]]
     clipped = [flag for part in parts for flag in part["clipped"]]
     summed = {key: sum(part["sums"][key] for part in parts) for key in sums}
+    scored = summed["scored_tokens"]
     spread = total.std(dim=1) if total.shape[1] > 1 else torch.zeros(len(total))
     return {
         "reward": float(total.mean()),
@@ -84,9 +80,9 @@ def step_metrics(
         "frac_reward_zero_std": float((spread == 0).float().mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_ratio": sum(clipped) / len(clipped),
-        **{key: summed[key] / summed["tokens"] for key in PER_TOKEN},
+        **{key: summed[key] / scored if scored else None for key in SUMS},
         "loss": summed["loss"],
-        "num_tokens": summed["tokens"],
+        "num_tokens": sum(lengths),
     }
 
 

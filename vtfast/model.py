@@ -6,8 +6,9 @@ that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,21 +16,42 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
+from vtfast.attention import LANGUAGE, VISION, Layout, choose_backend
 from vtfast.config import FREEZABLE
 from vtfast.errors import UserError
 from vtfast.hub import model_path
+from vtfast.packing import Completions, Pack
 from vtfast.processor import Prompt
 from vtfast.tiny_model import build_tiny_model
 
 __all__ = ["Policy", "build_tiny_model", "load_model"]
 
 
+class ImageMemory:
+    """What a frozen vision tower made of each prompt's images, while `open`: rollout, reference and updates of a step
+    then run it once. A tower that is trained is never remembered."""
+
+    def __init__(self) -> None:
+        self.features: dict[Prompt, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        self.features = {}
+        try:
+            yield
+        finally:
+            self.features = None
+
+
 @dataclass
 class Policy:
-    """A model with its end-of-sequence ids. D = hidden size, V = vocabulary size, P = prompt tokens."""
+    """A model with its end-of-sequence ids. D hidden size, V vocabulary, P prompt tokens, T packed tokens."""
 
     module: Qwen2VLForConditionalGeneration
     eos_ids: tuple[int, ...]
+    backend: str = "sdpa"
+    """Attention kernel of packed rows (`vtfast.attention.BACKENDS`)."""
+    images: ImageMemory = field(default_factory=ImageMemory)
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +66,34 @@ class Policy:
     def language_model(self) -> nn.Module:
         return self.module.model.language_model
 
+    @property
+    def visual(self) -> nn.Module:
+        return self.module.model.visual
+
+    @property
+    def tower_is_frozen(self) -> bool:
+        parts = (self.visual.patch_embed, self.visual.blocks)
+        return not any(p.requires_grad for part in parts for p in part.parameters())
+
+    def pack(self, prompts: Sequence[Prompt], completions: Completions) -> Pack:
+        return Pack(prompts, completions, backend=self.backend, device=self.device)
+
+    def trunk(self, pack: Pack) -> Tensor:
+        """Hidden states of a packed row [T, D], behind the last norm."""
+        embedding = self.embed(pack.ids)
+        features = [f for f in self.image_features(pack.prompts) if f is not None]
+        if features:
+            features = torch.cat(features).to(embedding.dtype)
+            embedding = embedding.index_copy(0, pack.image_index, features)
+        output = self.language_model(
+            inputs_embeds=embedding[None],
+            position_ids=pack.positions,
+            attention_mask=dict.fromkeys(self.language_model.config.layer_types),
+            use_cache=False,
+            layout=pack.layout,
+        )
+        return output.last_hidden_state[0]
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings; every id is text here, `<|image_pad|>` included."""
         return self.language_model.embed_tokens(ids)
@@ -53,13 +103,38 @@ class Policy:
         with_images = [prompt for prompt in prompts if prompt.pixels is not None]
         if not with_images:
             return [None] * len(prompts)
-        visual = self.module.model.visual
-        pixels = torch.cat([prompt.pixels for prompt in with_images])
-        grid = torch.cat([prompt.grid for prompt in with_images])
-        features = visual(pixels.to(self.device, visual.dtype), grid_thw=grid.to(self.device))
-        counts = [int(prompt.image_mask.sum()) for prompt in with_images]
-        parts = iter(features.pooler_output.split(counts))
+        memory = self.images.features if self.tower_is_frozen else None
+        if memory is None:
+            merged = self._tower(with_images).pooler_output
+        else:
+            unseen = [prompt for prompt in dict.fromkeys(with_images) if prompt not in memory]
+            if unseen:
+                with torch.no_grad():
+                    hidden = self._tower(unseen).last_hidden_state
+                patches = hidden.split([len(prompt.pixels) for prompt in unseen])
+                memory.update(zip(unseen, patches, strict=True))
+            merged = self.visual.merger(torch.cat([memory[prompt] for prompt in with_images]))
+        parts = iter(merged.split([int(prompt.image_mask.sum()) for prompt in with_images]))
         return [None if prompt.pixels is None else next(parts) for prompt in prompts]
+
+    def _tower(self, prompts: Sequence[Prompt]):
+        pixels = torch.cat([prompt.pixels for prompt in prompts])
+        grid = torch.cat([prompt.grid for prompt in prompts])
+        patches = grid.prod(-1).tolist()
+        layout = Layout(patches, causal=False, backend=self.backend, device=self.device)
+        pixels = pixels.to(self.device, self.visual.dtype)
+        return self.visual(pixels, grid_thw=grid.to(self.device), layout=layout)
+
+    def touch_vision(self) -> Tensor:
+        """Zero, with a gradient of zero for every weight of the tower: what a row without images adds to its loss, so
+        that all ranks reduce the same gradients."""
+        if not any(p.requires_grad for p in self.visual.parameters()):
+            return torch.zeros((), device=self.device)
+        side = self.visual.spatial_merge_size
+        width = self.visual.patch_embed.proj.weight[0].numel()
+        pixels = torch.zeros(side * side, width, device=self.device, dtype=self.visual.dtype)
+        grid = torch.tensor([[1, side, side]], device=self.device)
+        return 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.float().sum()
 
     def embed_prompts(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Input embeddings [P, D] of each prompt, image features in the places of its placeholders."""
@@ -78,8 +153,13 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     freeze: Sequence[str] = (),
+    attn_implementation: str = "auto",
 ) -> Policy:
-    """Load a Qwen2-VL checkpoint (folder or hub id). `freeze`: any of vision, merger, language, embeddings.
+    """Load a Qwen2-VL checkpoint (folder or hub id).
+
+    `freeze`: any of vision (the tower), merger (its projection into the language model), language (all of the language
+    model, embeddings and head included), embeddings (these alone). `attn_implementation`: of packed rows, auto or
+    one of `vtfast.attention.BACKENDS`.
 
     Raises UserError when the folder has no weights, the id cannot be fetched, or the model is of another family.
     """
@@ -93,26 +173,28 @@ def load_model(
         raise UserError(f"--model {path}: the folder has no *.safetensors weights")
     try:
         family = AutoConfig.from_pretrained(str(folder)).model_type
-        if family != "qwen2_vl":
-            raise UserError(f"--model {path}: is a {family} model; only qwen2_vl can be trained")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
+    if family != "qwen2_vl":
+        raise UserError(f"--model {path}: is a {family} model; only qwen2_vl can be trained")
+    try:
         module, report = Qwen2VLForConditionalGeneration.from_pretrained(
             str(folder),
             dtype=dtypes[dtype],
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
-    if set(module.config.text_config.layer_types) != {"full_attention"}:
-        raise UserError(f"--model {path}: sliding-window attention is not supported")
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    policy = Policy(module.to(device).eval(), eos_ids)
+    backend = choose_backend(attn_implementation, device, dtypes[dtype])
+    module.model.language_model.config._attn_implementation = LANGUAGE
+    module.model.visual.config._attn_implementation = VISION
+    policy = Policy(module.to(device).eval(), eos_ids, backend)
     _freeze(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy
 
@@ -122,7 +204,7 @@ def _freeze(policy: Policy, parts: Sequence[str]) -> None:
     members = {
         "vision": [model.visual.patch_embed, model.visual.blocks],
         "merger": [model.visual.merger],
-        "language": [model.language_model.layers, model.language_model.norm],
+        "language": [model.language_model, policy.module.lm_head],
         "embeddings": [model.language_model.embed_tokens, policy.module.lm_head],
     }
     for part in parts:

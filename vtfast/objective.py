@@ -1,8 +1,6 @@
-"""The GRPO loss of one micro-batch, as the module that DeepSpeed trains."""
+"""The GRPO loss of one packed row, as the module that DeepSpeed trains."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,52 +8,74 @@ from vtfast_kernels.grpo_loss import GRPOLoss
 from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
 
 from vtfast.config import Config
-from vtfast.groups import Group
+from vtfast.groups import Batch
 from vtfast.model import Policy
-from vtfast.scoring import completion_hidden
+from vtfast.packing import IGNORED
+from vtfast.processor import Prompt
+
+SUMS = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
+"""What a pass reports beside its loss, summed over its scored tokens."""
 
 
 class Objective(nn.Module):
-    """The loss of one micro-batch of groups, as the module that DeepSpeed trains."""
+    """One pass: trunk over the packed row, then head and loss in one op that never holds the logits."""
 
-    def __init__(self, policy: Policy, spec: GRPOLoss) -> None:
+    def __init__(self, policy: Policy, spec: GRPOLoss, use_sampler_logps: bool = False) -> None:
         super().__init__()
         self.module = policy.module
-        self.policy, self.spec = policy, spec
+        self.policy, self.spec, self.use_sampler_logps = policy, spec, use_sampler_logps
 
-    def forward(
-        self, groups: Sequence[Group], num_sequences: int, num_tokens: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        """-> (loss, sums over this micro-batch's tokens). Denominators are those of the whole step, all ranks."""
-        hidden, target, sequence_id = completion_hidden(
-            self.policy,
-            [group.question.prompt for group in groups],
-            [group.tokens for group in groups],
-        )
-        sampled = [logp for group in groups for c in group.completions for logp in c.logprobs]
-        reference = None
-        if self.spec.beta > 0:
-            reference = torch.cat([logp for group in groups for logp in group.reference])
+    def forward(self, batch: Batch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """-> (loss, `SUMS` [5] fp32). The denominators are those of the whole step, all passes and ranks."""
+        if not batch.parts:
+            return self._blank()
+        pack, device = batch.pack, self.policy.device
+        sampled = batch.sampled().to(device)
         out = linear_grpo_loss(
-            hidden,
+            pack.select(self.policy.trunk(pack)),
             self.policy.head,
-            target,
-            sequence_id,
-            torch.cat([group.advantage for group in groups]).to(hidden.device),
+            pack.target,
+            pack.sequence_id,
+            batch.advantage().to(device),
             spec=self.spec,
-            ref_logp=reference,
+            old_logp=batch.logps("old"),
+            ref_logp=batch.logps("reference") if self.spec.beta > 0 else None,
+            sampler_logp=sampled if self.use_sampler_logps else None,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
-        drift = (out.logp.detach() - torch.tensor(sampled, device=hidden.device)).abs()
-        sums = {
-            "entropy": float(out.entropy.sum()),
-            "kl": float(out.kl.sum()) if out.kl is not None else 0.0,
-            "clip_ratio/low": float(out.clip_low) * len(drift),
-            "clip_ratio/high": float(out.clip_high) * len(drift),
-            "sampler_drift": float(drift.sum()),
-        }
-        return out.loss, sums
+        tokens = len(pack.target)
+        sums = torch.stack(
+            [
+                out.entropy.sum(),
+                torch.zeros_like(out.loss) if out.kl is None else out.kl.sum(),
+                out.clip_low * tokens,
+                out.clip_high * tokens,
+                (out.logp - sampled).abs().sum(),
+            ]
+        )
+        return self._with_vision(out.loss, len(pack.image_index)), sums.detach()
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
+        device = self.policy.device
+        prompt = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64))
+        pack = self.policy.pack([prompt], [[[0]]])
+        out = linear_grpo_loss(
+            pack.select(self.policy.trunk(pack)),
+            self.policy.head,
+            torch.full_like(pack.target, IGNORED),
+            pack.sequence_id,
+            torch.zeros(1, device=device),
+            spec=self.spec,
+            ref_logp=torch.zeros(1, device=device) if self.spec.beta > 0 else None,
+            num_sequences=1,
+            num_tokens=1,
+        )
+        return self._with_vision(out.loss, 0), torch.zeros(len(SUMS), device=device)
+
+    def _with_vision(self, loss: Tensor, image_tokens: int) -> Tensor:
+        return loss if image_tokens else loss + self.policy.touch_vision()
 
 
 def loss_spec(config: Config) -> GRPOLoss:
@@ -68,4 +88,7 @@ def loss_spec(config: Config) -> GRPOLoss:
         importance_level=config.importance_sampling_level,
         temperature=config.temperature,
         max_completion_length=config.max_completion_length,
+        vllm_importance_sampling_mode=config.vllm_importance_sampling_mode,
+        vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
+        vllm_importance_sampling_clip_min=config.vllm_importance_sampling_clip_min,
     )

@@ -29,6 +29,8 @@ class Question:
 
     sample: Sample
     prompt: Prompt
+    index: int = -1
+    """Place of the sample among those of the run, by which any rank can ask it again."""
 
 
 class Asker:
@@ -39,10 +41,23 @@ class Asker:
         self.template = load_template(config.template)
         self.max_prompt_length = config.max_prompt_length
         self.on_bad_sample = config.on_bad_sample
+        self.skipped: list[dict] = []
+        """Samples that were left out and why, until `take_skipped`."""
 
-    def ask(self, sample: Sample) -> Question:
+    def skip(self, sample: Sample, reason: str | Exception, step: int = 0) -> None:
+        """Leave a sample out and write down why. Raises UserError instead under `on_bad_sample: error`."""
+        if self.on_bad_sample == "error":
+            raise UserError(f"row {sample.row}: {reason}")
+        log.warning("step %d: skipped row %d: %s", step, sample.row, reason)
+        self.skipped.append({"step": step, "row": sample.row, "reason": str(reason)})
+
+    def take_skipped(self) -> list[dict]:
+        taken, self.skipped = self.skipped, []
+        return taken
+
+    def ask(self, sample: Sample, index: int = -1) -> Question:
         prompt = self.processor.encode(render(self.template, sample), sample.images)
-        return Question(sample, prompt)
+        return Question(sample, prompt, index)
 
     def fitting(self, samples: Sequence[Sample], name: str) -> list[Sample]:
         """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
@@ -53,6 +68,7 @@ class Asker:
                 good.append(sample)
                 continue
             misfits.append(f"row {sample.row}: {problem}")
+            self.skipped.append({"step": 0, "source": name, "row": sample.row, "reason": problem})
             if self.on_bad_sample == "error":
                 raise UserError(f"{name}: {misfits[0]}")
         if misfits:
@@ -94,6 +110,10 @@ def load_questions(config: Config, asker: Asker, rendered: Path) -> dict[str, li
         if source == SYNTHETIC:
             source = rendered / f"{split}.parquet"
         loaded = load_samples(source, of_source, limit, on_bad=config.on_bad_sample)
+        asker.skipped += [
+            {"step": 0, "source": str(source), "row": row, "reason": reason}
+            for row, reason in loaded.skipped
+        ]
         samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
     return samples
 
@@ -137,7 +157,13 @@ def batches(
 
     def prepare(step: int) -> list[Question]:
         indices = order(len(samples), step, per_rank * ranks, seed)
-        return [asker.ask(samples[i]) for i in indices[rank * per_rank : (rank + 1) * per_rank]]
+        questions = []
+        for i in indices[rank * per_rank : (rank + 1) * per_rank]:
+            try:
+                questions.append(asker.ask(samples[i], i))
+            except UserError as error:
+                asker.skip(samples[i], error, step)
+        return questions
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = None

@@ -6,8 +6,9 @@ Shapes: S sequences (completions) of this rank in the step, N their tokens, G co
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
+import json
 import logging
 import shutil
 import tempfile
@@ -22,18 +23,25 @@ from vtfast_kernels.group_advantage import group_advantage
 from vtfast import distributed
 from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoint
 from vtfast.config import Config
+from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
+from vtfast.flops import update_flops
 from vtfast.groups import Group, completion_rows
+from vtfast.liger import use_liger
+from vtfast.lora import add_lora
 from vtfast.metrics import Timer, memory_gb, mfu, step_metrics, summary
 from vtfast.model import load_model
-from vtfast.objective import Objective, loss_spec
+from vtfast.objective import SUMS, Objective, loss_spec
+from vtfast.packing import check_group
 from vtfast.processor import Processor
 from vtfast.prompts import response_prefix
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
+from vtfast.reference import Reference
 from vtfast.report import draw_curves, held_out_table
 from vtfast.rewards import get_reward, score
 from vtfast.rollout import RolloutEngine, Sampling
-from vtfast.scoring import completion_logprobs
+from vtfast.scoring import packed_logprobs
+from vtfast.sharing import Work, share_out
 from vtfast.tracking import Tracker, check_trackers
 
 log = logging.getLogger("vtfast")
@@ -55,8 +63,16 @@ class Trainer:
         path = _model_path(config.model)
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
         self.asker = Asker(config, self.processor)
-        self.policy = load_model(path, dtype, str(ranks.device), config.freeze)
-        self.reference = copy.deepcopy(self.policy) if config.beta > 0 else None
+        self.policy = load_model(
+            path, dtype, str(ranks.device), config.freeze, config.attn_implementation
+        )
+        if config.use_liger_kernel and ranks.device.type == "cuda":
+            use_liger(self.policy)
+        if config.use_peft:
+            add_lora(self.policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
+        self.reference = (
+            Reference(self.policy, config.offload_reference) if config.beta > 0 else None
+        )
         if config.gradient_checkpointing:
             self.policy.module.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -64,16 +80,21 @@ class Trainer:
             rendered = render_synthetic(config, Path(scratch) / "data")
             samples = load_questions(config, self.asker, rendered)
             self.train_samples, self.held_out_samples = samples["train"], samples.get("val", [])
-            self.engine = distributed.zero2_engine(
-                config, Objective(self.policy, loss_spec(config))
+            objective = Objective(
+                self.policy, loss_spec(config), config.vllm_importance_sampling_correction
             )
+            self.engine = distributed.zero2_engine(config, objective)
             self.rollout = RolloutEngine(self.policy)
             folder = str(create_run_folder(config)) if ranks.is_main else ""
             self.folder = Path(ranks.from_main(folder))
             if ranks.is_main and rendered.exists():
                 shutil.move(rendered, self.folder / "data")
+        self.groups: list[Group] = []
+        self.work = Work([], 0, 0, 0.0)
         if ranks.is_main:
             (self.folder / "config.yaml").write_text(config.to_yaml())
+            self.list_skipped(self.asker.skipped)
+        self.asker.skipped = []
 
     def run(self) -> Path:
         """Train for `max_steps`, judge before and after, and return the run folder."""
@@ -85,14 +106,16 @@ class Trainer:
         )  # fmt: skip
         before = self.judge()
         tracker = Tracker(config, self.folder) if ranks.is_main else None
-        steps = range(1, config.max_steps + 1)
-        bar = tqdm(steps, desc="GRPO", unit="step", disable=not ranks.is_main)
+        bar = tqdm(
+            range(1, config.max_steps + 1), desc="GRPO", unit="step", disable=not ranks.is_main
+        )
         questions = batches(
-            self.asker, self.train_samples, steps,
+            self.asker, self.train_samples, range(1, config.max_steps + 1, config.num_iterations),
             per_rank=distributed.prompts_per_rank(config), rank=ranks.rank, ranks=ranks.size, seed=config.seed,
         )  # fmt: skip
-        for step, asked in zip(bar, questions, strict=True):
-            metrics, rows = self.step(step, asked)
+        for step in bar:
+            fresh = (step - 1) % config.num_iterations == 0
+            metrics, rows = self.step(step, next(questions) if fresh else None)
             if tracker:
                 tracker.log(step, metrics, rows)
                 bar.set_postfix_str(summary(metrics))
@@ -108,38 +131,56 @@ class Trainer:
             log.info("run folder: %s", self.folder)
         return self.folder
 
-    def step(self, step: int, questions: Sequence[Question]) -> tuple[dict, list[dict]]:
-        """One optimizer step on this rank's `questions` -> (metrics over all ranks, a row per completion)."""
+    def step(self, step: int, questions: Sequence[Question] | None) -> tuple[dict, list[dict]]:
+        """One optimizer step -> (metrics over all ranks, a row per new completion). Collective.
+
+        `questions`: this rank's; None goes on with the answers of the step before (`num_iterations`).
+        """
         config, timer = self.config, Timer()
         began = time.perf_counter()
-        with timer.phase("time/rollout"):
-            groups = self.answer(questions, step)
-        with timer.phase("time/score"):
-            self.compare(groups)
-            if self.reference:
-                self.score_reference(groups)
-        with timer.phase("time/update"):
-            sums, grad_norm, learning_rate = self.update(groups)
+        with self.policy.images.open():
+            with timer.phase("time/rollout"):
+                if questions is not None:
+                    self.groups = self.answer(questions, step)
+            with timer.phase("time/score"):
+                if questions is not None:
+                    self.compare(self.groups)
+                    self.work = self.share_out(self.groups)
+                    self.score_old(self.work)
+            with timer.phase("time/update"):
+                sums, grad_norm, learning_rate = self.update(self.work)
         seconds = time.perf_counter() - began
-        answered = step_metrics(groups, sums, config.reward_funcs, self.ranks)
+        mine = self.asker.take_skipped()
+        skipped = [row for part in self.ranks.gather(mine) for row in part]
+        if self.ranks.is_main:
+            self.list_skipped(skipped)
+        answered = step_metrics(self.groups, sums, config.reward_funcs, self.ranks)
+        trained = (batch.groups[part.group] for batch in self.work.batches for part in batch.parts)
+        flops = update_flops(self.policy, {id(group): group for group in trained}.values())
         metrics = {
             "step": step,
             **answered,
+            "frac_groups_skipped": self.work.skipped,
+            "skipped_samples": len(skipped),
+            "passes": len(self.work.batches),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             **timer.seconds,
             "time/step": seconds,
             "tokens_per_second": answered["num_tokens"] / seconds,
-            "mfu": mfu(self.policy.module, _useful_tokens(groups), timer.seconds["time/update"]),
+            "mfu": mfu(flops, timer.seconds["time/update"], self.ranks.device),
             "memory_gb": memory_gb(self.ranks.device),
         }
-        mine = completion_rows(step, groups, config.reward_funcs)
+        if questions is None:
+            return metrics, []
+        mine = completion_rows(step, self.groups, config.reward_funcs)
         rows = [row for part in self.ranks.gather(mine) for row in part]
         return metrics, rows
 
     def answer(self, questions: Sequence[Question], step: int) -> list[Group]:
-        """G sampled answers to each question, with their rewards."""
+        """G sampled answers to each question, with their rewards. What cannot be trained on is left out and listed."""
         config = self.config
+        questions = [question for question in questions if self.usable(question, [], step)]
         completions = self.rollout.generate(
             [question.prompt for question in questions],
             config.num_generations,
@@ -149,6 +190,8 @@ class Trainer:
         prefix = response_prefix(self.asker.template)
         groups = []
         for question, answers in zip(questions, completions, strict=True):
+            if not self.usable(question, [answer.tokens for answer in answers], step):
+                continue
             texts = [prefix + self.processor.decode(answer.tokens) for answer in answers]
             rewards = [
                 [
@@ -165,50 +208,75 @@ class Trainer:
         weights = torch.tensor(self.config.reward_weights or [1.0] * len(self.rewards))
         for group in groups:
             group.total = weights @ group.rewards
-        everyone = torch.cat(
-            [total for part in self.ranks.gather([g.total for g in groups]) for total in part]
-        )
-        advantage = group_advantage(
-            everyone, self.config.num_generations, scale=self.config.scale_rewards
-        ).split(self.config.num_generations)
-        first = self.ranks.rank * len(groups)
-        for group, values in zip(groups, advantage[first : first + len(groups)], strict=True):
+        totals = self.ranks.gather([group.total for group in groups])
+        everyone = [total for part in totals for total in part]
+        if not everyone:
+            raise UserError("none of this step's questions could be used; skipped.jsonl says why")
+        G = self.config.num_generations
+        advantage = group_advantage(torch.cat(everyone), G, scale=self.config.scale_rewards)
+        first = sum(len(part) for part in totals[: self.ranks.rank])
+        mine = advantage.split(G)[first : first + len(groups)]
+        for group, values in zip(groups, mine, strict=True):
             group.advantage = values
 
-    @torch.no_grad()
-    def score_reference(self, groups: Sequence[Group]) -> None:
-        for micro in self.micro_batches(groups):
-            scores = completion_logprobs(
-                self.reference,
-                [group.question.prompt for group in micro],
-                [group.tokens for group in micro],
-                temperature=self.config.temperature,
-            )
-            for group, logps in zip(micro, scores, strict=True):
-                group.reference = logps
+    def share_out(self, groups: Sequence[Group]) -> Work:
+        """The packed rows that this rank trains on."""
+        return share_out(
+            groups,
+            self.ranks,
+            self.policy,
+            lambda index: self.asker.ask(self.train_samples[index], index),
+            self.config.tokens_per_pass,
+            skip_without_signal=self.config.beta == 0,
+        )
 
-    def update(self, groups: Sequence[Group]) -> tuple[dict[str, float], float, float]:
+    @torch.no_grad()
+    def score_old(self, work: Work) -> None:
+        """Log-probs before the update: the reference model's for the KL, the policy's own if it is updated twice."""
+        scorers = []
+        if self.reference:
+            scorers.append(("reference", self.reference.at_hand()))
+        if self.config.num_iterations > 1:
+            scorers.append(("old", contextlib.nullcontext(self.policy)))
+        for whose, at_hand in scorers:
+            with at_hand as policy:
+                for batch in work.batches:
+                    if batch.parts:
+                        logps = packed_logprobs(policy, batch.pack, self.config.temperature)
+                        batch.write(whose, logps)
+
+    def update(self, work: Work) -> tuple[dict[str, float], float, float]:
         """Forward, backward and the optimizer step -> (sums over this rank's tokens, gradient norm, learning rate)."""
-        lengths = [len(tokens) for group in groups for tokens in group.tokens]
-        counts = self.ranks.gather((len(lengths), sum(lengths)))
-        num_sequences, num_tokens = map(sum, zip(*counts, strict=True))
         learning_rate = self.engine.get_lr()[0]
-        sums = {"loss": 0.0, "tokens": float(sum(lengths))}
+        losses, sums = torch.zeros(()), torch.zeros(len(SUMS))
         self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
-        for micro in self.micro_batches(groups):
-            loss, parts = self.engine(micro, num_sequences, num_tokens)
+        for number, batch in enumerate(work.batches, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(work.batches))
+            loss, parts = self.engine(batch, work.num_sequences, work.num_tokens)
             # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be summed.
             self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
-            self.engine.step()
-            sums["loss"] += float(loss.detach())
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value
+            losses, sums = losses.to(loss.device) + loss.detach(), sums.to(parts.device) + parts
+        self.engine.step()
         self.engine.eval()
-        return sums, float(self.engine.get_global_grad_norm()), learning_rate
+        lengths = [group.lengths[i] for batch in work.batches for group, i in batch.sequences]
+        result = dict(zip(("loss", *SUMS), [float(losses), *sums.tolist()], strict=True))
+        result["scored_tokens"] = float(sum(lengths))
+        return result, float(self.engine.get_global_grad_norm()), learning_rate
 
-    def micro_batches(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
-        size = self.config.per_device_train_batch_size
-        return [groups[i : i + size] for i in range(0, len(groups), size)]
+    def usable(self, question: Question, tokens: Sequence[Sequence[int]], step: int) -> bool:
+        """Whether a question with these answers can be trained on; if not, it is listed, or stops the run."""
+        limit, vocabulary = self.config.max_prompt_length, self.policy.head.shape[0]
+        try:
+            check_group(question.prompt, tokens, vocabulary, limit)
+        except UserError as error:
+            self.asker.skip(question.sample, error, step)
+            return False
+        return True
+
+    def list_skipped(self, rows: Sequence[dict]) -> None:
+        if rows:
+            with (self.folder / "skipped.jsonl").open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def judge(self) -> HeldOut | None:
         if not self.held_out_samples:
@@ -226,11 +294,6 @@ def _model_path(name: str) -> str:
     """The shipped base by its name; anything else is a folder or hub id."""
     assets = Path(__file__).parent / "assets"
     return str(assets / name) if (assets / name).is_dir() and not Path(name).exists() else name
-
-
-def _useful_tokens(groups: Sequence[Group]) -> int:
-    """Tokens that the update must read: each prompt once, each completion once."""
-    return sum(len(g.question.prompt.ids) + sum(map(len, g.tokens)) for g in groups)
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -1,0 +1,84 @@
+"""Useful floating-point operations of scoring and training, from the model's configuration.
+
+Useful: every prompt and image once for its group, every completion once, only completion tokens at the head, no
+recomputation. A matmul of [n, a] x [a, b] is 2nab. Norms, rotations and softmax are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import Qwen2VLConfig
+
+from vtfast.groups import Group
+from vtfast.model import Policy
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs by part. The backward of a trained part is twice its forward."""
+
+    trunk: float
+    attention: float
+    head: float
+    vision: float
+
+    @property
+    def total(self) -> float:
+        return self.trunk + self.attention + self.head + self.vision
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.trunk + other.trunk,
+            self.attention + other.attention,
+            self.head + other.head,
+            self.vision + other.vision,
+        )
+
+
+def forward_flops(
+    config: Qwen2VLConfig, prompt: int, completions: Sequence[int], patches: Sequence[int] = ()
+) -> Flops:
+    """One group: a prompt of `prompt` tokens, completions of these lengths, images of these numbers of patches."""
+    text, vision = config.text_config, config.vision_config
+    D, layers = text.hidden_size, text.num_hidden_layers
+    key_width = D // text.num_attention_heads * text.num_key_value_heads
+    layer = 2 * D * D + 2 * D * key_width + 3 * D * text.intermediate_size  # weights
+    tokens = prompt + sum(completions)
+    pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
+    E = vision.embed_dim
+    patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    block = 4 * E * E + 2 * E * int(E * vision.mlp_ratio)
+    merged = E * vision.spatial_merge_size**2
+    merger = (merged * merged + merged * vision.hidden_size) / vision.spatial_merge_size**2
+    return Flops(
+        trunk=2.0 * tokens * layers * layer,
+        attention=4.0 * pairs * layers * D,
+        head=2.0 * sum(completions) * D * text.vocab_size,
+        vision=sum(
+            2.0 * n * (patch_width * E + vision.depth * block + merger)
+            + 4.0 * n * n * vision.depth * E
+            for n in patches
+        ),
+    )
+
+
+def update_flops(policy: Policy, groups: Iterable[Group]) -> float:
+    """Forward and backward of one update. A frozen part that gradients pass through counts 2 forwards, a trained one 3,
+    and a frozen vision tower 1: nothing behind it is trained."""
+    module = policy.module
+
+    def factor(part) -> int:
+        return 3 if any(p.requires_grad for p in part.parameters()) else 2
+
+    trunk, head = factor(policy.language_model.layers), factor(module.lm_head)
+    vision = 1 if policy.tower_is_frozen else 3
+    total = 0.0
+    for group in groups:
+        prompt = group.question.prompt
+        patches = [] if prompt.grid is None else prompt.grid.prod(-1).tolist()
+        flops = forward_flops(module.config, len(prompt.ids), group.lengths, patches)
+        total += trunk * flops.trunk + 3 * flops.attention + head * flops.head
+        total += vision * flops.vision
+    return total

@@ -1,0 +1,37 @@
+"""LoRA adapters (peft) on the policy. Without its adapter the policy is its own reference model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vtfast.errors import UserError
+from vtfast.model import Policy
+
+log = logging.getLogger("vtfast")
+AT_THE_HEAD = ("lm_head", "embed_tokens")
+
+
+def add_lora(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) -> None:
+    """Freeze the model and put a trained adapter of `rank` beside every module named in `targets`.
+
+    Raises UserError without peft, for the head or embeddings (the fused loss reads their weights directly), and for a
+    name that no module has.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("--use_peft: peft is not installed (pip install peft)") from None
+    for target in targets:
+        if target in AT_THE_HEAD:
+            raise UserError(
+                f"--lora_target_modules {target}: the head and embeddings take no adapter"
+            )
+        if not any(name.split(".")[-1] == target for name, _ in policy.module.named_modules()):
+            raise UserError(f"--lora_target_modules {target}: the model has no such module")
+    policy.module.requires_grad_(False)
+    policy.module.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))
+    )
+    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    log.info("LoRA of rank %d: %d trained weights", rank, trained)

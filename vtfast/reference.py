@@ -1,0 +1,56 @@
+"""The reference model of the KL term: what the policy was when training began."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+
+from vtfast.model import Policy
+
+
+class Reference:
+    """A frozen copy that shares every frozen weight with the policy; with LoRA the policy itself, adapter off."""
+
+    def __init__(self, policy: Policy, offload: bool = False) -> None:
+        """`offload`: keep the copy in CPU memory between uses."""
+        self.policy, self.offload = policy, offload
+        self.is_adapter_off = bool(getattr(policy.module, "_hf_peft_config_loaded", False))
+        if self.is_adapter_off:
+            self.copy = policy
+            return
+        shared = {id(p): p for p in policy.module.parameters() if not p.requires_grad}
+        module = copy.deepcopy(policy.module, memo=shared).eval().requires_grad_(False)
+        # Frozen towers are one and the same, and so is what they see; a trained one is not.
+        images = policy.images if policy.tower_is_frozen else type(policy.images)()
+        self.copy = Policy(module, policy.eos_ids, policy.backend, images)
+        self._own = [p for p in module.parameters() if id(p) not in shared]
+        if offload:
+            self._move("cpu")
+
+    @contextlib.contextmanager
+    def at_hand(self) -> Iterator[Policy]:
+        """The reference as a policy to score with, on the policy's device."""
+        if self.is_adapter_off:
+            training = self.policy.module.training
+            self.policy.module.eval()
+            self.policy.module.disable_adapters()
+            try:
+                yield self.policy
+            finally:
+                self.policy.module.enable_adapters()
+                self.policy.module.train(training)
+            return
+        if self.offload:
+            self._move(self.policy.device)
+        try:
+            yield self.copy
+        finally:
+            if self.offload:
+                self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        for parameter in self._own:
+            parameter.data = parameter.data.to(device)
