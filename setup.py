@@ -36,7 +36,14 @@ setup(
     extras_require={
         # qwen_vl_utils needs torchvision, which package indexes hold as a CUDA build only
         "gpu": ["flash-attn", "torchvision"],
-        "dev": ["pytest", "ruff", "hypothesis", "trl>=1.16; python_version >= '3.11'"],
+        "lora": ["peft>=0.18"],
+        "dev": [
+            "pytest",
+            "ruff",
+            "hypothesis",
+            "peft>=0.18",
+            "trl>=1.16; python_version >= '3.11'",
+        ],
     },
     entry_points={"console_scripts": ["vtfast = vtfast.cli:main"]},
 )

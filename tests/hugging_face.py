@@ -1,7 +1,11 @@
 """A prompt in the words of Hugging Face's own forward and generate: the oracle of scoring and rollout."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
+from vtfast.model import Policy
 from vtfast.processor import Prompt
 
 
@@ -19,3 +23,26 @@ def inputs(prompt: Prompt, tokens: list[int] | tuple[int, ...] = ()) -> dict[str
         "mm_token_type_ids": kinds,
     }
     return arguments | images
+
+
+@contextlib.contextmanager
+def plain(policy: Policy) -> Iterator[torch.nn.Module]:
+    """The same module as Hugging Face loads it: its own attention everywhere, nothing of ours in its forward."""
+    configs = [policy.language_model.config, policy.visual.config]
+    ours = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "sdpa"
+    try:
+        yield policy.module
+    finally:
+        for config, name in zip(configs, ours, strict=True):
+            config._attn_implementation = name
+
+
+def logprobs(
+    policy: Policy, prompt: Prompt, tokens: list[int], temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probs [tokens] of one completion behind its prompt, alone in its row: unpacked, unshared."""
+    with plain(policy) as module:
+        logits = module(**inputs(prompt, tokens)).logits[0, len(prompt.ids) - 1 : -1]
+    return (logits.double() / temperature).log_softmax(-1)[range(len(tokens)), tokens]

@@ -80,6 +80,8 @@ class Policy:
 
     def trunk(self, pack: Pack) -> Tensor:
         """Hidden states of a packed row [T, D], behind the last norm."""
+        # Another implementation (`set_attn_implementation`) would not know the layout, and let completions see each other.
+        self.language_model.config._attn_implementation = LANGUAGE
         embedding = self.embed(pack.ids)
         features = [f for f in self.image_features(pack.prompts) if f is not None]
         if features:
@@ -121,6 +123,7 @@ class Policy:
         pixels = torch.cat([prompt.pixels for prompt in prompts])
         grid = torch.cat([prompt.grid for prompt in prompts])
         patches = grid.prod(-1).tolist()
+        self.visual.config._attn_implementation = VISION
         layout = Layout(patches, causal=False, backend=self.backend, device=self.device)
         pixels = pixels.to(self.device, self.visual.dtype)
         return self.visual(pixels, grid_thw=grid.to(self.device), layout=layout)
@@ -192,8 +195,6 @@ def load_model(
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     backend = choose_backend(attn_implementation, device, dtypes[dtype])
-    module.model.language_model.config._attn_implementation = LANGUAGE
-    module.model.visual.config._attn_implementation = VISION
     policy = Policy(module.to(device).eval(), eos_ids, backend)
     _freeze(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy

@@ -1,0 +1,124 @@
+"""What the benches share: clocks, alternated rounds, memory of a fresh process, rows of results/*.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "op", "peer", "shape", "dtype", "metric", "p20", "p50", "p80", "ratio", "ratio_low", "ratio_high", "share",
+    "device", "versions", "commit", "date",
+)  # fmt: skip
+"""`ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor or peak."""
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of every run in each round; every other round goes backwards, so that no one always comes first."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds):
+        for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
+            times[name].append(seconds(runs[name], device))
+    return times
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50, p80"""
+    values = sorted(values)
+    return tuple(values[min(len(values) - 1, int(q * len(values)))] for q in (0.2, 0.5, 0.8))
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Median of ours / theirs over rounds, and the ends of its 95% bootstrap interval."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), medians[50], medians[-51]
+
+
+def growth_in_child(call: str) -> float:
+    """Peak resident MB that a step adds in a process of its own. `call`: Python that ends in `measure_growth(...)`."""
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_growth(run: Callable[[], object]) -> None:
+    """Prints how far the resident memory rises over its present size while `run` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    run()
+    print(json.dumps(resident("VmHWM") - before))
+
+
+def resident(field: str) -> float:
+    """MB of a memory field of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def versions(*packages: str) -> str:
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "; ".join(found)
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Add rows to results/`file`; absent columns stay empty, numbers get four digits."""
+    path = RESULTS / file
+    RESULTS.mkdir(exist_ok=True)
+    new = not path.exists()
+    stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with path.open("a", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, restval="")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({**numbers, "commit": commit(), "date": stamp})

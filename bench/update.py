@@ -1,0 +1,415 @@
+"""`python -m bench update`: one GRPO update (forward, backward, AdamW step) beside TRL and plain Hugging Face code.
+
+All contestants hold the same weights and train on the same completions of the same prompts, with the same advantages.
+    ours   packed rows: every prompt and image once per group, no padding, head and loss fused
+    hf     plain Hugging Face code: padded, every prompt and image once per completion, all logits of the completions
+    trl    TRL's own GRPOTrainer._compute_loss, its fused head included, on the same padded batch
+Before anything is timed the tests of packing and scoring pass, and the losses and gradients of all agree.
+On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/update.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from vtfast_kernels.grpo_loss import GRPOLoss
+
+from bench._harness import (
+    ROOT,
+    alternate,
+    append,
+    device_name,
+    growth_in_child,
+    measure_growth,
+    paired_ratio,
+    quantiles,
+    versions,
+)
+from vtfast.attention import choose_backend
+from vtfast.flops import update_flops
+from vtfast.groups import Batch, Group
+from vtfast.metrics import PEAK_FLOPS
+from vtfast.model import Policy
+from vtfast.objective import Objective
+from vtfast.packing import Part
+from vtfast.processor import Prompt, mrope_positions
+from vtfast.questions import Question
+from vtfast.rollout import Completion
+
+GOALS = {"hf": 1 / 2.5, "trl": 1 / 2}  # on the CPU, our time / theirs
+GPU_GOALS = {200: 1 / 4, 700: 1 / 2.3}  # ours / TRL's by tokens of a completion
+
+
+@dataclass(frozen=True)
+class Shape:
+    model: str
+    """A name in MODELS."""
+    text: tuple[int, ...]
+    """Text tokens of each prompt."""
+    grids: tuple[tuple[int, int], ...]
+    """Patch rows and columns of each prompt's image; an image token is four patches."""
+    completion: int
+    """Tokens of every completion."""
+    G: int = 8
+
+    def __str__(self) -> str:
+        tokens = [n + a * b // 4 for n, (a, b) in zip(self.text, self.grids, strict=True)]
+        prompts = f"{min(tokens)}" if min(tokens) == max(tokens) else f"{min(tokens)}-{max(tokens)}"
+        return (
+            f"{self.model} prompts={len(tokens)}x{prompts} G={self.G} completion={self.completion}"
+        )
+
+
+# "mid" keeps Qwen2-VL-2B's proportions of vision tower, trunk and head at a size that a CPU trains.
+MODELS = {
+    "mid": dict(
+        text=dict(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=4096, sections=[8, 12, 12],
+        ),
+        vision=dict(depth=4, embed_dim=128, num_heads=4, mlp_ratio=4),
+    ),
+    "Qwen2-VL-2B": dict(
+        text=dict(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+            num_key_value_heads=2, vocab_size=151936, sections=[16, 24, 24],
+        ),
+        vision=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4),
+    ),
+}  # fmt: skip
+CPU_SHAPES = [Shape("mid", (50, 60, 70, 80), ((20, 20), (24, 24), (26, 26), (28, 28)), 64)]
+GPU_SHAPES = [
+    Shape("Qwen2-VL-2B", (100, 100), ((32, 64), (32, 64)), tokens) for tokens in (200, 700)
+]
+
+
+def model_config(name: str) -> Qwen2VLConfig:
+    text, vision = MODELS[name]["text"], MODELS[name]["vision"]
+    sizes = {key: value for key, value in text.items() if key != "sections"}
+    V = text["vocab_size"]
+    return Qwen2VLConfig(
+        tie_word_embeddings=True,
+        image_token_id=V - 2,
+        video_token_id=V - 1,
+        vision_start_token_id=V - 4,
+        vision_end_token_id=V - 3,
+        text_config=dict(
+            **sizes,
+            max_position_embeddings=32768,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": text["sections"],
+            },
+        ),
+        vision_config=dict(hidden_size=text["hidden_size"], **vision),
+    )
+
+
+class Workload:
+    """Weights, prompts, completions and advantages of a shape; `padded` is the batch as other systems see it."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.device = shape, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.config = model_config(shape.model)
+        torch.manual_seed(0)
+        with torch.device(device):
+            module = Qwen2VLForConditionalGeneration(self.config).to(self.dtype)
+        self.module = module.train()
+        generator = torch.Generator().manual_seed(0)
+        V, width = self.config.text_config.vocab_size, 3 * 2 * 14 * 14
+        self.prompts, self.tokens = [], []
+        for text, (rows, columns) in zip(shape.text, shape.grids, strict=True):
+            image = torch.full((rows * columns // 4,), self.config.image_token_id)
+            words = torch.randint(V - 4, (text,), generator=generator)
+            start, end = (torch.tensor([V - 4]), torch.tensor([V - 3]))
+            ids = torch.cat([words[:2], start, image, end, words[4:]])
+            mask, grid = ids == self.config.image_token_id, torch.tensor([[1, rows, columns]])
+            pixels = torch.randn(rows * columns, width, generator=generator)
+            positions = mrope_positions(mask, grid)
+            self.prompts.append(Prompt(ids, positions, pixels, grid, image_mask=mask))
+            answers = torch.randint(V - 4, (shape.G, shape.completion), generator=generator)
+            self.tokens.append(answers.tolist())
+        self.advantage = torch.randn(len(self.prompts), shape.G, generator=generator)
+
+    def clone(self) -> Qwen2VLForConditionalGeneration:
+        """A copy of the weights with PyTorch's SDPA everywhere, as Hugging Face loads it."""
+        module = copy.deepcopy(self.module)
+        module.set_attn_implementation("sdpa")
+        return module
+
+    def padded(self) -> dict[str, Tensor]:
+        """Prompts padded on the left, repeated G times with their images, TRL's names."""
+        G = self.shape.G
+        prompts = [prompt.ids.flip(0) for prompt in self.prompts]
+        ids = pad_sequence(prompts, batch_first=True).flip(1)
+        mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True).flip(1)
+        completions = torch.tensor([answer for group in self.tokens for answer in group])
+        ids, mask = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0)
+        kinds = torch.cat([ids == self.config.image_token_id, torch.zeros_like(completions)], 1)
+        batch = {
+            "prompt_ids": ids,
+            "prompt_mask": mask,
+            "completion_ids": completions,
+            "completion_mask": torch.ones_like(completions),
+            "advantages": self.advantage.flatten(),
+            "pixel_values": torch.cat([p.pixels for p in self.prompts for _ in range(G)]),
+            "image_grid_thw": torch.cat([p.grid for p in self.prompts for _ in range(G)]),
+            "mm_token_type_ids": kinds.long(),
+        }
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        return batch | {"num_images": [1] * len(completions)}
+
+
+class Ours:
+    def __init__(self, work: Workload) -> None:
+        module = copy.deepcopy(work.module)
+        backend = choose_backend("auto", work.device, work.dtype)
+        self.policy = Policy(module, (0,), backend)
+        if work.device == "cuda":
+            from vtfast.liger import use_liger
+
+            use_liger(self.policy)
+        self.module = module
+        self.objective = Objective(self.policy, GRPOLoss(beta=0.0))
+        self.groups = {}
+        for number, (prompt, answers) in enumerate(zip(work.prompts, work.tokens, strict=True)):
+            completions = [Completion(answer, [0.0] * len(answer), "length") for answer in answers]
+            question = Question(sample=None, prompt=prompt)
+            self.groups[number] = Group(question, completions, advantage=work.advantage[number])
+        self.sequences = sum(len(group) for group in work.tokens)
+        self.tokens = sum(len(answer) for group in work.tokens for answer in group)
+
+    def loss(self) -> Tensor:
+        members = tuple(range(len(self.groups[0].completions)))
+        parts = [Part(number, members, 0, 0.0) for number in self.groups]
+        batch = Batch(parts, self.groups, self.policy)  # its tensors are made in every update
+        return self.objective(batch, self.sequences, self.tokens)[0]
+
+
+class HuggingFace:
+    def __init__(self, work: Workload) -> None:
+        self.module, self.batch = work.clone(), work.padded()
+
+    def loss(self) -> Tensor:
+        batch = self.batch
+        target = batch["completion_ids"]
+        logits = self.module(
+            input_ids=torch.cat([batch["prompt_ids"], target], 1),
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+            pixel_values=batch["pixel_values"],
+            image_grid_thw=batch["image_grid_thw"],
+            mm_token_type_ids=batch["mm_token_type_ids"],
+            logits_to_keep=target.shape[1] + 1,
+        ).logits[:, :-1]
+        logp = logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
+        ratio = (logp - logp.detach()).exp()
+        return -(ratio * batch["advantages"][:, None]).mean(1).mean()
+
+
+class TRL:
+    def __init__(self, work: Workload) -> None:
+        from datasets import Dataset
+        from transformers import PreTrainedTokenizerFast
+        from trl import GRPOConfig, GRPOTrainer
+
+        from vtfast.tiny_model import build_tokenizer
+
+        rows = work.shape.G * len(work.prompts)
+        self.folder = tempfile.TemporaryDirectory()
+        arguments = GRPOConfig(
+            output_dir=self.folder.name,
+            per_device_train_batch_size=rows,
+            num_generations=work.shape.G,
+            max_completion_length=work.shape.completion,
+            beta=0.0,
+            loss_type="grpo",
+            report_to=[],
+            use_cpu=work.device == "cpu",
+            bf16=False,  # the weights already are, on a GPU
+            gradient_checkpointing=False,
+            disable_dropout=True,
+        )
+        self.trainer = GRPOTrainer(
+            model=work.clone(),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": "?"}] * rows),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=build_tokenizer(),
+                eos_token="<|endoftext|>",
+                pad_token="<|endoftext|>",
+            ),
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.module, self.batch = self.trainer.model.train(), work.padded()
+
+    def loss(self) -> Tensor:
+        return self.trainer._compute_loss(self.module, self.batch)
+
+
+CONTESTANTS = {"ours": Ours, "hf": HuggingFace, "trl": TRL}
+
+
+def updater(contestant: Ours | HuggingFace | TRL) -> Callable[[], Tensor]:
+    """One optimizer step; every contestant gets the same fused AdamW."""
+    trained = [p for p in contestant.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+    def run() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = contestant.loss()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return run
+
+
+def disagreement(ours: Ours, other: HuggingFace | TRL) -> tuple[float, float]:
+    """|loss difference|, and the largest relative difference of a parameter's gradient. Gradients are left zeroed."""
+    gradients, losses = [], []
+    for contestant in (ours, other):
+        loss = contestant.loss()
+        loss.backward()
+        losses.append(float(loss))
+        named = dict(contestant.module.named_parameters())
+        gradients.append({name: p.grad.float().clone() for name, p in named.items()})
+        contestant.module.zero_grad()
+    mine, theirs = gradients
+    errors = [(mine[n] - g).norm() / g.norm().clamp(min=1e-12) for n, g in theirs.items()]
+    return abs(losses[0] - losses[1]), float(max(errors))
+
+
+def grow(name: str, shape: Shape, threads: int) -> None:
+    """In a child process: memory of a second update, when optimizer state and thread pools are there."""
+    torch.set_num_threads(threads)
+    run = updater(CONTESTANTS[name](Workload(shape, "cpu")))
+    run()
+    measure_growth(run)
+
+
+def memory_growth(name: str, run: Callable[[], Tensor], work: Workload, threads: int) -> float:
+    """Peak MB that an update adds."""
+    if work.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - base) / 2**20
+    return growth_in_child(
+        f"from bench.update import Shape, grow; grow({name!r}, {work.shape!r}, {threads})"
+    )
+
+
+def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
+    work = Workload(shape, device)
+    players, runs = {}, {}
+    tolerance = (
+        (1e-5, 1e-3) if device == "cpu" else (5e-2, 0.5)
+    )  # bf16 gradients differ by rounding
+    for name, make in CONTESTANTS.items():
+        try:
+            players[name] = make(work)
+        except ImportError as error:
+            print(f"  {name}: not installed ({error})")
+            append("update.csv", [_row(work, name, "not installed", ())])
+            continue
+        if name != "ours":
+            apart = disagreement(players["ours"], players[name])
+            agrees = all(x <= limit for x, limit in zip(apart, tolerance, strict=True))
+            print(f"  ours and {name}: loss differs by {apart[0]:.1e}, gradients by {apart[1]:.1e}")
+            if not agrees:
+                print("  they do not compute the same: no numbers")
+                return False
+    runs = {name: updater(player) for name, player in players.items()}
+    for run in runs.values():
+        run()
+    times = alternate(runs, rounds, device)
+    memory = {name: memory_growth(name, run, work, threads) for name, run in runs.items()}
+    return report(work, players["ours"], times, memory)
+
+
+def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
+    flops = update_flops(ours.policy, ours.groups.values())
+    name = device_name(work.device)
+    peak = next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    print(f"\nupdate, {work.shape}, {work.dtype}, {name}, {len(times['ours'])} rounds")
+    print(
+        f"  {'':<6}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}"
+    )
+    goals = GOALS if work.device == "cpu" else {"trl": GPU_GOALS.get(work.shape.completion)}
+    rows, ok = [], True
+    for peer, values in times.items():
+        p20, p50, p80 = (1e3 * value for value in quantiles(values))
+        ratio = paired_ratio(times["ours"], values)
+        share = flops / (p50 / 1e3) / peak if peak else None
+        shown = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]"
+        mfu = "" if share is None else f"{share:.2f}"
+        print(
+            f"  {peer:<6}{p20:>10.1f}{p50:>10.1f}{p80:>10.1f}{shown:>22}{memory[peer]:>10.0f}{mfu:>7}"
+        )
+        extra = {"ratio": ratio[0], "ratio_low": ratio[1], "ratio_high": ratio[2]}
+        extra |= {} if share is None else {"share": share}
+        rows.append(_row(work, peer, "ms", (p20, p50, p80)) | extra)
+        rows.append(_row(work, peer, "growth_mb", (memory[peer],) * 3))
+        if goals.get(peer):
+            met = ratio[0] <= goals[peer]
+            ok &= met
+            print(
+                f"         goal: at most {goals[peer]:.3f} of {peer}, {'met' if met else 'NOT met'}"
+            )
+    append("update.csv", rows)
+    return ok
+
+
+def _row(work: Workload, peer: str, metric: str, values: tuple[float, ...]) -> dict:
+    return {
+        "op": "update",
+        "peer": peer,
+        "shape": str(work.shape),
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "metric": metric,
+        **dict(zip(("p20", "p50", "p80"), values, strict=False)),
+        "device": device_name(work.device),
+        "versions": versions("torch", "transformers", "trl", "liger-kernel", "flash-attn"),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench update", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if not options.no_tests:
+        print("tests of packing and scoring first ...", flush=True)
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("packing", "scoring")]
+        if subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests], cwd=ROOT
+        ).returncode:
+            print("a test fails: no numbers")
+            return 1
+    shapes = CPU_SHAPES if options.device == "cpu" else GPU_SHAPES
+    met = [compare(shape, options.device, options.rounds, options.threads) for shape in shapes]
+    return 0 if all(met) else 1

@@ -1,0 +1,216 @@
+"""Attention over packed rows: every backend against plain softmax attention, one segment at a time, in float64."""
+
+import inspect
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+from vtfast import attention
+from vtfast.attention import Layout, attend, choose_backend, language_attention
+from vtfast.errors import UserError
+
+H, K, D = 6, 2, 8
+# Two groups: a prompt of 5 with completions of 1, 3 and 7, and a prompt of 1 with one of 4.
+LENGTHS = [5, 1, 3, 7, 1, 4]
+KEYS = [[(0, 5)], [(0, 5), (5, 6)], [(0, 5), (6, 9)], [(0, 5), (9, 16)], [(16, 17)], [(16, 17), (17, 21)]]  # fmt: skip
+
+
+def plain(query, key, value, lengths, keys, causal=True, window=None):
+    """softmax(q k / sqrt d) v of one segment after the other; the last query sees the last key."""
+    outputs, row = [], 0
+    for length, spans in zip(lengths, keys, strict=True):
+        seen = torch.cat([torch.arange(*span) for span in spans])
+        q = query[row : row + length]
+        k, v = (x[seen].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        place = torch.arange(len(seen) - length, len(seen))[:, None]
+        hidden = torch.zeros(length, len(seen), dtype=torch.bool)
+        if causal:
+            hidden |= torch.arange(len(seen)) > place
+        if window is not None:
+            hidden |= torch.arange(len(seen)) <= place - window
+        weight = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weight, v))
+        row += length
+    return torch.cat(outputs)
+
+
+def rows(total, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(total, heads, D, generator=generator, dtype=dtype).requires_grad_()
+        for heads in (H, K, K)
+    ]
+
+
+def assert_same(layout, lengths, keys, **options):
+    tensors = rows(sum(lengths))
+    ours = attend(*tensors, layout, None, options.get("window"))
+    theirs = plain(*tensors, lengths, keys, layout.causal, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    weight = torch.randn(ours.shape, dtype=ours.dtype)
+    for mine, expected in zip(
+        torch.autograd.grad(ours, tensors, weight),
+        torch.autograd.grad(theirs, tensors, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("free_area", [0, 1 << 16])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
+def test_sdpa_shared_prompts(monkeypatch, window, free_area):
+    """Segments one at a time, and padded together."""
+    monkeypatch.setattr(attention, "FREE_AREA", free_area)
+    assert_same(Layout(LENGTHS, KEYS), LENGTHS, KEYS, window=window)
+
+
+def test_sdpa_images():
+    """Every patch sees its own image, and no other."""
+    lengths, row = [4, 9, 4], [(0, 4), (4, 13), (13, 17)]
+    assert_same(Layout(lengths, causal=False), lengths, [[span] for span in row])
+
+
+def test_padding_is_bounded():
+    """A long segment among short ones must not pad them all to its length."""
+    lengths = [1000, *[10] * 50]
+    batches, _ = Layout(lengths).batches
+    area = sum(batch.size * batch.queries * batch.keys for batch in batches)
+    assert area < 1.3 * sum(n * n for n in lengths) and len(batches) < 10
+
+
+def reference_varlen(q, k, v, cu_q, cu_k, causal, window, scale):
+    """What every varlen kernel computes, from its own arguments alone."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    cu_q, cu_k = cu_q.tolist(), cu_k.tolist()
+    out = []
+    for s in range(len(cu_q) - 1):
+        left = None if window[0] < 0 else window[0] + 1
+        segment = q[cu_q[s] : cu_q[s + 1]] * (1 if scale is None else scale * D**0.5)
+        length = len(segment)
+        out.append(
+            plain(
+                segment, k[cu_k[s] : cu_k[s + 1]], v[cu_k[s] : cu_k[s + 1]],
+                [length], [[(0, cu_k[s + 1] - cu_k[s])]], causal, left,
+            )
+        )  # fmt: skip
+    return torch.cat(out)
+
+
+def flash_attn_2(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    assert dropout_p == 0 and (max_seqlen_q, max_seqlen_k) == (7, 12)
+    return reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale)
+
+
+def flash_attn_3(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
+    deterministic=False, sm_margin=0,
+):  # fmt: skip
+    out = reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale)
+    return out, None
+
+
+def varlen_210(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):
+    assert query.shape[1] == key.shape[1], "this version knows no grouped heads"
+    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, is_causal, (-1, -1), None)
+
+
+def varlen_211(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):  # fmt: skip
+    assert query.shape[1] == key.shape[1], "this version knows no grouped heads"
+    causal = window_size[1] == 0
+    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, causal, window_size, scale)
+
+
+def varlen_213(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert enable_gqa
+    causal = window_size[1] == 0
+    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, causal, window_size, scale)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    "backend, module, name, function",
+    [
+        ("flash_attn", "flash_attn", "flash_attn_varlen_func", flash_attn_2),
+        ("flash_attn_3", "flash_attn_interface", "flash_attn_varlen_func", flash_attn_3),
+        ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_210),
+        ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_211),
+        ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_213),
+    ],
+)
+def test_varlen_kernels_get_their_own_signatures(
+    monkeypatch, backend, module, name, function, window
+):
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: function}))
+    layout = Layout(LENGTHS, KEYS, backend=backend)
+    if function is varlen_210 and window is not None:
+        with pytest.raises(UserError, match="sliding-window"):
+            attend(*rows(21), layout, None, window)
+        return
+    assert_same(layout, LENGTHS, KEYS, window=window)
+    tensors = rows(21)
+    doubled = attend(*tensors, layout, 2 * D**-0.5, window)
+    expected = plain(2 * tensors[0], *tensors[1:], LENGTHS, KEYS, window=window)
+    torch.testing.assert_close(doubled, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_installed_varlen_has_a_signature_that_we_know():
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = set(inspect.signature(varlen_attn).parameters)
+    assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= known
+    assert "window_size" in known or "is_causal" in known
+
+
+def test_the_choice(monkeypatch, caplog):
+    attention._say.cache_clear()
+    with caplog.at_level(logging.INFO, logger="vtfast"):
+        assert choose_backend() == choose_backend("sdpa", "cpu") == "sdpa"
+    assert [record.message for record in caplog.records] == [
+        "packed attention (cpu, float32): sdpa"
+    ]
+    with pytest.raises(UserError, match="must be one of auto, flash_attn_3"):
+        choose_backend("flash")
+    with pytest.raises(UserError, match="usable here: sdpa"):
+        choose_backend("varlen")
+    installed = {"flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"}
+    monkeypatch.setattr(
+        attention.importlib.util, "find_spec", lambda name: name in installed or None
+    )
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    half = torch.bfloat16
+    assert choose_backend("auto", "cuda", half) == "flash_attn_3"
+    capability[0] = 8
+    assert choose_backend("auto", "cuda", half) == "flash_attn"
+    installed.remove("flash_attn")
+    assert choose_backend("auto", "cuda", half) == "varlen"
+    assert choose_backend("auto", "cuda", torch.float32) == "sdpa", "flash kernels have no fp32"
+
+
+def test_without_a_layout_it_is_transformers_sdpa():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module = types.SimpleNamespace(is_causal=True, num_key_value_groups=H // K, training=False)
+    q, k, v = (x.detach().transpose(0, 1)[None] for x in rows(9))
+    mask = torch.rand(1, 1, 9, 9) > 0.3
+    mask |= torch.eye(9, dtype=torch.bool)
+    ours, _ = language_attention(module, q, k, v, mask, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
+    assert ours.equal(theirs)
