@@ -1,10 +1,16 @@
 """One optimizer step taken apart: what an advantage is, which way it pushes, and what must not move."""
 
+import itertools
+import json
+
 import pytest
 import torch
+from vtfast_kernels import reference
 
 from vtfast.config import Config, load_config
+from vtfast.errors import UserError
 from vtfast.evaluate.held_out import held_out
+from vtfast.groups import Batch
 from vtfast.objective import loss_spec
 from vtfast.questions import batches
 from vtfast.scoring import completion_logprobs
@@ -14,10 +20,12 @@ from vtfast.trainer import Trainer
 @pytest.fixture
 def make(tmp_path):
     """(trainer, 8 questions) of the embedded default with some settings changed."""
+    made = itertools.count()
 
     def build(**overrides):
         few = {"eval_samples": 8, "warmup_steps": 0, "max_steps": 4, "max_completion_length": 20}
-        settings = few | {"per_device_train_batch_size": 8, "output_dir": str(tmp_path / "run")}
+        folder = str(tmp_path / f"run-{next(made)}")
+        settings = few | {"per_device_train_batch_size": 8, "output_dir": folder}
         trainer = Trainer(load_config(overrides=settings | overrides))
         asked = batches(
             trainer.asker, trainer.train_samples, [1], per_rank=8, rank=0, ranks=1, seed=0
@@ -27,14 +35,16 @@ def make(tmp_path):
     return build
 
 
-def logprobs(trainer, groups) -> torch.Tensor:
-    """Summed log-prob of every answer [questions x G]."""
+def logprobs(trainer, groups, summed=True):
+    """Log-prob of every answer [questions x G]; or of every token, a tensor a group."""
     with torch.no_grad():
         scores = completion_logprobs(
             trainer.policy,
             [group.question.prompt for group in groups],
             [group.tokens for group in groups],
         )
+    if not summed:
+        return [torch.cat(group) for group in scores]
     return torch.stack([logp.sum() for group in scores for logp in group])
 
 
@@ -62,15 +72,232 @@ def test_advantages_are_the_papers(make):
         torch.testing.assert_close(group.advantage.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_frozen_parts_do_not_move(make):
-    trainer, questions = make(freeze="vision,embeddings", learning_rate=1e-3)
-    before = {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
+def answered(trainer, questions):
     groups = trainer.answer(questions, step=1)
     trainer.compare(groups)
-    trainer.update(trainer.share_out(groups))
-    frozen = ("visual.blocks", "visual.patch_embed", "embed_tokens", "lm_head")
+    return groups
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
+
+
+FROZEN = {
+    "vision,embeddings": ("visual.blocks", "visual.patch_embed", "embed_tokens", "lm_head"),
+    "language": ("language_model", "lm_head"),
+    "vision,merger": ("visual",),
+}
+
+
+@pytest.mark.parametrize("freeze", list(FROZEN))
+def test_frozen_parts_do_not_move(make, freeze):
+    """Not by a bit; they have no gradient and no optimizer state either."""
+    trainer, questions = make(freeze=freeze, learning_rate=1e-3, weight_decay=0.1)
+    before = weights(trainer)
+    trainer.update(trainer.share_out(answered(trainer, questions)))
+    trained = 0
     for name, value in trainer.policy.module.named_parameters():
-        assert value.equal(before[name]) == any(part in name for part in frozen), name
+        frozen = any(part in name for part in FROZEN[freeze])
+        assert value.equal(before[name]) == frozen, name
+        assert value.grad is None or not frozen
+        trained += 0 if frozen else value.numel()
+    states = trainer.engine.optimizer.optimizer.state.values()
+    assert sum(state["exp_avg"].numel() for state in states) == pytest.approx(trained, abs=8)
+
+
+# Adam's first step is the gradient's sign, even where the gradient is nothing but rounding. With this epsilon it is
+# the gradient itself.
+PROPORTIONAL = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0}
+
+
+def test_cutting_the_batch_changes_nothing(make):
+    """One row for all; rows of a few groups; and rows so short that every group is split and repeats its prompt."""
+    results = []
+    for budget in (None, 700, 60):
+        trainer, questions = make(token_budget=budget, beta=0.04, **PROPORTIONAL)
+        groups = answered(trainer, questions)
+        work = trainer.share_out(groups)
+        trainer.score_old(work)
+        shake(trainer, 0.02)  # away from the reference, so that the KL has a gradient
+        results.append((len(work.batches), trainer.update(work), weights(trainer)))
+    (one, whole, expected), (few, *_), (many, *_) = results
+    assert one == 1 < few < many
+    for _, (sums, norm, _), after in results[1:]:
+        assert norm == pytest.approx(whole[1], rel=1e-4)
+        assert sums == pytest.approx(whole[0], rel=1e-4, abs=1e-5) and sums["kl"] > 0.1
+        for name, value in after.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+def shake(trainer, size):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.policy.module.parameters():
+            parameter.add_(
+                size * parameter.std() * torch.randn(parameter.shape, generator=generator)
+            )
+
+
+def test_groups_without_signal_are_skipped_exactly(make):
+    """Equal rewards, no advantage, no gradient: not running them changes no weight and no denominator."""
+    results = []
+    for skip in (True, False):
+        trainer, questions = make(**PROPORTIONAL)
+        groups = answered(trainer, questions)
+        groups[2].advantage = groups[5].advantage = torch.zeros(8)
+        before = sum(1 for group in groups if not group.advantage.any())
+        trainer.config.beta = 0.0 if skip else 1.0  # what share_out goes by
+        work = trainer.share_out(groups)
+        (parts,) = [batch.parts for batch in work.batches]
+        assert len(parts) == (8 - before if skip else 8)
+        assert work.skipped == (before / 8 if skip else 0) and work.num_sequences == 64
+        sums, norm, _ = trainer.update(work)
+        results.append((sums["loss"], norm, weights(trainer)))
+    (loss, norm, skipped), (loss_all, norm_all, kept) = results
+    assert (loss, norm) == pytest.approx((loss_all, norm_all), rel=1e-5, abs=1e-6) and norm > 0.1
+    for name, value in skipped.items():
+        torch.testing.assert_close(value, kept[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_step_without_any_signal_is_still_a_step(make):
+    trainer, questions = make(learning_rate=1e-3)
+    groups = answered(trainer, questions)
+    for group in groups:
+        group.advantage = torch.zeros(8)
+    before = weights(trainer)
+    work = trainer.share_out(groups)
+    assert work.skipped == 1 and [batch.parts for batch in work.batches] == [[]]
+    sums, norm, rate = trainer.update(work)
+    assert sums["loss"] == norm == sums["scored_tokens"] == 0 and rate == 1e-3
+    assert trainer.engine.global_steps == 1 and trainer.engine.get_lr()[0] < rate
+    assert all(value.equal(before[name]) for name, value in weights(trainer).items())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta": 0.04}, {"freeze": "language"}, {"use_peft": True}]
+)
+def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
+    """Every trained weight gets a gradient of zero, so that its collectives match the other ranks'."""
+    trainer, _ = make(**settings)
+    objective = trainer.engine.module
+    loss, sums = objective(Batch([], {}, trainer.policy), 5, 5)
+    assert loss.item() == 0 and not sums.any()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=False)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_old_log_probs_when_answers_are_used_twice(make):
+    """The second update's ratio is against the policy that answered, and the loss says what the reference op says."""
+    trainer, questions = make(num_iterations=2, learning_rate=1e-2, epsilon=0.05)
+    groups = answered(trainer, questions)
+    work = trainer.share_out(groups)
+    trainer.score_old(work)
+    old = logprobs(trainer, groups, summed=False)
+    (batch,) = work.batches
+    order = [groups.index(batch.groups[part.group]) for part in batch.parts]
+    ours = batch.logps("old")
+    torch.testing.assert_close(ours, torch.cat([old[i] for i in order]), rtol=1e-5, atol=1e-5)
+    first, *_ = trainer.update(work)
+    assert first["clip_ratio/low"] == first["clip_ratio/high"] == 0
+    now = logprobs(trainer, groups, summed=False)
+    second, *_ = trainer.update(work)
+    assert second["clip_ratio/low"] + second["clip_ratio/high"] > 0
+    expected = reference.grpo_loss(
+        torch.cat([now[i] for i in order]),
+        batch.pack.sequence_id,
+        batch.advantage(),
+        spec=loss_spec(trainer.config),
+        old_logp=ours,
+        num_sequences=work.num_sequences,
+        num_tokens=work.num_tokens,
+    ).loss
+    assert second["loss"] == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+
+
+def test_iterations_reuse_answers(make):
+    trainer, questions = make(num_iterations=2, per_device_train_batch_size=8)
+    first, rows = trainer.step(1, questions)
+    second, none = trainer.step(2, None)
+    assert len(rows) == 64 and none == []
+    assert second["reward"] == first["reward"] and second["time/rollout"] < first["time/rollout"]
+    assert trainer.engine.global_steps == 2
+
+
+def test_sampler_correction_weighs_by_the_samplers_own_log_probs(make):
+    trainer, questions = make(
+        vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=1.5,
+    )  # fmt: skip
+    groups = answered(trainer, questions)
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:  # a sampler that was off by a little
+        for answer in group.completions:
+            noise = torch.randn(len(answer.logprobs), generator=generator)
+            answer.logprobs[:] = (torch.tensor(answer.logprobs) + 0.5 * noise).tolist()
+    now = logprobs(trainer, groups, summed=False)
+    work = trainer.share_out(groups)
+    (batch,) = work.batches
+    order = [groups.index(batch.groups[part.group]) for part in batch.parts]
+    loss = trainer.update(work)[0]["loss"]
+    logp = torch.cat([now[i] for i in order])
+    weight = (logp - batch.sampled()).exp().clamp(max=1.5)
+    lengths = torch.tensor([len(t) for i in order for t in groups[i].tokens])
+    per_token = -weight * batch.advantage().repeat_interleave(lengths)
+    expected = (per_token / lengths.repeat_interleave(lengths)).sum() / 64
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_lora_trains_adapters_alone(make):
+    trainer, questions = make(use_peft=True, lora_r=2, beta=0.04, learning_rate=1e-2)
+    before = weights(trainer)
+    groups = answered(trainer, questions)
+    work = trainer.share_out(groups)
+    trainer.score_old(work)
+    trainer.update(work)
+    after = logprobs(trainer, groups)
+    for name, value in weights(trainer).items():
+        # An adapter's A has no gradient while its B is zero: one step moves B alone.
+        assert value.equal(before[name]) != ("lora_B" in name), name
+    trainer.score_old(work)
+    scored = torch.stack([x.sum() for group in groups for x in group.scores["reference"]])
+    assert (scored - after).abs().max() > 1e-3, "the reference is the model without adapters"
+
+
+@pytest.mark.parametrize("spoil", ["prompt", "completion"])
+def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatch):
+    trainer, questions = make()
+    if spoil == "prompt":
+        questions[3].prompt.image_mask[:] = False
+    else:
+        generate = trainer.rollout.generate
+
+        def empty(prompts, *args, **kwargs):
+            completions = generate(prompts, *args, **kwargs)
+            completions[3][5].tokens.clear()
+            completions[3][5].logprobs.clear()
+            return completions
+
+        monkeypatch.setattr(trainer.rollout, "generate", empty)
+    metrics, rows = trainer.step(1, questions)
+    bad = questions[3].sample.row
+    assert metrics["skipped_samples"] == 1 and len(rows) == 7 * 8
+    assert bad not in {row["row"] for row in rows}
+    (line,) = (trainer.folder / "skipped.jsonl").read_text().splitlines()
+    listed = json.loads(line)
+    reason = "places for 0 image tokens" if spoil == "prompt" else "no tokens"
+    assert (listed["step"], listed["row"]) == (1, bad) and reason in listed["reason"]
+    trainer.asker.on_bad_sample = "error"
+    with pytest.raises(UserError, match=f"row {bad}: .*{reason}"):
+        trainer.step(2, questions)
+
+
+def test_a_step_with_no_usable_question_stops(make):
+    trainer, _ = make()
+    with pytest.raises(
+        UserError, match=r"none of this step's questions could be used; skipped.jsonl"
+    ):
+        trainer.compare(trainer.answer([], step=1))
 
 
 def test_every_step_samples_anew_and_repeatably(make):

@@ -52,7 +52,9 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy.module.save_pretrained(partial)
+    policy.module.save_pretrained(
+        partial
+    )  # with LoRA the adapters alone, which name their base model
     processor.save_pretrained(partial)
     partial.rename(folder)
     if keep is not None:

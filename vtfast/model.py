@@ -7,6 +7,7 @@ that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it)
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ class Policy:
 
     def trunk(self, pack: Pack) -> Tensor:
         """Hidden states of a packed row [T, D], behind the last norm."""
-        # Another implementation (`set_attn_implementation`) would not know the layout, and let completions see each other.
+        # Whatever `set_attn_implementation` chose would not know the layout, and let completions see each other.
         self.language_model.config._attn_implementation = LANGUAGE
         embedding = self.embed(pack.ids)
         features = [f for f in self.image_features(pack.prompts) if f is not None]
@@ -158,7 +159,7 @@ def load_model(
     freeze: Sequence[str] = (),
     attn_implementation: str = "auto",
 ) -> Policy:
-    """Load a Qwen2-VL checkpoint (folder or hub id).
+    """Load a Qwen2-VL checkpoint (folder or hub id); LoRA adapters that it holds are merged into the weights.
 
     `freeze`: any of vision (the tower), merger (its projection into the language model), language (all of the language
     model, embeddings and head included), embeddings (these alone). `attn_implementation`: of packed rows, auto or
@@ -175,7 +176,7 @@ def load_model(
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in weights):
         raise UserError(f"--model {path}: the folder has no *.safetensors weights")
     try:
-        family = AutoConfig.from_pretrained(str(folder)).model_type
+        family = AutoConfig.from_pretrained(_base_of(folder)).model_type
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     if family != "qwen2_vl":
@@ -192,12 +193,35 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
+    if getattr(module, "_hf_peft_config_loaded", False):
+        merge_adapters(module)
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     backend = choose_backend(attn_implementation, device, dtypes[dtype])
     policy = Policy(module.to(device).eval(), eos_ids, backend)
     _freeze(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy
+
+
+def _base_of(folder: Path) -> str:
+    """The folder itself, or the base model that its LoRA adapters name."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        return str(folder)
+    return json.loads(adapter.read_text())["base_model_name_or_path"]
+
+
+def merge_adapters(module: nn.Module) -> None:
+    """Add every LoRA adapter to the weight beside it, and leave an ordinary model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    module._hf_peft_config_loaded = False
+    module.requires_grad_(True)
 
 
 def _freeze(policy: Policy, parts: Sequence[str]) -> None:

@@ -1,0 +1,160 @@
+"""What is trained and what is not: frozen parts, adapters, the reference model."""
+
+import sys
+
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from vtfast.errors import UserError
+from vtfast.lora import add_lora
+from vtfast.model import load_model
+from vtfast.reference import Reference
+from vtfast.scoring import completion_logprobs
+
+COMPLETIONS = [[[5, 6, 7], [8]], [[9, 10]]]
+PARTS = {
+    "vision": ("model.visual.patch_embed", "model.visual.blocks"),
+    "merger": ("model.visual.merger",),
+    "language": ("model.language_model", "lm_head"),
+    "embeddings": ("model.language_model.embed_tokens", "lm_head"),
+}
+
+
+def scores(policy, prompts):
+    with torch.no_grad():
+        return torch.cat(
+            [x for group in completion_logprobs(policy, prompts[:2], COMPLETIONS) for x in group]
+        )
+
+
+def shake(policy):
+    """Move every trained weight, as training would."""
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("freeze", [["vision"], ["merger", "vision"], ["language"], ["embeddings"]])
+def test_freeze_covers_exactly_its_parts(random_path, freeze):
+    policy = load_model(random_path, freeze=freeze)
+    prefixes = tuple(prefix for part in freeze for prefix in PARTS[part])
+    for name, parameter in policy.module.named_parameters():
+        assert parameter.requires_grad != name.startswith(prefixes), name
+
+
+def test_freeze_takes_one_name_and_refuses_another(random_path):
+    assert load_model(random_path, freeze="vision").tower_is_frozen
+    with pytest.raises(UserError, match="--freeze eyes: must be among vision, merger, language"):
+        load_model(random_path, freeze=["eyes"])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("freeze", [[], ["vision"], ["language"]])
+def test_the_reference_stays_where_training_began(random_path, prompts, freeze, offload):
+    policy = load_model(random_path, freeze=freeze)
+    before = scores(policy, prompts)
+    reference = Reference(policy, offload)
+    shake(policy)
+    with reference.at_hand() as model:
+        after = scores(model, prompts)
+        assert not any(p.requires_grad for p in model.module.parameters())
+    torch.testing.assert_close(after, before)
+    assert (scores(policy, prompts) - before).abs().max() > 1e-3
+    frozen = {id(p) for p in policy.module.parameters() if not p.requires_grad}
+    shared = {id(p) for p in reference.copy.module.parameters()}
+    assert frozen <= shared, "a frozen weight is kept once"
+
+
+def test_an_offloaded_reference_comes_and_goes(random_path, prompts):
+    policy = load_model(random_path, freeze=["vision"])
+    reference, moves = Reference(policy, offload=True), []
+    original = reference._move
+    reference._move = lambda device: moves.append(str(device)) or original(device)
+    with reference.at_hand():
+        assert moves == ["cpu"], "to the policy's device"
+    assert moves == ["cpu", "cpu"]
+    own = {id(p) for p in reference._own}
+    assert own and own.isdisjoint({id(p) for p in policy.module.parameters()})
+
+
+def test_a_frozen_tower_runs_once_for_policy_and_reference(random_path, prompts):
+    calls = []
+
+    def run(policy):
+        calls.clear()
+        policy.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        reference = Reference(policy)
+        with policy.images.open():
+            inside = scores(policy, prompts), scores(policy, prompts)
+            with reference.at_hand() as model:
+                other = scores(model, prompts)
+        return inside, other
+
+    frozen = load_model(random_path, freeze=["vision"])
+    (first, again), other = run(frozen)
+    assert len(calls) == 1 and first.equal(again) and first.equal(other)
+    torch.testing.assert_close(first, scores(load_model(random_path), prompts))
+    calls.clear()
+    scores(frozen, prompts), scores(frozen, prompts)
+    assert len(calls) == 2, "nothing is remembered outside a step"
+    run(load_model(random_path))
+    assert len(calls) >= 2, "a trained tower changes and is never remembered"
+
+
+def test_lora_is_its_own_reference_with_the_adapter_off(random_path, prompts):
+    policy = load_model(random_path)
+    before = scores(policy, prompts)
+    add_lora(policy, 4, 8, ["q_proj", "v_proj"])
+    trained = [name for name, p in policy.module.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    reference = Reference(policy)
+    shake(policy)
+    changed = scores(policy, prompts)
+    assert (changed - before).abs().max() > 1e-3
+    policy.module.train()
+    with reference.at_hand() as model:
+        assert model is policy
+        torch.testing.assert_close(scores(model, prompts), before)
+    assert policy.module.training and scores(policy, prompts).equal(changed), "switched on again"
+
+
+def test_lora_folders_load_merged(random_path, prompts, tmp_path):
+    policy = load_model(random_path)
+    add_lora(policy, 4, 8, ["q_proj", "v_proj"])
+    shake(policy)
+    policy.module.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert not any("lora" in name for name, _ in loaded.module.named_parameters())
+    assert all(p.requires_grad for p in loaded.module.parameters())
+    torch.testing.assert_close(
+        scores(loaded, prompts), scores(policy, prompts), rtol=1e-5, atol=1e-5
+    )
+    Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)  # and transformers loads it too
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (["lm_head"], "take no adapter"),
+        (["q_proj", "nothing"], "nothing: the model has no such module"),
+    ],
+)
+def test_lora_names_a_bad_target(random_path, targets, message):
+    with pytest.raises(UserError, match=message):
+        add_lora(load_model(random_path), 4, 8, targets)
+
+
+def test_lora_without_peft(random_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="pip install peft"):
+        add_lora(load_model(random_path), 4, 8, ["q_proj"])
+
+
+def test_another_attention_cannot_slip_in(random_path, prompts):
+    """With PyTorch's SDPA a packed row would let completions see each other."""
+    policy = load_model(random_path)
+    before = scores(policy, prompts)
+    policy.module.set_attn_implementation("sdpa")
+    assert scores(policy, prompts).equal(before)
