@@ -11,7 +11,7 @@ from vtfast.config import Config, load_config
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import held_out
 from vtfast.groups import Batch
-from vtfast.objective import loss_spec
+from vtfast.objective import Objective, loss_spec
 from vtfast.questions import batches
 from vtfast.scoring import completion_logprobs
 from vtfast.trainer import Trainer
@@ -174,17 +174,29 @@ def test_a_step_without_any_signal_is_still_a_step(make):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"beta": 0.04}, {"freeze": "language"}, {"use_peft": True}]
+    "settings",
+    [{}, {"beta": 0.04}, {"freeze": "language"}, {"freeze": "vision"}, {"use_peft": True}],
 )
 def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
-    """Every trained weight gets a gradient of zero, so that its collectives match the other ranks'."""
-    trainer, _ = make(**settings)
-    objective = trainer.engine.module
-    loss, sums = objective(Batch([], {}, trainer.policy), 5, 5)
+    """Every trained weight gets a gradient of zero, in the order in which other ranks get theirs."""
+    trainer, questions = make(**settings)
+    objective = Objective(trainer.policy, loss_spec(trainer.config))  # without DeepSpeed's hooks
+    trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    arrived = []
+    for name, parameter in trained.items():
+        parameter.register_hook(lambda _, name=name: arrived.append(name))
+    groups = answered(trainer, questions)
+    work = trainer.share_out(groups)
+    trainer.score_old(work)
+    orders = []
+    for batch in (*work.batches, Batch([], {}, trainer.policy)):
+        arrived.clear()
+        loss, sums = objective(batch, 64, 900)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=False)
+        orders.append(list(arrived))
     assert loss.item() == 0 and not sums.any()
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, trained, allow_unused=False)
     assert not any(gradient.any() for gradient in gradients)
+    assert orders[0] == orders[-1] and set(orders[0]) == set(trained)
 
 
 def test_old_log_probs_when_answers_are_used_twice(make):

@@ -1,5 +1,6 @@
 """Short whole runs: what they leave behind, and that cutting the batch differently changes nothing."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from vtfast.model import load_model
 from vtfast.questions import order
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +134,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     )
     for left, right in zip(a, b, strict=True):
         for name in ("loss", "reward", "kl", "grad_norm", "entropy", "completions/mean_length"):
+            if left[name] is None:
+                assert right[name] is None
+                continue
             assert left[name] == pytest.approx(right[name], rel=1e-5, abs=1e-6), (
                 left["step"],
                 name,
@@ -143,24 +149,96 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_accumulation_changes_nothing(short_run, tmp_path):
-    """8 prompts in one pass, and in 4 passes of 2, are the same step."""
-    flags = [
-        "--per_device_train_batch_size",
-        "2",
-        "--gradient_accumulation_steps",
-        "4",
-        "--beta",
-        "0.04",
-    ]
-    run(tmp_path / "four", *flags)
+    """8 prompts as 2 x 4, in rows of at most 300 tokens, are the same step as in one row."""
+    flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    metrics = run(tmp_path / "four", *flags, "--beta", "0.04", "--token_budget", "300")
+    assert metrics[0]["passes"] > 2 and short_run[1][0]["passes"] == 1
     assert_same_run(short_run[0], tmp_path / "four")
+
+
+LAUNCHER = ("deepspeed", "--num_accelerators", "2", "--master_port", "29631")
 
 
 def test_two_ranks_equal_one(short_run, tmp_path):
     """DeepSpeed's launcher, two gloo ranks, ZeRO-2: the same global batch gives the same weights."""
-    launcher = ("deepspeed", "--num_accelerators", "2", "--master_port", "29631")
-    run(tmp_path / "two", "--per_device_train_batch_size", "4", "--beta", "0.04", launcher=launcher)
+    run(tmp_path / "two", "--per_device_train_batch_size", "4", "--beta", "0.04", launcher=LAUNCHER)
     assert_same_run(short_run[0], tmp_path / "two")
+
+
+def test_two_ranks_with_different_amounts_of_work(tmp_path):
+    """Prompts of very different lengths, some without an image, several passes, passes in which one rank has nothing:
+    still the same weights."""
+    data = mixed_rows(tmp_path / "mixed.parquet")
+    flags = [
+        "--data",
+        str(data),
+        "--eval_data",
+        "none",
+        "--reward_funcs",
+        "length",
+        "--token_budget",
+        "160",
+        "--warmup_steps",
+        "0",
+    ]
+    one = run(tmp_path / "one", *flags, "--per_device_train_batch_size", "6")
+    two = run(tmp_path / "two", *flags, "--per_device_train_batch_size", "3", launcher=LAUNCHER)
+    assert all(line["grad_norm"] > 0 for line in one)
+    assert any(line["passes"] > 1 for line in two) and one[0]["passes"] > two[0]["passes"]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def mixed_rows(path: Path) -> Path:
+    """Questions with one image of different sizes, and every third without: some prompts are ten times as long."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for number in range(12):
+        side = 28 * (2 + number % 5)
+        image = io.BytesIO()
+        Image.new("RGB", (side, side), (20 * number, 99, 99)).save(image, "PNG")
+        rows.append(
+            {
+                "image_bytes": [] if number % 3 == 0 else [image.getvalue()],
+                "question": "Is it left or right of the " + "red " * number + "square?",
+                "answers": ["left", "right"],
+                "question_type": "other",
+                "correct_answer": "left",
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_bf16_with_fp32_accumulation(tmp_path):
+    """The path of the GPU, on the CPU: bf16 weights, fp32 masters and gradient sums, several passes a step."""
+    flags = ["--dtype", "bfloat16", "--per_device_train_batch_size", "4", "--token_budget", "150"]
+    metrics = run(
+        tmp_path / "bf16", *flags, "--eval_data", "none", "--gradient_checkpointing", "true"
+    )
+    assert all(line["passes"] > 1 and line["grad_norm"] > 0 for line in metrics)
+    saved = load_file(tmp_path / "bf16" / "checkpoints" / "step-3" / "model.safetensors")
+    assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in saved.values())
+
+
+def test_lora_and_an_offloaded_reference(tmp_path, base_path):
+    flags = ["--beta", "0.04", "--eval_data", "none", "--num_iterations", "2", "--max_steps", "4"]
+    lora = run(tmp_path / "lora", *flags, "--use_peft", "true", "--lora_r", "2")
+    away = run(tmp_path / "away", *flags, "--offload_reference", "true", "--freeze", "vision")
+    for metrics in (lora, away):
+        assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+        assert metrics[0]["reward"] == metrics[1]["reward"] and metrics[1]["time/rollout"] < 1e-3
+        assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[3]["kl"] > 0
+    rows = (tmp_path / "lora" / "completions.jsonl").read_text().splitlines()
+    assert {json.loads(row)["step"] for row in rows} == {1, 3}
+    saved = tmp_path / "lora" / "checkpoints" / "step-4"
+    assert (saved / "adapter_model.safetensors").is_file() and (saved / "tokenizer.json").is_file()
+    merged = load_model(saved)
+    base = load_model(base_path)
+    moved = merged.language_model.layers[0].self_attn.q_proj.weight
+    assert not moved.equal(base.language_model.layers[0].self_attn.q_proj.weight)
+    assert merged.head.equal(base.head)
 
 
 def test_order_visits_everything_once_an_epoch():

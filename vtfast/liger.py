@@ -1,12 +1,17 @@
-"""Liger's kernels in place of Hugging Face's norms, MLP and rotation, on CUDA. Its losses are not used."""
+"""Liger's kernels in place of Hugging Face's norms, MLP and rotation, on CUDA. Its losses are not used.
+
+Liger's own patch of Qwen2-VL (0.8.5) does not import beside transformers 5.2x, which dropped a class that it derives
+from, and it rotates by a function that is gone as well. So its operations are put in one by one.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from vtfast.model import Policy
@@ -15,19 +20,28 @@ log = logging.getLogger("vtfast")
 
 
 def use_liger(policy: Policy) -> None:
-    """Patch this model: RMSNorm, the vision tower's LayerNorm, SwiGLU. The rotation is a function of transformers'
-    module and patched there, for CUDA tensors alone."""
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl, liger_rotary_pos_emb
+    """Patch this model's RMSNorm, LayerNorm and SwiGLU. The rotation is a function of transformers' module and patched
+    there, for CUDA tensors alone."""
+    from liger_kernel.ops import LigerLayerNormFunction, LigerRMSNormFunction
+    from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
 
-    apply_liger_kernel_to_qwen2_vl(
-        rope=False,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-        rms_norm=True,
-        layer_norm=True,
-        swiglu=True,
-        model=policy.module,
-    )
+    def rms_norm(self, x: Tensor) -> Tensor:
+        # fp32 inside, rounded before the weight, as Llama does; not in place, since gradients may be read elsewhere
+        return LigerRMSNormFunction.apply(
+            x, self.weight, self.variance_epsilon, 0.0, "llama", False, None
+        )
+
+    def layer_norm(self, x: Tensor) -> Tensor:
+        return LigerLayerNormFunction.apply(x, self.weight, self.bias, self.eps)
+
+    for module in policy.module.modules():
+        forward = {
+            modeling_qwen2_vl.Qwen2VLRMSNorm: rms_norm,
+            nn.LayerNorm: layer_norm,
+            modeling_qwen2_vl.Qwen2MLP: LigerSwiGLUMLP.forward,
+        }.get(type(module))
+        if forward is not None:
+            module.forward = types.MethodType(forward, module)
     rotate = modeling_qwen2_vl.apply_rotary_pos_emb
     if not getattr(rotate, "is_ligers", False):
         modeling_qwen2_vl.apply_rotary_pos_emb = _on_cuda(liger_rotary_pos_emb, rotate)

@@ -88,6 +88,8 @@ class Policy:
         if features:
             features = torch.cat(features).to(embedding.dtype)
             embedding = embedding.index_copy(0, pack.image_index, features)
+        elif torch.is_grad_enabled():
+            embedding = embedding + self._zero_of_the_tower()
         output = self.language_model(
             inputs_embeds=embedding[None],
             position_ids=pack.positions,
@@ -129,16 +131,16 @@ class Policy:
         pixels = pixels.to(self.device, self.visual.dtype)
         return self.visual(pixels, grid_thw=grid.to(self.device), layout=layout)
 
-    def touch_vision(self) -> Tensor:
-        """Zero, with a gradient of zero for every weight of the tower: what a row without images adds to its loss, so
-        that all ranks reduce the same gradients."""
+    def _zero_of_the_tower(self) -> Tensor:
+        """Zero, with a gradient of zero for every trained weight of the tower. A row without images adds it where
+        others put their images: ranks reduce gradients as they arrive, so all need the same ones in the same order."""
         if not any(p.requires_grad for p in self.visual.parameters()):
-            return torch.zeros((), device=self.device)
+            return torch.zeros((), device=self.device, dtype=self.head.dtype)
         side = self.visual.spatial_merge_size
         width = self.visual.patch_embed.proj.weight[0].numel()
         pixels = torch.zeros(side * side, width, device=self.device, dtype=self.visual.dtype)
         grid = torch.tensor([[1, side, side]], device=self.device)
-        return 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.float().sum()
+        return 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.sum()
 
     def embed_prompts(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Input embeddings [P, D] of each prompt, image features in the places of its placeholders."""

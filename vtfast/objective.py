@@ -54,7 +54,7 @@ class Objective(nn.Module):
                 (out.logp - sampled).abs().sum(),
             ]
         )
-        return self._with_vision(out.loss, len(pack.image_index)), sums.detach()
+        return out.loss, sums.detach()
 
     def _blank(self) -> tuple[Tensor, Tensor]:
         """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
@@ -72,10 +72,7 @@ class Objective(nn.Module):
             num_sequences=1,
             num_tokens=1,
         )
-        return self._with_vision(out.loss, 0), torch.zeros(len(SUMS), device=device)
-
-    def _with_vision(self, loss: Tensor, image_tokens: int) -> Tensor:
-        return loss if image_tokens else loss + self.policy.touch_vision()
+        return out.loss, torch.zeros(len(SUMS), device=device)
 
 
 def loss_spec(config: Config) -> GRPOLoss:

@@ -53,6 +53,8 @@ class RolloutEngine:
     """Generates from `policy.module` as it is at each call: edit a weight, and the next call sees it."""
 
     def __init__(self, policy: Policy) -> None:
+        if set(policy.language_model.config.layer_types) != {"full_attention"}:
+            raise UserError("the rollout does not support sliding-window attention")
         self.policy = policy
 
     @torch.no_grad()
