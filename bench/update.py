@@ -3,6 +3,7 @@
 All contestants hold the same weights and train on the same completions of the same prompts, with the same advantages.
     ours   packed rows: every prompt and image once per group, no padding, head and loss fused
     hf     plain Hugging Face code: padded, every prompt and image once per completion, all logits of the completions
+    checkpointed   ours, recomputing activations in the backward pass
     trl    TRL's own GRPOTrainer._compute_loss, its fused head included, on the same padded batch
 Before anything is timed the tests of packing and scoring pass, and the losses and gradients of all agree.
 On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/update.csv.
@@ -202,6 +203,14 @@ class Ours:
         return self.objective(batch, self.sequences, self.tokens)[0]
 
 
+class Checkpointed(Ours):
+    """Ours with gradient checkpointing: what the flag costs and what it saves."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        self.module.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 class HuggingFace:
     def __init__(self, work: Workload) -> None:
         self.module, self.batch = work.clone(), work.padded()
@@ -263,7 +272,7 @@ class TRL:
         return self.trainer._compute_loss(self.module, self.batch)
 
 
-CONTESTANTS = {"ours": Ours, "hf": HuggingFace, "trl": TRL}
+CONTESTANTS = {"ours": Ours, "checkpointed": Checkpointed, "hf": HuggingFace, "trl": TRL}
 
 
 def updater(contestant: Ours | HuggingFace | TRL) -> Callable[[], Tensor]:
@@ -287,7 +296,7 @@ def disagreement(ours: Ours, other: HuggingFace | TRL) -> tuple[float, float]:
     for contestant in (ours, other):
         loss = contestant.loss()
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         named = dict(contestant.module.named_parameters())
         gradients.append({name: p.grad.float().clone() for name, p in named.items()})
         contestant.module.zero_grad()
@@ -350,7 +359,7 @@ def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
     peak = next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
     print(f"\nupdate, {work.shape}, {work.dtype}, {name}, {len(times['ours'])} rounds")
     print(
-        f"  {'':<6}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}"
+        f"  {'':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}"
     )
     goals = GOALS if work.device == "cpu" else {"trl": GPU_GOALS.get(work.shape.completion)}
     rows, ok = [], True
@@ -361,7 +370,7 @@ def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
         shown = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]"
         mfu = "" if share is None else f"{share:.2f}"
         print(
-            f"  {peer:<6}{p20:>10.1f}{p50:>10.1f}{p80:>10.1f}{shown:>22}{memory[peer]:>10.0f}{mfu:>7}"
+            f"  {peer:<14}{p20:>10.1f}{p50:>10.1f}{p80:>10.1f}{shown:>22}{memory[peer]:>10.0f}{mfu:>7}"
         )
         extra = {"ratio": ratio[0], "ratio_low": ratio[1], "ratio_high": ratio[2]}
         extra |= {} if share is None else {"share": share}
