@@ -1,10 +1,10 @@
 """`python -m bench update`: one GRPO update (forward, backward, AdamW step) beside TRL and plain Hugging Face code.
 
 All contestants hold the same weights and train on the same completions of the same prompts, with the same advantages.
-    ours   packed rows: every prompt and image once per group, no padding, head and loss fused
-    hf     plain Hugging Face code: padded, every prompt and image once per completion, all logits of the completions
+    ours           packed rows: every prompt and image once per group, no padding, head and loss fused
     checkpointed   ours, recomputing activations in the backward pass
-    trl    TRL's own GRPOTrainer._compute_loss, its fused head included, on the same padded batch
+    hf             plain Hugging Face code: padded, every prompt and image once per completion, completions' logits whole
+    trl            TRL's own GRPOTrainer._compute_loss, its fused head included, on the same padded batch
 Before anything is timed the tests of packing and scoring pass, and the losses and gradients of all agree.
 On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/update.csv.
 """
