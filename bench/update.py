@@ -3,7 +3,7 @@
 All contestants hold the same weights and train on the same completions of the same prompts, with the same advantages.
     ours           packed rows: every prompt and image once per group, no padding, head and loss fused
     checkpointed   ours, recomputing activations in the backward pass
-    hf             plain Hugging Face code: padded, every prompt and image once per completion, completions' logits whole
+    hf             plain Hugging Face code: padded, every prompt and image once per completion, logits whole
     trl            TRL's own GRPOTrainer._compute_loss, its fused head included, on the same padded batch
 Before anything is timed the tests of packing and scoring pass, and the losses and gradients of all agree.
 On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/update.csv.

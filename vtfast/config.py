@@ -47,7 +47,7 @@ class Config:
     cpu_threads: int | None = None
     """Threads of each rank on the CPU; none shares the cores out among the ranks."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a third of their memory for a fifth more time (`bench update`, CPU)."""
+    """Recompute activations in the backward pass: a third of their memory, a fifth more time (`bench update`, CPU)."""
     attn_implementation: str = "auto"
     """Attention over packed rows: flash_attn_3, flash_attn, varlen (PyTorch's), sdpa; auto takes the first usable."""
     use_liger_kernel: bool = True
