@@ -17,12 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from vtfast_kernels.grpo_loss import GRPOLoss
 
 from bench._harness import (
@@ -36,6 +34,7 @@ from bench._harness import (
     quantiles,
     versions,
 )
+from bench._workload import MID, TWO_B, Shape, Workload
 from vtfast.attention import choose_backend
 from vtfast.flops import update_flops
 from vtfast.groups import Batch, Group
@@ -43,138 +42,11 @@ from vtfast.metrics import PEAK_FLOPS
 from vtfast.model import Policy
 from vtfast.objective import Objective
 from vtfast.packing import Part
-from vtfast.processor import Prompt, mrope_positions
 from vtfast.questions import Question
 from vtfast.rollout import Completion
 
 GOALS = {"hf": 1 / 2.5, "trl": 1 / 2}  # on the CPU, our time / theirs
 GPU_GOALS = {200: 1 / 4, 700: 1 / 2.3}  # ours / TRL's by tokens of a completion
-
-
-@dataclass(frozen=True)
-class Shape:
-    model: str
-    """A name in MODELS."""
-    text: tuple[int, ...]
-    """Text tokens of each prompt."""
-    grids: tuple[tuple[int, int], ...]
-    """Patch rows and columns of each prompt's image; an image token is four patches."""
-    completion: int
-    """Tokens of every completion."""
-    G: int = 8
-
-    def __str__(self) -> str:
-        tokens = [n + a * b // 4 for n, (a, b) in zip(self.text, self.grids, strict=True)]
-        prompts = f"{min(tokens)}" if min(tokens) == max(tokens) else f"{min(tokens)}-{max(tokens)}"
-        return (
-            f"{self.model} prompts={len(tokens)}x{prompts} G={self.G} completion={self.completion}"
-        )
-
-
-# "mid" keeps Qwen2-VL-2B's proportions of vision tower, trunk and head at a size that a CPU trains.
-MODELS = {
-    "mid": dict(
-        text=dict(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=4096, sections=[8, 12, 12],
-        ),
-        vision=dict(depth=4, embed_dim=128, num_heads=4, mlp_ratio=4),
-    ),
-    "Qwen2-VL-2B": dict(
-        text=dict(
-            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-            num_key_value_heads=2, vocab_size=151936, sections=[16, 24, 24],
-        ),
-        vision=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4),
-    ),
-}  # fmt: skip
-CPU_SHAPES = [Shape("mid", (50, 60, 70, 80), ((20, 20), (24, 24), (26, 26), (28, 28)), 64)]
-GPU_SHAPES = [
-    Shape("Qwen2-VL-2B", (100, 100), ((32, 64), (32, 64)), tokens) for tokens in (200, 700)
-]
-
-
-def model_config(name: str) -> Qwen2VLConfig:
-    text, vision = MODELS[name]["text"], MODELS[name]["vision"]
-    sizes = {key: value for key, value in text.items() if key != "sections"}
-    V = text["vocab_size"]
-    return Qwen2VLConfig(
-        tie_word_embeddings=True,
-        image_token_id=V - 2,
-        video_token_id=V - 1,
-        vision_start_token_id=V - 4,
-        vision_end_token_id=V - 3,
-        text_config=dict(
-            **sizes,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": text["sections"],
-            },
-        ),
-        vision_config=dict(hidden_size=text["hidden_size"], **vision),
-    )
-
-
-class Workload:
-    """Weights, prompts, completions and advantages of a shape; `padded` is the batch as other systems see it."""
-
-    def __init__(self, shape: Shape, device: str) -> None:
-        self.shape, self.device = shape, device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.config = model_config(shape.model)
-        torch.manual_seed(0)
-        with torch.device(device):
-            module = Qwen2VLForConditionalGeneration(self.config).to(self.dtype)
-        self.module = module.train()
-        generator = torch.Generator().manual_seed(0)
-        V, width = self.config.text_config.vocab_size, 3 * 2 * 14 * 14
-        self.prompts, self.tokens = [], []
-        for text, (rows, columns) in zip(shape.text, shape.grids, strict=True):
-            image = torch.full((rows * columns // 4,), self.config.image_token_id)
-            words = torch.randint(V - 4, (text,), generator=generator)
-            start, end = (torch.tensor([V - 4]), torch.tensor([V - 3]))
-            ids = torch.cat([words[:2], start, image, end, words[4:]])
-            mask, grid = ids == self.config.image_token_id, torch.tensor([[1, rows, columns]])
-            pixels = torch.randn(rows * columns, width, generator=generator)
-            positions = mrope_positions(mask, grid)
-            self.prompts.append(Prompt(ids, positions, pixels, grid, image_mask=mask))
-            answers = torch.randint(V - 4, (shape.G, shape.completion), generator=generator)
-            self.tokens.append(answers.tolist())
-        self.advantage = torch.randn(len(self.prompts), shape.G, generator=generator)
-
-    def clone(self) -> Qwen2VLForConditionalGeneration:
-        """A copy of the weights with PyTorch's SDPA everywhere, as Hugging Face loads it."""
-        module = copy.deepcopy(self.module)
-        module.set_attn_implementation("sdpa")
-        return module
-
-    def padded(self) -> dict[str, Tensor]:
-        """Prompts padded on the left, repeated G times with their images, TRL's names."""
-        G = self.shape.G
-        prompts = [prompt.ids.flip(0) for prompt in self.prompts]
-        ids = pad_sequence(prompts, batch_first=True).flip(1)
-        mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True).flip(1)
-        completions = torch.tensor([answer for group in self.tokens for answer in group])
-        ids, mask = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0)
-        kinds = torch.cat([ids == self.config.image_token_id, torch.zeros_like(completions)], 1)
-        batch = {
-            "prompt_ids": ids,
-            "prompt_mask": mask,
-            "completion_ids": completions,
-            "completion_mask": torch.ones_like(completions),
-            "advantages": self.advantage.flatten(),
-            "pixel_values": torch.cat([p.pixels for p in self.prompts for _ in range(G)]),
-            "image_grid_thw": torch.cat([p.grid for p in self.prompts for _ in range(G)]),
-            "mm_token_type_ids": kinds.long(),
-        }
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        return batch | {"num_images": [1] * len(completions)}
 
 
 class Ours:
@@ -272,6 +144,8 @@ class TRL:
         return self.trainer._compute_loss(self.module, self.batch)
 
 
+CPU_SHAPES = [MID]
+GPU_SHAPES = [replace(TWO_B, completion=tokens) for tokens in (200, 700)]
 CONTESTANTS = {"ours": Ours, "checkpointed": Checkpointed, "hf": HuggingFace, "trl": TRL}
 
 
@@ -321,7 +195,7 @@ def memory_growth(name: str, run: Callable[[], Tensor], work: Workload, threads:
         run()
         return (torch.cuda.max_memory_allocated() - base) / 2**20
     return growth_in_child(
-        f"from bench.update import Shape, grow; grow({name!r}, {work.shape!r}, {threads})"
+        f"from bench._workload import Shape; from bench.update import grow; grow({name!r}, {work.shape!r}, {threads})"
     )
 
 
