@@ -13,6 +13,7 @@ from .group_advantage import check_reward
 from .grpo_loss import check_loss_inputs, output_of
 from .linear_sample import check_rows, exponential_noise
 from .objective import GRPOLoss, GRPOLossOutput, describe_tokens, evaluate
+from .paged_attention import Pages
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -144,3 +145,27 @@ def linear_sample(
     score = log_p if greedy else log_p - exponential_noise(seed, row_key, position, 0, V).log()
     token = score.argmax(1)
     return token, log_p.gather(1, token[:, None])[:, 0].float()
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: Pages,
+    *,
+    scale: float | None = None,
+    impl: str = "reference",
+) -> torch.Tensor:
+    """Row by row; which pages are shared is of no consequence."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rep = query.shape[1] // keys.shape[2]
+    rows = []
+    for q, places, length in zip(
+        query, pages.block_table.long(), pages.lengths.tolist(), strict=True
+    ):
+        k, v = (
+            x[places].flatten(0, 1)[:length].repeat_interleave(rep, dim=1) for x in (keys, values)
+        )
+        weight = torch.einsum("hd,thd->ht", q, k).mul(scale).softmax(-1)
+        rows.append(torch.einsum("ht,thd->hd", weight, v))
+    return torch.stack(rows) if rows else query.clone()

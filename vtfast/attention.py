@@ -303,6 +303,7 @@ def language_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     layout: Layout | None = None,
+    store: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, d] -> [1, T, H, d].
@@ -315,8 +316,10 @@ def language_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
-    rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attend(*rows, layout, scaling, sliding_window)[None], None
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if store is not None:
+        store(module.layer_idx, key, value)
+    return attend(query, key, value, layout, scaling, sliding_window)[None], None
 
 
 def vision_attention(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,8 +79,11 @@ class Policy:
     def pack(self, prompts: Sequence[Prompt], completions: Completions) -> Pack:
         return Pack(prompts, completions, backend=self.backend, device=self.device)
 
-    def trunk(self, pack: Pack) -> Tensor:
-        """Hidden states of a packed row [T, D], behind the last norm."""
+    def trunk(
+        self, pack: Pack, store: Callable[[int, Tensor, Tensor], None] | None = None
+    ) -> Tensor:
+        """Hidden states of a packed row [T, D], behind the last norm. `store(layer, keys, values)` is given each
+        layer's rotated keys and values [T, K, d]."""
         # Whatever `set_attn_implementation` chose would not know the layout, and let completions see each other.
         self.language_model.config._attn_implementation = LANGUAGE
         embedding = self.embed(pack.ids)
@@ -96,6 +99,7 @@ class Policy:
             attention_mask=dict.fromkeys(self.language_model.config.layer_types),
             use_cache=False,
             layout=pack.layout,
+            store=store,
         )
         return output.last_hidden_state[0]
 
@@ -141,17 +145,6 @@ class Policy:
         pixels = torch.zeros(side * side, width, device=self.device, dtype=self.visual.dtype)
         grid = torch.tensor([[1, side, side]], device=self.device)
         return 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.sum()
-
-    def embed_prompts(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Input embeddings [P, D] of each prompt, image features in the places of its placeholders."""
-        embeddings = []
-        for prompt, features in zip(prompts, self.image_features(prompts), strict=True):
-            embedding = self.embed(prompt.ids.to(self.device))
-            if features is not None:
-                mask = prompt.image_mask.to(self.device)[:, None]
-                embedding = embedding.masked_scatter(mask, features.to(embedding.dtype))
-            embeddings.append(embedding)
-        return embeddings
 
 
 def load_model(

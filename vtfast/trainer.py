@@ -186,6 +186,7 @@ class Trainer:
             config.num_generations,
             Sampling(config.temperature, config.max_completion_length),
             seed=_step_seed(config.seed, step),
+            progress=self.ranks.is_main,
         )
         prefix = response_prefix(self.asker.template)
         groups = []

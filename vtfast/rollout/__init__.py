@@ -1,5 +1,6 @@
-"""Sampling completions from the policy that is being trained."""
+"""Sampling from the policy."""
 
-from vtfast.rollout.engine import Completion, RolloutEngine, Sampling
+from vtfast.rollout.engine import RolloutEngine
+from vtfast.rollout.sampling import Completion, Sampling
 
 __all__ = ["Completion", "RolloutEngine", "Sampling"]

@@ -1,0 +1,111 @@
+"""Attention over pages against the row-by-row reference in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vtfast_kernels.paged_attention import Pages, paged_attention
+
+H, K, D, PAGE = 6, 2, 8, 4
+
+
+def case(shared, lengths, dtype=torch.float32, seed=0, pages=60):
+    """`shared[g]` pages and the lengths of each of its rows; unused pages and places hold NaN and any valid page."""
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.randperm(pages, generator=generator).tolist()
+    n = max(-(-length // PAGE) for rows in lengths for length in rows) + 1
+    table, group, taken = [], [], set()
+    for g, (count, rows) in enumerate(zip(shared, lengths, strict=True)):
+        prefix = [free.pop() for _ in range(count)]
+        for length in rows:
+            own = [free.pop() for _ in range(-(-length // PAGE) - count)]
+            taken |= {*prefix, *own}
+            row = prefix + own
+            table.append(row + [row[0]] * (n - len(row)))
+            group.append(g)
+    keys, values = (torch.full((pages, PAGE, K, D), torch.nan, dtype=dtype) for _ in range(2))
+    for x in (keys, values):
+        x[sorted(taken)] = torch.randn(len(taken), PAGE, K, D, generator=generator).to(dtype)
+    flat = [length for rows in lengths for length in rows]
+    return {
+        "query": torch.randn(len(flat), H, D, generator=generator).to(dtype),
+        "keys": keys,
+        "values": values,
+        "pages": Pages(
+            torch.tensor(table, dtype=torch.int32),
+            torch.tensor(flat, dtype=torch.int32),
+            torch.tensor(group, dtype=torch.int32),
+            torch.tensor([shared[g] for g in group], dtype=torch.int32),
+            PAGE,
+        ),
+    }
+
+
+def exactly(inputs):
+    return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+CASES = {
+    "equal groups": ([2, 2], [[9, 12, 10], [9, 16, 11]]),
+    "unequal groups": ([3, 1, 0], [[13, 12], [5, 9, 6, 4], [1]]),
+    "nothing shared": ([0, 0], [[1, 4], [7, 5]]),
+    "a row that ends with its shared pages": ([2], [[8, 9]]),
+    "one row": ([1], [[5]]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name):
+    inputs = case(*CASES[name])
+    exact = exactly(inputs)
+    expected = paged_attention(**exact, impl="reference")
+    torch.testing.assert_close(paged_attention(**inputs).double(), expected, rtol=1e-5, atol=1e-5)
+    scaled = paged_attention(**inputs, scale=0.1)
+    expected = paged_attention(**exact, scale=0.1, impl="reference")
+    torch.testing.assert_close(scaled.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_no_worse_than_plain():
+    inputs = case([4, 4], [[40, 38], [44, 41]], torch.bfloat16)
+    exact = exactly(inputs)
+    expected = paged_attention(**exact, impl="reference")
+    plain = paged_attention(**inputs, impl="reference").double()
+    ours = paged_attention(**inputs).double()
+    assert (ours - expected).abs().max() <= 1.2 * (plain - expected).abs().max() + 1e-3
+
+
+def test_no_rows():
+    none = torch.empty(0, dtype=torch.int32)
+    inputs = case([1], [[5]])
+    inputs["query"], inputs["pages"] = (
+        inputs["query"][:0],
+        Pages(none.view(0, 2), none, none, none, PAGE),
+    )
+    assert paged_attention(**inputs).shape == (0, H, D)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lengths": int32(0, 6)}, "lengths: must be in"),
+        ({"lengths": int32(99, 6)}, "lengths: must be in"),
+        ({"group": int32(1, 0)}, "group: must be non-decreasing"),
+        ({"shared": int32(2, 2)}, "shared: more pages"),
+        ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, "lengths: expected shape"),
+        ({"block_table": torch.zeros(2, 2)}, "block_table: expected torch.int32"),
+        ({"page": 0}, "page: at least 1"),
+        ({"query": torch.zeros(2, 5, D)}, "keys: 2 heads do not divide"),
+        ({"query": torch.zeros(3, H, D)}, "query: expected shape"),
+        ({"values": torch.zeros(3, PAGE, K, D)}, "values: expected shape"),
+        ({"impl": "triton"}, "impl: auto, torch or reference"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    inputs = case([1], [[5, 6]])
+    fields = {k: change.pop(k) for k in list(change) if k in vars(inputs["pages"])}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**inputs | {"pages": replace(inputs["pages"], **fields)} | change)
