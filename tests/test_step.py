@@ -191,10 +191,10 @@ def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     orders = []
     for batch in (*work.batches, Batch([], {}, trainer.policy)):
         arrived.clear()
-        loss, sums = objective(batch, 64, 900)
+        loss, sums, drift = objective(batch, 64, 900)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=False)
         orders.append(list(arrived))
-    assert loss.item() == 0 and not sums.any()
+    assert loss.item() == 0 and not sums.any() and drift == 0
     assert not any(gradient.any() for gradient in gradients)
     assert orders[0] == orders[-1] and set(orders[0]) == set(trained)
 
@@ -274,6 +274,28 @@ def test_lora_trains_adapters_alone(make):
     trainer.score_old(work)
     scored = torch.stack([x.sum() for group in groups for x in group.scores["reference"]])
     assert (scored - after).abs().max() > 1e-3, "the reference is the model without adapters"
+
+
+def test_drift_of_the_sampler_is_measured_and_warned_of(make, caplog):
+    trainer, questions = make()
+    metrics, _ = trainer.step(1, questions)
+    assert 0 < metrics["sampler_drift"] <= metrics["sampler_drift_max"] < 1e-4
+    generate = trainer.rollout.generate
+
+    def off(*args, **kwargs):
+        groups = generate(*args, **kwargs)
+        for group in groups:
+            for completion in group:
+                completion.logprobs[:] = [x - 0.25 for x in completion.logprobs]
+                completion.logprobs[-1] -= 0.5
+        return groups
+
+    trainer.rollout.generate = off
+    with caplog.at_level("WARNING", logger="vtfast"):
+        metrics, _ = trainer.step(2, questions)
+    assert 0.25 < metrics["sampler_drift"] < 0.75
+    assert metrics["sampler_drift_max"] == pytest.approx(0.75, abs=1e-3)
+    assert "step 2: sampled and trained log-probs differ by" in caplog.text
 
 
 @pytest.mark.parametrize("spoil", ["prompt", "completion"])

@@ -103,6 +103,9 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature; the loss uses the same one."""
 
+    sampler_drift_warning: float = 0.1
+    """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average."""
+
     # What is good
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
     """Rewards, by name (accuracy, format, length) or as `module:function`; the total is their weighted sum."""
@@ -220,6 +223,7 @@ class Config:
             "weight_decay",
             "max_grad_norm",
             "epsilon",
+            "sampler_drift_warning",
         ):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"

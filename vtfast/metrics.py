@@ -51,7 +51,7 @@ def mfu(flops: float, seconds: float, device: torch.device) -> float | None:
 def step_metrics(
     groups: Sequence[Group], sums: Mapping[str, float], reward_names: Sequence[str], ranks: Ranks
 ) -> dict[str, float]:
-    """What the answers of a step were like. `sums`: this rank's loss, scored tokens, and `objective.SUMS` over them.
+    """What the answers of a step were like. `sums`: this rank's result of the update.
 
     Means over tokens are None when no token was scored, since no group had a signal.
     """
@@ -81,6 +81,7 @@ def step_metrics(
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_ratio": sum(clipped) / len(clipped),
         **{key: summed[key] / scored if scored else None for key in SUMS},
+        "sampler_drift_max": max(part["sums"]["sampler_drift_max"] for part in parts),
         "loss": summed["loss"],
         "num_tokens": sum(lengths),
     }

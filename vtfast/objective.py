@@ -25,8 +25,12 @@ class Objective(nn.Module):
         self.module = policy.module
         self.policy, self.spec, self.use_sampler_logps = policy, spec, use_sampler_logps
 
-    def forward(self, batch: Batch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """-> (loss, `SUMS` [5] fp32). The denominators are those of the whole step, all passes and ranks."""
+    def forward(
+        self, batch: Batch, num_sequences: int, num_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (loss, `SUMS` [5] fp32, largest drift of a token's log-prob from the sampler's).
+
+        The denominators are those of the whole step, all passes and ranks."""
         if not batch.parts:
             return self._blank()
         pack, device = batch.pack, self.policy.device
@@ -45,18 +49,19 @@ class Objective(nn.Module):
             num_tokens=num_tokens,
         )
         tokens = len(pack.target)
+        drift = (out.logp.detach() - sampled).abs()
         sums = torch.stack(
             [
                 out.entropy.sum(),
                 torch.zeros_like(out.loss) if out.kl is None else out.kl.sum(),
                 out.clip_low * tokens,
                 out.clip_high * tokens,
-                (out.logp - sampled).abs().sum(),
+                drift.sum(),
             ]
         )
-        return out.loss, sums.detach()
+        return out.loss, sums.detach(), drift.max()
 
-    def _blank(self) -> tuple[Tensor, Tensor]:
+    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
         """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
         device = self.policy.device
         prompt = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64))
@@ -72,7 +77,7 @@ class Objective(nn.Module):
             num_sequences=1,
             num_tokens=1,
         )
-        return out.loss, torch.zeros(len(SUMS), device=device)
+        return out.loss, torch.zeros(len(SUMS), device=device), torch.zeros((), device=device)
 
 
 def loss_spec(config: Config) -> GRPOLoss:

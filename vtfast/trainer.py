@@ -157,6 +157,12 @@ class Trainer:
         answered = step_metrics(self.groups, sums, config.reward_funcs, self.ranks)
         trained = (batch.groups[part.group] for batch in self.work.batches for part in batch.parts)
         flops = update_flops(self.policy, {id(group): group for group in trained}.values())
+        drift = answered["sampler_drift"]
+        if drift is not None and drift > config.sampler_drift_warning and self.ranks.is_main:
+            log.warning(
+                "step %d: sampled and trained log-probs differ by %.3g on average, %.3g at most",
+                step, drift, answered["sampler_drift_max"],
+            )  # fmt: skip
         metrics = {
             "step": step,
             **answered,
@@ -249,19 +255,21 @@ class Trainer:
     def update(self, work: Work) -> tuple[dict[str, float], float, float]:
         """Forward, backward and the optimizer step -> (sums over this rank's tokens, gradient norm, learning rate)."""
         learning_rate = self.engine.get_lr()[0]
-        losses, sums = torch.zeros(()), torch.zeros(len(SUMS))
+        losses, sums, drift = torch.zeros(()), torch.zeros(len(SUMS)), torch.zeros(())
         self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
         for number, batch in enumerate(work.batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(work.batches))
-            loss, parts = self.engine(batch, work.num_sequences, work.num_tokens)
+            loss, parts, largest = self.engine(batch, work.num_sequences, work.num_tokens)
             # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be summed.
             self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
             losses, sums = losses.to(loss.device) + loss.detach(), sums.to(parts.device) + parts
+            drift = torch.maximum(drift.to(largest.device), largest)
         self.engine.step()
         self.engine.eval()
         lengths = [group.lengths[i] for batch in work.batches for group, i in batch.sequences]
         result = dict(zip(("loss", *SUMS), [float(losses), *sums.tolist()], strict=True))
         result["scored_tokens"] = float(sum(lengths))
+        result["sampler_drift_max"] = float(drift)
         return result, float(self.engine.get_global_grad_norm()), learning_rate
 
     def usable(self, question: Question, tokens: Sequence[Sequence[int]], step: int) -> bool:
