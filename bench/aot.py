@@ -27,13 +27,15 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vtfast_kernels import checks
 from vtfast_kernels.cases import OPS, Shape, specs
+from vtfast_kernels.paged_attention import Pages, paged_attention
 
 ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
 EXPECTED = {  # name -> whether sm_90 launches it with TMA
     "logprob_kernel": True, "linear_sample_kernel": True, "combine_splits_kernel": False,
     "combine_tiles_kernel": False, "dlogits_kernel": False, "grpo_rows_kernel": False,
-    "grpo_loss_kernel": False, "group_advantage_kernel": False,
+    "grpo_loss_kernel": False, "group_advantage_kernel": False, "paged_attention_kernel": False,
+    "combine_parts_kernel": False,
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
@@ -134,6 +136,8 @@ def cases():
                 shape = Shape(rows, SHAPE.V, SHAPE.D)
                 inputs = thunk("linear_sample", dtype, shape, greedy=greedy)
                 yield label, inputs
+        for rows in (8, 64, 256):
+            yield f"{kind} {rows} rows", decode_thunk(rows, dtype)
     for name in ("linear_logprob", "linear_sample"):
         yield "bf16 D=100", thunk(name, torch.bfloat16, Shape(129, 1000, 100))
     for name, spec in specs().items():
@@ -142,6 +146,15 @@ def cases():
         yield name, thunk("grpo_loss", torch.float32, spec=spec, **sampler)
     for scale in ("group", "batch", "none"):
         yield scale, thunk("group_advantage", torch.float32, scale=scale)
+
+
+def decode_thunk(rows: int, dtype: torch.dtype):
+    """Attention of Qwen2-VL-2B's decode step: 12 query heads over 2 key heads of 128, pages of 256, groups of 8."""
+    row = torch.arange(rows, dtype=torch.int32)
+    pages = Pages(torch.zeros(rows, 8, dtype=torch.int32), row + 900, row // 8, 0 * row + 2, 256)
+    query = torch.zeros(rows, 12, 128, dtype=dtype)
+    pool = torch.zeros(4, 256, 2, 128, dtype=dtype)
+    return lambda: paged_attention(query, pool, pool, pages, impl="triton")
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
@@ -211,7 +224,8 @@ def main(argv: list[str]) -> int:
             r = compile_launch(launch, arch)
             faults = ["spills"] if r["stack"] else []
             half = "bf16" in str(launch.signature) or "fp16" in str(launch.signature)
-            if arch == 90 and r["matmul"] and half and not r["wgmma"]:
+            small = launch.constants.get("BLOCK_M", 64) < 64  # wgmma starts at 64 rows
+            if arch == 90 and r["matmul"] and half and not r["wgmma"] and not small:
                 faults.append("no wgmma")
             if arch == 90 and launch.constants.get("TMA") and not r["tma"]:
                 faults.append("no TMA")

@@ -54,34 +54,51 @@ CASES = {
 }
 
 
+def on(device, inputs):
+    pages = {
+        k: v.to(device) for k, v in vars(inputs["pages"]).items() if isinstance(v, torch.Tensor)
+    }
+    moved = {k: v.to(device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    return moved | {"pages": Pages(**pages, page=PAGE)}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference(name):
+def test_equals_the_reference(name, impl, device):
     inputs = case(*CASES[name])
     exact = exactly(inputs)
     expected = paged_attention(**exact, impl="reference")
-    torch.testing.assert_close(paged_attention(**inputs).double(), expected, rtol=1e-5, atol=1e-5)
-    scaled = paged_attention(**inputs, scale=0.1)
+    ours = paged_attention(**on(device, inputs), impl=impl).cpu()
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    scaled = paged_attention(**on(device, inputs), scale=0.1, impl=impl).cpu()
     expected = paged_attention(**exact, scale=0.1, impl="reference")
     torch.testing.assert_close(scaled.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_no_worse_than_plain():
+def test_a_long_context_is_split(impl, device):
+    """More tokens than a block and than a split, more rows of a group than a program takes."""
+    inputs = case([30], [[130 + 7 * i for i in range(25)]], pages=1200)
+    expected = paged_attention(**exactly(inputs), impl="reference")
+    ours = paged_attention(**on(device, inputs), impl=impl).cpu()
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_no_worse_than_plain(impl, device):
     inputs = case([4, 4], [[40, 38], [44, 41]], torch.bfloat16)
     exact = exactly(inputs)
     expected = paged_attention(**exact, impl="reference")
     plain = paged_attention(**inputs, impl="reference").double()
-    ours = paged_attention(**inputs).double()
+    ours = paged_attention(**on(device, inputs), impl=impl).cpu().double()
     assert (ours - expected).abs().max() <= 1.2 * (plain - expected).abs().max() + 1e-3
 
 
-def test_no_rows():
+def test_no_rows(impl, device):
     none = torch.empty(0, dtype=torch.int32)
     inputs = case([1], [[5]])
     inputs["query"], inputs["pages"] = (
         inputs["query"][:0],
         Pages(none.view(0, 2), none, none, none, PAGE),
     )
-    assert paged_attention(**inputs).shape == (0, H, D)
+    assert paged_attention(**on(device, inputs), impl=impl).shape == (0, H, D)
 
 
 def int32(*values):
@@ -101,7 +118,7 @@ def int32(*values):
         ({"query": torch.zeros(2, 5, D)}, "keys: 2 heads do not divide"),
         ({"query": torch.zeros(3, H, D)}, "query: expected shape"),
         ({"values": torch.zeros(3, PAGE, K, D)}, "values: expected shape"),
-        ({"impl": "triton"}, "impl: auto, torch or reference"),
+        ({"impl": "cuda"}, "impl: one of auto, triton"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
