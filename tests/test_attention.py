@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vtfast import attention
-from vtfast.attention import Layout, attend, choose_backend, language_attention
+from vtfast.attention import Layout, attend, choose_backend, language_attention, vision_attention
 from vtfast.errors import UserError
 
 H, K, D = 6, 2, 8
@@ -61,7 +61,7 @@ def assert_same(layout, lengths, keys, **options):
 
 
 @pytest.mark.parametrize("free_area", [0, 1 << 16])
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 6, 7, 11, 12, 100])
 def test_sdpa_shared_prompts(monkeypatch, window, free_area):
     """Segments one at a time, and padded together."""
     monkeypatch.setattr(attention, "FREE_AREA", free_area)
@@ -72,6 +72,19 @@ def test_sdpa_images():
     """Every patch sees its own image, and no other."""
     lengths, row = [4, 9, 4], [(0, 4), (4, 13), (13, 17)]
     assert_same(Layout(lengths, causal=False), lengths, [[span] for span in row])
+
+
+def test_the_scale_is_not_taken_for_granted():
+    """Every model of today scales by 1 / sqrt(d); another one would not."""
+    tensors = rows(21)
+    expected = plain(2 * tensors[0], *tensors[1:], LENGTHS, KEYS)
+    torch.testing.assert_close(attend(*tensors, Layout(LENGTHS, KEYS), 2 * D**-0.5), expected)
+    q, k, v = (x.detach().transpose(0, 1)[None] for x in rows(13))
+    ends = torch.tensor([0, 4, 13], dtype=torch.int32)
+    ours, _ = vision_attention(None, q, k, v, None, 2 * D**-0.5, cu_seq_lens_q=ends)
+    tensors = [x[:13] for x in rows(13)]
+    expected = plain(2 * tensors[0], *tensors[1:], [4, 9], [[(0, 4)], [(4, 13)]], causal=False)
+    torch.testing.assert_close(ours[0], expected)
 
 
 def test_padding_is_bounded():
@@ -143,17 +156,17 @@ def varlen_213(
     return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, causal, window_size, scale)
 
 
+VARLEN = [
+    ("flash_attn", "flash_attn", "flash_attn_varlen_func", flash_attn_2),
+    ("flash_attn_3", "flash_attn_interface", "flash_attn_varlen_func", flash_attn_3),
+    ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_210),
+    ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_211),
+    ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_213),
+]
+
+
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(
-    "backend, module, name, function",
-    [
-        ("flash_attn", "flash_attn", "flash_attn_varlen_func", flash_attn_2),
-        ("flash_attn_3", "flash_attn_interface", "flash_attn_varlen_func", flash_attn_3),
-        ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_210),
-        ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_211),
-        ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_213),
-    ],
-)
+@pytest.mark.parametrize("backend, module, name, function", VARLEN)
 def test_varlen_kernels_get_their_own_signatures(
     monkeypatch, backend, module, name, function, window
 ):
@@ -168,6 +181,27 @@ def test_varlen_kernels_get_their_own_signatures(
     doubled = attend(*tensors, layout, 2 * D**-0.5, window)
     expected = plain(2 * tensors[0], *tensors[1:], LENGTHS, KEYS, window=window)
     torch.testing.assert_close(doubled, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend, module, name, function", VARLEN)
+def test_varlen_kernels_are_told_what_is_causal(
+    monkeypatch, backend, module, name, function, causal
+):
+    """Images see all of themselves; and the longest query and key stand in their own places."""
+    bound = {}
+
+    def kernel(*args, **kwargs):
+        bound.update(inspect.signature(function).bind(*args, **kwargs).arguments)
+        return args[0]
+
+    kernel.__signature__ = inspect.signature(function)
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: kernel}))
+    attend(*rows(21), Layout(LENGTHS, KEYS if causal else None, causal=causal, backend=backend))
+    longest = [bound.get(f"max_seqlen_{x}", bound.get(f"max_{x}")) for x in "qk"]
+    assert longest == [7, 12 if causal else 7]
+    assert bound.get("window_size", (-1, 0 if causal else -1)) == (-1, 0 if causal else -1)
+    assert bound.get("causal", causal) == bound.get("is_causal", causal) == causal
 
 
 def test_the_installed_varlen_has_a_signature_that_we_know():

@@ -8,7 +8,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
-from vtfast.model import load_model
+from vtfast.model import _freeze, load_model
 from vtfast.reference import Reference
 from vtfast.scoring import completion_logprobs
 
@@ -42,6 +42,14 @@ def test_freeze_covers_exactly_its_parts(random_path, freeze):
     prefixes = tuple(prefix for part in freeze for prefix in PARTS[part])
     for name, parameter in policy.module.named_parameters():
         assert parameter.requires_grad != name.startswith(prefixes), name
+
+
+@pytest.mark.parametrize("part", ["language", "embeddings"])
+def test_freeze_covers_an_untied_head(random_path, part):
+    policy = load_model(random_path)
+    policy.module.lm_head.weight = torch.nn.Parameter(policy.head.detach().clone())  # as the 7B's
+    _freeze(policy, [part])
+    assert not policy.head.requires_grad
 
 
 def test_freeze_takes_one_name_and_refuses_another(random_path):
@@ -109,6 +117,7 @@ def test_lora_is_its_own_reference_with_the_adapter_off(random_path, prompts):
     add_lora(policy, 4, 8, ["q_proj", "v_proj"])
     trained = [name for name, p in policy.module.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+    assert policy.language_model.layers[0].self_attn.q_proj.scaling == {"default": 8 / 4}
     reference = Reference(policy)
     shake(policy)
     changed = scores(policy, prompts)
@@ -132,6 +141,9 @@ def test_lora_folders_load_merged(random_path, prompts, tmp_path):
         scores(loaded, prompts), scores(policy, prompts), rtol=1e-5, atol=1e-5
     )
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)  # and transformers loads it too
+    assert Reference(loaded).copy is not loaded, "it has no adapter that could be switched off"
+    loaded.module.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

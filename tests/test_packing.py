@@ -6,9 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtfast.errors import UserError
-from vtfast.flops import forward_flops
+from vtfast.flops import forward_flops, update_flops
+from vtfast.groups import Group
+from vtfast.model import load_model
 from vtfast.packing import Pack, Part, check_group, plan, split
 from vtfast.processor import Prompt, mrope_positions
+from vtfast.questions import Question
+from vtfast.rollout import Completion
 
 
 def text_prompt(*ids):
@@ -86,18 +90,30 @@ def test_plan_balances_the_ranks_of_a_pass():
     ((*bins,),) = plan(parts, 400, 4)
     loads = [sum(part.cost for part in bin) for bin in bins]
     assert sum(loads) == 400 and max(loads) <= 115
+    by_cost = [Part(i, (0,), 10, cost) for i, cost in enumerate([1.0, 1.0, 1.0, 3.0])]
+    ((*bins,),) = plan(by_cost, 100, 2)
+    assert [sum(part.cost for part in bin) for bin in bins] == [3, 3], "cost, not tokens"
     assert plan([], 100, 3) == [[[], [], []]], "ranks without work still take part in the step"
+
+
+def test_bins_of_a_pass_are_alike():
+    """Ranks wait for each other in every pass."""
+    sizes = [(90, 10.0), (50, 5.0), (45, 4.0), (45, 4.0), (45, 4.0)]
+    parts = [Part(i, (0,), tokens, cost) for i, (tokens, cost) in enumerate(sizes)]
+    costs = [[sum(p.cost for p in bin) for bin in bins] for bins in plan(parts, 100, 2)]
+    assert costs == [[10, 8], [5, 4]]
 
 
 def test_a_group_above_the_budget_repeats_its_prompt():
     parts = split(3, 10, [5, 5, 5, 50], 75.0, 22)
     assert [part.members for part in parts] == [(0, 1), (2,), (3,)]
     assert [part.tokens for part in parts] == [20, 15, 60]
+    assert [part.cost for part in parts] == pytest.approx([20, 15, 60])
 
 
 def test_check_group_names_what_is_wrong():
     prompt = image_prompt()
-    check_group(prompt, [[1, 2]], 100)
+    check_group(prompt, [[1, 2]], 100, limit=8)
     with pytest.raises(UserError, match="8 tokens, the limit is 7"):
         check_group(prompt, [], 100, limit=7)
     with pytest.raises(UserError, match="no tokens"):
@@ -129,5 +145,22 @@ def test_flops_of_qwen2_vl_2b():
     flops = forward_flops(config, 612, [700] * 8, [2048])
     assert flops.trunk / (612 + 5600) == pytest.approx(2.62e9, rel=0.005)
     assert flops.head / 5600 == pytest.approx(0.467e9, rel=0.005)
+    # 3 * 4 / 2 pairs of the prompt, 2 * 3 + 3 and 3 + 1 of the completions; q k and p v are 2 FLOPs each.
+    assert forward_flops(config, 3, [2, 1]).attention == 4 * 19 * 28 * 1536
     # 32 blocks of 12 E^2 weights a patch, 512 merged tokens through 33 M more, quadratic attention.
     assert flops.vision == pytest.approx(3.30e12, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "freeze, trunk, head, vision",
+    [([], 3, 3, 3), (["vision"], 3, 3, 1), (["language"], 2, 2, 3), (["embeddings"], 3, 2, 3)],
+)
+def test_an_update_costs_less_where_parts_are_frozen(
+    random_path, prompts, freeze, trunk, head, vision
+):
+    policy = load_model(random_path, freeze=freeze)
+    group = Group(Question(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")])
+    patches = prompts[0].grid.prod(-1).tolist()
+    flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
+    expected = trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision
+    assert update_flops(policy, [group]) == pytest.approx(expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hugging_face import logprobs, plain
 
+from vtfast import attention
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
 from vtfast.model import load_model
@@ -143,6 +144,33 @@ def test_every_token_once_and_every_image_once(policy, prompts):
     assert counted["trunk"] == [sum(len(prompt.ids) for prompt in prompts) + tokens]
     assert counted["vision"] == [sum(len(p.pixels) for p in prompts if p.pixels is not None)]
     assert counted["tower"] == 1
+
+
+def test_rows_stay_within_the_token_budget(policy, prompts):
+    rows = []
+    hook = policy.language_model.layers[0].register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(args[0].shape[-2]), with_kwargs=True
+    )
+    budget = max(len(prompt.ids) for prompt in prompts) + 5
+    with torch.no_grad():
+        completion_logprobs(policy, prompts, [[[5] * 4] * 3] * 4, token_budget=budget)
+    hook.remove()
+    assert len(rows) > 4 and max(rows) <= budget
+
+
+def test_images_go_through_our_attention_together(policy, prompts, monkeypatch):
+    """One call a block for all images, and not one an image."""
+    layouts, original = [], attention.attend
+
+    def watched(query, key, value, layout, *rest):
+        layouts.append(layout)
+        return original(query, key, value, layout, *rest)
+
+    monkeypatch.setattr(attention, "attend", watched)
+    policy.module.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        completion_logprobs(policy, prompts, COMPLETIONS)
+    assert sum(not layout.causal for layout in layouts) == len(policy.visual.blocks)
 
 
 def test_only_completion_tokens_meet_the_vocabulary(policy, prompts, monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vtfast import sharing
 from vtfast.flops import forward_flops
 from vtfast.groups import Group
 from vtfast.packing import Part
@@ -84,6 +85,9 @@ def cost(policy, batch):
             policy.module.config,
             len(group.question.prompt.ids),
             [group.lengths[i] for i in part.members],
+            []
+            if group.question.prompt.grid is None
+            else group.question.prompt.grid.prod(-1).tolist(),
         ).total
         for part in batch.parts
         for group in [batch.groups[part.group]]
@@ -113,6 +117,18 @@ def test_no_rank_waits(shared, policy):
     works, _ = shared()
     loads = [cost(policy, work.batches[0]) for work in works]
     assert max(loads) < 1.25 * sum(loads) / 3
+
+
+def test_images_count_as_work(shared, monkeypatch):
+    patches, original = [], sharing.forward_flops
+
+    def watched(config, prompt, lengths, images):
+        patches.extend(images)
+        return original(config, prompt, lengths, images)
+
+    monkeypatch.setattr(sharing, "forward_flops", watched)
+    shared()
+    assert patches and min(patches) > 0
 
 
 def test_groups_without_signal_stay_out(shared):

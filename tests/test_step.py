@@ -223,8 +223,11 @@ def test_old_log_probs_when_answers_are_used_twice(make):
         old_logp=ours,
         num_sequences=work.num_sequences,
         num_tokens=work.num_tokens,
-    ).loss
-    assert second["loss"] == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    )
+    assert second["loss"] == pytest.approx(float(expected.loss), rel=1e-4, abs=1e-6)
+    for side, share in (("low", expected.clip_low), ("high", expected.clip_high)):
+        counted = second[f"clip_ratio/{side}"]
+        assert counted == pytest.approx(len(batch.pack.target) * float(share), abs=1.5)
 
 
 def test_iterations_reuse_answers(make):
@@ -236,17 +239,119 @@ def test_iterations_reuse_answers(make):
     assert trainer.engine.global_steps == 2
 
 
+def spoil_the_sampler(groups):
+    """Recorded log-probs that are off by a little."""
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:
+        for answer in group.completions:
+            noise = torch.randn(len(answer.logprobs), generator=generator)
+            answer.logprobs[:] = (torch.tensor(answer.logprobs) + 0.5 * noise).tolist()
+
+
+def test_a_sampler_that_is_off_weighs_nothing_unless_asked(make):
+    """It is reported as drift."""
+    losses = []
+    for off in (False, True):
+        trainer, questions = make(**PROPORTIONAL)
+        groups = answered(trainer, questions)
+        if off:
+            spoil_the_sampler(groups)
+        work = trainer.share_out(groups)
+        (batch,) = work.batches
+        now = logprobs(trainer, groups, summed=False)
+        order = [groups.index(batch.groups[part.group]) for part in batch.parts]
+        drift = (torch.cat([now[i] for i in order]) - batch.sampled()).abs().sum()
+        sums, *_ = trainer.update(work)
+        assert sums["sampler_drift"] == pytest.approx(float(drift), rel=1e-3, abs=1e-2)
+        losses.append((sums["loss"], weights(trainer)))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    assert all(v.equal(losses[1][1][n]) for n, v in losses[0][1].items())
+
+
+def test_sampler_scorer_and_loss_have_one_temperature(make):
+    trainer, questions = make(temperature=0.6, num_iterations=2)
+    groups = answered(trainer, questions)
+    work = trainer.share_out(groups)
+    trainer.score_old(work)
+    (batch,) = work.batches
+    torch.testing.assert_close(batch.logps("old"), batch.sampled(), rtol=1e-4, atol=1e-4)
+    sums, *_ = trainer.update(work)
+    assert sums["sampler_drift"] / sums["scored_tokens"] < 1e-4
+    # and the temperature is not a no-op: at 1 the same answers have other log-probs
+    assert (
+        torch.cat(logprobs(trainer, groups, summed=False)).sum() - batch.sampled().sum()
+    ).abs() > 1
+
+
+def test_scale_rewards_reaches_the_advantages(make):
+    trainer, questions = make(scale_rewards="none")
+    for group in answered(trainer, questions):
+        torch.testing.assert_close(group.advantage, group.total - group.total.mean())
+
+
+def test_checkpointing_recomputes_in_the_update_alone(make):
+    trainer, questions = make(gradient_checkpointing=True)
+    groups = answered(trainer, questions)
+    work = trainer.share_out(groups)
+    calls = []
+    trainer.policy.language_model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
+    trainer.update(work)
+    assert len(calls) == 2 * len(work.batches)
+    assert not trainer.policy.module.training
+
+
+def test_a_frozen_tower_runs_once_a_step(make):
+    """For the rollout, the reference, the old log-probs and the update."""
+    trainer, questions = make(freeze="vision", beta=0.04, num_iterations=2)
+    calls = []
+    trainer.policy.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    trainer.reference.copy.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    trainer.step(1, questions)
+    assert len(calls) == 1
+
+
+def test_the_prompt_limit_holds_at_the_step_too(make):
+    trainer, questions = make()
+    trainer.config.max_prompt_length = 5
+    assert trainer.answer(questions, 1) == []
+
+
+def test_the_second_iteration_keeps_the_old_log_probs(make):
+    trainer, questions = make(num_iterations=2, learning_rate=1e-2, epsilon=0.05)
+    trainer.step(1, questions)
+    (batch,) = trainer.work.batches
+    old = batch.logps("old").clone()
+    metrics, _ = trainer.step(2, None)
+    assert (
+        batch.logps("old").equal(old) and metrics["clip_ratio/low"] + metrics["clip_ratio/high"] > 0
+    )
+
+
+def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
+    """Those of other passes and of groups left out included."""
+    results = []
+    for budget, beta in ((None, 1.0), (None, 0.0), (300, 0.0)):
+        trainer, questions = make(loss_type="dapo", token_budget=budget, **PROPORTIONAL)
+        groups = answered(trainer, questions)
+        groups[2].advantage = groups[5].advantage = torch.zeros(8)
+        trainer.config.beta = beta
+        work = trainer.share_out(groups)
+        assert work.num_tokens == sum(sum(group.lengths) for group in groups)
+        sums, norm, _ = trainer.update(work)
+        results.append((sums["loss"], norm))
+    assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+    assert results[2] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+
+
 def test_sampler_correction_weighs_by_the_samplers_own_log_probs(make):
     trainer, questions = make(
         vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=1.5,
     )  # fmt: skip
     groups = answered(trainer, questions)
-    generator = torch.Generator().manual_seed(0)
-    for group in groups:  # a sampler that was off by a little
-        for answer in group.completions:
-            noise = torch.randn(len(answer.logprobs), generator=generator)
-            answer.logprobs[:] = (torch.tensor(answer.logprobs) + 0.5 * noise).tolist()
+    spoil_the_sampler(groups)
     now = logprobs(trainer, groups, summed=False)
     work = trainer.share_out(groups)
     (batch,) = work.batches

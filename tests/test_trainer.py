@@ -137,7 +137,7 @@ def assert_same_run(one: Path, other: Path) -> None:
             if left[name] is None:
                 assert right[name] is None
                 continue
-            assert left[name] == pytest.approx(right[name], rel=1e-5, abs=1e-6), (
+            assert left[name] == pytest.approx(right[name], rel=1e-5, abs=1e-5), (
                 left["step"],
                 name,
             )

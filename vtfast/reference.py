@@ -23,9 +23,8 @@ class Reference:
             return
         shared = {id(p): p for p in policy.module.parameters() if not p.requires_grad}
         module = copy.deepcopy(policy.module, memo=shared).eval().requires_grad_(False)
-        # Frozen towers are one and the same, and so is what they see; a trained one is not.
-        images = policy.images if policy.tower_is_frozen else type(policy.images)()
-        self.copy = Policy(module, policy.eos_ids, policy.backend, images)
+        # A frozen tower is the same for both, and so is what it sees; of a trained one only the copy's is remembered.
+        self.copy = Policy(module, policy.eos_ids, policy.backend, policy.images)
         self._own = [p for p in module.parameters() if id(p) not in shared]
         if offload:
             self._move("cpu")
