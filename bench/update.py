@@ -46,6 +46,7 @@ from vtfast.questions import Question
 from vtfast.rollout import Completion
 
 GOALS = {"hf": 1 / 2.5, "trl": 1 / 2}  # on the CPU, our time / theirs
+MFU_GOAL = 0.4
 GPU_GOALS = {200: 1 / 4, 700: 1 / 2.3}  # ours / TRL's by tokens of a completion
 
 
@@ -68,11 +69,15 @@ class Ours:
         self.sequences = sum(len(group) for group in work.tokens)
         self.tokens = sum(len(answer) for group in work.tokens for answer in group)
 
-    def loss(self) -> Tensor:
+    def batch(self) -> Batch:
         members = tuple(range(len(self.groups[0].completions)))
         parts = [Part(number, members, 0, 0.0) for number in self.groups]
-        batch = Batch(parts, self.groups, self.policy)  # its tensors are made in every update
-        return self.objective(batch, self.sequences, self.tokens)[0]
+        return Batch(parts, self.groups, self.policy)
+
+    def loss(self) -> Tensor:
+        return self.objective(self.batch(), self.sequences, self.tokens)[
+            0
+        ]  # packed in every update
 
 
 class Checkpointed(Ours):
@@ -228,7 +233,7 @@ def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
 
 
 def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
-    flops = update_flops(ours.policy, ours.groups.values())
+    flops = update_flops(ours.policy, [ours.batch()])
     name = device_name(work.device)
     peak = next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
     print(f"\nupdate, {work.shape}, {work.dtype}, {name}, {len(times['ours'])} rounds")
@@ -249,6 +254,11 @@ def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
         extra = {"ratio": ratio[0], "ratio_low": ratio[1], "ratio_high": ratio[2]}
         extra |= {} if share is None else {"share": share}
         rows.append(_row(work, peer, "ms", (p20, p50, p80)) | extra)
+        if peer == "ours" and share is not None:
+            ok &= share >= MFU_GOAL
+            print(
+                f"  goal: MFU of at least {MFU_GOAL}, {'met' if share >= MFU_GOAL else 'NOT met'}"
+            )
         rows.append(_row(work, peer, "growth_mb", (memory[peer],) * 3))
         if goals.get(peer):
             met = ratio[0] <= goals[peer]

@@ -224,9 +224,13 @@ def test_the_choice(monkeypatch, caplog):
     with pytest.raises(UserError, match="usable here: sdpa"):
         choose_backend("varlen")
     installed = {"flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"}
-    monkeypatch.setattr(
-        attention.importlib.util, "find_spec", lambda name: name in installed or None
-    )
+
+    def load(name):
+        if name not in installed:
+            raise ImportError(name)
+        return types.SimpleNamespace(flash_attn_varlen_func=1, varlen_attn=1)
+
+    monkeypatch.setattr(attention.importlib, "import_module", load)
     capability = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     half = torch.bfloat16

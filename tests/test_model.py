@@ -143,19 +143,28 @@ def test_lora_folders_load_merged(random_path, prompts, tmp_path):
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)  # and transformers loads it too
     assert Reference(loaded).copy is not loaded, "it has no adapter that could be switched off"
     loaded.module.save_pretrained(tmp_path / "whole")
-    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    again = load_model(tmp_path / "whole")
+    torch.testing.assert_close(scores(again, prompts), scores(loaded, prompts))
 
 
 @pytest.mark.parametrize(
     "targets, message",
     [
         (["lm_head"], "take no adapter"),
+        (["merger.ln_q"], "is not a linear layer"),
         (["q_proj", "nothing"], "nothing: the model has no such module"),
     ],
 )
 def test_lora_names_a_bad_target(random_path, targets, message):
     with pytest.raises(UserError, match=message):
         add_lora(load_model(random_path), 4, 8, targets)
+
+
+def test_lora_on_the_merger(random_path):
+    policy = load_model(random_path)
+    add_lora(policy, 4, 8, ["merger.mlp.0"])
+    trained = [name for name, p in policy.module.named_parameters() if p.requires_grad]
+    assert trained and all("merger.mlp.0.lora_" in name for name in trained)
 
 
 def test_lora_without_peft(random_path, monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vtfast.errors import UserError
 from vtfast.flops import forward_flops, update_flops
-from vtfast.groups import Group
+from vtfast.groups import Batch, Group
 from vtfast.model import load_model
 from vtfast.packing import Pack, Part, check_group, plan, split
 from vtfast.processor import Prompt, mrope_positions
@@ -48,6 +48,19 @@ def test_a_row_by_hand():
     assert layout.cu_keys.tolist() == [0, 3, 8, 12, 20, 30]
     keys = layout.gather(row).tolist()
     assert keys[:12] == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5]
+
+
+def swapped_images():
+    """Two images whose sizes stand in the wrong order: as many tokens in all, but not in their places."""
+    mask = torch.tensor([False] + [True] * 4 + [False] + [True] * 8 + [False])
+    grid = torch.tensor([[1, 4, 8], [1, 4, 4]])
+    return Prompt(
+        torch.where(mask, 99, 7),
+        torch.zeros(3, 15, dtype=torch.int64),
+        torch.zeros(48, 1176),
+        grid,
+        image_mask=mask,
+    )
 
 
 def parts_of(groups, budget):
@@ -125,6 +138,14 @@ def test_check_group_names_what_is_wrong():
     with pytest.raises(UserError, match="places for 7 image tokens, its images make 6"):
         check_group(prompt, [], 100)
     prompt.image_mask[0] = False
+    prompt.ids[0] = 100
+    with pytest.raises(UserError, match="the prompt has ids outside the vocabulary"):
+        check_group(prompt, [], 100)
+    prompt.ids[0] = 7
+    with pytest.raises(UserError, match="the prompt is empty"):
+        check_group(text_prompt(), [], 100)
+    with pytest.raises(UserError, match=r"places for 4 \+ 8 image tokens, its images make 8 \+ 4"):
+        check_group(swapped_images(), [], 100)
     prompt.pixels = prompt.pixels[:20]
     with pytest.raises(UserError, match="20 patches, their sizes ask for 24"):
         check_group(prompt, [], 100)
@@ -153,14 +174,17 @@ def test_flops_of_qwen2_vl_2b():
 
 @pytest.mark.parametrize(
     "freeze, trunk, head, vision",
-    [([], 3, 3, 3), (["vision"], 3, 3, 1), (["language"], 2, 2, 3), (["embeddings"], 3, 2, 3)],
+    [([], 3, 3, 3), (["vision"], 3, 3, 0), (["language"], 2, 2, 3), (["embeddings"], 3, 2, 3)],
 )
 def test_an_update_costs_less_where_parts_are_frozen(
     random_path, prompts, freeze, trunk, head, vision
 ):
     policy = load_model(random_path, freeze=freeze)
-    group = Group(Question(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")])
+    group = Group(Question(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2)
+    batch = Batch(
+        [Part(7, (1,), 0, 0.0)], {7: group}, policy
+    )  # one of the two: the other is on another rank
     patches = prompts[0].grid.prod(-1).tolist()
     flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
     expected = trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision
-    assert update_flops(policy, [group]) == pytest.approx(expected)
+    assert update_flops(policy, [batch]) == pytest.approx(expected)

@@ -236,6 +236,7 @@ def test_iterations_reuse_answers(make):
     second, none = trainer.step(2, None)
     assert len(rows) == 64 and none == []
     assert second["reward"] == first["reward"] and second["time/rollout"] < first["time/rollout"]
+    assert second["sampler_drift"] < 1e-5, "measured against the weights that sampled"
     assert trainer.engine.global_steps == 2
 
 
@@ -403,6 +404,22 @@ def test_drift_of_the_sampler_is_measured_and_warned_of(make, caplog):
     assert "step 2: sampled and trained log-probs differ by" in caplog.text
 
 
+def test_bf16_gradients_are_summed_in_fp32(make, monkeypatch):
+    """Over the passes of a step, into buffers that hold more than bf16 can."""
+    trainer, questions = make(dtype="bfloat16", token_budget=120, max_grad_norm=0)
+    work = trainer.share_out(answered(trainer, questions))
+    assert len(work.batches) > 2
+    seen = []
+    monkeypatch.setattr(
+        trainer.engine, "step", lambda: seen.extend(trainer.engine.optimizer.averaged_gradients[0])
+    )
+    monkeypatch.setattr(trainer.engine, "get_global_grad_norm", lambda: 0.0)
+    trainer.update(work)
+    assert seen and all(gradient.dtype == torch.float32 for gradient in seen)
+    finer = [g for g in seen if not g.bfloat16().float().equal(g)]
+    assert len(finer) > len(seen) / 2, "sums that bf16 would have rounded"
+
+
 @pytest.mark.parametrize("spoil", ["prompt", "completion"])
 def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatch):
     trainer, questions = make()
@@ -426,17 +443,17 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
     listed = json.loads(line)
     reason = "places for 0 image tokens" if spoil == "prompt" else "no tokens"
     assert (listed["step"], listed["row"]) == (1, bad) and reason in listed["reason"]
-    trainer.asker.on_bad_sample = "error"
-    with pytest.raises(UserError, match=f"row {bad}: .*{reason}"):
+    trainer.config.on_bad_sample = "error"
+    with pytest.raises(UserError, match=f"step 2, row {bad}: .*{reason}"):
         trainer.step(2, questions)
 
 
 def test_a_step_with_no_usable_question_stops(make):
-    trainer, _ = make()
-    with pytest.raises(
-        UserError, match=r"none of this step's questions could be used; skipped.jsonl"
-    ):
-        trainer.compare(trainer.answer([], step=1))
+    trainer, questions = make()
+    trainer.config.max_prompt_length = 5
+    with pytest.raises(UserError, match="none of this step's questions could be used; skipped"):
+        trainer.step(1, questions)
+    assert len((trainer.folder / "skipped.jsonl").read_text().splitlines()) == len(questions)
 
 
 def test_every_step_samples_anew_and_repeatably(make):

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from vtfast.model import load_model
-from vtfast.questions import order
+from vtfast.questions import batches, order
 
 ROOT = Path(__file__).parent.parent
 METRICS = [
@@ -55,15 +57,16 @@ SHORT = [
 ]
 
 
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
+
+
 def run(folder: Path, *flags: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[dict]:
     """A run in a process of its own; returns its metrics."""
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
     command = [*launcher, str(ROOT / "train.py"), *SHORT, "--output_dir", str(folder), *flags]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=folder.parent
+        command, capture_output=True, text=True, env=environment(), cwd=folder.parent
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder.parent / f"{folder.name}.out").write_text(done.stdout)
@@ -239,6 +242,41 @@ def test_lora_and_an_offloaded_reference(tmp_path, base_path):
     moved = merged.language_model.layers[0].self_attn.q_proj.weight
     assert not moved.equal(base.language_model.layers[0].self_attn.q_proj.weight)
     assert merged.head.equal(base.head)
+
+
+def test_iterations_skip_no_data():
+    """Rollouts count the data, and not the optimizer steps that live on them."""
+    asker = SimpleNamespace(ask=lambda sample, index: index)
+    seen = batches(
+        asker, list(range(10)), range(1, 11, 2), per_rank=2, rank=0, ranks=1, seed=0, every=2
+    )
+    assert sorted(i for step in seen for i in step) == list(range(10))
+
+
+def test_an_error_of_one_rank_is_everyones(tmp_path):
+    """A sample that only rank 1 finds fault with stops both with a line that names it."""
+    script = tmp_path / "one_bad.py"
+    script.write_text(
+        "import sys\n"
+        "from vtfast import trainer\n"
+        "check = trainer.check_group\n"
+        "def planted(prompt, tokens, *rest):\n"
+        "    if tokens and trainer.distributed.dist.get_rank() == 1:\n"
+        "        raise trainer.UserError('planted')\n"
+        "    check(prompt, tokens, *rest)\n"
+        "trainer.check_group = planted\n"
+        "from vtfast.cli import main\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    flags = [*SHORT, "--per_device_train_batch_size", "2", "--eval_data", "none"]
+    command = [*LAUNCHER, str(script), *flags, "--on_bad_sample", "error"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True,
+        env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(r"error: step 1, row \d+: planted", done.stdout + done.stderr)
+    assert "planted" in (tmp_path / "run" / "skipped.jsonl").read_text()
 
 
 def test_order_visits_everything_once_an_epoch():

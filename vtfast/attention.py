@@ -14,6 +14,7 @@ Shapes: T tokens of the row, H query heads, K key heads, d head size, B segments
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -37,6 +38,11 @@ LANGUAGE = "vtfast"
 VISION = "vtfast_flash"
 """Name of `vision_attention`. transformers hands over all images at once only to names with "flash" in them."""
 BACKENDS = ("flash_attn_3", "flash_attn", "varlen", "sdpa")
+KERNELS = {
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+}
 FREE_AREA, WASTE = 1 << 16, 1.25
 """Segments share a padded batch while it holds fewer scores than this, or at most this times those they need."""
 
@@ -71,11 +77,15 @@ def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False  # flash kernels know half precision alone
-    if name == "flash_attn_3":
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        return hopper and importlib.util.find_spec("flash_attn_interface") is not None
-    module = {"flash_attn": "flash_attn", "varlen": "torch.nn.attention.varlen"}[name]
-    return importlib.util.find_spec(module) is not None
+    if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    module, function = KERNELS[name]
+    try:
+        return hasattr(importlib.import_module(module), function)
+    except ImportError as error:
+        if importlib.util.find_spec(module.split(".")[0]) is not None:  # there, but broken
+            log.warning("%s cannot be used: %s", module, error)
+        return False
 
 
 @functools.cache

@@ -164,8 +164,8 @@ class Config:
     gradient_accumulation_steps: int = 1
     """Multiplies the batch. Prompts per step = ranks x per_device_train_batch_size x this."""
     token_budget: int | None = None
-    """Most tokens in one packed pass; it changes memory and speed, never the result. None: as many as
-    per_device_train_batch_size prompts with their completions can have at most."""
+    """Most tokens in one packed pass (a longer prompt with one completion goes alone). It changes memory and speed,
+    never the result. None: as many as per_device_train_batch_size prompts with their completions can have at most."""
     num_processes: int | None = None
     """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
     seed: int = 0
@@ -241,8 +241,14 @@ class Config:
                 f"--importance_sampling_level sequence: not defined for --loss_type {self.loss_type};"
                 " use token"
             )
-        if self.num_generations == 1 and self.scale_rewards == "group":
-            yield "--num_generations 1: a group of one has no advantage; use 2 or more, or --scale_rewards none"
+        if self.num_generations == 1:
+            yield "--num_generations 1: a group of one has no advantage over itself; use 2 or more"
+        if self.offload_reference and (self.beta == 0 or self.use_peft):
+            yield "--offload_reference: there is no copy to move with --beta 0 or --use_peft; leave it out"
+        if self.use_peft and not self.lora_target_modules:
+            yield "--lora_target_modules: name at least one linear layer"
+        if self.epsilon_high is not None and self.epsilon_high < 0:
+            yield f"--epsilon_high {self.epsilon_high}: must not be negative"
         if self.use_peft and self.freeze:
             yield "--freeze: says nothing with --use_peft, which trains adapters alone; choose one of the two"
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import Qwen2VLConfig
 
-from vtfast.groups import Group
+from vtfast.groups import Batch
 from vtfast.model import Policy
 
 
@@ -64,21 +65,28 @@ def forward_flops(
     )
 
 
-def update_flops(policy: Policy, groups: Iterable[Group]) -> float:
-    """Forward and backward of one update. A frozen part that gradients pass through counts 2 forwards, a trained one 3,
-    and a frozen vision tower 1: nothing behind it is trained."""
+def update_flops(policy: Policy, batches: Iterable[Batch]) -> float:
+    """Forward and backward of one update over these rows.
+
+    A trained part counts 3 forwards, a frozen one that gradients pass through 2 (LoRA's own weights are nothing beside
+    it), a frozen vision tower none: it ran once, in the rollout.
+    """
     module = policy.module
 
-    def factor(part) -> int:
-        return 3 if any(p.requires_grad for p in part.parameters()) else 2
+    def factor(part: nn.Module) -> int:
+        weights = (p for name, p in part.named_parameters() if "lora_" not in name)
+        return 3 if any(p.requires_grad for p in weights) else 2
 
     trunk, head = factor(policy.language_model.layers), factor(module.lm_head)
-    vision = 1 if policy.tower_is_frozen else 3
+    vision = 0 if policy.tower_is_frozen else 3
     total = 0.0
-    for group in groups:
-        prompt = group.question.prompt
-        patches = [] if prompt.grid is None else prompt.grid.prod(-1).tolist()
-        flops = forward_flops(module.config, len(prompt.ids), group.lengths, patches)
-        total += trunk * flops.trunk + 3 * flops.attention + head * flops.head
-        total += vision * flops.vision
+    for batch in batches:
+        for part in batch.parts:
+            group = batch.groups[part.group]
+            prompt = group.question.prompt
+            patches = [] if prompt.grid is None else prompt.grid.prod(-1).tolist()
+            lengths = [group.lengths[i] for i in part.members]
+            flops = forward_flops(module.config, len(prompt.ids), lengths, patches)
+            total += trunk * flops.trunk + 3 * flops.attention + head * flops.head
+            total += vision * flops.vision
     return total

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from torch import nn
+
 from vtfast.errors import UserError
 from vtfast.model import Policy
 
@@ -27,8 +29,11 @@ def add_lora(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) -> N
             raise UserError(
                 f"--lora_target_modules {target}: the head and embeddings take no adapter"
             )
-        if not any(name.split(".")[-1] == target for name, _ in policy.module.named_modules()):
+        layers = [m for n, m in policy.module.named_modules() if f".{n}".endswith(f".{target}")]
+        if not layers:
             raise UserError(f"--lora_target_modules {target}: the model has no such module")
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            raise UserError(f"--lora_target_modules {target}: is not a linear layer everywhere")
     policy.module.requires_grad_(False)
     policy.module.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))

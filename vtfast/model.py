@@ -144,7 +144,8 @@ class Policy:
         width = self.visual.patch_embed.proj.weight[0].numel()
         pixels = torch.zeros(side * side, width, device=self.device, dtype=self.visual.dtype)
         grid = torch.tensor([[1, side, side]], device=self.device)
-        return 0.0 * self.visual(pixels, grid_thw=grid).pooler_output.sum()
+        layout = Layout([side * side], causal=False, backend=self.backend, device=self.device)
+        return 0.0 * self.visual(pixels, grid_thw=grid, layout=layout).pooler_output.sum()
 
 
 def load_model(
@@ -170,26 +171,20 @@ def load_model(
     weights = ("*.safetensors", "*.safetensors.index.json")
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in weights):
         raise UserError(f"--model {path}: the folder has no *.safetensors weights")
+    base = _base_of(folder)
     try:
-        family = AutoConfig.from_pretrained(_base_of(folder)).model_type
-    except (OSError, ValueError, KeyError) as error:
+        family = AutoConfig.from_pretrained(base).model_type
+        if family == "qwen2_vl":
+            module, missing = _from_pretrained(base, dtypes[dtype])
+            if base != str(folder):
+                adapted, _ = _from_pretrained(str(folder), dtypes[dtype])
+                module.load_state_dict(merged_weights(adapted))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     if family != "qwen2_vl":
         raise UserError(f"--model {path}: is a {family} model; only qwen2_vl can be trained")
-    try:
-        module, report = Qwen2VLForConditionalGeneration.from_pretrained(
-            str(folder),
-            dtype=dtypes[dtype],
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
-    missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
-    if getattr(module, "_hf_peft_config_loaded", False):
-        merge_adapters(module)
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     backend = choose_backend(attn_implementation, device, dtypes[dtype])
@@ -206,17 +201,29 @@ def _base_of(folder: Path) -> str:
     return json.loads(adapter.read_text())["base_model_name_or_path"]
 
 
-def merge_adapters(module: nn.Module) -> None:
-    """Add every LoRA adapter to the weight beside it, and leave an ordinary model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _from_pretrained(
+    folder: str, dtype: torch.dtype
+) -> tuple[Qwen2VLForConditionalGeneration, list[str]]:
+    """-> model, names of weights that the folder lacks."""
+    module, report = Qwen2VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    return module, sorted(report["missing_keys"])
+
+
+def merged_weights(module: nn.Module) -> dict[str, Tensor]:
+    """State dict of an ordinary model, every LoRA adapter of `module` added to the weight beside it.
+
+    They go into a model of their own: one that has held adapters is saved by transformers as if it still did.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # installed: transformers has loaded them
 
     for name, layer in list(module.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
-    module._hf_peft_config_loaded = False
-    module.requires_grad_(True)
+    return module.state_dict()
 
 
 def _freeze(policy: Policy, parts: Sequence[str]) -> None:

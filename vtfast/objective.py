@@ -34,6 +34,7 @@ class Objective(nn.Module):
         if not batch.parts:
             return self._blank()
         pack, device = batch.pack, self.policy.device
+        old = batch.logps("old")
         sampled = batch.sampled().to(device)
         out = linear_grpo_loss(
             pack.select(self.policy.trunk(pack)),
@@ -42,14 +43,15 @@ class Objective(nn.Module):
             pack.sequence_id,
             batch.advantage().to(device),
             spec=self.spec,
-            old_logp=batch.logps("old"),
+            old_logp=old,
             ref_logp=batch.logps("reference") if self.spec.beta > 0 else None,
             sampler_logp=sampled if self.use_sampler_logps else None,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
         tokens = len(pack.target)
-        drift = (out.logp.detach() - sampled).abs()
+        answered = out.logp.detach() if old is None else old  # by the weights that sampled
+        drift = (answered - sampled).abs()
         sums = torch.stack(
             [
                 out.entropy.sum(),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vtfast.attention import Layout
 from vtfast.errors import UserError
@@ -40,7 +41,8 @@ class Part:
 def split(
     group: int, prompt: int, completions: Sequence[int], cost: float, budget: int
 ) -> list[Part]:
-    """One part, or as many as the budget asks for, each repeating the prompt. `cost`: of the whole group."""
+    """One part, or as many as the budget asks for, each repeating the prompt. `cost`: of the whole group. A completion
+    that exceeds the budget together with its prompt is a part of its own."""
     total = prompt + sum(completions)
     shares: list[list[int]] = [[]]
     filled = prompt
@@ -58,7 +60,7 @@ def split(
 
 
 def plan(parts: Sequence[Part], budget: int, ranks: int = 1) -> list[list[list[Part]]]:
-    """Passes, each a bin of parts for every rank: result[pass][rank]. As few passes as the budget allows.
+    """Passes, each a bin of parts for every rank: result[pass][rank]. About as few passes as the budget allows.
 
     The bins of one pass cost about the same, since its ranks wait for each other. A bin may be empty where there are
     fewer parts than ranks. A part larger than the budget gets a bin of its own.
@@ -96,18 +98,22 @@ def check_group(
 ) -> None:
     """Raises UserError for what cannot be scored: a prompt longer than `limit`, images that do not match their
     placeholders, a completion without tokens or with an id outside the vocabulary."""
+    if len(prompt.ids) == 0:
+        raise UserError("the prompt is empty")
     if limit is not None and len(prompt.ids) > limit:
         raise UserError(f"the prompt has {len(prompt.ids)} tokens, the limit is {limit}")
-    places = 0 if prompt.image_mask is None else int(prompt.image_mask.sum())
-    features = 0 if prompt.grid is None else int((prompt.grid.prod(-1) // merge**2).sum())
+    if int(prompt.ids.min()) < 0 or int(prompt.ids.max()) >= vocabulary:
+        raise UserError("the prompt has ids outside the vocabulary")
+    features = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge**2).tolist()
+    places = _runs(prompt.image_mask)
     if places != features:
         raise UserError(
-            f"the prompt has places for {places} image tokens, its images make {features}"
+            f"the prompt has places for {_listed(places)} image tokens, its images make {_listed(features)}"
         )
     patches = 0 if prompt.pixels is None else len(prompt.pixels)
-    if patches != features * merge**2:
+    if patches != sum(features) * merge**2:
         raise UserError(
-            f"the images have {patches} patches, their sizes ask for {features * merge**2}"
+            f"the images have {patches} patches, their sizes ask for {sum(features) * merge**2}"
         )
     for tokens in completions:
         if len(tokens) == 0:
@@ -115,6 +121,18 @@ def check_group(
         ids = torch.as_tensor(tokens)
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise UserError("a completion has ids outside the vocabulary")
+
+
+def _runs(mask: Tensor | None) -> list[int]:
+    """Lengths of the runs of true in [P] bool: one an image, since its marks stand around each."""
+    if mask is None:
+        return []
+    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()
+    return (torch.nonzero(edges < 0) - torch.nonzero(edges > 0)).flatten().tolist()
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " + ".join(map(str, numbers)) if numbers else "0"
 
 
 class Pack:

@@ -45,9 +45,7 @@ class Asker:
         """Samples that were left out and why, until `take_skipped`."""
 
     def skip(self, sample: Sample, reason: str | Exception, step: int = 0) -> None:
-        """Leave a sample out and write down why. Raises UserError instead under `on_bad_sample: error`."""
-        if self.on_bad_sample == "error":
-            raise UserError(f"row {sample.row}: {reason}")
+        """Leave a sample out and write down why. The trainer, who hears of it from all ranks, lists it or stops."""
         log.warning("step %d: skipped row %d: %s", step, sample.row, reason)
         self.skipped.append({"step": step, "row": sample.row, "reason": str(reason)})
 
@@ -152,11 +150,15 @@ def batches(
     rank: int,
     ranks: int,
     seed: int,
+    every: int = 1,
 ) -> Iterator[list[Question]]:
-    """This rank's questions of each step; the next step's images are decoded while this one trains."""
+    """This rank's questions of each step; the next step's images are decoded while this one trains.
+
+    `every`: optimizer steps that live on one set of questions; `steps` names the first of each.
+    """
 
     def prepare(step: int) -> list[Question]:
-        indices = order(len(samples), step, per_rank * ranks, seed)
+        indices = order(len(samples), (step - 1) // every + 1, per_rank * ranks, seed)
         questions = []
         for i in indices[rank * per_rank : (rank + 1) * per_rank]:
             try:

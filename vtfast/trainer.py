@@ -61,6 +61,11 @@ class Trainer:
         dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
         dtype = dtype if config.dtype == "auto" else config.dtype
         path = _model_path(config.model)
+        if config.use_peft and (Path(path) / "adapter_config.json").is_file():
+            raise UserError(
+                f"--model {config.model}: holds LoRA adapters already, and new ones would not know them; save the"
+                " merged model first (vtfast.model.load_model(folder).module.save_pretrained(new folder))"
+            )
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
         self.asker = Asker(config, self.processor)
         self.policy = load_model(
@@ -112,6 +117,7 @@ class Trainer:
         questions = batches(
             self.asker, self.train_samples, range(1, config.max_steps + 1, config.num_iterations),
             per_rank=distributed.prompts_per_rank(config), rank=ranks.rank, ranks=ranks.size, seed=config.seed,
+            every=config.num_iterations,
         )  # fmt: skip
         for step in bar:
             fresh = (step - 1) % config.num_iterations == 0
@@ -140,8 +146,10 @@ class Trainer:
         began = time.perf_counter()
         with self.policy.images.open():
             with timer.phase("time/rollout"):
+                skipped = 0
                 if questions is not None:
                     self.groups = self.answer(questions, step)
+                    skipped = self.settle_skipped()
             with timer.phase("time/score"):
                 if questions is not None:
                     self.compare(self.groups)
@@ -150,13 +158,8 @@ class Trainer:
             with timer.phase("time/update"):
                 sums, grad_norm, learning_rate = self.update(self.work)
         seconds = time.perf_counter() - began
-        mine = self.asker.take_skipped()
-        skipped = [row for part in self.ranks.gather(mine) for row in part]
-        if self.ranks.is_main:
-            self.list_skipped(skipped)
         answered = step_metrics(self.groups, sums, config.reward_funcs, self.ranks)
-        trained = (batch.groups[part.group] for batch in self.work.batches for part in batch.parts)
-        flops = update_flops(self.policy, {id(group): group for group in trained}.values())
+        flops = update_flops(self.policy, self.work.batches)
         drift = answered["sampler_drift"]
         if drift is not None and drift > config.sampler_drift_warning and self.ranks.is_main:
             log.warning(
@@ -167,7 +170,7 @@ class Trainer:
             "step": step,
             **answered,
             "frac_groups_skipped": self.work.skipped,
-            "skipped_samples": len(skipped),
+            "skipped_samples": skipped,
             "passes": len(self.work.batches),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -273,7 +276,7 @@ class Trainer:
         return result, float(self.engine.get_global_grad_norm()), learning_rate
 
     def usable(self, question: Question, tokens: Sequence[Sequence[int]], step: int) -> bool:
-        """Whether a question with these answers can be trained on; if not, it is listed, or stops the run."""
+        """Whether a question with these answers can be trained on; if not, the asker writes down why."""
         limit, vocabulary = self.config.max_prompt_length, self.policy.head.shape[0]
         try:
             check_group(question.prompt, tokens, vocabulary, limit)
@@ -281,6 +284,17 @@ class Trainer:
             self.asker.skip(question.sample, error, step)
             return False
         return True
+
+    def settle_skipped(self) -> int:
+        """List what any rank left out since the last call. Collective. Raises UserError on all ranks under
+        `on_bad_sample: error`."""
+        parts = self.ranks.gather(self.asker.take_skipped())
+        rows = [row for part in parts for row in part]
+        if self.ranks.is_main:
+            self.list_skipped(rows)
+        if rows and self.config.on_bad_sample == "error":
+            raise UserError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
+        return len(rows)
 
     def list_skipped(self, rows: Sequence[dict]) -> None:
         if rows:
