@@ -6,15 +6,9 @@ On a GPU the floor is three bare cuBLAS matmuls of the same run. Rows are append
 """
 
 import argparse
-import csv
-import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 from vtfast_kernels.cases import CPU_BENCH, GPU_BENCH, OPS, Shape, linear_grpo_inputs
@@ -22,10 +16,20 @@ from vtfast_kernels.grpo_loss import GRPOLoss
 from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
 from vtfast_kernels.linear_logprob import linear_logprob
 
-ROOT = Path(__file__).parent.parent
+from bench._harness import (
+    ROOT,
+    append,
+    device_name,
+    growth_in_child,
+    measure_growth,
+    paired_ratio,
+    quantiles,
+    seconds,
+    versions,
+)
+
 TESTS = ROOT / "tests" / "kernels"
 sys.path.insert(0, str(TESTS))  # the oracles
-CSV = Path(__file__).parent / "results" / "kernels.csv"
 GOALS = {"trl": 0.4, "plain": 1.15}  # on the CPU, our time / theirs
 MEMORY_GOAL = 1 / 3  # on the CPU, our growth / plain's
 
@@ -132,20 +136,6 @@ def three_matmuls(inputs: dict) -> Callable[[], None]:
     return run
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def step(forward: Callable[[], torch.Tensor], inputs: dict) -> Callable[[], None]:
     def run():
         inputs["hidden"].grad = inputs["weight"].grad = None
@@ -156,12 +146,10 @@ def step(forward: Callable[[], torch.Tensor], inputs: dict) -> Callable[[], None
 
 def growth(name: str, shape: Shape, threads: int) -> float:
     """Peak resident memory in MB that one forward + backward adds in a process of its own."""
-    code = f"import sys; sys.argv = ['bench']; from bench.kernels import grow; grow({name!r}, {shape!r}, {threads})"
-    code = "from vtfast_kernels.cases import Shape\n" + code
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    return growth_in_child(
+        "from vtfast_kernels.cases import Shape; from bench.kernels import grow;"
+        f" grow({name!r}, {shape!r}, {threads})"
     )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def grow(name: str, shape: Shape, threads: int) -> None:
@@ -171,17 +159,7 @@ def grow(name: str, shape: Shape, threads: int) -> None:
         contestants(small, "cpu")[name], small
     )()  # imports and thread pools are not the op's memory
     inputs = inputs_of(shape, "cpu")
-    run = step(contestants(inputs, "cpu")[name], inputs)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
-    run()
-    print(json.dumps(_status("VmHWM") - before))
-
-
-def _status(field: str) -> float:
-    """MB of a memory field of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+    measure_growth(step(contestants(inputs, "cpu")[name], inputs))
 
 
 def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: int) -> bool:
@@ -233,30 +211,32 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
             "|d_hidden|",
         )
     )
-    ok = True
+    ok, rows = True, []
     for name, t in times.items():
         if not t:
             continue
-        p20, p50, p80 = (1e3 * _quantile(t, q) for q in (0.2, 0.5, 0.8))
-        ratio = statistics.median(a / b for a, b in zip(times["ours"], t, strict=False))
+        p20, p50, p80 = (1e3 * value for value in quantiles(t))
+        ratio, low, high = paired_ratio(times["ours"][: len(t)], t)
         goal = GOALS.get(name) if device == "cpu" else None
         verdict = f"{ratio:.3f}" + (f" (<= {goal})" if goal else "")
         ok &= goal is None or ratio <= goal
         rate, mb = f"{flops / p50 / 1e9:.3g}", f"{memory[name]:.0f}" if name in memory else ""
         norm = f"{losses[name]:.6g}" if name != "three matmuls" else ""
         print(row.format(name, f"{p20:.1f}", f"{p50:.1f}", f"{p80:.1f}", rate, verdict, mb, norm))
-        _append(shape, device, name, "time_ms", p20, p50, p80)
+        paired = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+        rows.append(_row(shape, device, name, "ms", p20, p50, p80) | paired)
         if name in memory:
-            _append(shape, device, name, "growth_mb", *[memory[name]] * 3)
+            rows.append(_row(shape, device, name, "growth_mb", *[memory[name]] * 3))
     if device == "cuda":
         mb = scoring_growth(inputs)
         print(f"  linear_logprob under no_grad: {mb:.0f} MB")
-        _append(shape, device, "ours, log-probs only", "growth_mb", mb, mb, mb)
+        rows.append(_row(shape, device, "ours, log-probs only", "growth_mb", mb, mb, mb))
     elif "plain" in memory:
         share = memory["ours"] / memory["plain"]
         ok &= share <= MEMORY_GOAL
         print(f"  memory growth, ours / plain: {share:.3f} (<= {MEMORY_GOAL:.3f})")
     print(f"  goals {'met' if ok else 'NOT met'}" if device == "cpu" else "")
+    append("kernels.csv", rows)
     return ok
 
 
@@ -269,41 +249,17 @@ def scoring_growth(inputs: dict) -> float:
     return (torch.cuda.max_memory_allocated() - base) / 2**20
 
 
-def _quantile(values: list[float], q: float) -> float:
-    values = sorted(values)
-    return values[min(len(values) - 1, int(q * len(values)))]
-
-
-def _append(shape: Shape, device: str, provider: str, metric: str, *quantiles: float) -> None:
-    CSV.parent.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-    with CSV.open("a", newline="") as file:
-        out = csv.writer(file)
-        if new:
-            out.writerow(
-                [
-                    "kernel",
-                    "provider",
-                    "shape",
-                    "metric",
-                    "p20",
-                    "p50",
-                    "p80",
-                    "device",
-                    "torch",
-                    "timestamp",
-                ]
-            )
-        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        numbers = [f"{x:.4g}" for x in quantiles]
-        out.writerow(
-            ["linear_grpo_loss", provider, shape, metric, *numbers, name, torch.__version__, stamp]
-        )
+def _row(shape: Shape, device: str, provider: str, metric: str, *values: float) -> dict:
+    return {
+        "op": "linear_grpo_loss",
+        "peer": provider,
+        "shape": str(shape),
+        "dtype": "bfloat16" if device == "cuda" else "float32",
+        "metric": metric,
+        **dict(zip(("p20", "p50", "p80"), values, strict=True)),
+        "device": device_name(device),
+        "versions": versions("torch", "triton", "trl", "liger-kernel"),
+    }
 
 
 def main(argv: list[str]) -> int:
