@@ -74,8 +74,8 @@ class Decoder:
         seen = Pages(rows.table, rows.length + 1, rows.group, rows.shared, page)
         for number, layer in enumerate(self.layers):
             keys, values = self.cache.keys[number], self.cache.values[number]
-            q, k, v = layer.project(x)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            qk, v = layer.project(x)
+            q, k = _rotate(qk, cos, sin).split(layer.heads[:2], dim=1)
             keys.flatten(0, 1).index_copy_(0, slot, k)
             values.flatten(0, 1).index_copy_(0, slot, v)
             attended = paged_attention(q, keys, values, seen, scale=layer.attention.scaling)
@@ -98,13 +98,15 @@ class _Layer:
         self.projections = projections
         self.heads = attention.num_heads, attention.num_key_value_heads, attention.head_dim
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> q [R, H, d], k [R, K, d], v [R, K, d], before rotation."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """-> queries and keys [R, H + K, d], before rotation, and values [R, K, d]."""
         x = self.layer.input_layernorm(x)
         H, K, d = self.heads
         if self.qkv is None:
-            return tuple(project(x).unflatten(-1, (-1, d)) for project in self.projections)
-        return linear(x, *self.qkv).unflatten(-1, (-1, d)).split([H, K, K], dim=1)
+            qkv = torch.cat([project(x) for project in self.projections], dim=-1)
+        else:
+            qkv = linear(x, *self.qkv)
+        return qkv.unflatten(-1, (-1, d)).split([H + K, K], dim=1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention.o_proj(attended.flatten(1))
