@@ -29,7 +29,7 @@ setup(
     version="0.1.0",
     description="GRPO for vision-language models with fused kernels: VisualThinker-R1-Zero, faster",
     python_requires=">=3.10",
-    packages=["vtfast", "vtfast.evaluate", "vtfast.rollout", "vtfast_kernels"],
+    packages=["vtfast", "vtfast.commands", "vtfast.evaluate", "vtfast.rollout", "vtfast_kernels"],
     package_dir={"vtfast_kernels": "kernels"},
     package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*"]},
     install_requires=RUNTIME,

@@ -25,7 +25,7 @@ def sample(question="Is A left of B?", options=("yes", "no"), images=1) -> Sampl
 
 
 def test_the_papers_base_prompt():
-    assert render(load_template("r1-zero"), sample()) == (
+    assert render(load_template("r1-zero"), sample(), literal_image=True) == (
         "<|vision_start|><|image_pad|><|vision_end|><image>A conversation between User and "
         "Assistant. The user asks a question about the image, and the Assistant solves it. The "
         "assistant first thinks about the reasoning process in the mind and then provides the "
@@ -38,7 +38,7 @@ def test_the_papers_base_prompt():
 
 
 def test_the_papers_instruct_prompt():
-    assert render(load_template("instruct"), sample()) == (
+    assert render(load_template("instruct"), sample(), literal_image=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n"
         "<|vision_start|><|image_pad|><|vision_end|><image> Answer in natural language. "
@@ -47,6 +47,15 @@ def test_the_papers_instruct_prompt():
         "<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def test_the_literal_image_is_a_switch():
+    for name in template_names():
+        plain, literal = (
+            render(load_template(name), sample(), literal_image=on) for on in (False, True)
+        )
+        assert "<image>" not in plain and literal.replace("<image>", "") == plain
+        assert "<image>" not in render(load_template(name), sample(images=0), literal_image=True)
 
 
 def test_the_brief_prompt():

@@ -86,6 +86,8 @@ class Config:
     """Number of held-out questions."""
     template: str = "r1-zero"
     """Prompt template: a name in vtfast/templates, or the path of a text file."""
+    literal_image: bool = False
+    """Write the text `<image>` behind the images, as VisualThinker's prompts do by an oversight (for parity)."""
     min_pixels: int = 3136
     """Smallest image area in pixels; smaller images are enlarged."""
     max_pixels: int = 12845056

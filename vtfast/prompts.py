@@ -1,18 +1,19 @@
 """Prompt templates: small text files, one prompt each.
 
-A template is text with three slots, all optional but `{question}`:
+A template is text with slots, all optional but `{question}`:
 
-    {images}    one `<|vision_start|><|image_pad|><|vision_end|>` per image; a template without it
-    gets them in front {question}  the question as the data set asks it {options}   `a, b or c`
+    {images}         one `<|vision_start|><|image_pad|><|vision_end|>` per image; without the slot they stand in front
+    {literal_image}  the text `<image>` where `--literal_image` asks for it, else nothing
+    {question}       the question as the data set asks it
+    {options}        `a, b or c`
 
-Everything else is taken literally, so braces, tags and ChatML marks need no escaping. One line feed
-at the end of the file belongs to the file and not to the prompt (editors put it there): a ChatML
-template, whose prompt ends with a line feed, therefore ends with an empty line.
+Everything else is taken literally, so braces, tags and ChatML marks need no escaping. One line feed at the end of the
+file belongs to the file and not to the prompt (editors put it there): a ChatML template, whose prompt ends with a line
+feed, therefore ends with an empty line.
 
-In `templates/`: `r1-zero` is the base-model prompt of VisualThinker-R1-Zero letter by letter, with
-the literal `<image>` its code left in the text and the two spaces behind `User:`; `instruct` is the
-same study's prompt for the instruction- tuned model; `brief` is the short one for the embedded tiny
-model. All three say `{images}` where the images go.
+`r1-zero` is VisualThinker's prompt for the base model, letter by letter, the two spaces behind `User:` included;
+`instruct` is the same study's prompt for the instruction-tuned model; `brief` is the short one for the embedded tiny
+model.
 """
 
 import difflib
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATES = Path(__file__).parent / "templates"
-_SLOT = re.compile(r"\{(images|question|options)\}")
+_SLOT = re.compile(r"\{(images|literal_image|question|options)\}")
 
 
 def template_names() -> list[str]:
@@ -66,14 +67,22 @@ def join_options(options: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(options[:-1]), *options[-1:])))
 
 
-def render(template: str, sample: "Sample") -> str:
+def render(template: str, sample: "Sample", *, literal_image: bool = False) -> str:
     """The prompt text of one sample, ready for `Processor.encode(text, sample.images)`.
+
+    `literal_image`: fill the slot of that name with the text `<image>`, which VisualThinker's prompts carry by an
+    oversight; left empty otherwise, and for samples without images.
 
     Slots are filled in one pass, so text that came from the data (a question with braces in it) is
     never filled again.
     """
     images = IMAGE * len(sample.images)
-    slots = {"images": images, "question": sample.question, "options": join_options(sample.options)}
+    slots = {
+        "images": images,
+        "literal_image": "<image>" if literal_image and images else "",
+        "question": sample.question,
+        "options": join_options(sample.options),
+    }
     text = _SLOT.sub(lambda slot: slots[slot[1]], template)
     return text if "{images}" in template else images + text
 

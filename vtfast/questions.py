@@ -39,6 +39,7 @@ class Asker:
     def __init__(self, config: Config, processor: Processor) -> None:
         self.processor = processor
         self.template = load_template(config.template)
+        self.literal_image = config.literal_image
         self.max_prompt_length = config.max_prompt_length
         self.on_bad_sample = config.on_bad_sample
         self.skipped: list[dict] = []
@@ -54,8 +55,11 @@ class Asker:
         return taken
 
     def ask(self, sample: Sample, index: int = -1) -> Question:
-        prompt = self.processor.encode(render(self.template, sample), sample.images)
+        prompt = self.processor.encode(self.text(sample), sample.images)
         return Question(sample, prompt, index)
+
+    def text(self, sample: Sample) -> str:
+        return render(self.template, sample, literal_image=self.literal_image)
 
     def fitting(self, samples: Sequence[Sample], name: str) -> list[Sample]:
         """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
@@ -80,7 +84,7 @@ class Asker:
 
     def _misfit(self, sample: Sample) -> str | None:
         try:
-            text, sizes = render(self.template, sample), image_sizes(sample.images)
+            text, sizes = self.text(sample), image_sizes(sample.images)
             length = self.processor.prompt_length(text, sizes)
         except UserError as error:
             return str(error)

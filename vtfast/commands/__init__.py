@@ -1,0 +1,1 @@
+"""One file a command: `run(arguments) -> exit code`. `vtfast.cli` lists them."""
