@@ -26,8 +26,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vtfast_kernels import checks
+from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
 from vtfast_kernels.paged_attention import Pages, paged_attention
+from vtfast_kernels.rope_append import rope_append
+from vtfast_kernels.silu_mul import silu_mul
 
 ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
@@ -35,7 +38,8 @@ EXPECTED = {  # name -> whether sm_90 launches it with TMA
     "logprob_kernel": True, "linear_sample_kernel": True, "combine_splits_kernel": False,
     "combine_tiles_kernel": False, "dlogits_kernel": False, "grpo_rows_kernel": False,
     "grpo_loss_kernel": False, "group_advantage_kernel": False, "paged_attention_kernel": False,
-    "combine_parts_kernel": False,
+    "combine_parts_kernel": False, "add_rms_norm_kernel": False, "rope_append_kernel": False,
+    "silu_mul_kernel": False,
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
@@ -137,7 +141,8 @@ def cases():
                 inputs = thunk("linear_sample", dtype, shape, greedy=greedy)
                 yield label, inputs
         for rows in (8, 64, 256):
-            yield f"{kind} {rows} rows", decode_thunk(rows, dtype)
+            for call in decode_thunks(rows, dtype):
+                yield f"{kind} {rows} rows", call
     for name in ("linear_logprob", "linear_sample"):
         yield "bf16 D=100", thunk(name, torch.bfloat16, Shape(129, 1000, 100))
     for name, spec in specs().items():
@@ -148,13 +153,19 @@ def cases():
         yield scale, thunk("group_advantage", torch.float32, scale=scale)
 
 
-def decode_thunk(rows: int, dtype: torch.dtype):
-    """Attention of Qwen2-VL-2B's decode step: 12 query heads over 2 key heads of 128, pages of 256, groups of 8."""
-    row = torch.arange(rows, dtype=torch.int32)
-    pages = Pages(torch.zeros(rows, 8, dtype=torch.int32), row + 900, row // 8, 0 * row + 2, 256)
-    query = torch.zeros(rows, 12, 128, dtype=dtype)
+def decode_thunks(rows: int, dtype: torch.dtype):
+    """The ops of Qwen2-VL-2B's decode step: 12 query heads over 2 key heads of 128, pages of 256, groups of 8."""
+    row = torch.arange(rows)
+    at, x = row.int(), torch.zeros(rows, 1536, dtype=dtype)
+    pages = Pages(torch.zeros(rows, 8, dtype=torch.int32), at + 900, at // 8, 0 * at + 2, 256)
     pool = torch.zeros(4, 256, 2, 128, dtype=dtype)
-    return lambda: paged_attention(query, pool, pool, pages, impl="triton")
+    table = torch.zeros(2048, 128, dtype=dtype)
+    query, qkv, gate_up = (torch.zeros(rows, n, dtype=dtype) for n in (1536, 2048, 17920))
+    yield lambda: paged_attention(query.view(rows, 12, 128), pool, pool, pages, impl="triton")
+    yield lambda: rope_append(qkv, table, table, row, row, pool, pool, impl="triton")
+    yield lambda: add_rms_norm(x, x, x[0], impl="triton")
+    yield lambda: add_rms_norm(x, None, x[0], impl="triton")
+    yield lambda: silu_mul(gate_up, impl="triton")
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:

@@ -7,13 +7,16 @@ Shapes: N scored tokens, V vocabulary, D hidden, S sequences, R rows, G group.
 """
 
 import torch
+from torch.nn.functional import silu
 
+from .add_rms_norm import check_norm
 from .checks import IGNORED, check_head, check_target, check_temperature
 from .group_advantage import check_reward
 from .grpo_loss import check_loss_inputs, output_of
 from .linear_sample import check_rows, exponential_noise
 from .objective import GRPOLoss, GRPOLossOutput, describe_tokens, evaluate
 from .paged_attention import Pages
+from .rope_append import check_rope
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -169,3 +172,45 @@ def paged_attention(
         weight = torch.einsum("hd,thd->ht", q, k).mul(scale).softmax(-1)
         rows.append(torch.einsum("ht,thd->hd", weight, v))
     return torch.stack(rows) if rows else query.clone()
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    impl: str = "reference",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_norm(x, delta, weight, eps, "reference")
+    total = x if delta is None else x + delta
+    wide = total if total.dtype == torch.float64 else total.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight * scaled.to(x.dtype)
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    angle: torch.Tensor,
+    slot: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    impl: str = "reference",
+) -> torch.Tensor:
+    H = check_rope(qkv, cos, sin, angle, slot, keys, values, "reference")
+    K, d = keys.shape[2:]
+    qk, v = qkv.unflatten(-1, (-1, d)).split([H + K, K], dim=1)
+    first, second = qk.chunk(2, dim=-1)
+    turned = qk * cos[angle, None] + torch.cat([-second, first], dim=-1) * sin[angle, None]
+    query, key = turned.split([H, K], dim=1)
+    keys.flatten(0, 1).index_copy_(0, slot, key)
+    values.flatten(0, 1).index_copy_(0, slot, v)
+    return query
+
+
+def silu_mul(gate_up: torch.Tensor, *, impl: str = "reference") -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
