@@ -59,8 +59,10 @@ def op_scope(function: Callable) -> Callable:
     def run(*args, **kwargs):
         values = (*args, *kwargs.values())
         first = next((x for x in values if isinstance(x, torch.Tensor)), None)
-        if first is None:
-            return function(*args, **kwargs)
+        if first is None or not (first.is_cuda or torch.is_autocast_enabled(first.device.type)):
+            return function(
+                *args, **kwargs
+            )  # nothing to change, and a decode step is hundreds of calls
         device = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
         with device, torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)

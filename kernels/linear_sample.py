@@ -68,9 +68,9 @@ def exponential(state, ids):
     return tl.where(u < 0.125, series, -tl.log(1.0 - u))
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def linear_sample_kernel(
-    hidden, weight, row_key_ptr, position_ptr, seed,
+    hidden, weight, row_key_ptr, position_ptr, seed_ptr,
     score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr,  # [tiles, R]
     R, V, D: tl.constexpr, inv_temperature, stride_hidden, stride_weight,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -113,7 +113,7 @@ def linear_sample_kernel(
     if not GREEDY:
         key = tl.load(row_key_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
         place = tl.load(position_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
-        start = (seed.to(tl.int64) + 1).to(tl.uint64, bitcast=True) * MIX_2
+        start = (tl.load(seed_ptr) + 1).to(tl.uint64, bitcast=True) * MIX_2
         state = mix(mix(key * GOLDEN + start) + place * GOLDEN)
         race = e / exponential(state[None, :], offs_v[:, None])
     best = tl.max(race, 0)
@@ -180,7 +180,7 @@ def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, gre
     score, logit, top, total = logp.new_empty(4, tiles, R)
     winner = torch.empty_like(score, dtype=torch.int32)
     linear_sample_kernel[(triton.cdiv(R, constants["BLOCK_R"]), tiles)](
-        x, w, row_key, position, _signed(seed), score, winner, logit, top, total,
+        x, w, row_key, position, seed, score, winner, logit, top, total,
         R=R, V=V, inv_temperature=inv_temperature, GREEDY=greedy, **constants,
     )  # fmt: skip
     combine_tiles_kernel[(R,)](
@@ -203,9 +203,19 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def row_state(seed: int, row_key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def seed_tensor(seed: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """0-d int64 on the device of `like`. A tensor is taken as it is: a captured graph then reads each call's own."""
+    if isinstance(seed, torch.Tensor):
+        check_tensor("seed", seed, (), (torch.int64,), like)
+        return seed
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    require(whole, "seed", f"an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    return torch.full((), _signed(seed), device=like.device)
+
+
+def row_state(seed: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """[R] int64: where in the 2^64 cycle the noise of this row at this position starts."""
-    start = _mix(row_key * _signed(GOLDEN.value) + _signed((seed + 1) * MIX_2.value))
+    start = _mix(row_key * _signed(GOLDEN.value) + (seed + 1) * _signed(MIX_2.value))
     return _mix(start.add_(position * _signed(GOLDEN.value)))
 
 
@@ -218,7 +228,7 @@ def negative_noise(state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def exponential_noise(
-    seed: int, row_key: torch.Tensor, position: torch.Tensor, start: int, stop: int
+    seed: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor, start: int, stop: int
 ) -> torch.Tensor:
     return negative_noise(row_state(seed, row_key, position), start, stop).neg_()
 
@@ -271,7 +281,7 @@ def linear_sample(
     weight: torch.Tensor,
     *,
     temperature: float = 1.0,
-    seed: int,
+    seed: int | torch.Tensor,
     row_key: torch.Tensor,
     position: torch.Tensor,
     greedy: bool = False,
@@ -283,7 +293,8 @@ def linear_sample(
         hidden: [R, D].
         weight: [V, D], the lm_head.
         temperature: divides the logits.
-        seed, row_key, position: the randomness is a function of these alone; row_key, position [R] int64.
+        seed, row_key, position: the randomness is a function of these alone. seed an int or a 0-d int64 tensor on
+            hidden's device; row_key, position [R] int64.
         greedy: take the most likely token instead.
         impl: auto | triton | torch | reference.
 
@@ -294,8 +305,7 @@ def linear_sample(
     check_head(hidden, weight, impl)
     check_rows(hidden, row_key, position)
     check_temperature(temperature)
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    require(whole, "seed", f"an int, got {type(seed).__name__}")
+    seed = seed_tensor(seed, hidden)
     if impl == "reference":
         from . import reference
 

@@ -143,6 +143,8 @@ class Pages:
     """[R] int, how many; full pages, equal within a group."""
     page: int
     """Tokens of a page."""
+    memory: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """The PyTorch path keeps gathered shared pages here, by pool. Pass the same dict while the rows stay the same."""
 
     def __post_init__(self) -> None:
         table, lengths = self.block_table, self.lengths
@@ -186,7 +188,15 @@ class Gathered:
         own_lengths = pages.lengths.long() - own_start * page
         self.m = -(-int(own_lengths.max()) // page)
         place = own_start[:, None] + torch.arange(self.m, device=device)
-        self.own = table.gather(1, place.clamp_(max=table.shape[1] - 1)).flatten()
+        own = table.gather(1, place.clamp_(max=table.shape[1] - 1))
+        self.own, self.first_own = own.flatten(), int(own[0, 0])
+        self.apart = int(own[1, 0]) - self.first_own if R > 1 else self.m
+        """Pages from one row's own ones to the next row's, where all rows lie so; else 0."""
+        regular = self.first_own + self.apart * torch.arange(R, device=device)[:, None]
+        if self.apart < self.m or not torch.equal(
+            own, regular + torch.arange(self.m, device=device)
+        ):
+            self.apart = 0
         self.shared = table[first, : self.n].flatten()
         self.regular = self.G * self.most == R
         """All groups have equally many rows."""
@@ -241,7 +251,7 @@ def paged_attention(
         return _paged_triton(
             query.contiguous(), keys.contiguous(), values.contiguous(), pages, scale
         )
-    return _gathered(query, keys, values, pages.gathered, scale)
+    return _gathered(query, keys, values, pages.gathered, pages.memory, scale)
 
 
 def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tensor:
@@ -273,15 +283,37 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
     return out
 
 
-def _gathered(query, keys, values, at: Gathered, scale: float) -> torch.Tensor:
-    """Scores against the shared and the own pages side by side under one softmax."""
-    (R, H, d), (_, page, K, _) = query.shape, keys.shape
-    rep, G, most, border = H // K, at.G, at.most, at.n * page
-    own_k, own_v = (x.index_select(0, at.own).view(R, -1, K, d) for x in (keys, values))
-    if border:
-        shared_k, shared_v = (
-            x.index_select(0, at.shared).view(G, -1, K, d) for x in (keys, values)
+def _own(pool: torch.Tensor, at: Gathered) -> torch.Tensor:
+    """[R, own tokens, K, d]; a view of the pool where rows lie at equal distances."""
+    _, page, K, d = pool.shape
+    if not at.apart:
+        return pool.index_select(0, at.own).view(-1, at.m * page, K, d)
+    R, size = len(at.own) // at.m, page * K * d
+    stride = (at.apart * size, K * d, d, 1)
+    return pool.as_strided(
+        (R, at.m * page, K, d), stride, pool.storage_offset() + at.first_own * size
+    )
+
+
+def _shared(keys, values, at: Gathered, memory: dict | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, shared tokens, K, d] each"""
+    found = None if memory is None else memory.get(keys.data_ptr())
+    if found is None:
+        found = tuple(
+            x.index_select(0, at.shared).view(at.G, -1, *x.shape[2:]) for x in (keys, values)
         )
+        if memory is not None:
+            memory[keys.data_ptr()] = found
+    return found
+
+
+def _gathered(query, keys, values, at: Gathered, memory, scale: float) -> torch.Tensor:
+    """Scores against the shared and the own pages side by side under one softmax."""
+    H, (_, page, K, _) = query.shape[1], keys.shape
+    rep, G, most, border = H // K, at.G, at.most, at.n * page
+    own_k, own_v = _own(keys, at), _own(values, at)
+    if border:
+        shared_k, shared_v = _shared(keys, values, at, memory)
 
     def by_group(x: torch.Tensor) -> torch.Tensor:
         """[R, rep, ...] -> [G, most * rep, ...]"""
@@ -301,7 +333,9 @@ def _gathered(query, keys, values, at: Gathered, scale: float) -> torch.Tensor:
         if border:
             theirs = torch.bmm(by_group(q), shared_k[:, :, head].transpose(1, 2))
             scores = torch.cat([by_row(theirs), scores], dim=-1)
-        weight = scores.float().masked_fill_(at.hidden, -torch.inf).softmax(-1).to(query.dtype)
+        weight = (
+            scores.masked_fill_(at.hidden, -torch.inf).softmax(-1, torch.float32).to(query.dtype)
+        )
         result = torch.bmm(weight[..., border:], own_v[:, :, head])
         if border:
             result += by_row(torch.bmm(by_group(weight[..., :border]), shared_v[:, :, head]))

@@ -13,7 +13,7 @@ from .add_rms_norm import check_norm
 from .checks import IGNORED, check_head, check_target, check_temperature
 from .group_advantage import check_reward
 from .grpo_loss import check_loss_inputs, output_of
-from .linear_sample import check_rows, exponential_noise
+from .linear_sample import check_rows, exponential_noise, seed_tensor
 from .objective import GRPOLoss, GRPOLossOutput, describe_tokens, evaluate
 from .paged_attention import Pages
 from .rope_append import check_rope
@@ -134,7 +134,7 @@ def linear_sample(
     weight: torch.Tensor,
     *,
     temperature: float = 1.0,
-    seed: int,
+    seed: int | torch.Tensor,
     row_key: torch.Tensor,
     position: torch.Tensor,
     greedy: bool = False,
@@ -145,6 +145,7 @@ def linear_sample(
     check_temperature(temperature)
     V = weight.shape[0]
     log_p = torch.log_softmax(_logits(hidden, weight, temperature), dim=-1)
+    seed = seed_tensor(seed, hidden)
     score = log_p if greedy else log_p - exponential_noise(seed, row_key, position, 0, V).log()
     token = score.argmax(1)
     return token, log_p.gather(1, token[:, None])[:, 0].float()

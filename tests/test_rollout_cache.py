@@ -12,8 +12,9 @@ from transformers.generation import logits_process as hf
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
 from vtfast.model import load_model
-from vtfast.rollout import RolloutEngine, Sampling, engine
+from vtfast.rollout import RolloutEngine, Sampling, engine, run
 from vtfast.rollout.cache import PagedCache
+from vtfast.rollout.decode import Decoder
 from vtfast.rollout.warp import warped_sample
 from vtfast.scoring import completion_logprobs
 
@@ -25,7 +26,7 @@ def tokens(groups):
 
 
 def everything_is_free(rollout):
-    cache = rollout.cache
+    cache = rollout.workspace.cache
     return sorted(cache.free) == list(range(1, cache.pages + 1))
 
 
@@ -60,7 +61,7 @@ def test_page_size_and_layout_change_nothing(policy, prompts, monkeypatch, page)
     rollout = RolloutEngine(policy, cache_tokens=4000)
     assert tokens(rollout.generate(prompts, 3, SAMPLING, seed=1)) == expected
     assert everything_is_free(rollout)
-    random.Random(0).shuffle(rollout.cache.free)
+    random.Random(0).shuffle(rollout.workspace.cache.free)
     assert tokens(rollout.generate(prompts, 3, SAMPLING, seed=1)) == expected
 
 
@@ -82,15 +83,15 @@ def test_groups_that_wait_for_room(policy, prompts, limits):
 
 def test_pages_return_after_a_failure(policy, prompts, monkeypatch):
     rollout = RolloutEngine(policy)
-    step, calls = engine.Decoder.step, []
+    step, calls = Decoder.step, []
 
-    def fails(self, rows):
+    def fails(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("out of luck")
-        return step(self, rows)
+        return step(*arguments)
 
-    monkeypatch.setattr(engine.Decoder, "step", fails)
+    monkeypatch.setattr(Decoder, "step", fails)
     with pytest.raises(RuntimeError, match="out of luck"):
         rollout.generate(prompts, 3, SAMPLING)
     assert everything_is_free(rollout)
@@ -104,7 +105,7 @@ def test_a_prompt_larger_than_the_cache(policy, prompts):
 
 def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
     """In the decoder and in the packed forward alike."""
-    original, image = engine.linear_sample, policy.module.config.image_token_id
+    original, image = run.linear_sample, policy.module.config.image_token_id
 
     def draw(hidden, head, **chance):
         token, logp = original(hidden, head, **chance)
@@ -112,7 +113,7 @@ def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
         forced = (hidden.float() @ head.t()).log_softmax(-1)[:, image]
         return torch.where(chosen, image, token), torch.where(chosen, forced, logp)
 
-    monkeypatch.setattr(engine, "linear_sample", draw)
+    monkeypatch.setattr(run, "linear_sample", draw)
     rolled = RolloutEngine(policy).generate(prompts, 2, Sampling(max_new_tokens=6), seed=3)
     with torch.no_grad():
         scored = completion_logprobs(policy, prompts, tokens(rolled))
@@ -192,7 +193,7 @@ def test_warps_are_transformers(settings, processors):
     drawn = set()
     for position in range(20):
         token, logp = warped_sample(
-            hidden, head, Sampling(**settings), seed=0, row_key=torch.arange(len(hidden)),
+            hidden, head, Sampling(**settings), seed=torch.tensor(0), row_key=torch.arange(len(hidden)),
             position=torch.full((len(hidden),), position), eos_ids=torch.tensor([], dtype=torch.int64), seen=seen,
         )  # fmt: skip
         torch.testing.assert_close(

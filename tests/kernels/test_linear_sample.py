@@ -53,7 +53,7 @@ def test_tokens_of_probability_one_in_a_million():
 
 def test_noise_is_exponential_down_to_its_smallest_values():
     rows = torch.arange(300)
-    noise = exponential_noise(5, rows, rows * 0, 0, 100_000).flatten().double()
+    noise = exponential_noise(torch.tensor(5), rows, rows * 0, 0, 100_000).flatten().double()
     M = len(noise)
     assert (noise > 0).all() and noise.isfinite().all()
     assert abs(noise.mean() - 1) < 5 / M**0.5 and abs(noise.var() - 1) < 5 * 8**0.5 / M**0.5
@@ -65,11 +65,11 @@ def test_noise_is_exponential_down_to_its_smallest_values():
 def test_noise_of_neighbouring_keys_is_uncorrelated():
     """Rows, positions, seeds and vocabulary ids one apart, and the two ids that share a hash."""
     key, ids = torch.arange(64), 20_000
-    noise = exponential_noise(0, key, key * 0, 0, ids)
+    noise = exponential_noise(torch.tensor(0), key, key * 0, 0, ids)
     others = [
-        exponential_noise(0, key + 1, key * 0, 0, ids),
-        exponential_noise(0, key, key * 0 + 1, 0, ids),
-        exponential_noise(1, key, key * 0, 0, ids),
+        exponential_noise(torch.tensor(0), key + 1, key * 0, 0, ids),
+        exponential_noise(torch.tensor(0), key, key * 0 + 1, 0, ids),
+        exponential_noise(torch.tensor(1), key, key * 0, 0, ids),
         noise.roll(1, 1),
         noise.view(64, -1, 2).flip(2).reshape(64, -1),
     ]
@@ -87,6 +87,16 @@ def test_a_row_does_not_depend_on_its_batch(impl, device):
     some_token, some_logp = linear_sample(**{**inputs, **per_row}, impl=impl)
     assert torch.equal(some_token, token[order])
     assert error(some_logp, logp[order], 1.0) < 1e-6
+
+
+@pytest.mark.parametrize("seed", [0, 3, -1, 2**63 + 5, 2**64 - 1])
+def test_a_seed_may_be_a_tensor(impl, device, seed):
+    inputs = sample_inputs(Shape(64, 500, 8), device=device) | {"seed": seed}
+    signed = (seed + 2**63) % 2**64 - 2**63
+    as_tensor = inputs | {"seed": torch.tensor(signed, device=device)}
+    token = linear_sample(**inputs, impl=impl)[0]
+    assert torch.equal(linear_sample(**as_tensor, impl=impl)[0], token)
+    assert torch.equal(linear_sample(**inputs, impl="reference")[0], token)
 
 
 @pytest.mark.parametrize("change", ["seed", "row_key", "position"])
@@ -134,6 +144,7 @@ def test_a_row_of_nan_still_names_a_token(impl, device):
         "position": lambda i: i["position"][:-1],
         "seed": lambda i: 0.5,
         "seed ": lambda i: True,
+        " seed": lambda i: torch.zeros(1, dtype=torch.int64),
         "temperature": lambda i: -1.0,
     }.items(),
 )

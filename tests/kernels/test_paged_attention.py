@@ -74,6 +74,44 @@ def test_equals_the_reference(name, impl, device):
     torch.testing.assert_close(scaled.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("apart", [2, 5])
+def test_rows_at_equal_distances_are_read_in_place(impl, device, apart):
+    """Own pages of neighbouring rows `apart` pages from each other in the pool; pages that no row knows hold NaN."""
+    inputs = case([2, 2], [[9, 12, 10], [9, 16, 11]])
+    old = inputs["pages"].block_table
+    new = torch.tensor(
+        [[40 + 4 * (r // 3), 41 + 4 * (r // 3), 3 + r * apart, 4 + r * apart] for r in range(6)],
+        dtype=torch.int32,
+    )
+    known = torch.arange(4) * PAGE < inputs["pages"].lengths[:, None]
+    for name in ("keys", "values"):
+        pool = torch.full((60, PAGE, K, D), torch.nan)
+        pool[new[known].long()] = inputs[name][old[:, :4][known].long()]
+        inputs[name] = pool
+    inputs["pages"] = replace(inputs["pages"], block_table=new)
+    expected = paged_attention(**exactly(inputs), impl="reference")
+    moved = on(device, inputs)
+    if impl == "torch":
+        assert moved["pages"].gathered.apart == apart
+        poisoned = new[~known].long()  # read in place, then masked: NaN would survive
+        moved["keys"][poisoned], moved["values"][poisoned] = 0.0, 0.0
+    ours = paged_attention(**moved, impl=impl).cpu()
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gathered_shared_pages_are_remembered(monkeypatch):
+    inputs, memory = case([2, 2], [[9, 12], [9, 16]]), {}
+    inputs["pages"] = replace(inputs["pages"], memory=memory)
+    first = paged_attention(**inputs)
+    assert len(memory) == 1 and torch.equal(paged_attention(**inputs), first)
+    other = {"keys": inputs["keys"].clone(), "values": 2 * inputs["values"]}
+    torch.testing.assert_close(paged_attention(**inputs | other), 2 * first)
+    assert len(memory) == 2
+    shared = inputs["pages"].block_table[:, :2].unique().long()
+    inputs["keys"][shared] = torch.nan  # never read again
+    assert torch.equal(paged_attention(**inputs), first)
+
+
 def test_a_long_context_is_split(impl, device):
     """More tokens than a block and than a split, more rows of a group than a program takes."""
     inputs = case([30], [[130 + 7 * i for i in range(25)]], pages=1200)

@@ -2,10 +2,14 @@
 
 A group's worst case is reserved when it is admitted, so nothing is ever evicted or run twice: full pages of the prompt
 once, and for each row the pages of the prompt's rest and of its own tokens. Pages never move.
+
+Shared pages come from one end of the pool and own pages, equally many for each row, from the other. Rows that are
+admitted together so lie at equal distances, and PyTorch's attention reads them as one strided tensor without a copy.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +43,24 @@ class PagedCache:
         shape = (layers, pages + 1, page, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.free = list(range(pages, 0, -1))
         self.pages = pages
+        self.tidy()
 
-    def need(self, prompt: int, rows: int, new: int) -> tuple[int, int]:
-        """(shared pages, own pages of each row) for a prompt of `prompt` tokens and `new` more a row."""
-        shared, rest = divmod(prompt, self.page)
-        return shared, -(-(rest + new) // self.page)
+    def tidy(self) -> None:
+        """All pages free, in order."""
+        self.free = deque(range(1, self.pages + 1))
+
+    def clear(self) -> None:
+        self.keys.zero_()
+        self.values.zero_()
+
+    def need(self, prompt: int, new: int) -> tuple[int, int]:
+        """(shared pages, own pages of each row) for a prompt of `prompt` tokens and at most `new` more a row."""
+        return prompt // self.page, -(-(self.page - 1 + new) // self.page)
 
     def admit(self, prompt: int, rows: int, new: int) -> GroupPages | None:
         """Pages for a group; None while too few are free. Raises UserError if even an empty pool is too small."""
-        shared, own = self.need(prompt, rows, new)
+        shared, own = self.need(prompt, new)
         total = shared + rows * own
         if total > self.pages:
             raise UserError(
@@ -58,12 +69,13 @@ class PagedCache:
             )
         if total > len(self.free):
             return None
-        taken = [self.free.pop() for _ in range(total)]
-        rows_pages = [taken[shared + i * own : shared + (i + 1) * own] for i in range(rows)]
-        return GroupPages(taken[:shared], rows_pages)
+        prefix = [self.free.pop() for _ in range(shared)][::-1]
+        return GroupPages(prefix, [[self.free.popleft() for _ in range(own)] for _ in range(rows)])
 
     def release(self, pages: list[int]) -> None:
         self.free.extend(pages)
+        if len(self.free) == self.pages:
+            self.tidy()
 
     def prompt_slots(self, group: GroupPages, prompt: int) -> tuple[Tensor, Tensor]:
         """(token of the prompt, slot in the pool) of everything that prefill writes: [M], [M]."""

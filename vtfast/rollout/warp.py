@@ -18,7 +18,7 @@ def warped_sample(
     head: Tensor,
     sampling: Sampling,
     *,
-    seed: int,
+    seed: Tensor,
     row_key: Tensor,
     position: Tensor,
     eos_ids: Tensor,
