@@ -127,6 +127,15 @@ def rope_append(
                 H=H, K=K, D=d, BLOCK_D=triton.next_power_of_2(d), num_warps=1,
             )  # fmt: skip
         return query
-    from . import reference  # whole-tensor PyTorch is the CPU's fast path too
+    if impl == "reference":
+        from . import reference
 
-    return reference.rope_append(qkv, cos, sin, angle, slot, keys, values)
+        return reference.rope_append(qkv, cos, sin, angle, slot, keys, values)
+    qk, v = qkv.unflatten(1, (-1, d)).split([H + K, K], dim=1)
+    cos, sin = cos[angle, None], sin[angle, None, : d // 2]
+    turned = qk * cos
+    turned[..., : d // 2].addcmul_(qk[..., d // 2 :], sin, value=-1)
+    turned[..., d // 2 :].addcmul_(qk[..., : d // 2], sin)
+    keys.flatten(0, 1).index_copy_(0, slot, turned[:, H:])
+    values.flatten(0, 1).index_copy_(0, slot, v)
+    return turned[:, :H]
