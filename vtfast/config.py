@@ -27,6 +27,7 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 ATTENTION = ("auto", "flash_attn_3", "flash_attn", "varlen", "sdpa")
+DECODE_ATTENTION = ("auto", "flash_attn_3", "flash_attn", "triton", "varlen", "torch")
 FREEZABLE = ("vision", "merger", "language", "embeddings")
 
 
@@ -105,6 +106,20 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature; the loss uses the same one."""
 
+    rollout_max_rows: int = 512
+    """Most completions in flight at once on a rank; the others wait. It changes memory and speed, never the result."""
+    rollout_cache_tokens: int | None = None
+    """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
+    rollout_keep_cache: bool = True
+    """Keep cache and CUDA graphs between rollouts; false frees them for the update and builds them anew each time."""
+    rollout_attention: str = "auto"
+    """Attention of a decode step: flash_attn_3, flash_attn, triton, varlen, torch; auto takes the first usable."""
+    use_vllm: bool = False
+    """Sample with vLLM, colocated on each rank's GPU, instead of the engine that shares the trainer's weights."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory that vLLM takes while it is awake."""
+    vllm_enable_sleep_mode: bool = True
+    """Put vLLM to sleep between rollouts, so that the update has its memory."""
     sampler_drift_warning: float = 0.1
     """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average."""
 
@@ -200,6 +215,7 @@ class Config:
             "lr_scheduler_type": SCHEDULES,
             "vllm_importance_sampling_mode": SAMPLER_MODES,
             "attn_implementation": ATTENTION,
+            "rollout_attention": DECODE_ATTENTION,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -213,7 +229,7 @@ class Config:
         for name in (
             "num_generations", "max_completion_length", "max_prompt_length", "max_steps", "min_pixels",
             "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples", "num_iterations", "lora_r",
-            "lora_alpha",
+            "lora_alpha", "rollout_max_rows",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
@@ -229,7 +245,9 @@ class Config:
         ):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
-        for name in ("first_n", "save_total_limit", "num_processes", "cpu_threads", "token_budget"):
+        for name in (
+            "first_n", "save_total_limit", "num_processes", "cpu_threads", "token_budget", "rollout_cache_tokens",
+        ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
         for name in ("temperature", "adam_epsilon", "delta"):
@@ -258,6 +276,8 @@ class Config:
             yield f"--vllm_importance_sampling_clip_min {low}: above --vllm_importance_sampling_clip_max {high}"
         if self.max_pixels < self.min_pixels:
             yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            yield f"--vllm_gpu_memory_utilization {self.vllm_gpu_memory_utilization}: must be above 0 and at most 1"
         if not self.reward_funcs:
             yield "--reward_funcs: name at least one reward"
         elif self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):

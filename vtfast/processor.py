@@ -53,6 +53,8 @@ class Prompt:
     """The text that was encoded."""
     image_mask: torch.Tensor | None = None
     """[P] bool: where image features replace embeddings. Completions never count as images."""
+    images: Sequence[Source | str] = ()
+    """What the pixels were made of."""
 
     @property
     def rope_delta(self) -> int:
@@ -149,7 +151,7 @@ class Processor:
         ids = torch.tensor(ids, dtype=torch.int64)
         mask = ids == self.image_pad_id
         positions = mrope_positions(mask, grid, merge)
-        return Prompt(ids, positions, pixels, grid, _key(ids, pixels, grid), text, mask)
+        return Prompt(ids, positions, pixels, grid, _key(ids, pixels, grid), text, mask, images)
 
     def prompt_length(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens that `encode` would make, told from the images' (width, height) alone.
@@ -174,14 +176,23 @@ class Processor:
             ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False
         )
 
+    def resize(self, source: Source | str) -> Image.Image:
+        """An image as the model sees it: RGB, sides in whole pairs of patches, area within the limits.
+
+        Raises:
+            ImageError: an unusable image.
+            ValueError: a shape that cannot be resized within the limits.
+        """
+        size = self.image_processor.size
+        limits = size["shortest_edge"], size["longest_edge"], self.image_processor.patch_size
+        return _resizer()(load_image(source), *limits)
+
     def _pixels(self, images: Sequence[Source | str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> pixels [K, 1176] float32, grid [I, 3] int64."""
-        size, resized = self.image_processor.size, []
+        resized = []
         for number, source in enumerate(images):
             try:
-                limits = size["shortest_edge"], size["longest_edge"]
-                image = load_image(source)
-                resized.append(_resizer()(image, *limits, self.image_processor.patch_size))
+                resized.append(self.resize(source))
             except (ImageError, ValueError) as error:
                 is_path = isinstance(source, str | Path)
                 name = source if is_path else getattr(source, "filename", None)

@@ -39,7 +39,8 @@ from vtfast.questions import Asker, Question, batches, load_questions, render_sy
 from vtfast.reference import Reference
 from vtfast.report import draw_curves, held_out_table
 from vtfast.rewards import get_reward, score
-from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout import Sampling
+from vtfast.rollout.choice import choose_engine
 from vtfast.scoring import packed_logprobs
 from vtfast.sharing import Work, share_out
 from vtfast.tracking import Tracker, check_trackers
@@ -89,7 +90,8 @@ class Trainer:
                 self.policy, loss_spec(config), config.vllm_importance_sampling_correction
             )
             self.engine = distributed.zero2_engine(config, objective)
-            self.rollout = RolloutEngine(self.policy)
+            most_images = max(len(s.images) for part in samples.values() for s in part)
+            self.rollout = choose_engine(config, self.policy, self.processor, path, most_images)
             folder = str(create_run_folder(config)) if ranks.is_main else ""
             self.folder = Path(ranks.from_main(folder))
             if ranks.is_main and rendered.exists():

@@ -12,7 +12,8 @@ from vtfast.distributed import Ranks
 from vtfast.prompts import response_prefix
 from vtfast.questions import Asker
 from vtfast.rewards import accuracy_reward, format_reward
-from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout import Sampling
+from vtfast.rollout.choice import Engine
 
 BATCH = 32
 SEED = 2**31 - 1
@@ -34,7 +35,7 @@ class HeldOut:
 
 
 def held_out(
-    engine: RolloutEngine, asker: Asker, samples: Sequence, config: Config, ranks: Ranks
+    engine: Engine, asker: Asker, samples: Sequence, config: Config, ranks: Ranks
 ) -> HeldOut:
     """Ask every sample once sampled and once greedily; the ranks share them out."""
     mine = samples[ranks.rank :: ranks.size]

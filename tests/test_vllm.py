@@ -1,0 +1,190 @@
+"""The vLLM engine against a stand-in with vLLM's names, which samples from its own copy of the model."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from test_rollout_cache import tokens
+
+from vtfast.config import Config
+from vtfast.errors import UserError
+from vtfast.lora import add_lora
+from vtfast.model import load_model
+from vtfast.processor import Processor
+from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout.choice import choose_engine
+from vtfast.rollout.vllm import checkpoint_weights
+from vtfast.scoring import completion_logprobs
+
+
+class SamplingParams:
+    def __init__(self, *, n=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=None, stop=None,
+                 stop_token_ids=None, ignore_eos=False, max_tokens=16, min_tokens=0, logprobs=None,
+                 repetition_penalty=1.0, include_stop_str_in_output=False):  # fmt: skip
+        vars(self).update(locals())
+
+
+class LLM:
+    """What `vllm.LLM` does here, with a policy and processor of its own: nothing is shared but through its methods."""
+
+    def __init__(self, model, *, dtype, tensor_parallel_size, gpu_memory_utilization, max_model_len,
+                 enable_sleep_mode, enable_prefix_caching, limit_mm_per_prompt, mm_processor_kwargs,
+                 distributed_executor_backend, logprobs_mode, seed):  # fmt: skip
+        self.arguments = dict(locals())
+        self.policy = load_model(model, dtype)
+        self.processor = Processor.from_pretrained(model, **mm_processor_kwargs)
+        with torch.no_grad():
+            for weight in self.policy.module.parameters():
+                weight.fill_(torch.nan)  # what sleep leaves: weights have to be pushed
+        runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=self))
+        executor = types.SimpleNamespace(driver_worker=runner)
+        self.llm_engine = types.SimpleNamespace(model_executor=executor)
+        self.calls = []
+
+    def load_weights(self, weights):
+        own = dict(self.policy.module.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights:
+                own[name].copy_(weight)
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags[0]}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("forget")
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        self.calls.append("generate")
+        out = []
+        for request, wanted in zip(prompts, sampling_params, strict=True):
+            text = self.processor.decode(request["prompt_token_ids"], keep_special=True)
+            images = request.get("multi_modal_data", {}).get("image", [])
+            images = images if isinstance(images, list) else [images]
+            prompt = self.processor.encode(text, images)
+            assert wanted.ignore_eos and wanted.stop_token_ids == list(self.policy.eos_ids)
+            sampling = Sampling(
+                temperature=wanted.temperature or 1.0, max_new_tokens=wanted.max_tokens,
+                greedy=wanted.temperature == 0, top_k=wanted.top_k,
+            )  # fmt: skip
+            (group,) = RolloutEngine(self.policy).generate(
+                [prompt], wanted.n, sampling, wanted.seed
+            )
+            answers = [
+                types.SimpleNamespace(
+                    token_ids=tuple(c.tokens), finish_reason=c.finish_reason,
+                    logprobs=[{t: types.SimpleNamespace(logprob=x)} for t, x in zip(c.tokens, c.logprobs, strict=True)],
+                )
+                for c in group
+            ]  # fmt: skip
+            ids = prompt.ids.tolist()
+            out.append(types.SimpleNamespace(prompt_token_ids=ids, outputs=answers))
+        return out
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+def engine(policy, processor, path, **changes):
+    config = Config(use_vllm=True, max_prompt_length=200, max_completion_length=12, **changes)
+    return choose_engine(config, policy, processor, str(path), 2)
+
+
+def test_completions_are_the_policys(fake_vllm, policy, processor, random_path, prompts):
+    ours = engine(policy, processor, random_path)
+    rolled = ours.generate(prompts, 3, Sampling(max_new_tokens=12, temperature=0.8), seed=4)
+    with torch.no_grad():
+        scored = completion_logprobs(policy, prompts, tokens(rolled), temperature=0.8)
+    for group, logps in zip(rolled, scored, strict=True):
+        assert len({tuple(c.tokens) for c in group}) == 3
+        for completion, logp in zip(group, logps, strict=True):
+            assert completion.logprobs == pytest.approx(logp.tolist(), abs=1e-5)
+            ended = completion.tokens[-1] in policy.eos_ids
+            assert completion.finish_reason == ("stop" if ended else "length")
+    again = ours.generate(prompts, 3, Sampling(max_new_tokens=12, temperature=0.8), seed=4)
+    assert tokens(again) == tokens(rolled)
+    other = ours.generate(prompts, 3, Sampling(max_new_tokens=12, temperature=0.8), seed=5)
+    assert tokens(other) != tokens(rolled)
+    greedy = Sampling(max_new_tokens=8, greedy=True)
+    assert tokens(ours.generate(prompts, 1, greedy)) == tokens(
+        RolloutEngine(policy).generate(prompts, 1, greedy)
+    )
+    assert ours.generate([], 3) == []
+
+
+def test_it_sleeps_between_rollouts_and_is_told_of_new_weights(
+    fake_vllm, processor, random_path, prompts
+):
+    policy = load_model(random_path)
+    ours = engine(policy, processor, random_path)
+    before = tokens(ours.generate(prompts, 2, Sampling(max_new_tokens=8)))
+    assert ours.llm.calls == [
+        "sleep 2", "wake weights", "forget", "wake kv_cache", "generate", "sleep 2",
+    ]  # fmt: skip
+    with torch.no_grad():
+        policy.language_model.layers[0].mlp.down_proj.weight.mul_(-1)
+    assert tokens(ours.generate(prompts, 2, Sampling(max_new_tokens=8))) != before
+    awake = engine(policy, processor, random_path, vllm_enable_sleep_mode=False)
+    awake.generate(prompts, 1, Sampling(max_new_tokens=2))
+    assert awake.llm.calls == ["forget", "generate"]
+    assert awake.llm.arguments["max_model_len"] == 212
+    assert awake.llm.arguments["limit_mm_per_prompt"] == {"image": 2}
+
+
+def test_it_falls_asleep_after_a_failure(
+    fake_vllm, policy, processor, random_path, prompts, monkeypatch
+):
+    ours = engine(policy, processor, random_path)
+    monkeypatch.setattr(LLM, "generate", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.generate(prompts, 1)
+    assert ours.llm.calls[-1] == "sleep 2"
+
+
+def test_adapters_are_merged_on_the_way(random_path):
+    policy = load_model(random_path)
+    plain = {name: p.detach().clone() for name, p in policy.module.named_parameters()}
+    add_lora(policy, 4, 8, ["q_proj", "down_proj"])
+    for name, parameter in policy.module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    pushed = dict(checkpoint_weights(policy.module))
+    assert pushed.keys() == plain.keys()
+    merged = load_model(random_path)
+    merged.module.load_state_dict(pushed, strict=False)
+    changed = {name for name in plain if not torch.equal(plain[name], pushed[name])}
+    assert changed == {
+        n for n in plain if n.endswith(("q_proj.weight", "down_proj.weight")) and "language" in n
+    }
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(
+        merged.module(input_ids=ids).logits,
+        policy.module(input_ids=ids).logits,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_another_image_size_in_vllm_is_found(
+    fake_vllm, policy, processor, random_path, prompts, monkeypatch
+):
+    ours = engine(policy, processor, random_path)
+    monkeypatch.setattr(processor, "resize", lambda image: image.resize((28, 28)))
+    with pytest.raises(UserError, match=r"vLLM made \d+ tokens of a prompt of"):
+        ours.generate(prompts[:1], 1, Sampling(max_new_tokens=2))
+
+
+def test_without_vllm(policy, processor, random_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="--use_vllm: vllm cannot be imported"):
+        engine(policy, processor, random_path)
+    code = "import sys, vtfast.trainer, vtfast.rollout.vllm; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
