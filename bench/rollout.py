@@ -1,8 +1,11 @@
-"""`python -m bench rollout`: tokens for 4 prompts with an image x 8 samples, beside Hugging Face's generate.
+"""`python -m bench rollout`: whole rollouts beside Hugging Face's generate, and decode steps beside the memory's limit.
 
-Both sample from the full softmax at temperature 1 with the same weights, batch and number of tokens; none stops early.
+Rollouts: 4 prompts with an image x 8 samples (2 x 8 on a GPU). Both sample from the full softmax at temperature 1 with
+the same weights, batch and number of tokens; none stops early.
     ours   the trainer's rollout engine
     hf     generate(num_return_sequences=8): batched, KV cache, left padding
+Decode steps, on a GPU: 1 to 256 rows in groups of 8, replayed from graphs and launched one by one. The floor is the
+time that the weights once, a group's prompt once and a row's own tokens once take at the data sheet's bandwidth.
 The engine's tests run first. Rows are appended to results/rollout.csv.
 """
 
@@ -12,16 +15,30 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from bench._harness import ROOT, alternate, append, device_name, paired_ratio, quantiles, versions
-from bench._workload import MID, TINY, TWO_B, Workload
+from bench._harness import (
+    ROOT,
+    alternate,
+    append,
+    device_name,
+    paired_ratio,
+    quantiles,
+    seconds,
+    versions,
+)  # fmt: skip
+from bench._workload import MID, TINY, TWO_B, Shape, Workload
 from vtfast.attention import choose_backend
+from vtfast.metrics import PEAK_BANDWIDTH, peak
 from vtfast.model import Policy
 from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout.attention import BACKENDS
+from vtfast.rollout.run import Run
+from vtfast.rollout.workspace import cache_shape
 
 GOALS = {"mid": 1 / 2.5, "tiny": 1 / 1.5, "Qwen2-VL-2B": 1 / 20}  # our time / generate's
 
@@ -58,6 +75,92 @@ def hugging_face(work: Workload) -> Callable[[], object]:
         min_new_tokens=n, eos_token_id=0, pad_token_id=0, use_cache=True,
     )  # fmt: skip
     return lambda: module.generate(**batch, generation_config=settings)
+
+
+ROWS = {"cpu": (8, 32), "cuda": (1, 8, 16, 64, 128, 256)}
+STEPS = 16
+FLOOR_GOAL = {64: 0.6}  # share of the floor, by rows
+
+
+def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool:
+    """Milliseconds of a decode step by rows, and how near to the floor they are."""
+    print(
+        f"\ndecode, {shape.model}, {shape.completion} tokens at most, {device_name(device)}, attention {attention}"
+    )
+    names = ("p20 ms", "p50 ms", "p80 ms", "tokens/s", "of floor", "kernels/layer")
+    print(f"  {'rows':>6}{'':>8}" + "".join(f"{name:>14}" for name in names))
+    met, rows = True, []
+    for count in ROWS[device]:
+        G = min(8, count)
+        prompts = count // G
+        work = Workload(
+            replace(shape, text=shape.text[:1] * prompts, grids=shape.grids[:1] * prompts, G=G),
+            device,
+        )
+        policy = Policy(work.module.eval(), (), choose_backend("auto", device, work.dtype))
+        for mode in ("graph", "eager") if device == "cuda" else ("eager",):
+            engine = RolloutEngine(policy, graphs=mode == "graph", attention=attention, poll=STEPS)
+            run = start(engine, work, rounds)
+            times = [seconds(run.decode, device) / STEPS * 1e3 for _ in range(rounds)]
+            p20, p50, p80 = quantiles(times)
+            tokens = sum(len(prompt.ids) for prompt in work.prompts)
+            own = STEPS * (rounds + 1) / 2  # the middle of what was timed
+            share = share_of_floor(policy, tokens + count * own, p50 / 1e3)
+            kernels = kernels_a_layer(run, policy) if device == "cuda" and mode == "eager" else None
+            cells = [*(f"{x:.3f}" for x in (p20, p50, p80)), f"{count / p50 * 1e3:.0f}"]
+            cells += ["" if share is None else f"{share:.0%}", str(kernels or "")]
+            print(f"  {count:>6}{mode:>8}" + "".join(f"{cell:>14}" for cell in cells))
+            if mode == "graph" and share is not None and share < FLOOR_GOAL.get(count, 0):
+                print(f"  goal: {FLOOR_GOAL[count]:.0%} of the floor at {count} rows, NOT met")
+                met = False
+            rows.append(
+                {
+                    "op": "decode", "peer": f"{mode}, {attention} attention", "shape": f"{shape.model} rows={count}",
+                    "dtype": str(work.dtype).removeprefix("torch."), "metric": "ms a step", "p20": p20, "p50": p50,
+                    "p80": p80, "share": share, "device": device_name(device), "versions": versions("torch", "triton"),
+                }
+            )  # fmt: skip
+            run.release()
+    append("rollout.csv", rows)
+    return met
+
+
+def start(engine: RolloutEngine, work: Workload, rounds: int) -> Run:
+    """A rollout behind its prefill and first steps, with room for `rounds` times STEPS more."""
+    sampling = Sampling(max_new_tokens=STEPS * (rounds + 4))
+    G = work.shape.G
+    memory = engine._workspace(work.prompts, G, sampling.max_new_tokens)
+    run = Run(
+        engine.policy, memory, work.prompts, G, sampling, 0, max_rows=engine.max_rows, poll=STEPS
+    )
+    for part in run.admit():
+        run.prefill(part)
+    with torch.no_grad():
+        run.decode()  # compiles and captures
+    return run
+
+
+def share_of_floor(policy: Policy, cached_tokens: float, seconds_a_step: float) -> float | None:
+    """Bytes of weights and of keys and values, each read once, at the data sheet's bandwidth, over the time taken."""
+    bandwidth = peak(PEAK_BANDWIDTH, policy.device)
+    if bandwidth is None:
+        return None
+    layers, heads, head_dim = cache_shape(policy)
+    weights = {p.data_ptr(): p for p in (*policy.language_model.parameters(), policy.head)}
+    size = policy.head.element_size()
+    read = sum(p.numel() for p in weights.values()) * size
+    read += cached_tokens * 2 * layers * heads * head_dim * size
+    return read / bandwidth / seconds_a_step
+
+
+def kernels_a_layer(run: Run, policy: Policy) -> float:
+    """Kernels of a step over layers; what the head and the bookkeeping launch is in it."""
+    rows = run.work.rows.part(0, len(run.places))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run.step(rows)
+        torch.cuda.synchronize()
+    kernels = sum(event.count for event in profile.key_averages() if event.device_time_total > 0)
+    return round(kernels / policy.language_model.config.num_hidden_layers, 1)
 
 
 def compare(shape, device: str, rounds: int) -> bool:
@@ -114,6 +217,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument(
+        "--attention", choices=("auto", *BACKENDS), default="auto", help="of decode steps"
+    )
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -127,10 +233,12 @@ def main(argv: list[str]) -> int:
             "-m",
             "not slow",
             str(ROOT / "tests" / "test_rollout.py"),
+            str(ROOT / "tests" / "test_rollout_graphs.py"),
         ]
         if subprocess.run(command, cwd=ROOT).returncode:
             print("a test fails: no numbers")
             return 1
     shapes = [TINY, MID] if options.device == "cpu" else [TWO_B]
     met = [compare(shape, options.device, options.rounds) for shape in shapes]
+    met.append(decode_steps(shapes[-1], options.device, options.rounds, options.attention))
     return 0 if all(met) else 1

@@ -57,12 +57,12 @@ def op_scope(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        values = (*args, *kwargs.values())
-        first = next((x for x in values if isinstance(x, torch.Tensor)), None)
+        first = args[0] if args else None
+        if not isinstance(first, torch.Tensor):
+            values = (*args, *kwargs.values())
+            first = next((x for x in values if isinstance(x, torch.Tensor)), None)
         if first is None or not (first.is_cuda or torch.is_autocast_enabled(first.device.type)):
-            return function(
-                *args, **kwargs
-            )  # nothing to change, and a decode step is hundreds of calls
+            return function(*args, **kwargs)  # a decode step is hundreds of calls
         device = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
         with device, torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
@@ -101,9 +101,10 @@ def check_tensor(
     """`shape` may hold None for a free size; `like` fixes the device."""
     require(isinstance(x, torch.Tensor), name, f"expected a tensor, got {type(x).__name__}")
     got = x.shape
-    fits = len(got) == len(shape) and all(
-        a is None or a == b for a, b in zip(shape, got, strict=True)
-    )
+    fits = len(got) == len(shape)
+    if fits:
+        for want, size in zip(shape, got, strict=True):
+            fits = fits and (want is None or want == size)
     if fits and x.dtype in dtypes and x.device == like.device:
         return  # a decode step asks hundreds of times: messages are made when they are needed
     require(fits, name, f"expected shape {_show(shape)}, got {tuple(got)}")

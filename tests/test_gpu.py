@@ -1,5 +1,6 @@
-"""What only a GPU can show: the flash kernels behind packed rows, bf16 against fp32, a short run on CUDA."""
+"""What only a GPU can show: flash kernels, bf16 against fp32, captured decode steps, a short run on CUDA."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,10 +11,15 @@ import torch
 from hugging_face import logprobs
 from test_attention import KEYS, LENGTHS, D, plain, rows
 from test_scoring import COMPLETIONS, flat
+from vtfast_kernels.paged_attention import Pages, paged_attention
 
 from vtfast.attention import BACKENDS, Layout, _usable, attend
 from vtfast.liger import use_liger
 from vtfast.model import load_model
+from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout.attention import BACKENDS as DECODE_BACKENDS
+from vtfast.rollout.attention import _usable as _decode_usable
+from vtfast.rollout.attention import decode_attention
 from vtfast.scoring import completion_logprobs
 
 pytestmark = [
@@ -82,6 +88,94 @@ def test_bf16_is_no_worse_than_hugging_faces(random_path, prompts, liger):
     for name, wanted in grads["gold"].items():
         mine, other = ((grads[who][name] - wanted).norm() for who in ("ours", "theirs"))
         assert mine <= 2 * other + 1e-2 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("backend", DECODE_BACKENDS)
+def test_decode_attention_backends(backend):
+    """bf16 over pages of 256 tokens against float64."""
+    if not _decode_usable(backend, torch.device("cuda"), torch.bfloat16):
+        pytest.skip(f"{backend} is not installed here")
+    generator = torch.Generator().manual_seed(0)
+    query, pool = (
+        torch.randn(8, 12, 64, generator=generator),
+        torch.randn(2, 40, 256, 2, 64, generator=generator),
+    )
+    query, (keys, values) = query.bfloat16(), pool.bfloat16()
+    row, table = torch.arange(8), torch.randperm(40, generator=generator)
+    table = torch.stack(
+        [
+            torch.cat([table[:2] if r < 4 else table[2:4], table[4 + 4 * r : 8 + 4 * r]])
+            for r in range(8)
+        ]
+    )
+    lengths = torch.tensor([520, 513, 900, 1300, 515, 777, 1024, 1025])
+    where = [table.int(), lengths.int(), row // 4, 0 * row + 2]
+    expected = paged_attention(
+        query.double(), keys.double(), values.double(), Pages(*where, 256), impl="reference"
+    )
+    on_gpu = [x.cuda() for x in (query, keys, values)]
+    ours = decode_attention(backend, "cuda", torch.bfloat16)(
+        *on_gpu, Pages(*(x.cuda() for x in where), 256), 0.125
+    )
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_equal_eager_to_the_bit(random_path, prompts, dtype):
+    policy = load_model(random_path, dtype, "cuda")
+    hasty = type(policy)(policy.module, tuple(range(0, 400, 9)), policy.backend)
+    sampling = Sampling(max_new_tokens=40)
+    graphs, eager = RolloutEngine(hasty), RolloutEngine(hasty, capture=EAGER)
+    for seed in (1, 2):
+        ours, plain = (e.generate(prompts, 7, sampling, seed) for e in (graphs, eager))
+        assert ours == plain, "tokens and log-probs"
+    assert graphs.workspace.graphs.replays
+    with torch.no_grad():
+        policy.language_model.layers[0].mlp.up_proj.weight.mul_(-1)
+    assert (
+        graphs.generate(prompts, 7, sampling, 2) == eager.generate(prompts, 7, sampling, 2) != plain
+    )
+
+
+def EAGER(step, rows):
+    """In place of a capture: the same padded step, launched kernel by kernel."""
+    return functools.partial(step, rows)
+
+
+def test_a_decode_step_neither_waits_for_the_host_nor_allocates(random_path, prompts):
+    policy = load_model(random_path, "bfloat16", "cuda")
+    engine = RolloutEngine(policy)
+    engine.generate(prompts, 8, Sampling(max_new_tokens=20))
+    work = engine.workspace
+    replay = next(iter(work.graphs.replays.values()))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_rollout_on_the_gpu_is_the_cpus(random_path, prompts):
+    """fp32, the same noise: equal tokens (a tie broken by rounding aside), log-probs of the training forward."""
+    cpu, cuda = (load_model(random_path, "float32", device) for device in ("cpu", "cuda"))
+    sampling = Sampling(max_new_tokens=16)
+    theirs = RolloutEngine(cpu).generate(prompts, 4, sampling, seed=3)
+    ours = RolloutEngine(cuda).generate(prompts, 4, sampling, seed=3)
+    same = [
+        a.tokens == b.tokens
+        for x, y in zip(ours, theirs, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    assert sum(same) >= 0.9 * len(same)
+    with torch.no_grad():
+        scored = completion_logprobs(cuda, prompts, [[c.tokens for c in group] for group in ours])
+    for group, logps in zip(ours, scored, strict=True):
+        for completion, logp in zip(group, logps, strict=True):
+            assert completion.logprobs == pytest.approx(logp.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize(

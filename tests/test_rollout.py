@@ -55,21 +55,63 @@ def test_a_rows_tokens_depend_on_seed_prompt_and_sample_number_only(policy, prom
 
 
 def test_sampling_follows_the_softmax(policy, prompts):
-    """First tokens of 20,000 samples against the model's distribution (chi-square, 5 sigma)."""
-    rows = RolloutEngine(policy).generate(prompts[:1], 20_000, Sampling(max_new_tokens=1), seed=1)[
-        0
-    ]
-    counts = torch.bincount(
-        torch.tensor([c.tokens[0] for c in rows]), minlength=policy.head.shape[0]
+    """50,000 first tokens, probabilities from a tenth to below 1e-4, against the model's distribution (chi-square)."""
+    engine, sampling, V = (
+        RolloutEngine(policy),
+        Sampling(0.25, max_new_tokens=1),
+        policy.head.shape[0],
     )
+    drawn = [
+        completion.tokens[0]
+        for seed in range(10)
+        for completion in engine.generate(prompts[:1], 5_000, sampling, seed)[0]
+    ]
+    counts = torch.bincount(torch.tensor(drawn), minlength=V).double()
     with torch.no_grad():
-        every = [[token] for token in range(policy.head.shape[0])]
-        expected = (
-            torch.stack(completion_logprobs(policy, prompts[:1], [every])[0]).exp()[:, 0] * 20_000
+        scored = completion_logprobs(
+            policy, prompts[:1], [[[token] for token in range(V)]], temperature=0.25
         )
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    degrees = len(expected) - 1
+    expected = 50_000 * torch.stack(scored[0])[:, 0].double().exp()
+    rare = expected < 10
+    bins = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    found = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    statistic, degrees = ((found - bins) ** 2 / bins).sum(), len(bins) - 1
     assert abs(statistic - degrees) < 5 * (2 * degrees) ** 0.5
+    near = (expected > 2.5) & (expected < 10)  # about 1e-4
+    assert (
+        near.sum() >= 5
+        and abs(counts[near].sum() - expected[near].sum()) < 5 * expected[near].sum() ** 0.5
+    )
+
+
+def test_end_tokens_inside_a_prompt_end_nothing(policy, processor):
+    end = processor.tokenizer.convert_ids_to_tokens(policy.eos_ids[0])
+    prompt = processor.encode(f"{end}How{end} many?", [])
+    assert prompt.ids[0] == policy.eos_ids[0]
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=8, eos_token_id=list(policy.eos_ids), pad_token_id=0
+    )
+    theirs = policy.module.generate(**inputs(prompt), generation_config=config)[
+        0, len(prompt.ids) :
+    ]
+    greedy = Sampling(max_new_tokens=8, greedy=True)
+    assert RolloutEngine(policy).generate([prompt], 1, greedy)[0][0].tokens == theirs.tolist()
+
+
+def test_one_straggler_runs_to_the_limit(policy, prompts):
+    """All rows but one end with their first token; the last one goes on alone, with the tokens it has in company."""
+    free = RolloutEngine(type(policy)(policy.module, ())).generate(
+        prompts, 2, Sampling(max_new_tokens=20), 3
+    )
+    last = free[-1][-1]
+    ends = {c.tokens[0] for group in free for c in group if c is not last}
+    assert not ends & set(last.tokens), "another seed is needed"
+    rolled = RolloutEngine(type(policy)(policy.module, tuple(ends))).generate(
+        prompts, 2, Sampling(max_new_tokens=20), 3
+    )
+    lengths = [len(c.tokens) for group in rolled for c in group]
+    assert lengths == [1] * 7 + [20] and rolled[-1][-1].tokens == last.tokens
+    assert rolled[-1][-1].finish_reason == "length"
 
 
 def test_the_end_token_belongs_to_the_completion(policy, prompts):

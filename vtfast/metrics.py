@@ -15,6 +15,8 @@ from vtfast.objective import SUMS
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name (data sheets)."""
+PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
+"""Bytes/s of the memory, likewise (SXM modules)."""
 
 
 class Timer:
@@ -41,11 +43,16 @@ def memory_gb(device: torch.device) -> float:
 
 def mfu(flops: float, seconds: float, device: torch.device) -> float | None:
     """Share of the device's dense bf16 peak that `flops` useful operations reach; None where the peak is not known."""
+    rate = peak(PEAK_FLOPS, device)
+    return None if rate is None else flops / seconds / rate
+
+
+def peak(rates: Mapping[str, float], device: torch.device) -> float | None:
+    """The rate of this device; None for the CPU and for devices that are not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
-    return None if peak is None else flops / seconds / peak
+    return next((rate for part, rate in rates.items() if part in name), None)
 
 
 def step_metrics(
