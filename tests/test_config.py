@@ -11,7 +11,8 @@ from vtfast.errors import UserError
 PAPER = {
     "model": "Qwen/Qwen2-VL-2B",
     "data": "array/SAT",
-    "first_n": 15000,
+    "first_rows": 15000,
+    "static": True,
     "template": "r1-zero",
     "num_processes": 4,
     "per_device_train_batch_size": 1,
