@@ -12,12 +12,13 @@ from make_files import (
     assert_same_questions,
     encoded,
     picture,
+    png_header,
     sat_row,
     write_sat,
     write_sat_v2,
     write_visualthinker,
 )
-from PIL import Image
+from PIL import Image, ImageFile
 
 import vtfast.images
 from vtfast.data import (
@@ -92,7 +93,12 @@ BAD = {
         "image_bytes": [encoded(), encoded(picture(200, 200), "PNG")[:-2000]],
     },
     "aspect ratio above 200": {"image_bytes": [encoded(picture(805, 4))]},
+    "20000 x 80 pixels: aspect ratio above 200": {"image_bytes": [encoded(picture(20000, 80))]},
     "a side of one pixel": {"image_bytes": [encoded(picture(1, 1))]},
+    "40 x 1 pixels: a side of one pixel": {"image_bytes": [encoded(picture(40, 1))]},
+    "image of more than": {"image_bytes": [png_header(50_000, 50_000)]},
+    "12000 x 9000 pixels, more than": {"image_bytes": [png_header(12_000, 9_000)]},
+    "image 0: corrupt image (": {"image_bytes": [png_header(100, 100)]},
     "the answer '7' is not among the options": {"correct_answer": "7"},
     "the answer 'left' is not among": {"correct_answer": "left", "answers": ["Left", "right"]},
     "empty question": {"question": " \n"},
@@ -120,6 +126,23 @@ def test_bad_rows_are_skipped_with_their_number(tmp_path, reason, caplog):
     with pytest.raises(UserError) as stopped:
         load_samples(path, on_bad="error")
     assert f"{path}, row 1: {told}" in str(stopped.value)
+
+
+def test_a_bomb_is_refused_by_its_header(monkeypatch):
+    """No pixel is decoded: 50,000 x 50,000 of them are 7.5 GB."""
+
+    def load(*_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    for sides in ((50_000, 50_000), (12_000, 9_000)):
+        with pytest.raises(BadRow, match="more than"):
+            read_row(sat_row(image_bytes=[png_header(*sides)]))
+
+
+def test_a_long_strip_within_the_ratio_is_an_image():
+    sample = read_row(sat_row(image_bytes=[encoded(picture(20_000, 200))]))
+    assert sample.images[0].size == (20_000, 200)
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ class Columns:
 
     def check(self, there: Collection[str], where: str) -> None:
         """Raises UserError, naming `where`, if a column that was said is not there or none fits."""
-        if MESSAGES in there and self == Columns():
+        if MESSAGES in there and self == RECOGNISED:
             return
         for entry in fields(self):
             column = getattr(self, entry.name)
@@ -91,12 +91,16 @@ class Columns:
 
     def wanted(self, there: Collection[str]) -> list[str]:
         """The names among `there` that reading a row needs."""
-        if MESSAGES in there and self == Columns():
+        if MESSAGES in there and self == RECOGNISED:
             found = [MESSAGES, "images"]
         else:
             resolved = self.resolve(there)
             found = [getattr(resolved, entry.name) for entry in fields(resolved)] + [QUESTION_TYPE]
         return [name for name in dict.fromkeys(found) if name in there]
+
+
+RECOGNISED = Columns()
+"""None said: all recognised by their names."""
 
 
 def is_sat(said: Columns, found: Columns) -> bool:

@@ -243,7 +243,14 @@ class Config:
         ):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
-        for name in ("first_n", "first_rows", "save_total_limit", "num_processes", "cpu_threads", "token_budget"):
+        for name in (
+            "first_n",
+            "first_rows",
+            "save_total_limit",
+            "num_processes",
+            "cpu_threads",
+            "token_budget",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
         for name in ("temperature", "adam_epsilon", "delta"):

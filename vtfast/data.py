@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from vtfast.columns import Columns
+from vtfast.columns import RECOGNISED, Columns
 from vtfast.data_files import DataFile, find_files, read_rows
 from vtfast.errors import UserError
 from vtfast.kinds import question_kind
@@ -23,6 +23,7 @@ from vtfast.processor import Processor
 from vtfast.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row
 
 __all__ = [
+    "RECOGNISED",
     "BadRow",
     "Columns",
     "NotSelected",
@@ -73,7 +74,7 @@ def load_samples(
     limit: int | None = None,
     *,
     on_bad: Literal["skip", "error"] = "skip",
-    columns: Columns = Columns(),
+    columns: Columns = RECOGNISED,
     selection: Selection = ALL,
     first_rows: int | None = None,
 ) -> Samples:
@@ -140,7 +141,7 @@ def iter_rows(
     source: str | Path,
     split: str | None = None,
     *,
-    columns: Columns = Columns(),
+    columns: Columns = RECOGNISED,
     selection: Selection = ALL,
     first_rows: int | None = None,
     stream: bool = False,

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vtfast.columns import Columns, keys
+from vtfast.columns import RECOGNISED, Columns, keys
 from vtfast.errors import UserError
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
 from vtfast.rows import BadRow
@@ -114,7 +114,7 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
     return sorted(picked, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
-def read_rows(file: DataFile, columns: Columns = Columns()) -> Iterator[list[Any]]:
+def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[Any]]:
     """Rows of a file in small batches, as plain Python values; a line that is no JSON is a BadRow.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 
 from vtfast import synthetic
 from vtfast.config import Config
-from vtfast.data import Columns, Sample, Selection, load_samples, shuffle_options
+from vtfast.data import RECOGNISED, Columns, Sample, Selection, load_samples, shuffle_options
 from vtfast.errors import UserError
 from vtfast.images import image_sizes
 from vtfast.processor import Processor, Prompt
@@ -111,7 +111,7 @@ def load_questions(config: Config, asker: Asker, rendered: Path) -> dict[str, li
             continue
         named = columns(config)
         if source == SYNTHETIC:
-            source, named = rendered / f"{split}.parquet", Columns()
+            source, named = rendered / f"{split}.parquet", RECOGNISED
         loaded = load_samples(
             source,
             of_source,

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vtfast.columns import MESSAGES, QUESTION_TYPE, Columns, is_sat
+from vtfast.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
 from vtfast.errors import UserError
 from vtfast.images import Images, Source, check_image
 from vtfast.kinds import question_kind
@@ -77,7 +77,7 @@ ALL = Selection()
 def read_row(
     entry: Any,
     *,
-    columns: Columns = Columns(),
+    columns: Columns = RECOGNISED,
     selection: Selection = ALL,
     row: int = -1,
     source: str = "",
@@ -99,7 +99,7 @@ def read_row(
     if not isinstance(entry, Mapping):
         raise BadRow(f"not a row of named values but {type(entry).__name__}")
     question_type = entry.get(QUESTION_TYPE)
-    if MESSAGES in entry and columns == Columns():
+    if MESSAGES in entry and columns == RECOGNISED:
         items, complete = _items(entry.get("images")), True
         question, options, answer = _visualthinker_texts(entry[MESSAGES])
     else:

@@ -44,7 +44,9 @@ def run(arguments: Sequence[str]) -> int:
         given["data"] = flags["path"]
     if flags["limit"] is not None:
         given["first_rows"] = flags["limit"]
-    if flags["recipe"] is None:  # of the demo's recipe, the model alone: it is the one that is at hand
+    if (
+        flags["recipe"] is None
+    ):  # of the demo's recipe, the model alone: it is the one that is at hand
         given = {"template": "r1-zero", **given}
     config = load_config(flags["recipe"] or "tiny-spatial", None, given)
     if config.data == "synthetic":
