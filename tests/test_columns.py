@@ -52,6 +52,14 @@ PUBLISHED = {
         {"question": "<image>\n<image> Which?", "answer": "left"},
         ("Which?", [], "left", 0),
     ),
+    "an empty list of options": (
+        {"question": "?", "answer": "a", "options": []},
+        ("?", [], "a", 0),
+    ),
+    "no letter behind a colon": (
+        {"question": "?", "answer": "Answer: Bricks"},
+        ("?", [], "Answer: Bricks", 0),
+    ),
     "a number": ({"question": "1 + 1?", "answer": 2}, ("1 + 1?", [], "2", 0)),
 }
 
@@ -62,6 +70,16 @@ def test_known_columns(name):
     sample = read_row(row)
     assert (sample.question, sample.options, sample.answer) == (question, options, answer)
     assert len(sample.images) == images
+
+
+def test_sats_rows_are_whole_or_broken_and_others_are_open():
+    """`correct_answer` tells a row of SAT, unless a flag says that it is somebody else's column."""
+    row = {"question": "1 + 1?", "correct_answer": "2"}
+    with pytest.raises(BadRow, match="no image"):
+        read_row(row)
+    with pytest.raises(BadRow, match="no options"):
+        read_row(row | {"images": [PNG]})
+    assert read_row(row, columns=Columns(answer="correct_answer")).answer == "2"
 
 
 def test_r1_vs_parquet(tmp_path):

@@ -32,7 +32,7 @@ MESSAGES = "messages"
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns. None: not said yet, or behind `resolve` not there."""
+    """Names of columns. None: not said, or behind `resolve` not there."""
 
     question: str | None = None
     answer: str | None = None
@@ -42,8 +42,8 @@ class Columns:
     def resolve(self, there: Collection[str]) -> "Columns":
         """These columns with the unsaid ones recognised among the names `there`.
 
-        An options or image column that was said but is not there is None: a row without one is an open or a text-only
-        question. `check` tells whether a whole file lacks it.
+        A row may lack its options or image column, even one that was said: it asks an open or a text-only question.
+        `check` tells whether a whole file lacks it.
 
         Raises:
             UserError: no column for the question or for the answer.
@@ -65,13 +65,7 @@ class Columns:
         options = self.options or _first(
             ("answers", *OPTIONS) if answer == SATS_ANSWER else OPTIONS, there
         )
-        image = self.image or _first(IMAGE, there)
-        return Columns(
-            question,
-            answer,
-            options if options in there else None,
-            image if image in there else None,
-        )
+        return Columns(question, answer, options, self.image or _first(IMAGE, there))
 
     def check(self, there: Collection[str], where: str) -> None:
         """Raises UserError, naming `where`, if a column that was said is not there or none fits."""
