@@ -190,7 +190,7 @@ def test_static_is_one_image(tmp_path, caplog):
     assert [sample.row for sample in samples] == [0, 3]
     assert samples.skipped == []
     assert caplog.messages == [
-        f"left out 2 of 4 rows: {path}, row 1: 2 images, and --static wants one, and so on"
+        f"left out 2 of 4 rows, the first: {path}, row 1: 2 images, and --static wants one"
     ]
     text = {"question": "?", "answer": "a"}
     with pytest.raises(NotSelected, match="0 images"):

@@ -130,7 +130,7 @@ def load_samples(
         first = "; ".join([*bad[:3], *left_out[:1]]) or "it has no rows"
         raise UserError(f"{source}: no usable row among {total}. {first}")
     if left_out:
-        log.info("left out %d of %d rows: %s, and so on", len(left_out), total, left_out[0])
+        log.info("left out %d of %d rows, the first: %s", len(left_out), total, left_out[0])
     if bad:
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         log.warning("skipped %d of %d rows: %s%s", len(bad), total, "; ".join(bad[:3]), more)

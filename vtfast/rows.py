@@ -31,12 +31,12 @@ class Sample:
     """Decoded on every access where they come from files; a list of PIL images does as well. Empty: text alone."""
     kind: str = ""
     """count, relation, depth, distance, or the data set's own question type."""
-    question_type: str = ""
-    """The data set's own word, as it is; empty where it has none."""
     row: int = -1
     """Number in the source, from 0; -1 for none."""
     source: str = ""
     """File the row came from."""
+    question_type: str = ""
+    """The data set's own type, as it is; empty where it has none."""
 
     def __post_init__(self) -> None:
         self.kind = self.kind or question_kind(self.question)
@@ -119,7 +119,7 @@ def read_row(
     answer = _answer(answer, options)
     own = question_type if isinstance(question_type, str) else ""
     kind = question_kind(question, own)
-    return Sample(question, options, answer, _images(items, folder), kind, own, row, source)
+    return Sample(question, options, answer, _images(items, folder), kind, row, source, own)
 
 
 # What other trainers' data puts in front of a question to say where the images go; here the template says that.
