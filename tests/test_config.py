@@ -90,6 +90,7 @@ def test_every_field_has_a_docstring():
         ({"use_peft": True, "freeze": "vision"}, "--freeze: says nothing with --use_peft"),
         ({"use_peft": True, "lora_target_modules": ""}, "name at least one linear layer"),
         ({"epsilon_high": -3}, "--epsilon_high -3.0: must not be negative"),
+        ({"first_rows": 0}, "--first_rows 0: must be at least 1"),
         ({"token_budget": 0}, "--token_budget 0: must be at least 1"),
         ({"attn_implementation": "flash"}, "--attn_implementation flash: must be one of auto"),
         ({"num_generations": 0}, "at least 1"),

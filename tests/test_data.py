@@ -158,13 +158,18 @@ def test_pils_own_bomb_alarm_is_caught(tmp_path, monkeypatch):
         read_row(ROWS[0])
 
 
-def test_rows_count_over_all_files(tmp_path):
+def test_rows_count_over_all_files(tmp_path, caplog):
+    """And in messages over each file."""
     for number in range(3):
         rows = [sat_row(0), sat_row(1, answers=[])]
         write_sat(tmp_path / f"train-0000{number}-of-00003.parquet", rows)
     samples = load_samples(tmp_path)
     assert [row for row, _ in samples.skipped] == [1, 3, 5]
     assert [sample.row for sample in samples] == [0, 2, 4]
+    assert all(
+        f"train-0000{number}-of-00003.parquet, row 1: no options" in caplog.text
+        for number in range(3)
+    )
 
 
 def test_the_warning_stays_one_line(tmp_path, caplog):

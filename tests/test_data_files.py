@@ -21,6 +21,7 @@ from PIL import Image
 
 import vtfast.data_files
 from vtfast.data import load_samples
+from vtfast.data_files import find_files, read_rows
 from vtfast.errors import UserError
 
 # ---------------------------------------------------------------------------------- folders
@@ -229,9 +230,24 @@ def test_a_folder_of_jsonl_files(tmp_path):
     assert [sample.answer for sample in load_samples(tmp_path, "test")] == ["2"]
 
 
+def test_an_incomplete_folder_of_jsonl_files(tmp_path):
+    write_jsonl(tmp_path / "train-00000-of-00002.jsonl", ASKED)
+    with pytest.raises(UserError, match="1 of the 2 files"):
+        load_samples(tmp_path)
+
+
 def test_a_json_list_of_plain_rows(tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps(ASKED))
-    assert len(load_samples(tmp_path)) == len(load_samples(tmp_path / "rows.json")) == 150
+    """The one JSON file of a folder is its data, whatever it is called and whatever lies beside it."""
+    (tmp_path / "rows_train.json").write_text(json.dumps(ASKED))
+    (tmp_path / "README.md").write_text("mine")
+    assert len(load_samples(tmp_path)) == len(load_samples(tmp_path, "val")) == 150
+
+
+def test_only_the_columns_that_are_needed_are_read(tmp_path):
+    table = pa.table({"problem": ["?"], "solution": ["1"], "heavy": [b"x"], "question_type": ["a"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    [file] = find_files(str(tmp_path / "x.parquet"), None, stream=False)
+    assert list(read_rows(file)) == [[{"problem": "?", "solution": "1", "question_type": "a"}]]
 
 
 MEMORY = """

@@ -72,9 +72,9 @@ def test_what_a_selection_leaves_out(tmp_path, inspect):
 
 def test_prompt_lengths_are_those_of_the_run(tmp_path, inspect, base_path):
     path = write_sat(tmp_path / "x.parquet", MIXED)
-    flags = ("--max_pixels", 12544, "--template", "instruct", "--literal_image", "true")
+    flags = ("--max_pixels", 3136, "--template", "instruct", "--literal_image", "true")
     found = inspect(path, *flags, "--model", base_path, "--seed", 3)
-    processor = Processor.from_pretrained(base_path, 3136, 12544)
+    processor = Processor.from_pretrained(base_path, 3136, 3136)
     prompts = [
         processor.encode(
             render(load_template("instruct"), sample, literal_image=True), sample.images
@@ -87,6 +87,7 @@ def test_prompt_lengths_are_those_of_the_run(tmp_path, inspect, base_path):
     )
     assert found["prompt_tokens"]["median"] == sum(lengths[1:3]) / 2
     assert found["prompt"] == prompts[0].text
+    assert inspect(path, *flags, "--max_prompt_length", lengths[-1])["usable"] == 4
     low = inspect(path, *flags, "--max_prompt_length", lengths[-1] - 1)
     assert low["usable"] == 3
     reasons = [group["reason"] for group in low["bad"]]
@@ -139,7 +140,9 @@ def test_a_recipe_says_how_to_read(tmp_path, inspect, base_path):
         (["inspect"], "give a PATH"),
         (["inspect", "--recipe", "tiny-spatial"], "rendered by a run"),
         (["inspect", "gone.parquet"], "no such file or folder: gone.parquet"),
-        (["inspect", "gone.parquet", "--limit", "0"], "--first_rows 0: must be at least 1"),
+        (["inspect", "gone.parquet", "--limit", "0"], "--limit 0: must be a whole number"),
+        (["inspect", "gone.parquet", "--limit", "x"], "--limit x: must be a whole number"),
+        (["inspect", "gone.parquet", "--model", "../recipes"], "no model folder ../recipes"),
         (["inspect", "gone.parquet", "--templat", "brief"], "did you mean --template"),
         (["inspect", "nobody/no-such-set"], "nobody/no-such-set"),
         (["inspect", "gone.parquet", "--model", "nobody/no-such-model"], "nobody/no-such-model"),

@@ -128,6 +128,12 @@ def test_parts_that_are_left_out():
         assert render(template, neither) == empty
 
 
+def test_a_part_with_two_slots_needs_both():
+    template = "{question}[[ {images}, {options}]]"
+    assert render(template, sample(images=0)) == "Is A left of B?"
+    assert render(template, sample(options=())) == "Is A left of B?"
+
+
 def test_brackets_in_the_data_are_text():
     asked = sample(question="[[ {options} ]]", options=("[[", "]]"), images=0)
     assert render("{question}[[ {options}]]", asked) == "[[ {options} ]] [[ or ]]"

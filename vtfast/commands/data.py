@@ -43,10 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     if flags["path"] is not None:
         given["data"] = flags["path"]
     if flags["limit"] is not None:
+        if not flags["limit"].isdecimal() or int(flags["limit"]) < 1:
+            raise UserError(f"--limit {flags['limit']}: must be a whole number of at least 1")
         given["first_rows"] = flags["limit"]
-    if (
-        flags["recipe"] is None
-    ):  # of the demo's recipe, the model alone: it is the one that is at hand
+    if flags["recipe"] is None:
+        # The demo's recipe lends its model, which is the one at hand; its template is for that model alone.
         given = {"template": "r1-zero", **given}
     config = load_config(flags["recipe"] or "tiny-spatial", None, given)
     if config.data == "synthetic":
