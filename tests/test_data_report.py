@@ -37,6 +37,7 @@ def inspect(capsys):
 
 def test_counts_and_sizes(tmp_path, inspect):
     found = inspect(write_sat(tmp_path / "x.parquet", MIXED))
+    assert (found["template"], found["model"]) == ("r1-zero", "tiny-spatial-base")
     assert (found["rows"], found["usable"]) == (8, 4)
     assert found["kinds"] == {"count": 2, "goal_aim": 1, "relation": 1}
     assert found["question_types"] == {"goal_aim": 1, "other": 3}
