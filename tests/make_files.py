@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,31 @@ def picture(width: int = 40, height: int = 30, seed: int = 0, mode: str = "RGB")
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
+# https://huggingface.co/datasets/leonardPKU/clevr_cogen_a_train, and GEOQA_R1V_Train_8K beside it.
+R1_V = pa.schema(
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("problem", pa.string()),
+        ("solution", pa.string()),
+    ]
+)
+
+
 def encoded(image: Image.Image | None = None, kind: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     (image or picture()).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that says it has that many pixels, and a few bytes of them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
 
 
 def sat_row(seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -71,6 +94,12 @@ def write_sat_v2(path: Path, rows: list[dict[str, Any]]) -> Path:
         for row in rows
     ]
     pq.write_table(pa.Table.from_pylist(structs, SAT_V2), path)
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -12,12 +12,13 @@ from make_files import (
     assert_same_questions,
     encoded,
     picture,
+    png_header,
     sat_row,
     write_sat,
     write_sat_v2,
     write_visualthinker,
 )
-from PIL import Image
+from PIL import Image, ImageFile
 
 import vtfast.images
 from vtfast.data import (
@@ -92,7 +93,12 @@ BAD = {
         "image_bytes": [encoded(), encoded(picture(200, 200), "PNG")[:-2000]],
     },
     "aspect ratio above 200": {"image_bytes": [encoded(picture(805, 4))]},
+    "20000 x 80 pixels: aspect ratio above 200": {"image_bytes": [encoded(picture(20000, 80))]},
     "a side of one pixel": {"image_bytes": [encoded(picture(1, 1))]},
+    "40 x 1 pixels: a side of one pixel": {"image_bytes": [encoded(picture(40, 1))]},
+    "image of more than": {"image_bytes": [png_header(50_000, 50_000)]},
+    "12000 x 9000 pixels, more than": {"image_bytes": [png_header(12_000, 9_000)]},
+    "image 0: corrupt image (": {"image_bytes": [png_header(100, 100)]},
     "the answer '7' is not among the options": {"correct_answer": "7"},
     "the answer 'left' is not among": {"correct_answer": "left", "answers": ["Left", "right"]},
     "empty question": {"question": " \n"},
@@ -122,6 +128,23 @@ def test_bad_rows_are_skipped_with_their_number(tmp_path, reason, caplog):
     assert f"{path}, row 1: {told}" in str(stopped.value)
 
 
+def test_a_bomb_is_refused_by_its_header(monkeypatch):
+    """No pixel is decoded: 50,000 x 50,000 of them are 7.5 GB."""
+
+    def load(*_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    for sides in ((50_000, 50_000), (12_000, 9_000)):
+        with pytest.raises(BadRow, match="more than"):
+            read_row(sat_row(image_bytes=[png_header(*sides)]))
+
+
+def test_a_long_strip_within_the_ratio_is_an_image():
+    sample = read_row(sat_row(image_bytes=[encoded(picture(20_000, 200))]))
+    assert sample.images[0].size == (20_000, 200)
+
+
 def test_a_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(vtfast.images, "MAX_PIXELS", 1000)
     rows = [sat_row(0, image_bytes=[encoded(picture(20, 20))]), sat_row(1)]
@@ -135,13 +158,18 @@ def test_pils_own_bomb_alarm_is_caught(tmp_path, monkeypatch):
         read_row(ROWS[0])
 
 
-def test_rows_count_over_all_files(tmp_path):
+def test_rows_count_over_all_files(tmp_path, caplog):
+    """And in messages over each file."""
     for number in range(3):
         rows = [sat_row(0), sat_row(1, answers=[])]
         write_sat(tmp_path / f"train-0000{number}-of-00003.parquet", rows)
     samples = load_samples(tmp_path)
     assert [row for row, _ in samples.skipped] == [1, 3, 5]
     assert [sample.row for sample in samples] == [0, 2, 4]
+    assert all(
+        f"train-0000{number}-of-00003.parquet, row 1: no options" in caplog.text
+        for number in range(3)
+    )
 
 
 def test_the_warning_stays_one_line(tmp_path, caplog):
@@ -228,8 +256,10 @@ def test_no_row_raises_anything_else(entry):
         sample = read_row(entry)
     except UserError:
         return
-    assert sample.answer in sample.options
-    assert len(sample.images) > 0
+    assert sample.question.strip() and sample.answer.strip()
+    assert not sample.options or sample.answer in sample.options
+    if "messages" in entry or "correct_answer" in entry:  # SAT's, which always have both
+        assert sample.options and len(sample.images) > 0
 
 
 # ----------------------------------------------------------------------------------- images

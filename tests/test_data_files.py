@@ -8,11 +8,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from make_files import ROWS, assert_same_questions, encoded, sat_row, write_sat, write_visualthinker
+from make_files import (
+    ROWS,
+    assert_same_questions,
+    encoded,
+    sat_row,
+    write_jsonl,
+    write_sat,
+    write_visualthinker,
+)
 from PIL import Image
 
 import vtfast.data_files
 from vtfast.data import load_samples
+from vtfast.data_files import find_files, read_rows
 from vtfast.errors import UserError
 
 # ---------------------------------------------------------------------------------- folders
@@ -65,8 +74,8 @@ def test_wrong_columns(tmp_path):
     with pytest.raises(UserError) as error:
         load_samples(tmp_path / "x.parquet")
     told = str(error.value)
-    assert f"{tmp_path / 'x.parquet'}: columns image, question, answers, but" in told
-    assert "image_bytes (or images), question, answers, correct_answer wanted" in told
+    assert f"{tmp_path / 'x.parquet'}: columns answers, image, question, and none" in told
+    assert "is the answer (--answer_column)" in told
 
 
 def test_unreadable_files(tmp_path):
@@ -80,8 +89,12 @@ def test_unreadable_files(tmp_path):
         "deep.json": (b"[" * 200_000, "not a readable JSON file"),
         "binary.json": (b"\xff\xfe\x00\xd8", "not a readable JSON file"),
         "object.json": (b"{}", "a JSON list of rows is wanted, not dict"),
-        "other.json": (b'[{"question": "?"}]', "columns question, but messages and images wanted"),
+        "other.json": (b'[{"question": "?"}]', "columns question, and none of them is the answer"),
         "none.json": (b"[]", "it has no rows"),
+        "none.jsonl": (b"\n\n", "it has no rows"),
+        "torn.jsonl": (b'{"question": "?", "ans', "row 0: not a line of JSON"),
+        "list.jsonl": (b"[1]", "row 0: not a row of named values but list"),
+        "other.jsonl": (b'{"question": "?"}', "columns question, and none of them is the answer"),
         "x.csv": (b"question", "unknown kind of file"),
     }
     for name, (data, reason) in broken.items():
@@ -138,8 +151,8 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
     path = write_sat(tmp_path / "x.parquet", rows)
     read, real = [], vtfast.data_files._parquet_rows
 
-    def counting(file):
-        for batch in real(file):
+    def counting(*arguments):
+        for batch in real(*arguments):
             read.extend(batch)
             yield batch
 
@@ -148,6 +161,93 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
     assert [sample.row for sample in samples] == [0, 2, 3]
     assert samples.skipped == [(1, "no options")]
     assert len(read) == 4
+
+
+def test_first_rows_counts_all_rows_and_stops_reading(tmp_path, monkeypatch):
+    """VisualThinker's `--total_num`: what is unusable among the first rows is not made up for."""
+    monkeypatch.setattr(vtfast.data_files, "BATCH_ROWS", 2)
+    rows = [sat_row(n % 4, question=f"{n}?", answers=["3"] * (n != 1)) for n in range(40)]
+    path = write_sat(tmp_path / "x.parquet", rows)
+    assert [sample.row for sample in load_samples(path, first_rows=3)] == [0, 2]
+    assert [sample.row for sample in load_samples(path, first_rows=4)] == [0, 2, 3]
+    assert [sample.row for sample in load_samples(path, limit=1, first_rows=4)] == [0]
+    assert len(load_samples(path, first_rows=100)) == 39
+    read, real = [], vtfast.data_files._parquet_rows
+
+    def counting(*arguments):
+        for batch in real(*arguments):
+            read.extend(batch)
+            yield batch
+
+    monkeypatch.setattr(vtfast.data_files, "_parquet_rows", counting)
+    load_samples(path, first_rows=3)
+    assert len(read) == 4
+
+
+def test_first_rows_runs_over_files(tmp_path):
+    for number in range(3):
+        write_sat(tmp_path / f"train-0000{number}-of-00003.parquet", ROWS[:2])
+    assert [sample.row for sample in load_samples(tmp_path, first_rows=3)] == [0, 1, 2]
+
+
+# -------------------------------------------------------------------------------------- jsonl
+
+ASKED = [{"question": f"How many? {n}", "answer": str(n)} for n in range(150)]
+
+
+def test_a_jsonl_file(tmp_path):
+    samples = load_samples(write_jsonl(tmp_path / "mine.jsonl", ASKED))
+    assert [(s.question, s.answer) for s in samples] == [tuple(row.values()) for row in ASKED]
+    assert [sample.row for sample in samples] == list(range(150))
+
+
+def test_a_line_that_is_no_json_is_one_bad_row(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "mine.jsonl", ASKED[:3])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\n" + b'{"question": \n' + b"\xff\xfe\n" + lines[2].rstrip())
+    samples = load_samples(path)
+    assert [sample.question for sample in samples] == ["How many? 0", "How many? 2"]
+    assert [row for row, _ in samples.skipped] == [1, 2]
+    assert f"{path}, row 1: not a line of JSON (" in caplog.text
+    with pytest.raises(UserError, match=r"mine\.jsonl, row 1: not a line of JSON"):
+        load_samples(path, on_bad="error")
+
+
+def test_a_separator_inside_a_json_text_ends_no_line(tmp_path):
+    row = {"question": "one\u2028two\x85three", "answer": "1"}
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [sample.question for sample in load_samples(path)] == [row["question"]]
+
+
+def test_a_folder_of_jsonl_files(tmp_path):
+    for number in range(2):
+        name = f"train-0000{number}-of-00002.jsonl"
+        write_jsonl(tmp_path / name, ASKED[number : number + 1])
+    write_jsonl(tmp_path / "test.jsonl", ASKED[2:3])
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [sample.answer for sample in load_samples(tmp_path)] == ["0", "1"]
+    assert [sample.answer for sample in load_samples(tmp_path, "test")] == ["2"]
+
+
+def test_an_incomplete_folder_of_jsonl_files(tmp_path):
+    write_jsonl(tmp_path / "train-00000-of-00002.jsonl", ASKED)
+    with pytest.raises(UserError, match="1 of the 2 files"):
+        load_samples(tmp_path)
+
+
+def test_a_json_list_of_plain_rows(tmp_path):
+    """The one JSON file of a folder is its data, whatever it is called and whatever lies beside it."""
+    (tmp_path / "rows_train.json").write_text(json.dumps(ASKED))
+    (tmp_path / "README.md").write_text("mine")
+    assert len(load_samples(tmp_path)) == len(load_samples(tmp_path, "val")) == 150
+
+
+def test_only_the_columns_that_are_needed_are_read(tmp_path):
+    table = pa.table({"problem": ["?"], "solution": ["1"], "heavy": [b"x"], "question_type": ["a"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    [file] = find_files(str(tmp_path / "x.parquet"), None, stream=False)
+    assert list(read_rows(file)) == [[{"problem": "?", "solution": "1", "question_type": "a"}]]
 
 
 MEMORY = """
@@ -219,12 +319,12 @@ class FakeHub:
 
     def open(self, path, mode):
         head, name = path.split("@abc/")
-        assert head == "datasets/array/SAT"
+        assert head.startswith("datasets/")
         self.streamed.append(name)
         return (self.folder / name).open(mode)
 
     def download(self, repo, name, repo_type, revision):
-        assert (repo, repo_type, revision) == ("array/SAT", "dataset", "abc")
+        assert (repo_type, revision) == ("dataset", "abc")
         self.downloaded.append(name)
         return str(self.folder / name)
 
@@ -242,6 +342,17 @@ def test_a_hub_id(tmp_path, monkeypatch):
     assert hub.downloaded == ["SAT_train.parquet"]
     with pytest.raises(UserError, match="array/SAT: no split 'tset'"):
         load_samples("array/SAT", "tset")
+
+
+def test_a_hub_id_of_jsonl(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "train.jsonl", ASKED)
+    hub = FakeHub(tmp_path, monkeypatch)
+    assert [s.answer for s in load_samples("someone/questions", limit=2)] == ["0", "1"]
+    assert [s.answer for s in load_samples("someone/questions", first_rows=2)] == ["0", "1"]
+    assert (hub.streamed, hub.downloaded) == (["train.jsonl", "train.jsonl"], [])
+    write_jsonl(tmp_path / "train.jsonl", [ASKED[0] | {"image": "a.png"}])
+    with pytest.raises(UserError, match=r"a\.png is a path, and the data set has no folder"):
+        load_samples("someone/questions")
 
 
 def test_a_downloaded_copy_serves_without_connection(tmp_path, monkeypatch):

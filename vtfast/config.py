@@ -1,7 +1,7 @@
 """Every setting of a run: one dataclass, filled from a YAML recipe and then from the command line.
 
 Names are TRL's where TRL has one. The text under a field is its help; `train.py --help` prints it. Recipes
-(`recipes/*.yaml`) are data: a mapping of these names to values, nothing else.
+(`recipes/*.yaml`) are data: a mapping of these names to values, and `base:` for the recipe that one differs from.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Config:
 
     # What it is asked
     data: str = "synthetic"
-    """SAT rows: a parquet or JSON file, a folder, or a hub id; `synthetic` renders its own."""
+    """Questions: a parquet, JSONL or JSON file, a folder, or a hub id; `synthetic` renders its own."""
     split: str | None = None
     """Split to train on, where `data` has several; none means train."""
     eval_data: str | None = None
@@ -83,6 +83,20 @@ class Config:
     """Split of `eval_data`, where it has several; a lone file is taken whatever its name."""
     first_n: int | None = None
     """Use only the first N good rows of `data`; none means all."""
+    first_rows: int | None = None
+    """Read only the first N rows of `data`, good or not; none means all. VisualThinker's 15,000 are counted so."""
+    static: bool = False
+    """Use only rows with exactly one image: VisualThinker's rule for SAT's static questions."""
+    question_types: list[str] | None = None
+    """Use only rows whose column `question_type` is one of these; none means all. SAT's static rows are `other`."""
+    question_column: str | None = None
+    """Column of the question, in `data` and `eval_data`; none recognises published sets, as for the next three."""
+    answer_column: str | None = None
+    """Column of the right answer: text or a number, bare or inside `<answer> </answer>`."""
+    options_column: str | None = None
+    """Column of the list of options; a set or a row without it asks open questions."""
+    image_column: str | None = None
+    """Column of the image or images: paths, encoded bytes, or both; a set or a row without it is text alone."""
     eval_samples: int = 400
     """Number of held-out questions."""
     template: str = "r1-zero"
@@ -246,7 +260,8 @@ class Config:
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
         for name in (
-            "first_n", "save_total_limit", "num_processes", "cpu_threads", "token_budget", "rollout_cache_tokens",
+            "first_n", "first_rows", "save_total_limit", "num_processes", "cpu_threads", "token_budget",
+            "rollout_cache_tokens",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
@@ -326,13 +341,27 @@ def load_config(
         file, name = RECIPES / f"{recipe}.yaml", recipe
     else:
         name = Path(file).stem
-    values = {"recipe": name, **_read_yaml(Path(file)), **(overrides or {})}
+    values = {"recipe": name, **_read_recipe(Path(file)), **(overrides or {})}
     hints = get_type_hints(Config)
     unknown = [key for key in values if key not in hints]
     if unknown:
         where = "flag --" if overrides and unknown[0] in overrides else f"{file}: key "
         raise UserError(f"{where}{unknown[0]}: unknown{_nearest(unknown[0], list(hints))}")
     return Config(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a file, on top of those of the shipped recipe that its `base:` names, if it names one."""
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if base not in recipe_names():
+        raise UserError(f"{path}: base: {base}: unknown{_nearest(str(base), recipe_names())}")
+    below = RECIPES / f"{base}.yaml"
+    if below in (path, *above):
+        raise UserError(f"{path}: base: {base}: leads back to itself")
+    return {**_read_recipe(below, (path, *above)), **values}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,50 +1,45 @@
-"""Questions about images: SAT as it is published, its mirror, and what VisualThinker makes of it.
+"""Questions out of files, folders and hub ids: SAT and its relatives, other published sets, or one's own.
 
-`load_samples` reads whatever of these a path or hub id holds. A row that cannot be used is skipped
-and reported with its number; rows count from 0, in file order, over all files of the split.
+A row that cannot be used is skipped and reported with its number; rows count from 0, in file order, over all files of
+the split. `vtfast.columns` lists the sets that are recognised and how to name the columns of others.
 """
 
 import dataclasses
 import logging
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from tqdm import tqdm
 
+from vtfast.columns import RECOGNISED, Columns
 from vtfast.data_files import DataFile, find_files, read_rows
 from vtfast.errors import UserError
-from vtfast.images import Images, Source, check_image
+from vtfast.kinds import question_kind
 from vtfast.processor import Processor
+from vtfast.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row
 
-__all__ = ["Processor", "Sample", "Samples", "load_samples", "question_kind", "shuffle_options"]
+__all__ = [
+    "RECOGNISED",
+    "BadRow",
+    "Columns",
+    "NotSelected",
+    "Processor",
+    "Row",
+    "Sample",
+    "Samples",
+    "Selection",
+    "iter_rows",
+    "load_samples",
+    "question_kind",
+    "read_row",
+    "shuffle_options",
+]
 
 log = logging.getLogger("vtfast")
-
-
-@dataclass
-class Sample:
-    """One question about one or more images."""
-
-    question: str
-    options: list[str]
-    answer: str
-    """One of the options, word for word."""
-    images: Sequence[Image.Image]
-    """Decoded on every access where they come from files; a list of PIL images does as well."""
-    kind: str = ""
-    """count, relation, depth, distance, or the data set's own question type."""
-    row: int = -1
-    """Number in the source, from 0; -1 for none."""
-    source: str = ""
-    """File the row came from."""
-
-    def __post_init__(self) -> None:
-        self.kind = self.kind or question_kind(self.question)
 
 
 class Samples(list[Sample]):
@@ -58,12 +53,19 @@ class Samples(list[Sample]):
     ) -> None:
         super().__init__(samples)
         self.skipped = list(skipped)
-        """(row number, reason) of every row that was left out."""
+        """(row number, reason) of every row that could not be used."""
         self.source = source
 
 
-class BadRow(UserError):
-    """A row that cannot be used; the message says why."""
+@dataclass(frozen=True)
+class Row:
+    """What became of one row: a sample, a bad row, or one that the selection leaves out."""
+
+    number: int
+    """In the source, from 0."""
+    place: str
+    """File and number in it, as messages call the row."""
+    result: Sample | BadRow | NotSelected
 
 
 def load_samples(
@@ -72,17 +74,22 @@ def load_samples(
     limit: int | None = None,
     *,
     on_bad: Literal["skip", "error"] = "skip",
+    columns: Columns = RECOGNISED,
+    selection: Selection = ALL,
+    first_rows: int | None = None,
 ) -> Samples:
     """The questions of a data set, in file order.
 
     Args:
-        source: a parquet file or folder of such files in the schema of `array/SAT` (`image_bytes`)
-            or `array/SAT-v2` (`images`), VisualThinker's JSON, or a hub id such as `array/SAT`.
+        source: a parquet, JSONL or JSON file, a folder of such files, or a hub id such as `array/SAT`.
         split: which files of a folder or hub id, told by their names; "train" where None.
         limit: stop behind this many usable rows, reading no further. On the hub, only what is
             read is fetched then; without a limit, whole files are downloaded once and kept.
         on_bad: "skip" leaves unusable rows out, into `.skipped` and one logged warning; "error"
             stops at the first.
+        columns: names of columns that are not recognised by themselves.
+        selection: rows outside of it are left out, and counted in the log.
+        first_rows: look at this many rows and no more; what is unusable or not selected among them is not made up for.
 
     Raises:
         UserError: nothing there, not readable, wrong columns, no usable row, or an unusable row
@@ -93,181 +100,93 @@ def load_samples(
         raise UserError(f"on_bad={on_bad!r}: skip or error is wanted")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: 1 or more is wanted, or none at all")
-    samples, reports = Samples(source=source), []
-    for row, in_file, file, result in _results(find_files(source, split, stream=limit is not None)):
-        if isinstance(result, Sample):
-            samples.append(result)
+    samples, bad, left_out = Samples(source=source), [], []
+    rows = iter_rows(
+        source,
+        split,
+        columns=columns,
+        selection=selection,
+        first_rows=first_rows,
+        stream=limit is not None,
+    )
+    # Ranks other than the first keep their log, and with it their bar, to themselves.
+    quiet = not log.isEnabledFor(logging.INFO)
+    for row in tqdm(rows, desc=source, unit="row", delay=2, leave=False, disable=quiet):
+        if isinstance(row.result, Sample):
+            samples.append(row.result)
             if len(samples) == limit:
                 break
-            continue
-        reports.append(f"{file.name}, row {in_file}: {result}")
-        if on_bad == "error":
-            raise UserError(
-                f"{reports[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)"
-            )
-        samples.skipped.append((row, str(result)))
+        elif isinstance(row.result, NotSelected):
+            left_out.append(f"{row.place}: {row.result}")
+        else:
+            bad.append(f"{row.place}: {row.result}")
+            if on_bad == "error":
+                raise UserError(
+                    f"{bad[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)"
+                )
+            samples.skipped.append((row.number, str(row.result)))
+    total = len(samples) + len(bad) + len(left_out)
     if not samples:
-        first = "; ".join(reports[:3]) or "it has no rows"
-        raise UserError(f"{source}: no usable row among {len(reports)}. {first}")
-    if reports:
-        total = len(samples) + len(reports)
-        more = f"; and {len(reports) - 3} more" if len(reports) > 3 else ""
-        log.warning(
-            "skipped %d of %d rows: %s%s", len(reports), total, "; ".join(reports[:3]), more
-        )
+        first = "; ".join([*bad[:3], *left_out[:1]]) or "it has no rows"
+        raise UserError(f"{source}: no usable row among {total}. {first}")
+    if left_out:
+        log.info("left out %d of %d rows, the first: %s", len(left_out), total, left_out[0])
+    if bad:
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+        log.warning("skipped %d of %d rows: %s%s", len(bad), total, "; ".join(bad[:3]), more)
     return samples
 
 
-def _results(files: Iterable[DataFile]) -> Iterator[tuple[int, int, DataFile, "Sample | BadRow"]]:
-    """Every row, read and its images checked: (number, number in its file, file, sample or what is wrong)."""
-    row = 0
-    with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
-        for file in files:
-            first = row
-            for batch in read_rows(file):
-                numbers = range(row, row + len(batch))
-                read = pool.map(
-                    lambda entry, number, f=file: _try(entry, number, f), batch, numbers
-                )
-                for number, result in zip(numbers, read, strict=True):
-                    yield number, number - first, file, result
-                row += len(batch)
-
-
-def _try(entry: Any, row: int, file: DataFile) -> "Sample | BadRow":
-    try:
-        return read_row(entry, row=row, source=file.name, folder=file.folder)
-    except BadRow as error:
-        return error
-
-
-def read_row(entry: Any, *, row: int = -1, source: str = "", folder: Path | None = None) -> Sample:
-    """One row of any known schema -> a sample whose images are known to decode.
+def iter_rows(
+    source: str | Path,
+    split: str | None = None,
+    *,
+    columns: Columns = RECOGNISED,
+    selection: Selection = ALL,
+    first_rows: int | None = None,
+    stream: bool = False,
+) -> Iterator[Row]:
+    """Every row of a source, read and its images checked, one after another: nothing of the rows before is kept.
 
     Args:
-        folder: what relative image paths start from.
+        columns, selection, first_rows: as for `load_samples`.
+        stream: on the hub, fetch only what is read; so also with `first_rows`.
 
     Raises:
-        BadRow: anything missing, empty, of a wrong type, or not decodable.
+        UserError: nothing there, not readable, or wrong columns. What is wrong with a row is in its `Row`.
     """
-    if not isinstance(entry, Mapping):
-        raise BadRow(f"not a row of named values but {type(entry).__name__}")
-    if "messages" in entry:
-        question, options, answer = _visualthinker_texts(entry["messages"])
-        images, kind = entry.get("images"), None
-    else:
-        question, options = entry.get("question"), entry.get("answers")
-        answer, kind = entry.get("correct_answer"), entry.get("question_type")
-        images = entry.get("image_bytes", entry.get("images"))
-    question = _text(question, "question")
-    if not isinstance(options, list | tuple) or not options:
-        raise BadRow("no options")
-    options = [_clean(_text(option, "option")) for option in options]
-    answer = _clean(_text(answer, "answer"))
-    if not all(options):
-        raise BadRow("empty option")
-    if answer not in options:
-        raise BadRow(f"the answer {answer[:80]!r} is not among the options {str(options)[:200]}")
-    kind = question_kind(question, kind if isinstance(kind, str) else None)
-    return Sample(question, options, answer, _images(images, folder), kind, row, source)
+    number = 0
+    files = find_files(str(source), split, stream=stream or first_rows is not None)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
+        for file in files:
+            first = number
+            for batch in read_rows(file, columns):
+                batch = batch if first_rows is None else batch[: first_rows - number]
+
+                def read(entry: Any, row: int, file: DataFile = file):
+                    return _try(entry, row, file, columns, selection)
+
+                for result in pool.map(read, batch, range(number, number + len(batch))):
+                    yield Row(number, f"{file.name}, row {number - first}", result)
+                    number += 1
+                if number == first_rows:
+                    return
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"the {name} is not text but {type(value).__name__}")
-    if not value.strip():
-        raise BadRow(f"empty {name}")
-    mark = re.search(r"<\|\w+\|>", value)
-    if mark:  # the tokenizer would take it for the real thing
-        raise BadRow(f"the {name} holds the special token {mark[0]}")
-    return value
-
-
-def _clean(text: str) -> str:
-    """An option without the words that SAT's generator left in some by mistake."""
-    return text.replace("in the first frame", "").strip()
-
-
-def _images(items: Any, folder: Path | None) -> Images:
-    items = items if isinstance(items, list | tuple) else [] if items is None else [items]
-    if not items:
-        raise BadRow("no image")
-    sources = []
-    for number, item in enumerate(items):
-        try:
-            sources.append(_source(item, folder))
-            check_image(sources[-1])
-        except UserError as error:
-            raise BadRow(f"image {number}: {error}") from error
-    return Images(sources)
-
-
-def _source(item: Any, folder: Path | None) -> Source:
-    """What one entry of an image column holds: bytes, a path, both in a dict, or a PIL image."""
-    if isinstance(item, Mapping):
-        item = item.get("bytes") or item.get("path")
-    if isinstance(item, bytearray | memoryview):
-        item = bytes(item)
-    if isinstance(item, bytes | Image.Image) and item:
-        return item
-    if not isinstance(item, str | Path) or not str(item):
-        raise BadRow("empty" if item is None or not item else f"{type(item).__name__} is no image")
-    if folder is None and not Path(item).is_absolute():
-        raise BadRow(f"{item} is a path, and the data set has no folder")
-    tried = [base / item for base in ([folder, folder.parent] if folder else [Path()])]
-    return next((path for path in tried if path.is_file()), tried[0])
-
-
-# VisualThinker's user text: "<image> Answer in natural language. Q Choose between … options: a or b"
-_USER = re.compile(
-    r"(?:\s*<image>)*\s*(?:Answer in natural language\. )?(?P<question>.*)"
-    r" Choose between the following options: (?P<options>.*)",
-    re.DOTALL,
-)
-
-
-def _visualthinker_texts(messages: Any) -> tuple[str, list[str], str]:
-    """-> question, options, answer out of a user and an assistant message."""
+def _try(
+    entry: Any, row: int, file: DataFile, columns: Columns, selection: Selection
+) -> Sample | BadRow | NotSelected:
     try:
-        texts = {message["role"]: message["content"] for message in messages}
-        user, answer = texts["user"], _text(texts["assistant"], "answer")
-        match = _USER.fullmatch(user)
-    except (TypeError, KeyError) as error:
-        raise BadRow("messages of a user and an assistant with text are wanted") from error
-    if not match:
-        raise BadRow(f"no 'Choose between the following options:' in {user[:200]!r}")
-    return match["question"], _split_options(match["options"], answer), answer
-
-
-def _split_options(text: str, answer: str) -> list[str]:
-    """`a, b or c` -> [a, b, c]. An option may hold " or " itself: the answer tells which one."""
-    for cut in reversed([found.start() for found in re.finditer(" or ", text)]):
-        options = [*text[:cut].split(", "), text[cut + len(" or ") :]]
-        if answer in options:
-            return options
-    return [text]
-
-
-_KINDS = (  # first match wins; texts are SAT's generator's and CV-Bench's
-    ("count", r"\bhow many\b"),
-    ("relation", r"\bconsidering the relative positions\b"),
-    ("distance", r"\bdistances?\b"),
-    ("depth", r"\bcloser to the camera\b|\bbehind\b|\bin front of\b|\bfurther away\b"),
-    ("distance", r"\b(?:closer|closest|nearer|nearest) to\b"),
-    ("relation", r"\b(?:left|right) of\b|\babove\b|\bbelow\b|\bwith respect to\b"),
-)
-
-
-def question_kind(question: str, question_type: str | None = None) -> str:
-    """count, relation, depth or distance by the question's words, or the data set's own type.
-
-    SAT calls all its static questions `other`; for those, and where there is no type, the words
-    decide, with `other` for none of the four.
-    """
-    if question_type and question_type != "other":
-        return question_type
-    text = question.casefold()
-    return next((kind for kind, words in _KINDS if re.search(words, text)), "other")
+        return read_row(
+            entry,
+            columns=columns,
+            selection=selection,
+            row=row,
+            source=file.name,
+            folder=file.folder,
+        )
+    except (BadRow, NotSelected) as problem:
+        return problem
 
 
 def shuffle_options(samples: Samples, seed: int) -> Samples:

@@ -1,22 +1,24 @@
 """Files of questions -> rows: which files a source means, and their rows one after another.
 
-Row formats are left as the files have them; `vtfast.data` reads them.
+Rows are left as the files have them; `vtfast.rows` reads them.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vtfast.columns import RECOGNISED, Columns, keys
 from vtfast.errors import UserError
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
+from vtfast.rows import BadRow
 
 BATCH_ROWS = 64  # SAT_train.parquet is one row group of 5 GB: never more than this at once
-IMAGE_COLUMNS = ("image_bytes", "images")
-TEXT_COLUMNS = ("question", "answers", "correct_answer")
-_WANTED = f"image_bytes (or images), {', '.join(TEXT_COLUMNS)}"
+KINDS = (".parquet", ".jsonl", ".json")  # of files; a folder is read by the first that it holds
 _SAME_SPLIT = {"val": "validation", "validation": "val"}
 
 
@@ -36,7 +38,7 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     """The files of a source, in order.
 
     Args:
-        source: a .parquet or .json file, a folder of parquet files, or a data set's hub id.
+        source: a .parquet, .jsonl or .json file, a folder of them, or a data set's hub id.
         split: chosen by file name in folders and on the hub, "train" where None (a lone file that
             names no split will do). A file given itself is taken whatever its name.
         stream: on the hub, read only as far as needed instead of downloading whole files.
@@ -48,8 +50,8 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     if not path.exists():
         if not is_hub_id(source):
             raise UserError(
-                f"no such file or folder: {source}. Give a .parquet or .json file, a folder of "
-                "parquet files, or the hub id of a data set such as array/SAT"
+                f"no such file or folder: {source}. Give a .parquet, .jsonl or .json file, a "
+                "folder of such files, or the hub id of a data set such as array/SAT"
             )
         found = hub_files(source, "dataset")
         if not isinstance(found, Path):
@@ -58,15 +60,17 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
         path = found
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
-        if not any(file.suffix == ".parquet" for file in files) and (path / "data").is_dir():
+        if not any(file.suffix in KINDS[:2] for file in files) and (path / "data").is_dir():
             files = [file for file in (path / "data").iterdir() if file.is_file()]
-        lone = [file for file in files if file.suffix == ".json"]
-        if len(lone) == 1 and not any(file.suffix == ".parquet" for file in files):
+        lone = [file for file in files if file.suffix in KINDS]
+        if len(lone) == 1 and lone[0].suffix == ".json":
             return [_local_file(lone[0])]  # VisualThinker's JSON beside its folder of images
         by_name = {file.relative_to(path).as_posix(): file for file in files}
         return [_local_file(by_name[name]) for name in _pick(by_name, split, str(path))]
-    if path.suffix not in (".parquet", ".json"):
-        raise UserError(f"{source}: unknown kind of file, a .parquet or .json file is wanted")
+    if path.suffix not in KINDS:
+        raise UserError(
+            f"{source}: unknown kind of file, a .parquet, .jsonl or .json file is wanted"
+        )
     return [_local_file(path)]
 
 
@@ -82,25 +86,26 @@ def _hub_file(repo: str, name: str, commit: str, stream: bool) -> DataFile:
 
 
 def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
-    """The parquet files of a split, in the order of their numbers."""
+    """The files of a split, in the order of their numbers."""
     names = sorted(names)
-    parquet = [name for name in names if name.endswith(".parquet")]
+    by_kind = ([name for name in names if name.endswith(kind)] for kind in KINDS)
+    rows = next(filter(None, by_kind), [])
     wanted = split or "train"
     for word in filter(None, (wanted, _SAME_SPLIT.get(wanted))):
-        picked = [name for name in parquet if word in re.split(r"[-_./]", name)]
+        picked = [name for name in rows if word in re.split(r"[-_./]", name)]
         if picked:
             break
-    if not picked and split is None and len(parquet) == 1:
-        picked = parquet
-    families = {re.sub(r"[-_.]\d+(-of-\d+)?(?=\.parquet$)", "", name) for name in picked}
+    if not picked and split is None and len(rows) == 1:
+        picked = rows
+    families = {re.sub(r"[-_.]\d+(-of-\d+)?(?=\.\w+$)", "", name) for name in picked}
     if len(families) != 1:
         problem = f"several files could be split {wanted!r}" if picked else f"no split {wanted!r}"
-        there = ", ".join((parquet or names)[:20]) or "nothing"
+        there = ", ".join((rows or names)[:20]) or "nothing"
         raise UserError(
             f"{where}: {problem} (there is: {there}). Give one of the files, or another split; "
             "splits are told by file names such as SAT_train.parquet or train-00000-of-00002.parquet"
         )
-    total = re.search(r"-of-(\d+)\.parquet$", picked[0])
+    total = re.search(r"-of-(\d+)\.\w+$", picked[0])
     if total and len(picked) != int(total[1]):
         raise UserError(
             f"{where}: {len(picked)} of the {int(total[1])} files of split {wanted!r} are there "
@@ -109,28 +114,37 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
     return sorted(picked, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
-def read_rows(file: DataFile) -> Iterator[list[dict[str, Any]]]:
-    """Rows of a file in small batches, as plain Python values.
+def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[Any]]:
+    """Rows of a file in small batches, as plain Python values; a line that is no JSON is a BadRow.
+
+    Args:
+        columns: columns that are not recognised by themselves; others than needed are not read.
 
     Raises:
         UserError: not readable, or without the columns.
     """
-    return _json_rows(file) if file.name.endswith(".json") else _parquet_rows(file)
+    if file.name.endswith(".parquet"):
+        yield from _parquet_rows(file, columns)
+        return
+    rows = _jsonl_rows(file) if file.name.endswith(".jsonl") else iter(_json_rows(file))
+    first = True
+    while batch := list(islice(rows, BATCH_ROWS)):
+        if first and any(isinstance(row, dict) for row in batch):
+            columns.check(keys(batch), file.name)  # rows may lack columns, but hardly 64 of them
+            first = False
+        yield batch
 
 
-def _parquet_rows(file: DataFile) -> Iterator[list[dict[str, Any]]]:
+def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # Small buffers: the default would read a whole column of the one row group at once.
         with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            images = [name for name in IMAGE_COLUMNS if name in names][:1]
-            if not images or not set(TEXT_COLUMNS) <= set(names):
-                raise UserError(f"{file.name}: columns {', '.join(names)}, but {_WANTED} wanted")
-            columns = [*images, *TEXT_COLUMNS, *({"question_type"} & set(names))]
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+            there = table.schema_arrow.names
+            columns.check(there, file.name)
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns.wanted(there)):
                 yield batch.to_pylist()
     except UserError:
         raise
@@ -139,16 +153,31 @@ def _parquet_rows(file: DataFile) -> Iterator[list[dict[str, Any]]]:
         raise UserError(f"{file.name}: not a readable parquet file ({reason})") from error
 
 
-def _json_rows(file: DataFile) -> Iterator[list[dict[str, Any]]]:
+def _jsonl_rows(file: DataFile) -> Iterator[Any]:
     try:
-        rows = json.loads(Path(file.open()).read_bytes())
+        opened = file.open()
+        with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as lines:
+            for line in lines:
+                if line.strip():
+                    yield _json_line(line)
+    except OSError as error:
+        raise UserError(f"{file.name}: not a readable JSONL file ({error})") from error
+
+
+def _json_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not a line of JSON ({error})")
+
+
+def _json_rows(file: DataFile) -> list[Any]:
+    try:
+        opened = file.open()
+        data = Path(opened).read_bytes() if isinstance(opened, str) else opened.read()
+        rows = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file.name}: not a readable JSON file ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{file.name}: a JSON list of rows is wanted, not {type(rows).__name__}")
-    keys = {key for row in rows if isinstance(row, dict) for key in row}
-    if rows and not {"messages", "images"} <= keys:
-        there = ", ".join(sorted(keys)) or "none"
-        raise UserError(f"{file.name}: columns {there}, but messages and images wanted")
-    for start in range(0, len(rows), BATCH_ROWS):
-        yield rows[start : start + BATCH_ROWS]
+    return rows

@@ -11,6 +11,7 @@ from typing import Literal
 
 from vtfast.errors import UserError
 
+ASSETS = Path(__file__).parent / "assets"
 Kind = Literal["dataset", "model"]
 
 
@@ -44,7 +45,7 @@ def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
                 return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
             except Exception:
                 reason += ", and no downloaded copy"
-        local = "a folder with its parquet files" if kind == "dataset" else "a checkpoint folder"
+        local = "a folder with its data files" if kind == "dataset" else "a checkpoint folder"
         raise UserError(
             f"{repo} is no local path, and the Hugging Face hub does not give this {kind}: "
             f"{reason}. To use a local copy, give the path of {local} instead, made on a connected "
@@ -55,12 +56,16 @@ def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
 def model_path(path: str | Path) -> str:
     """A checkpoint's folder, or its hub id once it is known to be there: for `from_pretrained`.
 
+    A bare name that is no folder here may be that of a checkpoint that ships with vtfast.
+
     Raises:
         UserError: neither a folder nor a reachable hub id.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder)
+    if Path(path).name == str(path) and (ASSETS / path).is_dir():
+        return str(ASSETS / path)
     if not is_hub_id(str(path)):
         raise UserError(f"no model folder {path}: give a Qwen2-VL checkpoint folder or a hub id")
     found = hub_files(str(path), "model")

@@ -5,15 +5,24 @@ A template is text with slots, all optional but `{question}`:
     {images}         one `<|vision_start|><|image_pad|><|vision_end|>` per image; without the slot they stand in front
     {literal_image}  the text `<image>` where `--literal_image` asks for it, else nothing
     {question}       the question as the data set asks it
-    {options}        `a, b or c`
+    {options}        `a, b or c`; nothing for an open question
+    [[ … ]]          text around a slot, left out with it where the slot is empty: `[[ Choose: {options}]]`
 
-Everything else is taken literally, so braces, tags and ChatML marks need no escaping. One line feed at the end of the
-file belongs to the file and not to the prompt (editors put it there): a ChatML template, whose prompt ends with a line
-feed, therefore ends with an empty line.
+Everything else is taken literally, so braces, tags and ChatML marks need no escaping, nor do double brackets without a
+slot. One line feed at the end of the file belongs to the file and not to the prompt (editors put it there): a ChatML
+template, whose prompt ends with a line feed, therefore ends with an empty line.
 
-`r1-zero` is VisualThinker's prompt for the base model, letter by letter, the two spaces behind `User:` included;
-`instruct` is the same study's prompt for the instruction-tuned model; `brief` is the short one for the embedded tiny
-model.
+Of VisualThinker-R1-Zero, letter by letter for questions with options (the two spaces behind `User:` are its own):
+    r1-zero               for a base model, which goes on behind `<think>`
+    r1-zero-direct        the same without reasoning
+    instruct              for an instruction-tuned model: thinking and answer in tags
+    instruct-reflection   the same and a sentence on reflection; from the authors' development code
+    instruct-answer       the answer's tag alone, as their Table 4 mentions; the wording is ours
+Of others:
+    r1-v                  R1-V's: as `instruct`, but it asks for a number
+    open-r1               open-r1's system prompt, as open-r1-multimodal and R1-Multimodal-Journey use it
+    r1-zero-text          for a base language model, after DeepSeek-R1-Zero's idea; the wording is ours
+    brief                 the short one for the embedded tiny model
 """
 
 import difflib
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATES = Path(__file__).parent / "templates"
 _SLOT = re.compile(r"\{(images|literal_image|question|options)\}")
+_OPTIONAL = re.compile(r"\[\[((?:(?!\[\[|\]\]).)*)\]\]", re.DOTALL)
 
 
 def template_names() -> list[str]:
@@ -83,7 +93,14 @@ def render(template: str, sample: "Sample", *, literal_image: bool = False) -> s
         "question": sample.question,
         "options": join_options(sample.options),
     }
-    text = _SLOT.sub(lambda slot: slots[slot[1]], template)
+
+    def part(found: re.Match) -> str:
+        names = _SLOT.findall(found[1])
+        if not names:
+            return found[0]
+        return found[1] if all(slots[name] for name in names) else ""
+
+    text = _SLOT.sub(lambda slot: slots[slot[1]], _OPTIONAL.sub(part, template))
     return text if "{images}" in template else images + text
 
 

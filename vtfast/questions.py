@@ -12,7 +12,7 @@ import torch
 
 from vtfast import synthetic
 from vtfast.config import Config
-from vtfast.data import Sample, load_samples, shuffle_options
+from vtfast.data import RECOGNISED, Columns, Sample, Selection, load_samples, shuffle_options
 from vtfast.errors import UserError
 from vtfast.images import image_sizes
 from vtfast.processor import Processor, Prompt
@@ -102,22 +102,44 @@ def load_questions(config: Config, asker: Asker, rendered: Path) -> dict[str, li
     `rendered`: the folder of `render_synthetic`; its files are read like any others.
     """
     sources = {
-        "train": (config.data, config.split, config.first_n),
-        "val": (config.eval_data, config.eval_split, config.eval_samples),
+        "train": (config.data, config.split, config.first_n, config.first_rows),
+        "val": (config.eval_data, config.eval_split, config.eval_samples, None),
     }
     samples = {}
-    for split, (source, of_source, limit) in sources.items():
+    for split, (source, of_source, limit, first_rows) in sources.items():
         if source is None:
             continue
+        named = columns(config)
         if source == SYNTHETIC:
-            source = rendered / f"{split}.parquet"
-        loaded = load_samples(source, of_source, limit, on_bad=config.on_bad_sample)
+            source, named = rendered / f"{split}.parquet", RECOGNISED
+        loaded = load_samples(
+            source,
+            of_source,
+            limit,
+            on_bad=config.on_bad_sample,
+            columns=named,
+            selection=selection(config),
+            first_rows=first_rows,
+        )
         asker.skipped += [
             {"step": 0, "source": str(source), "row": row, "reason": reason}
             for row, reason in loaded.skipped
         ]
         samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
     return samples
+
+
+def columns(config: Config) -> Columns:
+    """The column names that the settings give."""
+    return Columns(
+        config.question_column, config.answer_column, config.options_column, config.image_column
+    )
+
+
+def selection(config: Config) -> Selection:
+    """The rows that the settings ask for."""
+    types = config.question_types
+    return Selection(config.static, None if types is None else tuple(types))
 
 
 def render_synthetic(config: Config, folder: Path) -> Path:

@@ -1,0 +1,239 @@
+"""One row of a data set -> a `Sample`, or what is wrong with it.
+
+Nothing is guessed: a row either has a question, an answer and images that decode, or it is a `BadRow` with a reason.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vtfast.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
+from vtfast.errors import UserError
+from vtfast.images import Images, Source, check_image
+from vtfast.kinds import question_kind
+
+
+@dataclass
+class Sample:
+    """One question, about one image, several or none."""
+
+    question: str
+    options: list[str]
+    """What may be chosen; empty for an open question."""
+    answer: str
+    """One of the options, word for word; for an open question the answer itself, a number or an expression often."""
+    images: Sequence[Image.Image]
+    """Decoded on every access where they come from files; a list of PIL images does as well. Empty: text alone."""
+    kind: str = ""
+    """count, relation, depth, distance, or the data set's own question type."""
+    row: int = -1
+    """Number in the source, from 0; -1 for none."""
+    source: str = ""
+    """File the row came from."""
+    question_type: str = ""
+    """The data set's own type, as it is; empty where it has none."""
+
+    def __post_init__(self) -> None:
+        self.kind = self.kind or question_kind(self.question)
+
+
+class BadRow(UserError):
+    """A row that cannot be used; the message says why."""
+
+
+class NotSelected(Exception):
+    """A sound row that the run does not want; the message says why."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows a run wants. A row outside of it is no bad row: it is left out whatever `on_bad_sample` says."""
+
+    static: bool = False
+    """Only rows with exactly one image: VisualThinker's rule for SAT's static questions."""
+    question_types: tuple[str, ...] | None = None
+    """Only rows whose column `question_type` is one of these; None: all."""
+
+    def check(self, images: int, question_type: Any) -> None:
+        """Raises NotSelected, or BadRow where a question type is asked for and there is none."""
+        if self.static and images != 1:
+            raise NotSelected(f"{images} images, and --static wants one")
+        if self.question_types is None:
+            return
+        if not isinstance(question_type, str):
+            raise BadRow("no question_type, which --question_types goes by")
+        if question_type not in self.question_types:
+            raise NotSelected(f"question_type {question_type}")
+
+
+ALL = Selection()
+
+
+def read_row(
+    entry: Any,
+    *,
+    columns: Columns = RECOGNISED,
+    selection: Selection = ALL,
+    row: int = -1,
+    source: str = "",
+    folder: Path | None = None,
+) -> Sample:
+    """A sample whose images are known to decode.
+
+    Args:
+        entry: a mapping of column names to values, of any set that `vtfast.columns` lists, or in VisualThinker's form
+            (`messages`, `images`).
+        folder: what relative image paths start from.
+
+    Raises:
+        BadRow: anything missing, empty, of a wrong type, or not decodable.
+        NotSelected: sound so far, but outside of `selection`. Its images were not looked at.
+    """
+    if isinstance(entry, BadRow):  # a line that its file's reader could not read
+        raise entry
+    if not isinstance(entry, Mapping):
+        raise BadRow(f"not a row of named values but {type(entry).__name__}")
+    question_type = entry.get(QUESTION_TYPE)
+    if MESSAGES in entry and columns == RECOGNISED:
+        items, complete = _items(entry.get("images")), True
+        question, options, answer = _visualthinker_texts(entry[MESSAGES])
+    else:
+        try:
+            names = columns.resolve(entry)
+        except UserError as error:
+            raise BadRow(str(error)) from None
+        items, complete = _items(entry.get(names.image)), is_sat(columns, names)
+        question, options, answer = (
+            entry.get(name) for name in (names.question, names.options, names.answer)
+        )
+    if not items and complete:
+        raise BadRow("no image")
+    selection.check(len(items), question_type)
+    question = _text(_IMAGE_MARKS.sub("", _text(question, "question")), "question")
+    options = _options(options, required=complete)
+    answer = _answer(answer, options)
+    own = question_type if isinstance(question_type, str) else ""
+    kind = question_kind(question, own)
+    return Sample(question, options, answer, _images(items, folder), kind, row, source, own)
+
+
+# What other trainers' data puts in front of a question to say where the images go; here the template says that.
+_IMAGE_MARKS = re.compile(r"\A(?:\s*<image>)+\s*")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"the {name} is not text but {type(value).__name__}")
+    if not value.strip():
+        raise BadRow(f"empty {name}")
+    mark = re.search(r"<\|\w+\|>", value)
+    if mark:  # the tokenizer would take it for the real thing
+        raise BadRow(f"the {name} holds the special token {mark[0]}")
+    return value
+
+
+def _options(values: Any, *, required: bool) -> list[str]:
+    if values is None and not required:
+        return []
+    if not isinstance(values, list | tuple):
+        kind = "" if values is None else f": not a list but {type(values).__name__}"
+        raise BadRow(f"no options{kind}")
+    if not values and required:
+        raise BadRow("no options")
+    options = [_clean(_text(option, "option")) for option in values]
+    if not all(options):
+        raise BadRow("empty option")
+    return options
+
+
+def _answer(value: Any, options: Sequence[str]) -> str:
+    """The bare answer, one of the options if there are any."""
+    if not options and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise BadRow(f"the answer is {value}")
+        return str(value)
+    answer = _clean(_unwrap(_text(value, "answer")))
+    if not answer:
+        raise BadRow("empty answer")
+    if options and answer not in options:
+        raise BadRow(f"the answer {answer[:80]!r} is not among the options {str(options)[:200]}")
+    return answer
+
+
+def _unwrap(text: str) -> str:
+    """`<answer> 3 </answer>` -> ` 3 `, and `… so the angle is 40. Answer: B` -> `B`; other text as it is."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    lettered = re.search(r"\bAnswer:\s*([A-Z])\.?\s*\Z", text)
+    return tagged[-1] if tagged else lettered[1] if lettered else text
+
+
+def _clean(text: str) -> str:
+    """An option without the words that SAT's generator left in some by mistake."""
+    return text.replace("in the first frame", "").strip()
+
+
+def _items(value: Any) -> list[Any]:
+    """The entries of an image column: one, a list of them, or none."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _images(items: Sequence[Any], folder: Path | None) -> Images:
+    sources = []
+    for number, item in enumerate(items):
+        try:
+            sources.append(_source(item, folder))
+            check_image(sources[-1])
+        except UserError as error:
+            raise BadRow(f"image {number}: {error}") from error
+    return Images(sources)
+
+
+def _source(item: Any, folder: Path | None) -> Source:
+    """What one entry of an image column holds: bytes, a path, both in a dict, or a PIL image."""
+    if isinstance(item, Mapping):
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, bytearray | memoryview):
+        item = bytes(item)
+    if isinstance(item, bytes | Image.Image) and item:
+        return item
+    if not isinstance(item, str | Path) or not str(item):
+        raise BadRow("empty" if item is None or not item else f"{type(item).__name__} is no image")
+    if folder is None and not Path(item).is_absolute():
+        raise BadRow(f"{item} is a path, and the data set has no folder")
+    tried = [base / item for base in ([folder, folder.parent] if folder else [Path()])]
+    return next((path for path in tried if path.is_file()), tried[0])
+
+
+# VisualThinker's user text: "<image> Answer in natural language. Q Choose between … options: a or b"
+_USER = re.compile(
+    r"(?:\s*<image>)*\s*(?:Answer in natural language\. )?(?P<question>.*)"
+    r" Choose between the following options: (?P<options>.*)",
+    re.DOTALL,
+)
+
+
+def _visualthinker_texts(messages: Any) -> tuple[str, list[str], str]:
+    """-> question, options, answer out of a user and an assistant message."""
+    try:
+        texts = {message["role"]: message["content"] for message in messages}
+        user, answer = texts["user"], _text(texts["assistant"], "answer")
+        match = _USER.fullmatch(user)
+    except (TypeError, KeyError) as error:
+        raise BadRow("messages of a user and an assistant with text are wanted") from error
+    if not match:
+        raise BadRow(f"no 'Choose between the following options:' in {user[:200]!r}")
+    return match["question"], _split_options(match["options"], answer), answer
+
+
+def _split_options(text: str, answer: str) -> list[str]:
+    """`a, b or c` -> [a, b, c]. An option may hold " or " itself: the answer tells which one."""
+    for cut in reversed([found.start() for found in re.finditer(" or ", text)]):
+        options = [*text[:cut].split(", "), text[cut + len(" or ") :]]
+        if answer in options:
+            return options
+    return [text]
