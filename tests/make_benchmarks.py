@@ -162,7 +162,9 @@ def write_vsr(folder: Path, rows: list[dict[str, Any]], images: Path | None = No
     images = images or folder
     for place in (folder, images):
         place.mkdir(parents=True, exist_ok=True)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
     for number, row in enumerate(rows):
         (images / row["image"]).write_bytes(encoded(picture(56, 56, number)))
     return folder

@@ -79,7 +79,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def default_template(checkpoint: Checkpoint, chat_template: str | None) -> str:
+def default_template(checkpoint: Checkpoint, chat_template: str | Mapping[str, str] | None) -> str:
     """The evaluation prompt that fits how a model was trained.
 
     A run's own template tells: chat marks or not, `<think>` or not. For a model from elsewhere, its tokenizer's chat
@@ -90,6 +90,8 @@ def default_template(checkpoint: Checkpoint, chat_template: str | None) -> str:
         text = load_template(trained_with)
         reasons = "<think>" in text
     else:
+        if isinstance(chat_template, Mapping):  # a tokenizer may have several, by name
+            chat_template = chat_template.get("default")
         text, reasons = chat_template or "", True
     name = "eval-instruct" if "<|im_start|>" in text else "eval-r1-zero"
     return name if reasons else f"{name}-direct"

@@ -127,10 +127,12 @@ def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str
 
 def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     try:
-        lines = Path(file.open()).read_text(encoding="utf-8").splitlines()
+        lines = Path(file.open()).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file.name}: cannot be read ({error})") from error
     for number, line in enumerate(lines):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

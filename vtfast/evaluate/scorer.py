@@ -26,30 +26,25 @@ LETTERS = "ABCDEF"
 
 # ------------------------------------------------------------------------------- the paper's rule
 
-_FIRST_ANSWER = re.compile(
-    r"<answer>\s*(.*?)\s*</answer>"
-)  # an answer over several lines is not seen
-_FINAL = r"(?i:final answer is):?\s*"
+_FIRST_ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>")  # no DOTALL: one line or none
+_FINAL, _HOPE = r"(?i:final answer is):?\s*", r"\.?\s?I hope"
 _FINAL_IS = r"(?i:final answer.{0,100}?)\s+is:?"
-_HOPE = r"\.?\s?I hope"
-_ANSWER, _ANSWER_COLON = "(?i:answer)", "(?i:answer):"
 
-# A number stands behind a blank or "="; a term is numbers joined by signs. Neither may be cut out of a word.
+# A number stands behind a blank or "="; a term is numbers joined by signs. Neither is cut out of a word.
 _BEFORE = r"(?:^|\s|=)(?:\*\*)?"
-_SIGNS = r"+\-*×/^()÷"
-_TERM = rf"-?\(?-?\d[\d.\s{_SIGNS}]*[{_SIGNS}][\d.\s{_SIGNS}]+\)?"
+_SIGN = r"[+\-*×/^()÷]"
+_OF_TERM = r"[\d.\s+\-*×/^()÷]"
+_TERM = rf"{_BEFORE}(?P<term>-?\(?-?\d{_OF_TERM}*{_SIGN}{_OF_TERM}+)(?:\*\*)?(?:[.,:\s)$]|$)"
 _DIGITS = r"-?\d{1,3}(?:[ ,]\d{3})+(?:\.\d+)?|-?\d+[.,]\d+|\.\d+|-?\d+"
-_PERCENT = r"(?:\s*(?:%|[Pp]ercent|[Pp]ercentage|[Pp]ct))?"
-_ANY_TERM = rf"{_BEFORE}(?P<term>{_TERM})(?:\*\*)?(?:[.,:\s)$]|$)"
-_ANY_NUMBER = rf"{_BEFORE}[$€£¥]?(?P<number>{_DIGITS}){_PERCENT}"
-_NUMERIC = f"(?:{_ANY_TERM}|{_ANY_NUMBER})"
-_MATHS = (
-    r"(?:(?<!\\)\$\$(?:[^$]|\$(?!\$))+?(?<!\\)\$\$|(?<!\\)\\\[(?:[^\\]|\\(?!\]))+?(?<!\\)\\\]"
-    r"|(?<!\\|\d)\$(?:\\\$|[^\n$])+?(?<!\\)\$|(?<!\\)\\\((?:[^\\\n]|\\(?!\)))+?(?<!\\)\\\)"
-    r"|\s\[[^\n\]\[]+?\]\s|-?\\frac\{-?\d+(?:[.,]\d+)?\}\{-?\d+(?:[.,]\d+)?\})"
+_NUMBER = rf"{_BEFORE}[$€£¥]?(?P<number>{_DIGITS})(?:\s*(?:%|[Pp]ercent(?:age)?|[Pp]ct))?"
+_NUMERIC = f"(?:{_TERM}|{_NUMBER})"
+_FORMULA = (
+    r"(?:\$\$(?!\$).+?\$\$|(?<![\\\d])\$[^\n$]+\$|\\\[.+?\\\]|\\\([^\n]+?\\\)|\s\[[^\n\]\[]+\]\s"
+    r"|-?\\frac\{-?\d+(?:[.,]\d+)?\}\{-?\d+(?:[.,]\d+)?\})"
 )
-_LATEX = rf"(?P<latex>{_MATHS}(?:\s*(?:and|or|,)\s*{_MATHS})*)"
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_LATEX = rf"(?P<latex>{_FORMULA}(?:\s*(?:and|or|,)\s*{_FORMULA})*)"
+_BOXES = r"(?P<latex>\\boxed\{.+\})"
+_BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _LIST = re.compile(r"\s*(?:and|or|,)\s*")
 _MARKS = re.compile(r"^(?:\s\[|\\\[|\\\(|\$\$?)|(?:\]\s|\\\]|\\\)|\$\$?)$")
 
@@ -89,32 +84,20 @@ def _read(text: str, options: tuple[str, ...], letters: bool) -> set[str]:
 @functools.lru_cache(maxsize=256)
 def _rungs(options: tuple[str, ...], letters: bool) -> list[list[re.Pattern[str]]]:
     """Patterns, the most telling first: "final answer is", "answer:", "answer", the first word, anywhere."""
-    named = [
-        form
-        for letter in LETTERS * letters
-        for x in (letter, letter.lower())
-        for form in (x, f"({x})")
-    ]
-    option = f"(?P<option>{'|'.join(map(re.escape, (*named, *options)))})"
+    cases = [*LETTERS, *LETTERS.lower()] if letters else []
+    names = [*cases, *(f"({letter})" for letter in cases), *options]
+    option = f"(?P<option>{'|'.join(map(re.escape, names))})"
     whole = rf"{option}(?:\*\*)?(?:[.,:\s]|$)"
     alone = rf"(?:^|\s)(?:\*\*)?{whole}"
-    equals = rf"(?:.{{0,100}}=\s*|.{{0,50}}?){_NUMERIC}(?!\s*=)"
+    number = rf"(?:.{{0,100}}=\s*|.{{0,50}}?){_NUMERIC}(?!\s*=)"
     rungs = [
-        (_FINAL + _LATEX + _HOPE, _FINAL + _NUMERIC + _HOPE, _FINAL + option + _HOPE),
-        (
-            rf"{_FINAL_IS}\s*{_LATEX}",
-            r"(?P<latex>\\boxed\{.+\})",
-            _FINAL_IS + _NUMERIC,
-            rf"{_FINAL_IS}\s*{option}",
-        ),
-        *(
-            (f"{word}.{{0,50}}?{_LATEX}", word + equals, f"{word}.{{0,50}}?{alone}")
-            for word in (_ANSWER_COLON, _ANSWER)
-        ),
-        (rf"^(?:\*\*)?{whole}",),
-        (_LATEX, _ANY_TERM, _ANY_NUMBER, alone),
+        [_FINAL + _LATEX + _HOPE, _FINAL + _NUMERIC + _HOPE, _FINAL + option + _HOPE],
+        [rf"{_FINAL_IS}\s*{_LATEX}", _BOXES, _FINAL_IS + _NUMERIC, rf"{_FINAL_IS}\s*{option}"],
     ]
-    # LaTeX may run over lines, words may not.
+    for word in ("(?i:answer):", "(?i:answer)"):
+        rungs.append([f"{word}.{{0,50}}?{_LATEX}", word + number, f"{word}.{{0,50}}?{alone}"])
+    rungs += [[rf"^(?:\*\*)?{whole}"], [_LATEX, _TERM, _NUMBER, alone]]
+    # Formulas may run over lines, words may not.
     return [[re.compile(p, re.DOTALL if "<latex>" in p else 0) for p in rung] for rung in rungs]
 
 
@@ -140,7 +123,7 @@ def _is_arithmetic(term: str) -> bool:
 
 def _latex(text: str) -> str:
     """What a formula's marks hold; of several boxes the last, unless they are one list."""
-    boxes = list(_BOXED.finditer(text))
+    boxes = list(_BOX.finditer(text))
     if len(boxes) > 1 and _LIST.fullmatch(text[boxes[-2].end() : boxes[-1].start()]):
         return text
     return boxes[-1][1].strip() if boxes else _MARKS.sub("", text).strip()
