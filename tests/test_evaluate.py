@@ -1,5 +1,6 @@
 """Whole evaluations: prompts, answers, what is written down, going on after a stop, ranks, and the command."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hugging_face import inputs, plain
-from make_benchmarks import CVBENCH, cvbench_row, image, write_all, write_parquet
+from make_benchmarks import CVBENCH, blink_row, cvbench_row, image, write_all, write_parquet
 from transformers import GenerationConfig
 
 from vtfast.cli import main
@@ -119,7 +120,7 @@ def test_sat_is_asked_as_in_training(files):
 
 def test_answers_are_hugging_faces(base, base_path, files):
     """Greedy, a batch of several lengths, pixel limits of the processor: token for token what `generate` says."""
-    processor = Processor.from_pretrained(base_path, max_pixels=2352)
+    processor = Processor.from_pretrained(base_path, min_pixels=784, max_pixels=2352)
     asker = evaluation._Asker(base, processor, "eval-r1-zero", False, 10)
     items = list(load_items(BENCHMARKS["cvbench"], files["cvbench"]))[:3]
     batch = asker.encode(items)
@@ -179,7 +180,7 @@ def test_the_prompt_holds_question_and_pixels(oracle, base, base_path, files, mo
     monkeypatch.setattr(Oracle, "say", staticmethod(lambda text: seen.append(text) or "B"))
     evaluate(base, "blink", files["blink"], 1, literal_image=True)
     evaluate(base, "blink", files["blink"], 1, template="eval-instruct-direct")
-    question = "Which point is closer to the camera?\nSelect from the following choices.\n(A) A is closer\n(B) B is closer"
+    question = BENCHMARKS["blink"].read(blink_row(0, "Relative_Depth"), 0).question
     assert (
         seen[0].startswith(f"{IMAGE}<image>A conv")
         and f"\nUser: {question} \nAssistant: Let" in seen[0]
@@ -328,7 +329,7 @@ class Threads:
                 return values
 
             def from_main(self, value):
-                return self.gather(value)[0]
+                return copy.deepcopy(self.gather(value)[0])  # as a process of its own would have it
 
         return Rank(number, shared.size, device)
 
@@ -372,10 +373,11 @@ def test_an_error_of_one_rank_is_everyones(oracle, base, tmp_path):
     data = write_parquet(tmp_path / "test.parquet", rows, CVBENCH)
     group = Threads(2)
     errors = group.run(lambda n: evaluate(base, "cvbench", data, ranks=group.rank(n, base.device)))
+    print(errors)
     assert all(isinstance(error, UserError) for error in errors)
-    assert all(
-        str(error).startswith("row 1 (Count): image 1 of 1: not an image") for error in errors
-    )
+    assert [str(error) for error in errors] == [
+        f"{data}, row 1: not an image of any known format"
+    ] * 2
     (tmp_path / "out").write_text("a file where the folder should be")
     errors = group.run(
         lambda n: evaluate(
@@ -587,7 +589,7 @@ def test_a_second_call_asks_nothing(evaluated, capsys, monkeypatch):
         (["--model", "{tmp}/no-model"], "no-model"),
         (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
         (["--output_dir", "{tmp}/file"], "file"),
-        (["--rescore"], "there is no BENCH.jsonl"),
+        (["--rescore"], "there is no cvbench.jsonl"),
     ],
 )
 def test_a_mistake_costs_one_line(more, message, files, tmp_path, capsys, monkeypatch):

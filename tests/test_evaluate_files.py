@@ -49,6 +49,7 @@ def test_cvbench(tmp_path):
         "How many organs are in the image? Select from the following choices.\n(A) 3\n(B) 2\n(C) 1\n(D) 0"
     )
     assert found[0].options == ("3", "2", "1", "0") and found[0].gold == 1 and found[1].gold == 0
+    assert found[3].where == f"{folder / 'test_3d.parquet'}, row 1"
     assert found[2].images == (rows[2]["image"]["bytes"],)
     one = write_parquet(tmp_path / "one" / "test-00000-of-00001.parquet", rows, CVBENCH)
     assert items("cvbench", one) == items("cvbench", one.parent) == found

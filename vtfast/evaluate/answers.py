@@ -64,14 +64,19 @@ class AnswerFile:
 
     @classmethod
     def open(cls, folder: Path, bench: str, settings: Mapping[str, Any]) -> AnswerFile:
-        """Raises UserError if the folder holds answers that came about under other settings, or are damaged."""
+        """Raises UserError if the folder cannot be made, or holds answers that came about under other settings."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); choose another --output_dir"
+            ) from error
         path, settings_path = folder / f"{bench}.jsonl", folder / "settings.json"
         rows, whole = read_answers(path)
         known = read_json(settings_path)
         if rows:
             _check_same(path, known.get(bench, {}), settings)
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(settings_path, known | {bench: dict(settings)})
         if path.exists() and whole < path.stat().st_size:
             log.warning("%s: the last line was cut off; its item is asked again", path)

@@ -26,6 +26,8 @@ class Item:
     """Place of the right option."""
     images: tuple[bytes | Path, ...] = field(default=(), repr=False)
     """Encoded."""
+    where: str = field(default="", compare=False)
+    """File and row, for messages."""
     link: str = ""
     """Where the image can be fetched, if the data set only names it."""
 

@@ -27,20 +27,21 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
         for in_file, row in enumerate(read_rows(file, benchmark.columns)):
             if benchmark.use(row):
+                where = f"{file.name}, row {in_file}"
                 try:
                     item = benchmark.read(row, index)
                     if not item.images:
                         raise BadRow("it has no image")
                 except BadRow as error:
-                    raise UserError(f"{file.name}, row {in_file}: {error}") from error
-                yield _placed(item, file.folder)
+                    raise UserError(f"{where}: {error}") from error
+                images = (_placed(image, file.folder) for image in item.images)
+                yield dataclasses.replace(item, images=tuple(images), where=where)
             index += 1
 
 
-def _placed(item: Item, folder: Path | None) -> Item:
+def _placed(image: bytes | Path, folder: Path | None) -> bytes | Path:
     """Image paths start from the file that names them."""
-    images = (folder / i if folder and isinstance(i, Path) else i for i in item.images)
-    return dataclasses.replace(item, images=tuple(images))
+    return folder / image if folder and isinstance(image, Path) else image
 
 
 def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
