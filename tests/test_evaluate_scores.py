@@ -2,7 +2,7 @@
 
 import pytest
 from make_benchmarks import blink_row, cvbench_row, vsr_row
-from make_files import sat_row
+from make_files import picture, sat_row
 
 from vtfast.commands.eval import BENCHES
 from vtfast.errors import UserError
@@ -123,6 +123,13 @@ def test_a_bad_row_is_named(bench, row, message):
     good = {"cvbench": cvbench_row, "blink": blink_row, "vsr": vsr_row, "sat": sat_row}[bench](0)
     with pytest.raises(UserError, match=message):
         score(bench, [good, row], ["A", "A"])
+
+
+def test_images_are_not_looked_at():
+    """Rows as the `datasets` library hands them out, decoded, and rows without images."""
+    rows = [cvbench_row(1, image=picture()), cvbench_row(1, image=None)]
+    assert score("cvbench", rows, ["A", "A"])["total"] == 1.0
+    assert score("sat", [sat_row(1, image_bytes=[picture()])], ["3"])["total"] == 1.0
 
 
 def test_wrong_calls():

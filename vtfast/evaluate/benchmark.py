@@ -97,6 +97,7 @@ def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
 
 
 def images_of(values: Sequence[Any]) -> tuple[bytes, ...]:
-    """Encoded images out of the `datasets` library's structs or plain bytes; what is null is left out."""
+    """Encoded images out of the `datasets` library's structs or plain bytes. Decoded ones are left out with the null
+    ones: files hold none, and scoring needs none."""
     images = [value.get("bytes") if isinstance(value, Mapping) else value for value in values]
-    return tuple(bytes(image) for image in images if image is not None)
+    return tuple(image for image in images if isinstance(image, bytes))
