@@ -276,6 +276,7 @@ def test_answers_under_other_settings_are_refused(oracle, base, base_path, files
         lambda lines: [lines[0].replace('"response"', '"reply"'), lines[1]],
         lambda lines: ["[]", lines[1]],
         lambda lines: [lines[0].replace('"gold": "B"', '"gold": "Z"'), lines[1]],
+        lambda lines: [lines[0].replace('"gold": "B"', '"gold": "F"'), lines[1]],
     ],
 )
 def test_a_damaged_file_is_refused(oracle, base, files, tmp_path, damage):

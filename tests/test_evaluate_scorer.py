@@ -45,6 +45,8 @@ PAPER = [
     (DEPTH, "A is closer to the camera", "A"),
     (DEPTH, "<answer>point B is closer.</answer>", "B"),
     (DEPTH, "closer: A", "A"),
+    (["Left", "left"], "Left", "AB"),  # what is parsed is lower case
+    (["big 3", "3"], "the big 3", "A"),  # of two that end together, the longer
     # which one, if there are several: the first word, else the last
     (SIDE, "left or right", "A"),
     (SIDE, "right, not left", "B"),
@@ -65,6 +67,8 @@ PAPER = [
     (SIDE, "Answer: B. Not A.", "B"),
     (SIDE, "left, no: the answer is right, as a rule", "B"),
     (SIDE, "The final answer is right. I hope it is correct.", "B"),
+    (SIDE, "answer: left. The answer is right", "A"),
+    (SIDE, "The final answer is left. I hope the final answer is right", "A"),
     (SIDE, "The final answer is: left", "A"),
     (SIDE, "final answer is beside", "B"),  # nothing has to follow the letter here
     (["desk", "cabinet"], "The final answer is cabinet", ""),  # C
@@ -114,6 +118,17 @@ PAPER = [
     (COUNT, "10", ""),
     (COUNT, "x2", ""),
     (COUNT, "9^9^9^9", ""),
+    (COUNT, "$1 000", ""),
+    (COUNT, "\\[1\n2\\]", ""),
+    (COUNT, "so 3(2) or", ""),
+    (COUNT, "so 3(2) - 3 I", "A"),  # sympy cannot parse that, so the search goes on
+    (COUNT, "final answer is: 2 1", "B"),
+    (COUNT, "the answer 2 2 = 1", "C"),
+    (COUNT, "the answer is 3 = 2 apples", "B"),
+    (SIDE, "answer A 1 =", "A"),
+    (SIDE, "$Left$", ""),
+    (["Left", "Right"], "$Left$", "A"),
+    (["1000", "000"], "The final answer is 000", ""),
 ]
 
 
@@ -126,6 +141,8 @@ def test_the_papers_rule(options, response, letter):
 def test_without_letters_only_texts_count():
     """SAT shows no letters: neither they nor articles are answers."""
     assert not paper_correct("A", SIDE, 0, letters=False)
+    assert not paper_correct("$A$", SIDE, 0, letters=False)
+    assert paper_correct("it is left A", ["A chair", "left"], 1, letters=False)
     assert paper_correct("on a shelf to the left", SIDE, 0, letters=False)
     assert paper_correct("left of a dog", SIDE, 0, letters=False)
     assert paper_correct("B", ["B", "A"], 0, letters=False)
@@ -161,10 +178,14 @@ def test_without_letters_only_texts_count():
         (COUNT, "<answer>3</answer>", "A"),
         (COUNT, "<answer>-3</answer>", ""),
         (["3", "-3"], "<answer>-3</answer>", "B"),
+        (["3", "-3"], "<answer>(B) -3</answer>", "B"),
+        (["3", "-3"], "<answer>(B) 3</answer>", ""),
         (COUNT, "<answer>3.0</answer>", ""),
         (DEPTH, "<answer>A</answer>", "A"),
         (DEPTH, "<answer>B is closer</answer>", "B"),
         (DOOR, "<answer>Door (highlighted by a red box)</answer>", "A"),
+        (["b", "a"], "<answer>(B) (a)</answer>", "B"),
+        (["?", "yes"], "<answer></answer>", ""),
         (["b", "a"], "<answer>a</answer>", ""),  # letter A and text B: it names two
         (["b", "a"], "<answer>(A) b</answer>", "A"),
     ],

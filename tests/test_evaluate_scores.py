@@ -149,12 +149,17 @@ def test_the_table():
         "cvbench": score("cvbench", rows, ["<answer>A</answer>", "<answer>B</answer>"]),
     }
     lines = [line.split() for line in score_table(scores).splitlines()]
-    assert lines[2] == ["CV-Bench", "50.00", "50.00", "50.00", "2", "31.38", "57.84", "59.47"]
+    assert lines[2][:7] == ["CV-Bench", "50.00", "50.00", "50.00", "2", "of", "2638"]
+    assert lines[2][7:] == ["31.38", "57.84", "59.47"]
     assert lines[3] == ["Count", "100.00", "100.00", "1", "54.69", "60.02", "59.64"]
     assert lines[4] == ["Depth", "0.00", "0.00", "1", "10.16", "55.00", "54.16"]
-    assert lines[5] == ["VSR", "100.00", "100.00", "100.00", "1", "0.00", "35.80", "62.32"]
+    assert lines[5][-6:] == ["1", "of", "2195", "0.00", "35.80", "62.32"]
     assert "2503.05132, Table 3" in " ".join(lines[-1])
     zeroshot = score("vsr", [vsr_row(1, zeroshot=True)], ["A"])
-    assert score_table({"vsr": zeroshot}).splitlines()[2].split()[-1] == "1", (
-        "the paper's VSR is the random split"
+    assert score_table({"vsr": zeroshot}).splitlines()[2].split()[-1] == "2195", (
+        "the paper's split is the random one"
     )
+    whole = score(
+        "blink", *answered(blink_row, BLINK, {"Relative_Depth": 50, "Spatial_Relation": 50})
+    )
+    assert score_table({"blink": whole}).splitlines()[2].split()[-4] == "267"

@@ -118,8 +118,11 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
             break
         try:
             row = json.loads(line)
-            if item_of(row).index in rows or not isinstance(row["response"], str):
-                raise ValueError("a second answer to the same item, or an answer that is no text")
+            item = item_of(row)
+            if item.index in rows:
+                raise ValueError("a second answer to the same question")
+            if item.gold >= len(item.options) or not isinstance(row["response"], str):
+                raise ValueError("no such option, or a response that is no text")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: damaged ({error}). Remove the line, or the file"

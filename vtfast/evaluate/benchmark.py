@@ -55,6 +55,8 @@ class Benchmark:
     """Row and its number -> item. Raises BadRow. Rows without images are read too: scoring needs none."""
     official: Callable[[Sequence[Judged]], float]
     """The benchmark's own formula over a non-empty sequence."""
+    sizes: tuple[int, ...]
+    """Questions of the whole benchmark, and of its other splits."""
     tasks: tuple[str, ...] = ()
     """Tasks in the order of tables; others follow in the order of the data."""
     letters: bool = True

@@ -51,6 +51,7 @@ BENCHMARK = Benchmark(
     columns=("sub_task", "prompt", "choices", "answer", "image_1", "image_2"),
     read=read,
     official=official,
+    sizes=(124 + 143,),
     tasks=TASKS,
     use=has_one_image,
 )

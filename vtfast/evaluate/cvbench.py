@@ -51,5 +51,6 @@ BENCHMARK = Benchmark(
     columns=("task", "source", "prompt", "choices", "answer", "image"),
     read=read,
     official=official,
+    sizes=(2638,),
     tasks=("Count", "Relation", "Depth", "Distance"),
 )

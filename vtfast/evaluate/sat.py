@@ -50,5 +50,6 @@ BENCHMARK = Benchmark(
     columns=("question", "answers", "correct_answer", "question_type"),
     read=read,
     official=accuracy,
+    sizes=(150, 4001),
     letters=False,
 )

@@ -132,7 +132,7 @@ def _latex(text: str) -> str:
 # ------------------------------------------------------------------------------- the strict rule
 
 _ANSWERS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_LETTER_FIRST = re.compile(r"([a-f])(?:\W+|$)(.*)", re.DOTALL)
+_LETTER_FIRST = re.compile(r"([a-f])(?:[^\w+-]+|$)(.*)")
 # Taken off both ends of an answer. Signs of numbers carry meaning: `-3` is not `3`.
 _AROUND = string.whitespace + "!\"'()*,.:;?[]_`{|}~“”‘’«»…。，"
 
@@ -154,7 +154,7 @@ def _named(answer: str, options: Sequence[str], letters: bool) -> set[int]:
     named = {place for place, option in enumerate(options) if option == answer}
     found = _LETTER_FIRST.fullmatch(answer) if letters else None
     if found:
-        place, rest = LETTERS.lower().index(found[1]), _plain(found[2])
+        place, rest = LETTERS.lower().index(found[1]), found[2]
         if place < len(options) and rest in ("", options[place]):
             named.add(place)
     return named

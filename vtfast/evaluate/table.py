@@ -38,13 +38,9 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
         published = PUBLISHED.get(bench, {})
         if bench == "vsr" and set(result["by_source"]) != {"random"}:
             published = {}  # the paper's number is of the random split
-        official = _percent(result["official"])
-        total = [
-            _percent(result["total"]),
-            _percent(strict["total"]),
-            official,
-            str(result["count"]),
-        ]
+        total = [_percent(x) for x in (result["total"], strict["total"], result["official"])]
+        count, sizes = result["count"], BENCHMARKS[bench].sizes
+        total.append(str(count) if count in sizes else f"{count} of {sizes[0]}")
         lines.append((BENCHMARKS[bench].title, *total, *_of_paper(published, "total")))
         for task, value in result["by_task"].items() if len(counts) <= MOST_TASKS else ():
             cells = [_percent(value), _percent(strict["by_task"][task]), "", str(counts[task])]
