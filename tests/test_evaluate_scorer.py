@@ -142,7 +142,7 @@ def test_without_letters_only_texts_count():
     """SAT shows no letters: neither they nor articles are answers."""
     assert not paper_correct("A", SIDE, 0, letters=False)
     assert not paper_correct("$A$", SIDE, 0, letters=False)
-    assert paper_correct("it is left A", ["A chair", "left"], 1, letters=False)
+    assert paper_correct("it is left, A", ["A chair", "left"], 1, letters=False)
     assert paper_correct("on a shelf to the left", SIDE, 0, letters=False)
     assert paper_correct("left of a dog", SIDE, 0, letters=False)
     assert paper_correct("B", ["B", "A"], 0, letters=False)
