@@ -7,11 +7,11 @@ equals a string, so only the text of the chosen match can make a response right.
 the decision hangs on no library's version, and a response like `9^9^9^9` cannot stall a run.
 
 Quirks that are kept, since the published numbers have them: without tags, the article in "I see a dog" answers A;
-`Left` is not `left`, and `A)` is nothing; numbers are compared as written, so `3.00` is not `3` (but `03` is); an
-option that opens the response wins over all later ones, unless the word "answer" stands before one of those.
+`Left` is not `left`, and `A)` is nothing; numbers are compared as written, so "about 3.00" is not `3`; an option that
+opens the response wins over all later ones, unless the word "answer" stands before one of those.
 
 Of 80,000 random responses made of options, letters, numbers, formulas and these quirks, 6 were judged otherwise than by
-math-verify 0.5.2 itself; each held broken LaTeX or several boxes.
+math-verify 0.5.2 itself; each held broken formulas, or several in a row.
 """
 
 from __future__ import annotations

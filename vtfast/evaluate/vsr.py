@@ -23,7 +23,7 @@ OPTIONS = ("True", "False")
 
 def read(row: Mapping[str, Any], index: int) -> Item:
     label = row.get("label")
-    if isinstance(label, bool) or label not in (0, 1):
+    if label not in (0, 1):
         raise BadRow(f"label is {label!r}, and 0 or 1 is wanted")
     name, link = row.get("image"), row.get("image_link")
     if isinstance(name, str) and name != Path(name).name:
