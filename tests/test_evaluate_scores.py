@@ -108,6 +108,8 @@ def test_both_scorers_stand_side_by_side():
             r"row 1: answer is '\(F\)', and one of \(A\) to \(D\)",
         ),
         ("cvbench", cvbench_row(1, answer="hidden"), "answer is 'hidden'"),
+        ("cvbench", cvbench_row(1, answer="(AB)"), "answer is"),
+        ("cvbench", cvbench_row(1, answer="()"), "answer is"),
         ("cvbench", cvbench_row(1, answer=None), "answer is None"),
         ("cvbench", cvbench_row(1, choices=[]), "choices is"),
         ("cvbench", cvbench_row(1, choices=["3", None]), "choices is"),
