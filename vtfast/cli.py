@@ -18,6 +18,7 @@ from vtfast.errors import UserError
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
     "data": "tell what a data set holds (vtfast data inspect PATH)",
+    "eval": "ask a model the questions of CV-Bench, BLINK, VSR or SAT, and score the answers",
     "make-base": "train the demo's base model from nothing",
 }
 """Each is `vtfast/commands/NAME.py`."""

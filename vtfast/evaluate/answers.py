@@ -1,0 +1,192 @@
+"""The answers of one evaluation on disk: a JSONL that grows batch by batch, and scores beside it.
+
+FOLDER/cvbench.jsonl    a row an item: index, task, source, question, options, gold, response, correct, ...
+FOLDER/settings.json    by benchmark, what the answers depend on; a file is only continued under the same settings
+FOLDER/scores.json      by benchmark, the scores of all rows of its file
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vtfast.errors import UserError
+from vtfast.evaluate.benchmark import Benchmark, Item
+from vtfast.evaluate.scorer import LETTERS
+from vtfast.evaluate.scores import get_benchmark, judge, summarise
+
+log = logging.getLogger("vtfast")
+Row = dict[str, Any]
+
+
+def make_row(
+    benchmark: Benchmark, item: Item, response: str, tokens: int, finish_reason: str
+) -> Row:
+    judged = judge(benchmark, item, response)
+    return {
+        "index": item.index,
+        "task": item.task,
+        "source": item.source,
+        "question": item.question,
+        "options": list(item.options),
+        "gold": LETTERS[item.gold],  # a place among the options, whether letters were shown or not
+        "response": response,
+        "correct": judged.correct,
+        "strict_correct": judged.strict_correct,
+        "tokens": tokens,
+        "finish_reason": finish_reason,
+    }
+
+
+def item_of(row: Row) -> Item:
+    return Item(
+        row["index"],
+        row["task"],
+        row["source"],
+        row["question"],
+        tuple(row["options"]),
+        LETTERS.index(row["gold"]),
+    )
+
+
+@dataclass
+class AnswerFile:
+    """One benchmark's answers: those that are there already, and a way to add to them."""
+
+    path: Path | None = None
+    """Its JSONL; None keeps the answers in memory only."""
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, bench: str, settings: Mapping[str, Any]) -> AnswerFile:
+        """Raises UserError if the folder cannot be made, or holds answers that came about under other settings."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); choose another --output_dir"
+            ) from error
+        path, settings_path = folder / f"{bench}.jsonl", folder / "settings.json"
+        rows, whole = read_answers(path)
+        known = read_json(settings_path)
+        if rows:
+            _check_same(path, known.get(bench, {}), settings)
+        else:
+            write_json(settings_path, known | {bench: dict(settings)})
+        if path.exists() and whole < path.stat().st_size:
+            log.warning("%s: the last line was cut off; its item is asked again", path)
+            os.truncate(path, whole)
+        return cls(path, rows)
+
+    def left(self, items: Sequence[Item]) -> list[Item]:
+        """The items without an answer. Raises UserError if an answered one is not the item that it was."""
+        answered = {row["index"]: row for row in self.rows}
+        for item in items:
+            row = answered.get(item.index)
+            if row and (row["question"], tuple(row["options"])) != (item.question, item.options):
+                raise UserError(
+                    f"{self.path}: row {item.index} of the data is another question than the one answered there."
+                    " Remove the file, or choose another --output_dir"
+                )
+        return [item for item in items if item.index not in answered]
+
+    def add(self, rows: Sequence[Row], write: bool = True) -> None:
+        """`write`: whether this process is the one that writes them down."""
+        self.rows += rows
+        if self.path and write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_answers(path: Path) -> tuple[list[Row], int]:
+    """-> rows, and the bytes that they take up: less than the file where its last line was cut off.
+
+    Raises:
+        UserError: a line before the last one is damaged.
+    """
+    if not path.exists():
+        return [], 0
+    rows: dict[int, Row] = {}
+    whole = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            item = item_of(row)
+            if item.index in rows:
+                raise ValueError("a second answer to the same question")
+            if item.gold >= len(item.options) or not isinstance(row["response"], str):
+                raise ValueError("no such option, or a response that is no text")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: damaged ({error}). Remove the line, or the file"
+            ) from error
+        rows[row["index"]] = row
+        whole += len(line)
+    return list(rows.values()), whole
+
+
+def scores_of(bench: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Scores of an answer file's rows, judged anew, with the mean number of tokens and the share that was cut off."""
+    benchmark = get_benchmark(bench)
+    scores = summarise(benchmark, [judge(benchmark, item_of(row), row["response"]) for row in rows])
+    return scores | {
+        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+    }
+
+
+def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> dict[str, Any]:
+    """Score a folder's answers to one benchmark, put the result into its scores.json, and return it.
+
+    Raises:
+        UserError: no answers, or damaged ones.
+    """
+    rows, _ = read_answers(folder / f"{bench}.jsonl")
+    settings = read_json(folder / "settings.json").get(bench, {})
+    about = {"model": model, "step": step} | {
+        name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
+    }
+    scores = scores_of(bench, rows) | about
+    path = folder / "scores.json"
+    write_json(path, read_json(path) | {bench: scores})
+    return scores
+
+
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"{path}: holds answers under other settings ({name}: {_short(before.get(name))} there,"
+            f" {_short(now[name])} now). Remove the file, or choose another --output_dir"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping from a JSON file; empty where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a mapping is wanted")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all: readers may come at any time."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,97 @@
+"""What `--model` means: a checkpoint of a run, or a model from elsewhere; and what the run says about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vtfast.errors import UserError
+from vtfast.prompts import load_template
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: str
+    """Folder or hub id, for `load_model`."""
+    name: str
+    """Of its folder among the evaluations."""
+    home: Path
+    """Folder that holds `evaluations/`: the run's, else the current one."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the run; empty for a model from elsewhere."""
+
+    @property
+    def step(self) -> int | None:
+        found = re.fullmatch(r"step-(\d+)", self.name) if self.config else None
+        return int(found[1]) if found else None
+
+
+def find_checkpoint(model: str) -> Checkpoint:
+    """The checkpoint that a path, a run folder or a hub id stands for. It need not exist any more (`--rescore`).
+
+    `RUN` and `RUN/checkpoints/last` are the newest step in there; a name in vtfast/assets is what ships.
+
+    Raises:
+        UserError: a run without checkpoints, or whose config.yaml cannot be read.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and (ASSETS / model).is_dir():
+        return Checkpoint(str(ASSETS / model), model, Path())
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last"
+    if path.name == "last" and path.parent.name == "checkpoints":
+        path = path.resolve() if path.exists() else _newest(path.parent)
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        return Checkpoint(str(path), path.name, run, _read_config(run / "config.yaml"))
+    return Checkpoint(str(path) if path.exists() else model, path.absolute().name, Path())
+
+
+def _newest(folder: Path) -> Path:
+    steps = {
+        int(found[1]): path
+        for path in folder.glob("step-*")
+        if (found := re.fullmatch(r"step-(\d+)", path.name)) and _is_model(path)
+    }
+    if not steps:
+        raise UserError(f"--model {folder / 'last'}: there is no checkpoint (step-N) in {folder}")
+    return steps[max(steps)]
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{path}: is no run's config.yaml")
+    return values
+
+
+def default_template(checkpoint: Checkpoint, chat_template: str | Mapping[str, str] | None) -> str:
+    """The evaluation prompt that fits how a model was trained.
+
+    A run's own template tells: chat marks or not, `<think>` or not. For a model from elsewhere, its tokenizer's chat
+    template tells an instruction-tuned model from a base model, and it is asked to reason.
+    """
+    trained_with = checkpoint.config.get("template")
+    if trained_with is not None:
+        text = load_template(trained_with)
+        reasons = "<think>" in text
+    else:
+        if isinstance(chat_template, Mapping):  # a tokenizer may have several, by name
+            chat_template = chat_template.get("default")
+        text, reasons = chat_template or "", True
+    name = "eval-instruct" if "<|im_start|>" in text else "eval-r1-zero"
+    return name if reasons else f"{name}-direct"

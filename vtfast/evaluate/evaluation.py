@@ -1,0 +1,220 @@
+"""Ask a policy every question of a benchmark, greedily, and score what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from vtfast.data import Sample
+from vtfast.distributed import Ranks
+from vtfast.errors import UserError
+from vtfast.evaluate import vsr_images
+from vtfast.evaluate.answers import AnswerFile, Row, make_row, scores_of
+from vtfast.evaluate.benchmark import Benchmark, Item
+from vtfast.evaluate.files import load_items
+from vtfast.evaluate.scores import get_benchmark
+from vtfast.images import Images
+from vtfast.model import Policy
+from vtfast.processor import Processor, Prompt
+from vtfast.prompts import load_template, render
+from vtfast.rollout import RolloutEngine, Sampling
+
+TEMPLATE = "eval-r1-zero"
+MAX_COMPLETION_LENGTH = 1024
+BATCH_SIZE = 64
+T = TypeVar("T")
+
+
+def evaluate(
+    policy: Policy,
+    bench: str = "cvbench",
+    data: str | Path | None = None,
+    limit: int | None = None,
+    *,
+    processor: Processor | None = None,
+    template: str | Path = TEMPLATE,
+    literal_image: bool = False,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
+    batch_size: int = BATCH_SIZE,
+    output: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    fetch_images: bool = False,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores of a policy on a benchmark, as `vtfast.evaluate.score` describes them.
+
+    Args:
+        data: a file, a folder in the data set's layout, or a hub id; the benchmark's own hub id where None.
+        limit: ask the first so many items only.
+        processor: for text and images; of the checkpoint that the policy was loaded from where None.
+        template: a name in vtfast/templates, or the path of a text file.
+        literal_image: fill the template's slot for the text `<image>`, which the study's prompts have by an oversight.
+        batch_size: questions that a rank answers together.
+        output: folder that keeps the answers. What it already holds is not asked again, and is part of the scores.
+        image_folder: where VSR's images are; fetch_images: fetch those that are nowhere.
+        ranks: processes that share the questions; each must call this. Alone where None.
+
+    Raises:
+        UserError: bad input, on all ranks.
+    """
+    benchmark = get_benchmark(bench)
+    for name, value in (
+        ("limit", limit),
+        ("batch_size", batch_size),
+        ("max_completion_length", max_completion_length),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    ranks = ranks or Ranks(0, 1, policy.device)
+    processor = processor or Processor.from_pretrained(policy.module.name_or_path)
+    asker = _Asker(policy, processor, str(template), literal_image, max_completion_length)
+    items = list(itertools.islice(load_items(benchmark, data), limit))
+    if bench == "vsr":
+        folder = None if image_folder is None else Path(image_folder).expanduser()
+        if fetch_images:
+            _on_main(ranks, lambda: vsr_images.fetch(items, folder))
+        items = vsr_images.locate(items, folder)
+    if output is None:
+        answers = AnswerFile()
+    else:
+        settings = asker.settings()
+        answers = _on_main(ranks, lambda: AnswerFile.open(Path(output), bench, settings))
+
+    left = answers.left(items)
+    show = progress and ranks.is_main
+    bar = tqdm(
+        total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show
+    )  # fmt: skip
+    with bar:
+        for encoded in _batches(left, batch_size, ranks, asker.encode):
+            rows = _together(
+                ranks, lambda batch=encoded: asker.answer(benchmark, batch.result(), show)
+            )
+            answers.add(rows, write=ranks.is_main)
+            bar.update(len(rows))
+    return scores_of(bench, answers.rows)
+
+
+def fingerprint(policy: Policy) -> str:
+    """Tells two sets of weights apart: a hash over every parameter's name, shape, dtype and the sum of its bits.
+
+    It is of the weights as they are in memory; where they were loaded from does not count.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in sorted(policy.module.named_parameters()):
+        bits = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
+        total = int(parameter.detach().view(bits).sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
+    return digest.hexdigest()
+
+
+class _Asker:
+    """Items -> prompts -> rows with the policy's greedy answers."""
+
+    def __init__(
+        self, policy: Policy, processor: Processor, template: str, literal_image: bool, max_new_tokens: int
+    ) -> None:  # fmt: skip
+        self.processor, self.literal_image = processor, literal_image
+        self.template, self.text = template, load_template(template)
+        # The checkpoint's end tokens, or the tokenizer's where its generation_config names none.
+        self.policy = dataclasses.replace(policy, eos_ids=tuple(processor.eos_ids))
+        self.engine = RolloutEngine(self.policy)
+        self.sampling = Sampling(max_new_tokens=max_new_tokens, greedy=True)
+
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on besides the questions."""
+        size = self.processor.image_processor.size
+        return {
+            "model": fingerprint(self.policy),
+            "template": self.template,
+            "prompt": self.text,
+            "literal_image": self.literal_image,
+            "min_pixels": size["shortest_edge"],
+            "max_pixels": size["longest_edge"],
+            "max_completion_length": self.sampling.max_new_tokens,
+            "eos_ids": list(self.policy.eos_ids),
+        }
+
+    def encode(self, items: Sequence[Item]) -> list[tuple[Item, Prompt]]:
+        return [(item, self._prompt(item)) for item in items]
+
+    def _prompt(self, item: Item) -> Prompt:
+        options = list(item.options)
+        sample = Sample(item.question, options, options[item.gold], Images(item.images), item.task)
+        text = render(self.text, sample, literal_image=self.literal_image)
+        try:
+            return self.processor.encode(text, sample.images)
+        except UserError as error:
+            raise UserError(f"{item.where}: {error}") from error
+
+    def answer(
+        self, benchmark: Benchmark, batch: Sequence[tuple[Item, Prompt]], progress: bool
+    ) -> list[Row]:
+        prompts = [prompt for _, prompt in batch]
+        completions = self.engine.generate(prompts, 1, self.sampling, progress=progress)
+        return [
+            make_row(
+                benchmark,
+                item,
+                self.processor.decode(completion.tokens),
+                len(completion.tokens),
+                completion.finish_reason,
+            )
+            for (item, _), (completion,) in zip(batch, completions, strict=True)
+        ]
+
+
+def _batches(
+    items: Sequence[Item], per_rank: int, ranks: Ranks, encode: Callable[[Sequence[Item]], T]
+) -> Iterator[Future[T]]:
+    """This rank's share of each batch, encoded; the next one is encoded while the caller works on this one."""
+    size = per_rank * ranks.size
+    shares = [
+        items[start : start + size][ranks.rank :: ranks.size]
+        for start in range(0, len(items), size)
+    ]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        upcoming = [pool.submit(encode, share) for share in shares[:1]]
+        for share in [*shares[1:], None]:
+            if not upcoming:
+                return
+            current = upcoming.pop()
+            if share is not None:
+                upcoming = [pool.submit(encode, share)]
+            yield current
+
+
+def _together(ranks: Ranks, work: Callable[[], list[Row]]) -> list[Row]:
+    """Rows of all ranks in the order of the data. A UserError of one rank is raised on all: none waits for it."""
+    try:
+        mine, problem = work(), None
+    except UserError as error:
+        mine, problem = [], error
+    parts = ranks.gather((mine, problem and str(problem)))
+    for _, text in parts:
+        if text:
+            raise UserError(text) from problem
+    return sorted((row for rows, _ in parts for row in rows), key=lambda row: row["index"])
+
+
+def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on all ranks; its UserError too."""
+    value, problem = None, None
+    if ranks.is_main:
+        try:
+            value = work()
+        except UserError as error:
+            problem = str(error)
+    value, problem = ranks.from_main((value, problem))
+    if problem:
+        raise UserError(problem)
+    return value

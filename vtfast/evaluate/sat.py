@@ -1,0 +1,55 @@
+"""SAT's own held-out rows (array/SAT): `SAT_test.parquet`, 150 real photographs, or `SAT_val.parquet`, 4,001 rendered.
+
+Asked as in training: options as texts in an order drawn for each row, without letters. So letters are no answers here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from vtfast.data import BadRow, question_kind
+from vtfast.evaluate.benchmark import Benchmark, Item, accuracy, images_of, options_of, text_of
+from vtfast.prompts import join_options
+
+
+def read(row: Mapping[str, Any], index: int) -> Item:
+    options = [_clean(option) for option in options_of(row, "answers")]
+    answer = _clean(text_of(row, "correct_answer"))
+    if answer not in options:
+        raise BadRow(f"the answer {answer!r} is not among the options {options}")
+    random.Random(f"SAT/{index}").shuffle(options)  # the generator puts the right one first
+    question = text_of(row, "question")
+    values = row.get("image_bytes") or row.get("images") or []
+    return Item(
+        index=index,
+        task=question_kind(question, row.get("question_type")),
+        source="SAT",
+        question=f" Answer in natural language. {question} Choose between the following options: "
+        + join_options(options),
+        options=tuple(options),
+        gold=options.index(answer),
+        images=images_of(values),
+    )
+
+
+def _clean(option: str) -> str:
+    """Without the words that SAT's generator left in some by mistake; training drops them too."""
+    return option.replace("in the first frame", "").strip()
+
+
+BENCHMARK = Benchmark(
+    name="sat",
+    title="SAT",
+    hub_id="array/SAT",
+    files=(
+        r"(?:data/)?(?:SAT_)?test(?:-\d+-of-\d+)?\.parquet",
+        r"(?:data/)?(?:SAT_)?val(?:-\d+-of-\d+)?\.parquet",
+    ),
+    columns=("question", "answers", "correct_answer", "question_type"),
+    read=read,
+    official=accuracy,
+    sizes=(150, 4001),
+    letters=False,
+)

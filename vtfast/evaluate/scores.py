@@ -1,0 +1,89 @@
+"""Judged answers -> the numbers that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vtfast.data import BadRow
+from vtfast.errors import UserError
+from vtfast.evaluate import blink, cvbench, sat, vsr
+from vtfast.evaluate.benchmark import Benchmark, Item, Judged, accuracy
+from vtfast.evaluate.scorer import paper_correct, strict_correct
+
+BENCHMARKS: dict[str, Benchmark] = {
+    module.BENCHMARK.name: module.BENCHMARK for module in (cvbench, blink, vsr, sat)
+}
+
+
+def get_benchmark(name: str) -> Benchmark:
+    if name not in BENCHMARKS:
+        raise UserError(f"unknown benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def score(
+    bench: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]
+) -> dict[str, Any]:
+    """Scores of responses to rows of a data set, in its own schema. Images are not looked at.
+
+    Returns:
+        `total` (micro average by the paper's scorer, the number in its tables), `by_task`, `by_source`, `official`
+        (the benchmark's own formula on the same judgements), `count`, `count_by_task`, and the strict scorer's `total`
+        and `by_task` under `strict`. All accuracies are in [0, 1].
+
+        `official` of CV-Bench is ((ADE20K + COCO) / 2 + Omni3D) / 2, where a source or a half that has no rows is left
+        out of its mean; of BLINK the mean over the tasks present; of VSR and SAT the plain accuracy.
+
+    Raises:
+        UserError: another number of responses than rows, no rows, or a row that cannot be read.
+    """
+    benchmark = get_benchmark(bench)
+    if len(rows) != len(responses):
+        raise UserError(f"{bench}: {len(responses)} responses for {len(rows)} rows")
+    judged = []
+    for index, (row, response) in enumerate(zip(rows, responses, strict=True)):
+        try:
+            judged.append(judge(benchmark, benchmark.read(row, index), response))
+        except BadRow as error:
+            raise UserError(f"{bench}, row {index}: {error}") from error
+    return summarise(benchmark, judged)
+
+
+def judge(benchmark: Benchmark, item: Item, response: str) -> Judged:
+    question = item.options, item.gold, benchmark.letters
+    return Judged(
+        item.task,
+        item.source,
+        paper_correct(response, *question),
+        strict_correct(response, *question),
+    )
+
+
+def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
+    """The result of `score`. Raises UserError where there is nothing to average."""
+    if not judged:
+        raise UserError(f"{benchmark.name}: no answers to score")
+    seen = dict.fromkeys(one.task for one in judged)
+    tasks = [task for task in benchmark.tasks if task in seen]
+    tasks += [task for task in seen if task not in tasks]
+    by_task = {task: [one for one in judged if one.task == task] for task in tasks}
+    sources = sorted({one.source for one in judged})
+    return {
+        "total": accuracy(judged),
+        "official": benchmark.official(judged),
+        "count": len(judged),
+        "by_task": {task: accuracy(part) for task, part in by_task.items()},
+        "by_source": {
+            name: accuracy([one for one in judged if one.source == name]) for name in sources
+        },
+        "count_by_task": {task: len(part) for task, part in by_task.items()},
+        "strict": {
+            "total": _strict(judged),
+            "by_task": {task: _strict(part) for task, part in by_task.items()},
+        },
+    }
+
+
+def _strict(judged: Sequence[Judged]) -> float:
+    return sum(one.strict_correct for one in judged) / len(judged)
