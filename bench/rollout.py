@@ -37,7 +37,7 @@ from vtfast.metrics import PEAK_BANDWIDTH, peak
 from vtfast.model import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.attention import BACKENDS
-from vtfast.rollout.run import Run
+from vtfast.rollout.loop import Rollout
 from vtfast.rollout.workspace import cache_shape
 
 GOALS = {"mid": 1 / 2.5, "tiny": 1 / 1.5, "Qwen2-VL-2B": 1 / 20}  # our time / generate's
@@ -125,12 +125,12 @@ def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool
     return met
 
 
-def start(engine: RolloutEngine, work: Workload, rounds: int) -> Run:
+def start(engine: RolloutEngine, work: Workload, rounds: int) -> Rollout:
     """A rollout behind its prefill and first steps, with room for `rounds` times STEPS more."""
     sampling = Sampling(max_new_tokens=STEPS * (rounds + 4))
     G = work.shape.G
     memory = engine._workspace(work.prompts, G, sampling.max_new_tokens)
-    run = Run(
+    run = Rollout(
         engine.policy, memory, work.prompts, G, sampling, 0, max_rows=engine.max_rows, poll=STEPS
     )
     for part in run.admit():
@@ -153,7 +153,7 @@ def share_of_floor(policy: Policy, cached_tokens: float, seconds_a_step: float) 
     return read / bandwidth / seconds_a_step
 
 
-def kernels_a_layer(run: Run, policy: Policy) -> float:
+def kernels_a_layer(run: Rollout, policy: Policy) -> float:
     """Kernels of a step over layers; what the head and the bookkeeping launch is in it."""
     rows = run.work.rows.part(0, len(run.places))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as hf
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
 from vtfast.model import load_model
-from vtfast.rollout import RolloutEngine, Sampling, engine, run
+from vtfast.rollout import RolloutEngine, Sampling, engine, loop
 from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder
 from vtfast.rollout.warp import warped_sample
@@ -105,7 +105,7 @@ def test_a_prompt_larger_than_the_cache(policy, prompts):
 
 def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
     """In the decoder and in the packed forward alike."""
-    original, image = run.linear_sample, policy.module.config.image_token_id
+    original, image = loop.linear_sample, policy.module.config.image_token_id
 
     def draw(hidden, head, **chance):
         token, logp = original(hidden, head, **chance)
@@ -113,7 +113,7 @@ def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
         forced = (hidden.float() @ head.t()).log_softmax(-1)[:, image]
         return torch.where(chosen, image, token), torch.where(chosen, forced, logp)
 
-    monkeypatch.setattr(run, "linear_sample", draw)
+    monkeypatch.setattr(loop, "linear_sample", draw)
     rolled = RolloutEngine(policy).generate(prompts, 2, Sampling(max_new_tokens=6), seed=3)
     with torch.no_grad():
         scored = completion_logprobs(policy, prompts, tokens(rolled))

@@ -1,6 +1,6 @@
 """Batched sampling with the trainer's own weights: packed prefill, shared prompt pages, a decode step for all rows.
 
-`Run` holds the loop, `Workspace` the memory that it works on, `Decoder` the model's layers.
+`Rollout` holds the loop, `Workspace` the memory that it works on, `Decoder` the model's layers.
 
 A row's tokens depend on (seed, prompt, sample number) and on nothing else: the sampler's randomness is a function of
 (seed, row key, position), and a row key is made of the prompt's content and the sample number.
@@ -19,7 +19,7 @@ from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.graphs import Capture, bucket
-from vtfast.rollout.run import Run
+from vtfast.rollout.loop import Rollout
 from vtfast.rollout.sampling import Completion, Sampling
 from vtfast.rollout.workspace import Size, Workspace, addresses, cache_shape
 
@@ -98,7 +98,7 @@ class RolloutEngine:
         if sampling.stop and self.processor is None:
             raise UserError("stop: RolloutEngine needs a processor to find texts in tokens")
         work = self._workspace(prompts, num_generations, sampling.max_new_tokens)
-        run = Run(
+        run = Rollout(
             self.policy, work, prompts, num_generations, sampling, seed,
             max_rows=self.max_rows, poll=self.poll, processor=self.processor,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 from vtfast.errors import UserError
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
-from vtfast.rollout.run import row_key
+from vtfast.rollout.loop import row_key
 from vtfast.rollout.sampling import Completion, Sampling
 
 

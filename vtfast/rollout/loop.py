@@ -40,7 +40,7 @@ class Group:
     """Rows that are not finished."""
 
 
-class Run:
+class Rollout:
     """One call of `RolloutEngine.generate`, over a workspace."""
 
     def __init__(
