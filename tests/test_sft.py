@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,19 +13,20 @@ import yaml
 from hugging_face import padded, plain
 from safetensors.torch import load_file
 from test_trainer import LAUNCHER, environment, mixed_rows
-from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
 from vtfast import synthetic
 from vtfast.cli import main
 from vtfast.config import SFTConfig, field_help, field_names, load_config, recipe_names
-from vtfast.data import Sample
+from vtfast.data import Processor, Sample
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
+from vtfast.flops import forward_flops, update_flops
 from vtfast.groups import Batch, Group
 from vtfast.model import load_model
 from vtfast.questions import Question, batches
 from vtfast.rollout import Completion
-from vtfast.sft import SFTObjective, SFTTrainer, stop_at
+from vtfast.sft import SFTObjective, SFTTrainer
 from vtfast.sharing import share_out
 from vtfast.trainer import Trainer
 
@@ -317,6 +319,10 @@ def test_a_target_that_is_too_long_is_listed_and_skipped(make):
     listed = json.loads(line)
     assert (listed["step"], listed["row"]) == (1, asked[2].sample.row)
     assert "--max_completion_length is 20" in listed["reason"]
+    longest = max(len(trainer.target.tokens(question.sample)) for question in asked)
+    trainer.config.max_completion_length = longest
+    assert trainer.step(1, asked)[0]["skipped_samples"] == 0
+    trainer.config.max_completion_length = 20
     trainer.config.on_bad_sample = "error"
     with pytest.raises(UserError, match=r"step 2, row .*--max_completion_length is 20"):
         trainer.step(2, asked)
@@ -336,15 +342,50 @@ def test_a_bare_answer_is_graded_as_the_answer(make):
     assert tagged.graded("left") == "left"
 
 
-def test_a_new_end_mark_is_saved_with_the_model(random_path, processor, tmp_path):
-    policy = load_model(random_path)
-    policy.eos_ids = (386,)
-    stop_at(386, policy, processor)
-    assert policy.eos_ids == (386,)
-    stop_at(388, policy, processor)
-    policy.module.generation_config = GenerationConfig(eos_token_id=list(policy.eos_ids))
-    policy.module.save_pretrained(tmp_path)
-    assert load_model(tmp_path).eos_ids == (386, 388) == tuple(processor.eos_ids)
+def test_a_new_end_mark_ends_answers_from_now_on(make, base_path, tmp_path):
+    """A base model whose answers end with <|endoftext|> alone learns a chat's <|im_end|>."""
+    shutil.copytree(base_path, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 386}')
+    trainer, _ = make(model=tmp_path / "base")
+    assert trainer.policy.eos_ids == (386,)
+    trainer, _ = make(model=tmp_path / "base", template="sft", target="{answer}")
+    assert trainer.policy.eos_ids == (386, 388)
+    trainer.save(1)
+    saved = trainer.folder / "checkpoints" / "step-1"
+    assert load_model(saved).eos_ids == (386, 388)
+    assert Processor.from_pretrained(saved).eos_ids == [386, 388] == trainer.processor.eos_ids
+
+
+def test_passes_over_the_data_become_steps(make):
+    """48 samples, 8 a step."""
+    for epochs, steps in ((1, 6), (0.1, 1), (1.01, 7), (0.55, 4)):
+        assert make(max_steps="none", num_train_epochs=epochs)[0].config.max_steps == steps
+    assert make(max_steps=5, num_train_epochs=9)[0].config.max_steps == 5
+
+
+def test_bf16_is_the_same_step_but_for_rounding(make):
+    """The path of the GPU, on the CPU: several passes, fp32 masters and gradient sums."""
+    settings = {"token_budget": 150, "completion_only_loss": False}
+    (exact, asked), (rounded, _) = make(**settings), make(dtype="bfloat16", **settings)
+    (one, _), (other, _) = exact.step(1, asked), rounded.step(1, asked)
+    assert one["passes"] > 1 and other["loss"] == pytest.approx(one["loss"], rel=0.02)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.1)
+
+
+def test_useful_operations(make):
+    """Targets in the prompt meet the head; a frozen tower runs forward once."""
+    trainer, asked = make()
+    batch = pass_over(trainer.policy, trainer.with_targets(asked, 1))
+    base = update_flops(trainer.policy, [batch], tower_ran=False)
+    more = update_flops(trainer.policy, [batch], prompt_targets=5, tower_ran=False)
+    assert more - base == pytest.approx(3 * 5 * 2 * 96 * 400)  # D = 96, V = 400
+    frozen, _ = make(freeze="vision")
+    tower = sum(
+        forward_flops(frozen.policy.module.config, 0, [], q.prompt.grid.prod(-1).tolist()).vision
+        for q in asked
+    )
+    assert base - update_flops(frozen.policy, [batch], tower_ran=False) == pytest.approx(2 * tower)
+    assert base - update_flops(frozen.policy, [batch]) == pytest.approx(3 * tower)
 
 
 # ------------------------------------------------------------------------------------------ whole runs
