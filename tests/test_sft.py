@@ -340,6 +340,9 @@ def test_a_bare_answer_is_graded_as_the_answer(make):
     assert bare.graded("so <answer>left</answer>") == "so <answer>left</answer>"
     tagged, _ = make()
     assert tagged.graded("left") == "left"
+    bare.graded = lambda response: "<think></think><answer>nothing</answer>"
+    judged = bare.judge()
+    assert (judged.accuracy("greedy"), judged.format("greedy")) == (0, 1)
 
 
 def test_a_new_end_mark_ends_answers_from_now_on(make, base_path, tmp_path):
@@ -360,6 +363,8 @@ def test_passes_over_the_data_become_steps(make):
     """48 samples, 8 a step."""
     for epochs, steps in ((1, 6), (0.1, 1), (1.01, 7), (0.55, 4)):
         assert make(max_steps="none", num_train_epochs=epochs)[0].config.max_steps == steps
+    ten = {"first_n": 10, "per_device_train_batch_size": 1, "max_steps": "none"}
+    assert make(**ten, num_train_epochs=1.1)[0].config.max_steps == 11  # 1.1 * 10 is a little more
     assert make(max_steps=5, num_train_epochs=9)[0].config.max_steps == 5
 
 
@@ -372,7 +377,7 @@ def test_bf16_is_the_same_step_but_for_rounding(make):
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.1)
 
 
-def test_useful_operations(make):
+def test_useful_operations(make, monkeypatch):
     """Targets in the prompt meet the head; a frozen tower runs forward once."""
     trainer, asked = make()
     batch = pass_over(trainer.policy, trainer.with_targets(asked, 1))
@@ -386,6 +391,13 @@ def test_useful_operations(make):
     )
     assert base - update_flops(frozen.policy, [batch], tower_ran=False) == pytest.approx(2 * tower)
     assert base - update_flops(frozen.policy, [batch]) == pytest.approx(3 * tower)
+    monkeypatch.setattr("vtfast.sft.mfu", lambda flops, *_: flops)
+    assert trainer.step(1, asked)[0]["mfu"] == pytest.approx(base)
+    assert frozen.step(1, asked)[0]["mfu"] == pytest.approx(base - 2 * tower)
+    whole, _ = make(completion_only_loss=False)
+    metrics, _ = whole.step(1, asked)
+    prompts = metrics["num_targets"] - sum(batch.pack.lengths)
+    assert metrics["mfu"] == pytest.approx(base + prompts * 3 * 2 * 96 * 400)
 
 
 # ------------------------------------------------------------------------------------------ whole runs

@@ -65,8 +65,7 @@ class SFTObjective(nn.Module):
         if not batch.parts:
             target = torch.full_like(target, IGNORED)
         logp, entropy = linear_logprob(hidden, self.policy.head, target, entropy=True)
-        scored = target != IGNORED
-        sums = torch.stack([(self._likeliest(hidden) == target).sum(), (entropy * scored).sum()])
+        sums = torch.stack([(self._likeliest(hidden) == target).sum(), entropy.sum()])
         return -logp.sum() / num_targets, sums.detach()
 
     @torch.no_grad()
@@ -118,7 +117,7 @@ class SFTTrainer(Run):
         if config.max_steps is not None:
             return config.max_steps
         steps = config.num_train_epochs * len(self.train_samples) / self.prompts_per_step
-        return math.ceil(steps - 1e-9)  # 0.7 * 10 is a little more than 7
+        return math.ceil(steps - 1e-9)  # 1.1 * 10 is a little more than 11
 
     def step(self, step: int, questions: Sequence[Question]) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, no completions). Collective. `questions`: this rank's."""
