@@ -117,7 +117,7 @@ class SFTTrainer(Run):
         if config.max_steps is not None:
             return config.max_steps
         steps = config.num_train_epochs * len(self.train_samples) / self.prompts_per_step
-        return math.ceil(steps - 1e-9)  # 1.1 * 10 is a little more than 11
+        return math.ceil(steps - 1e-9)  # 2.2 * 25 is a little more than 55
 
     def step(self, step: int, questions: Sequence[Question]) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, no completions). Collective. `questions`: this rank's."""
