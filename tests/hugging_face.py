@@ -1,9 +1,10 @@
 """A prompt in the words of Hugging Face's own forward and generate: the oracle of scoring and rollout."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vtfast.model import Policy
 from vtfast.processor import Prompt
@@ -46,3 +47,21 @@ def logprobs(
     with plain(policy) as module:
         logits = module(**inputs(prompt, tokens)).logits[0, len(prompt.ids) - 1 : -1]
     return (logits.double() / temperature).log_softmax(-1)[range(len(tokens)), tokens]
+
+
+def padded(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], pad: int = 0
+) -> dict[str, torch.Tensor]:
+    """Arguments of `Qwen2VLForConditionalGeneration` for a batch of prompts with one answer each, padded right."""
+    alone = [inputs(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    for arguments in alone:
+        arguments.setdefault("mm_token_type_ids", torch.zeros_like(arguments["input_ids"]))
+    batch = {
+        name: pad_sequence([arguments[name][0] for arguments in alone], True, value)
+        for name, value in {"input_ids": pad, "attention_mask": 0, "mm_token_type_ids": 0}.items()
+    }
+    for name in ("pixel_values", "image_grid_thw"):
+        parts = [arguments[name] for arguments in alone if name in arguments]
+        if parts:
+            batch[name] = torch.cat(parts)
+    return batch

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vtfast.cli import main
-from vtfast.config import FIELD_NAMES
+from vtfast.config import field_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,14 +17,14 @@ def test_dry_run_prints_the_resolved_recipe(capsys):
     assert main(["train", "--recipe", "visualthinker-2b-sat", "--dry-run", "--beta", "0.1"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert settings["beta"] == 0.1 and settings["max_completion_length"] == 700
-    assert list(settings) == list(FIELD_NAMES)
+    assert list(settings) == list(field_names())
 
 
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])
     text = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"--{name}" in text for name in FIELD_NAMES)
+    assert stopped.value.code == 0 and all(f"--{name}" in text for name in field_names())
     assert main([]) == 0 and "make-base" in capsys.readouterr().out
 
 

@@ -258,13 +258,13 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
     script = tmp_path / "one_bad.py"
     script.write_text(
         "import sys\n"
-        "from vtfast import trainer\n"
-        "check = trainer.check_group\n"
+        "from vtfast import run\n"
+        "check = run.check_group\n"
         "def planted(prompt, tokens, *rest):\n"
-        "    if tokens and trainer.distributed.dist.get_rank() == 1:\n"
-        "        raise trainer.UserError('planted')\n"
+        "    if tokens and run.distributed.dist.get_rank() == 1:\n"
+        "        raise run.UserError('planted')\n"
         "    check(prompt, tokens, *rest)\n"
-        "trainer.check_group = planted\n"
+        "run.check_group = planted\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )

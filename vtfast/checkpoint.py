@@ -6,13 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
-from vtfast.config import Config
+from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.model import Policy
 from vtfast.processor import Processor
 
 
-def check_output_dir(config: Config) -> None:
+def check_output_dir(config: RunConfig) -> None:
     """Raises UserError when `--output_dir` is a file, holds something already, or cannot be made."""
     if config.output_dir is None:
         return
@@ -26,7 +26,7 @@ def check_output_dir(config: Config) -> None:
         raise UserError(f"--output_dir {folder}: {parent} is not writable")
 
 
-def create_run_folder(config: Config) -> Path:
+def create_run_folder(config: RunConfig) -> Path:
     """The folder of `--output_dir`, or the first of runs/RECIPE, runs/RECIPE-2, ... that is free."""
     if config.output_dir is not None:
         folder = Path(config.output_dir)

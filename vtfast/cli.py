@@ -17,6 +17,7 @@ from vtfast.errors import UserError
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
+    "sft": "fine-tune a model on the answers of its data",
     "data": "tell what a data set holds (vtfast data inspect PATH)",
     "eval": "ask a model the questions of CV-Bench, BLINK, VSR or SAT, and score the answers",
     "make-base": "train the demo's base model from nothing",
@@ -29,6 +30,10 @@ BAD_INPUT = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A UserError becomes one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0].startswith(
+        "--local_rank="
+    ):  # `deepspeed --module vtfast` puts it in front
+        del arguments[0]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(_usage())

@@ -1,7 +1,9 @@
-"""Every setting of a run: one dataclass, filled from a YAML recipe and then from the command line.
+"""Every setting of a run: a dataclass, filled from a YAML recipe and then from the command line.
 
+`Config` is GRPO's and `SFTConfig` that of supervised fine-tuning; both are put together from the sections below.
 Names are TRL's where TRL has one. The text under a field is its help; `train.py --help` prints it. Recipes
-(`recipes/*.yaml`) are data: a mapping of these names to values, and `base:` for the recipe that one differs from.
+(`recipes/*.yaml`) are data: a mapping of these names to values, and `base:` for the recipe that one differs from. Those
+called `*-sft` are `vtfast sft`'s.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ FREEZABLE = ("vision", "merger", "language", "embeddings")
 
 
 @dataclass
-class Config:
+class Task:
+    """What is trained, and what it is asked."""
+
     recipe: str = "tiny-spatial"
     """Name of the recipe that these settings started from."""
 
@@ -112,6 +116,11 @@ class Config:
     on_bad_sample: str = "skip"
     """skip (report, count, go on) or error (stop at the first)."""
 
+
+@dataclass
+class GRPO:
+    """What GRPO alone has: sampled answers, their rewards and the loss."""
+
     # How it answers
     num_generations: int = 8
     """G, completions sampled per prompt; their rewards are compared with each other."""
@@ -119,21 +128,6 @@ class Config:
     """Most tokens in a completion."""
     temperature: float = 1.0
     """Sampling temperature; the loss uses the same one."""
-
-    rollout_max_rows: int = 512
-    """Most completions in flight at once on a rank; the others wait. It changes memory and speed, never the result."""
-    rollout_cache_tokens: int | None = None
-    """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
-    rollout_keep_cache: bool = True
-    """Keep cache and CUDA graphs between rollouts; false frees them for the update and builds them anew each time."""
-    rollout_attention: str = "auto"
-    """Attention of a decode step: flash_attn_3, flash_attn, triton, varlen, torch; auto takes the first usable."""
-    use_vllm: bool = False
-    """Sample with vLLM, colocated on each rank's GPU, instead of the engine that shares the trainer's weights."""
-    vllm_gpu_memory_utilization: float = 0.3
-    """Share of the GPU's memory that vLLM takes while it is awake."""
-    vllm_enable_sleep_mode: bool = True
-    """Put vLLM to sleep between rollouts, so that the update has its memory."""
     sampler_drift_warning: float = 0.1
     """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average."""
 
@@ -171,7 +165,48 @@ class Config:
     vllm_importance_sampling_clip_min: float | None = None
     """Lower bound of that weight; none means no bound."""
 
-    # The optimizer
+
+@dataclass
+class Rollout:
+    """What sampling runs on."""
+
+    rollout_max_rows: int = 512
+    """Most completions in flight at once on a rank; the others wait. It changes memory and speed, never the result."""
+    rollout_cache_tokens: int | None = None
+    """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
+    rollout_keep_cache: bool = True
+    """Keep cache and CUDA graphs between rollouts; false frees them for the update and builds them anew each time."""
+    rollout_attention: str = "auto"
+    """Attention of a decode step: flash_attn_3, flash_attn, triton, varlen, torch; auto takes the first usable."""
+    use_vllm: bool = False
+    """Sample with vLLM, colocated on each rank's GPU, instead of the engine that shares the trainer's weights."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory that vLLM takes while it is awake."""
+    vllm_enable_sleep_mode: bool = True
+    """Put vLLM to sleep between rollouts, so that the update has its memory."""
+
+
+@dataclass
+class SFT:
+    """What supervised fine-tuning alone has."""
+
+    target: str = "{answer}"
+    """What the model is to answer: text with the slot {answer}, or the path of a .txt file of such text. The end mark
+    follows by itself: `<|im_end|>` behind a chat template, else the tokenizer's own; not if the text writes one."""
+    completion_only_loss: bool = True
+    """Train on the target alone. false: on the prompt's text as well, image tokens and their two marks left out."""
+    num_train_epochs: float = 1.0
+    """Passes over the data, where max_steps is none. The last step is filled up from the pass after them."""
+    max_completion_length: int = 256
+    """Longest target in tokens; longer ones are bad samples, never truncated. Also of held-out answers."""
+    temperature: float = 1.0
+    """Sampling temperature of the held-out answers that are not greedy. The loss has none."""
+
+
+@dataclass
+class Optimizer:
+    """How it learns."""
+
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: str = "linear"
@@ -202,7 +237,11 @@ class Config:
     seed: int = 0
     """Seed of the data order, the rendered questions and the sampling."""
 
-    # What is left behind
+
+@dataclass
+class Output:
+    """What is left behind."""
+
     output_dir: str | None = None
     """Run folder; must be new or empty. None means runs/RECIPE, then runs/RECIPE-2 and so on."""
     save_steps: int = 100
@@ -211,6 +250,10 @@ class Config:
     """Keep only the newest N checkpoints; none keeps all."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """tensorboard, wandb, trackio, or none."""
+
+
+class Checks:
+    """What is said about impossible settings. A rule about a setting that a kind of run lacks is passed over."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -232,7 +275,7 @@ class Config:
             "rollout_attention": DECODE_ATTENTION,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name, allowed[0]) not in allowed:
                 yield f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}"
         for part in self.freeze:
             if part not in FREEZABLE:
@@ -245,7 +288,7 @@ class Config:
             "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples", "num_iterations", "lora_r",
             "lora_alpha", "rollout_max_rows",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
+            if getattr(self, name, None) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
         for name in (
             "beta",
@@ -257,7 +300,7 @@ class Config:
             "epsilon",
             "sampler_drift_warning",
         ):
-            if getattr(self, name) < 0:
+            if getattr(self, name, 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
         for name in (
             "first_n", "first_rows", "save_total_limit", "num_processes", "cpu_threads", "token_budget",
@@ -265,12 +308,31 @@ class Config:
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
-        for name in ("temperature", "adam_epsilon", "delta"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+        for name in ("temperature", "adam_epsilon", "delta", "num_train_epochs"):
+            if getattr(self, name, None) is not None and getattr(self, name) <= 0:
                 yield f"--{name} {getattr(self, name)}: must be above 0"
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 0 and below 1"
+        if self.use_peft and not self.lora_target_modules:
+            yield "--lora_target_modules: name at least one linear layer"
+        if self.use_peft and self.freeze:
+            yield "--freeze: says nothing with --use_peft, which trains adapters alone; choose one of the two"
+        if self.max_pixels < self.min_pixels:
+            yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            yield f"--vllm_gpu_memory_utilization {self.vllm_gpu_memory_utilization}: must be above 0 and at most 1"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+@dataclass
+class Config(Checks, Output, Optimizer, Rollout, GRPO, Task):
+    """Settings of a GRPO run. Bases are named last section first: that is how a dataclass orders their fields."""
+
+    def _problems(self):
+        yield from super()._problems()
         if self.importance_sampling_level == "sequence" and self.loss_type in TOKEN_LEVEL:
             yield (
                 f"--importance_sampling_level sequence: not defined for --loss_type {self.loss_type};"
@@ -280,19 +342,11 @@ class Config:
             yield "--num_generations 1: a group of one has no advantage over itself; use 2 or more"
         if self.offload_reference and (self.beta == 0 or self.use_peft):
             yield "--offload_reference: there is no copy to move with --beta 0 or --use_peft; leave it out"
-        if self.use_peft and not self.lora_target_modules:
-            yield "--lora_target_modules: name at least one linear layer"
         if self.epsilon_high is not None and self.epsilon_high < 0:
             yield f"--epsilon_high {self.epsilon_high}: must not be negative"
-        if self.use_peft and self.freeze:
-            yield "--freeze: says nothing with --use_peft, which trains adapters alone; choose one of the two"
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low > high:
             yield f"--vllm_importance_sampling_clip_min {low}: above --vllm_importance_sampling_clip_max {high}"
-        if self.max_pixels < self.min_pixels:
-            yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            yield f"--vllm_gpu_memory_utilization {self.vllm_gpu_memory_utilization}: must be above 0 and at most 1"
         if not self.reward_funcs:
             yield "--reward_funcs: name at least one reward"
         elif self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
@@ -307,61 +361,89 @@ class Config:
         group = self.max_prompt_length + self.num_generations * self.max_completion_length
         return self.token_budget or self.per_device_train_batch_size * group
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+@dataclass
+class SFTConfig(Checks, Output, Optimizer, Rollout, SFT, Task):
+    """Settings of a supervised run."""
+
+    recipe: str = "tiny-spatial-sft"
+    """Name of the recipe that these settings started from."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    max_steps: int | None = None
+    """Optimizer steps; none: as many as num_train_epochs asks for."""
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """`token_budget`, or what `per_device_train_batch_size` of the longest samples would fill."""
+        longest = self.max_prompt_length + self.max_completion_length
+        return self.token_budget or self.per_device_train_batch_size * longest
 
 
-def field_help() -> dict[str, str]:
-    """The docstring under each field of `Config`, by name."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body
+RunConfig = Config | SFTConfig
+
+
+def field_help(kind: type[RunConfig] = Config) -> dict[str, str]:
+    """The docstring under each field of `kind`, by name."""
     return {
         entry.target.id: inspect.cleandoc(text.value.value)
-        for entry, text in itertools.pairwise(body)
+        for section in reversed(kind.__mro__[:-1])
+        for entry, text in itertools.pairwise(ast.parse(inspect.getsource(section)).body[0].body)
         if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def field_names(kind: type[RunConfig] = Config) -> tuple[str, ...]:
+    return tuple(entry.name for entry in fields(kind))
+
+
+def recipe_names(kind: type[RunConfig] = Config) -> list[str]:
+    """Recipes of the runs that `kind` describes."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return [name for name in names if name.endswith("-sft") == (kind is SFTConfig)]
 
 
 def load_config(
-    recipe: str = "tiny-spatial",
+    recipe: str | None = None,
     file: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Config:
-    """A recipe of this package, or a YAML `file` instead of it, with `overrides` (flags, as text or values) on top.
+    kind: type[RunConfig] = Config,
+) -> RunConfig:
+    """Settings of `kind`: a recipe of this package (the embedded default where None), or a YAML `file` instead of it,
+    with `overrides` (flags, as text or values) on top.
 
     Raises UserError for an unknown recipe, an unreadable file, an unknown key (naming the nearest valid one) or a
     value of the wrong type.
     """
     if file is None:
-        if recipe not in recipe_names():
-            raise UserError(f"--recipe {recipe}: unknown{_nearest(recipe, recipe_names())}")
+        recipe = recipe or kind.recipe
+        known = recipe_names(kind)
+        if recipe not in known:
+            raise UserError(f"--recipe {recipe}: unknown{_nearest(recipe, known)}")
         file, name = RECIPES / f"{recipe}.yaml", recipe
     else:
         name = Path(file).stem
-    values = {"recipe": name, **_read_recipe(Path(file)), **(overrides or {})}
-    hints = get_type_hints(Config)
+    values = {"recipe": name, **_read_recipe(Path(file), kind), **(overrides or {})}
+    hints = get_type_hints(kind)
     unknown = [key for key in values if key not in hints]
     if unknown:
         where = "flag --" if overrides and unknown[0] in overrides else f"{file}: key "
         raise UserError(f"{where}{unknown[0]}: unknown{_nearest(unknown[0], list(hints))}")
-    return Config(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+    return kind(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
 
 
-def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_recipe(path: Path, kind: type[RunConfig], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings in a file, on top of those of the shipped recipe that its `base:` names, if it names one."""
     values = _read_yaml(path)
     base = values.pop("base", None)
     if base is None:
         return values
-    if base not in recipe_names():
-        raise UserError(f"{path}: base: {base}: unknown{_nearest(str(base), recipe_names())}")
+    if base not in recipe_names(kind):
+        raise UserError(f"{path}: base: {base}: unknown{_nearest(str(base), recipe_names(kind))}")
     below = RECIPES / f"{base}.yaml"
     if below in (path, *above):
         raise UserError(f"{path}: base: {base}: leads back to itself")
-    return {**_read_recipe(below, (path, *above)), **values}
+    return {**_read_recipe(below, kind, (path, *above)), **values}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -413,4 +495,3 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "text"}
-FIELD_NAMES = tuple(entry.name for entry in fields(Config))

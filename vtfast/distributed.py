@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vtfast.config import Config
+from vtfast.config import RunConfig
 from vtfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Ranks:
             dist.barrier()
 
 
-def start(config: Config) -> Ranks:
+def start(config: RunConfig) -> Ranks:
     """Join the process group of the launcher, or start a group of one."""
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -105,11 +105,11 @@ def _tune_cpu(threads: int) -> None:
         mallopt(trim_threshold, 1 << 30)
 
 
-def prompts_per_rank(config: Config) -> int:
+def prompts_per_rank(config: RunConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
-def zero2_engine(config: Config, objective: nn.Module) -> DeepSpeedEngine:
+def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
     """ZeRO-2 around `objective`: AdamW, the schedule and gradient clipping of `config`.
 
     bf16 weights get fp32 masters; fp32 weights are trained as they are.

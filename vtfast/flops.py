@@ -65,11 +65,14 @@ def forward_flops(
     )
 
 
-def update_flops(policy: Policy, batches: Iterable[Batch]) -> float:
+def update_flops(
+    policy: Policy, batches: Iterable[Batch], prompt_targets: int = 0, tower_ran: bool = True
+) -> float:
     """Forward and backward of one update over these rows.
 
     A trained part counts 3 forwards, a frozen one that gradients pass through 2 (LoRA's own weights are nothing beside
-    it), a frozen vision tower none: it ran once, in the rollout.
+    it), a frozen vision tower 1, or none if it ran before, in a rollout (`tower_ran`).
+    `prompt_targets`: tokens of prompts that meet the head besides the completions.
     """
     module = policy.module
 
@@ -78,8 +81,8 @@ def update_flops(policy: Policy, batches: Iterable[Batch]) -> float:
         return 3 if any(p.requires_grad for p in weights) else 2
 
     trunk, head = factor(policy.language_model.layers), factor(module.lm_head)
-    vision = 0 if policy.tower_is_frozen else 3
-    total = 0.0
+    vision = 3 if not policy.tower_is_frozen else 0 if tower_ran else 1
+    total = 2.0 * prompt_targets * policy.head.numel() * head
     for batch in batches:
         for part in batch.parts:
             group = batch.groups[part.group]

@@ -10,7 +10,7 @@ from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
 from vtfast.config import Config
 from vtfast.groups import Batch
 from vtfast.model import Policy
-from vtfast.packing import IGNORED
+from vtfast.packing import IGNORED, Pack
 from vtfast.processor import Prompt
 
 SUMS = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
@@ -65,9 +65,7 @@ class Objective(nn.Module):
 
     def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
         """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
-        device = self.policy.device
-        prompt = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64))
-        pack = self.policy.pack([prompt], [[[0]]])
+        device, pack = self.policy.device, blank_pack(self.policy)
         out = linear_grpo_loss(
             pack.select(self.policy.trunk(pack)),
             self.policy.head,
@@ -80,6 +78,12 @@ class Objective(nn.Module):
             num_tokens=1,
         )
         return out.loss, torch.zeros(len(SUMS), device=device), torch.zeros((), device=device)
+
+
+def blank_pack(policy: Policy) -> Pack:
+    """The shortest row there is: a prompt of one token and a completion of one token."""
+    prompt = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64))
+    return policy.pack([prompt], [[[0]]])
 
 
 def loss_spec(config: Config) -> GRPOLoss:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vtfast import synthetic
-from vtfast.config import Config
+from vtfast.config import RunConfig
 from vtfast.data import RECOGNISED, Columns, Sample, Selection, load_samples, shuffle_options
 from vtfast.errors import UserError
 from vtfast.images import image_sizes
@@ -36,7 +36,7 @@ class Question:
 class Asker:
     """Turns samples into questions with one template and one processor."""
 
-    def __init__(self, config: Config, processor: Processor) -> None:
+    def __init__(self, config: RunConfig, processor: Processor) -> None:
         self.processor = processor
         self.template = load_template(config.template)
         self.literal_image = config.literal_image
@@ -96,7 +96,7 @@ class Asker:
         return None
 
 
-def load_questions(config: Config, asker: Asker, rendered: Path) -> dict[str, list[Sample]]:
+def load_questions(config: RunConfig, asker: Asker, rendered: Path) -> dict[str, list[Sample]]:
     """Samples by split, "train" and "val" (held out; absent without `eval_data`).
 
     `rendered`: the folder of `render_synthetic`; its files are read like any others.
@@ -129,20 +129,20 @@ def load_questions(config: Config, asker: Asker, rendered: Path) -> dict[str, li
     return samples
 
 
-def columns(config: Config) -> Columns:
+def columns(config: RunConfig) -> Columns:
     """The column names that the settings give."""
     return Columns(
         config.question_column, config.answer_column, config.options_column, config.image_column
     )
 
 
-def selection(config: Config) -> Selection:
+def selection(config: RunConfig) -> Selection:
     """The rows that the settings ask for."""
     types = config.question_types
     return Selection(config.static, None if types is None else tuple(types))
 
 
-def render_synthetic(config: Config, folder: Path) -> Path:
+def render_synthetic(config: RunConfig, folder: Path) -> Path:
     """Write train.parquet and val.parquet of the embedded default, if `config` asks for either."""
     if SYNTHETIC in (config.data, config.eval_data):
         synthetic.write_dataset(

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtfast.config import Config
+from vtfast.config import RunConfig
 from vtfast.errors import UserError
 
 
 class Tracker:
     """Writes each step's metrics and completions into the run folder and to the trackers of `--report_to`."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
         self.metrics_file = (folder / "metrics.jsonl").open("a")
         self.completions_file = (folder / "completions.jsonl").open("a")
         self.sinks = [
@@ -50,7 +50,7 @@ class Tracker:
 
 
 class _TensorBoard:
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -66,7 +66,7 @@ class _TensorBoard:
 class _WandbLike:
     """Weights & Biases, and trackio, which has the same calls."""
 
-    def __init__(self, module: Any, config: Config, folder: Path) -> None:
+    def __init__(self, module: Any, config: RunConfig, folder: Path) -> None:
         self.module = module
         module.init(project="vtfast", name=folder.name, config=vars(config))
 
@@ -84,7 +84,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"--report_to {name}: not installed (pip install {name})")
 
 
-def _open_sink(name: str, config: Config, folder: Path) -> _TensorBoard | _WandbLike:
+def _open_sink(name: str, config: RunConfig, folder: Path) -> _TensorBoard | _WandbLike:
     if name == "tensorboard":
         return _TensorBoard(config, folder)
     return _WandbLike(importlib.import_module(name), config, folder)

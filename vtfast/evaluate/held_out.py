@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from vtfast.config import Config
+from vtfast.config import RunConfig
 from vtfast.distributed import Ranks
 from vtfast.prompts import response_prefix
 from vtfast.questions import Asker
@@ -35,9 +35,16 @@ class HeldOut:
 
 
 def held_out(
-    engine: Engine, asker: Asker, samples: Sequence, config: Config, ranks: Ranks
+    engine: Engine,
+    asker: Asker,
+    samples: Sequence,
+    config: RunConfig,
+    ranks: Ranks,
+    graded: Callable[[str], str] = str,
 ) -> HeldOut:
-    """Ask every sample once sampled and once greedily; the ranks share them out."""
+    """Ask every sample once sampled and once greedily; the ranks share them out.
+
+    `graded`: a response -> what of it the rewards are shown."""
     mine = samples[ranks.rank :: ranks.size]
     prefix = response_prefix(asker.template)
     results: dict[str, list[tuple[str, float, float]]] = {"sampled": [], "greedy": []}
@@ -54,7 +61,7 @@ def held_out(
                 [question.prompt for question in questions], 1, sampling, seed=SEED
             )
             for question, (answer,) in zip(questions, answers, strict=True):
-                text = prefix + asker.processor.decode(answer.tokens)
+                text = graded(prefix + asker.processor.decode(answer.tokens))
                 rows.append(
                     (
                         question.sample.kind,

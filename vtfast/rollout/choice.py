@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from vtfast.config import Config
+from vtfast.config import RunConfig
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
 from vtfast.rollout.engine import RolloutEngine
@@ -26,7 +26,7 @@ class Engine(Protocol):
 
 
 def choose_engine(
-    config: Config, policy: Policy, processor: Processor, path: str, images_a_prompt: int
+    config: RunConfig, policy: Policy, processor: Processor, path: str, images_a_prompt: int
 ) -> Engine:
     """Ours, or vLLM with `--use_vllm`. `path`: the checkpoint. Raises UserError where the engine cannot be had."""
     if not config.use_vllm:

@@ -1,0 +1,45 @@
+"""Flags that are settings: what `vtfast train` and `vtfast sft` have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from vtfast.commands.parser import Parser
+from vtfast.config import RunConfig, field_help, field_names, load_config, recipe_names
+from vtfast.errors import UserError
+
+
+def read_settings(
+    arguments: Sequence[str], kind: type[RunConfig], *, prog: str, description: str
+) -> RunConfig | None:
+    """The settings that the command line asks for; None if it was to print them, which is done then."""
+    names, help_of = [name for name in field_names(kind) if name != "recipe"], field_help(kind)
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=f"example: {prog} --recipe {kind.recipe} --seed 1 --max_steps 50",
+    )
+    parser.add_argument(
+        "--recipe", help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file of settings instead of a recipe"
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the resolved settings and stop"
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    for name in names:
+        parser.add_argument(f"--{name}", metavar="X", help=help_of[name].replace("%", "%%"))
+    flags = vars(parser.parse_args(arguments))
+    given = {name: flags[name] for name in names if flags[name] is not None}
+    if flags["recipe"] and flags["config"]:
+        raise UserError(
+            "--recipe and --config: give one of them; a --config file stands for itself"
+        )
+    config = load_config(flags["recipe"], flags["config"], given, kind)
+    if flags["dry_run"]:
+        print(config.to_yaml(), end="")
+        return None
+    return config
