@@ -11,7 +11,7 @@ from vtfast.processor import Prompt
 
 
 def inputs(prompt: Prompt, tokens: list[int] | tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Arguments of `Qwen2VLForConditionalGeneration` for one prompt followed by completion `tokens`."""
+    """Arguments of a model of transformers for one prompt followed by completion `tokens`."""
     ids = torch.cat([prompt.ids, torch.tensor(tokens, dtype=torch.int64)])[None]
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.pixels is None:
@@ -29,7 +29,8 @@ def inputs(prompt: Prompt, tokens: list[int] | tuple[int, ...] = ()) -> dict[str
 @contextlib.contextmanager
 def plain(policy: Policy) -> Iterator[torch.nn.Module]:
     """The same module as Hugging Face loads it: its own attention everywhere, nothing of ours in its forward."""
-    configs = [policy.language_model.config, policy.visual.config]
+    parts = [policy.language_model, policy.visual]
+    configs = [part.config for part in parts if part is not None]
     ours = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = "sdpa"

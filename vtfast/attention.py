@@ -332,6 +332,22 @@ def language_attention(
     return attend(query, key, value, layout, scaling, sliding_window)[None], None
 
 
+class TowerLayouts:
+    """Layouts of one pass of a tower whose blocks take turns with several (Qwen2.5-VL: whole images, and windows)."""
+
+    def __init__(self, backend: str, device: torch.device | str) -> None:
+        self.backend, self.device = backend, device
+        self._known: dict[int, tuple[Tensor, Layout]] = {}
+
+    def of(self, cu_seqlens: Tensor) -> Layout:
+        """`cu_seqlens`: [segments + 1], where each begins, and the end of the last one."""
+        if id(cu_seqlens) not in self._known:  # the tensor is kept, so that its id stays its own
+            lengths = cu_seqlens.diff().tolist()
+            layout = Layout(lengths, causal=False, backend=self.backend, device=self.device)
+            self._known[id(cu_seqlens)] = cu_seqlens, layout
+        return self._known[id(cu_seqlens)][1]
+
+
 def vision_attention(
     module: nn.Module,
     query: Tensor,
@@ -339,15 +355,15 @@ def vision_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    layout: Layout | None = None,
+    layout: Layout | TowerLayouts | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The vision tower's: every image's patches see each other. query [1, H, T, d] -> [1, T, H, d]."""
+    """The vision tower's: patches of an image, or of a window, see each other. query [1, H, T, d] -> [1, T, H, d]."""
     if layout is None:  # the tower was entered by the model's own forward
-        lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-        backend = choose_backend("auto", query.device, query.dtype)
-        layout = Layout(lengths, causal=False, backend=backend, device=query.device)
+        layout = TowerLayouts(choose_backend("auto", query.device, query.dtype), query.device)
+    if isinstance(layout, TowerLayouts):
+        layout = layout.of(cu_seq_lens_q)
     rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return attend(*rows, layout, scaling)[None], None
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import Qwen2VLConfig
+from transformers import PreTrainedConfig
 
 from vtfast.groups import Batch
 from vtfast.model import Policy
@@ -39,29 +39,38 @@ class Flops:
 
 
 def forward_flops(
-    config: Qwen2VLConfig, prompt: int, completions: Sequence[int], patches: Sequence[int] = ()
+    config: PreTrainedConfig, prompt: int, completions: Sequence[int], patches: Sequence[int] = ()
 ) -> Flops:
     """One group: a prompt of `prompt` tokens, completions of these lengths, images of these numbers of patches."""
-    text, vision = config.text_config, config.vision_config
+    text = getattr(config, "text_config", config)
     D, layers = text.hidden_size, text.num_hidden_layers
-    key_width = D // text.num_attention_heads * text.num_key_value_heads
-    layer = 2 * D * D + 2 * D * key_width + 3 * D * text.intermediate_size  # weights
+    head_dim = getattr(text, "head_dim", None) or D // text.num_attention_heads
+    width, key_width = head_dim * text.num_attention_heads, head_dim * text.num_key_value_heads
+    layer = 2 * D * width + 2 * D * key_width + 3 * D * text.intermediate_size  # weights
     tokens = prompt + sum(completions)
     pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
-    E = vision.embed_dim
-    patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    block = 4 * E * E + 2 * E * int(E * vision.mlp_ratio)
-    merged = E * vision.spatial_merge_size**2
-    merger = (merged * merged + merged * vision.hidden_size) / vision.spatial_merge_size**2
     return Flops(
         trunk=2.0 * tokens * layers * layer,
-        attention=4.0 * pairs * layers * D,
+        attention=4.0 * pairs * layers * width,
         head=2.0 * sum(completions) * D * text.vocab_size,
-        vision=sum(
-            2.0 * n * (patch_width * E + vision.depth * block + merger)
-            + 4.0 * n * n * vision.depth * E
-            for n in patches
-        ),
+        vision=sum(_tower_flops(config.vision_config, n) for n in patches),
+    )
+
+
+def _tower_flops(vision: PreTrainedConfig, n: int) -> float:
+    """One image of n patches."""
+    windows = getattr(vision, "window_size", None)  # Qwen2.5-VL's
+    E = vision.hidden_size if windows else vision.embed_dim
+    out = vision.out_hidden_size if windows else vision.hidden_size
+    mlp = 3 * E * vision.intermediate_size if windows else 2 * E * int(E * vision.mlp_ratio)
+    patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    merged = E * vision.spatial_merge_size**2
+    merger = (merged * merged + merged * out) / vision.spatial_merge_size**2
+    whole = len(vision.fullatt_block_indexes) if windows else vision.depth
+    seen = min(n, (windows // vision.patch_size) ** 2) if windows else n
+    keys = whole * n + (vision.depth - whole) * seen  # over all blocks
+    return (
+        2.0 * n * (patch_width * E + vision.depth * (4 * E * E + mlp) + merger) + 4.0 * n * keys * E
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import types
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from vtfast.model import Policy
 
@@ -35,21 +35,22 @@ def use_liger(policy: Policy) -> None:
         return LigerLayerNormFunction.apply(x, self.weight, self.bias, self.eps)
 
     for module in policy.module.modules():
-        forward = {
-            modeling_qwen2_vl.Qwen2VLRMSNorm: rms_norm,
-            nn.LayerNorm: layer_norm,
-            modeling_qwen2_vl.Qwen2MLP: LigerSwiGLUMLP.forward,
-        }.get(type(module))
-        if forward is not None:
-            module.forward = types.MethodType(forward, module)
-    rotate = modeling_qwen2_vl.apply_rotary_pos_emb
-    if not getattr(rotate, "is_ligers", False):
-        modeling_qwen2_vl.apply_rotary_pos_emb = _on_cuda(liger_rotary_pos_emb, rotate)
+        if type(module) is nn.LayerNorm:
+            module.forward = types.MethodType(layer_norm, module)
+        elif type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(rms_norm, module)
+        elif hasattr(module, "gate_proj"):  # every family's is silu(gate) * up
+            module.forward = types.MethodType(LigerSwiGLUMLP.forward, module)
+    modeling = sys.modules[type(policy.language_model).__module__]
+    if not getattr(modeling.apply_rotary_pos_emb, "is_ligers", False):
+        modeling.apply_rotary_pos_emb = _on_cuda(
+            liger_rotary_pos_emb, modeling.apply_rotary_pos_emb
+        )
     log.info("Liger's RMSNorm, LayerNorm, SwiGLU and rotation are in use")
 
 
 def _on_cuda(fast: Callable, plain: Callable) -> Callable:
-    """Qwen2-VL mixes its three M-RoPE axes into one table beforehand, so Liger's plain rotation is the right one."""
+    """M-RoPE's three axes are mixed into one table beforehand, so Liger's plain rotation is right for all families."""
 
     @functools.wraps(plain)
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):

@@ -1,4 +1,6 @@
-"""The policy: a Hugging Face Qwen2-VL, and the few ways in which the trainer and the rollout enter it.
+"""The policy: a Hugging Face model, and the few ways in which the trainer and the rollout enter it.
+
+Families: Qwen2-VL and Qwen2.5-VL, and the text models Qwen2, Qwen2.5 and Qwen3 (dense).
 
 Token ids never decide what is an image: embeddings are built here from a prompt's own placeholders, so a completion
 that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it) is text like any other.
@@ -15,9 +17,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
+    Qwen3ForCausalLM,
+)
 
-from vtfast.attention import LANGUAGE, VISION, Layout, choose_backend
+from vtfast.attention import LANGUAGE, VISION, Layout, TowerLayouts, choose_backend
 from vtfast.config import FREEZABLE
 from vtfast.errors import UserError
 from vtfast.hub import model_path
@@ -26,6 +35,14 @@ from vtfast.processor import Prompt
 from vtfast.tiny_model import build_tiny_model
 
 __all__ = ["Policy", "build_tiny_model", "load_model"]
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2": Qwen2ForCausalLM,  # and Qwen2.5
+    "qwen3": Qwen3ForCausalLM,
+}
+"""By `model_type` of a checkpoint's config.json."""
 
 
 class ImageMemory:
@@ -48,7 +65,7 @@ class ImageMemory:
 class Policy:
     """A model with its end-of-sequence ids. D hidden size, V vocabulary, P prompt tokens, T packed tokens."""
 
-    module: Qwen2VLForConditionalGeneration
+    module: PreTrainedModel
     eos_ids: tuple[int, ...]
     backend: str = "sdpa"
     """Attention kernel of packed rows (`vtfast.attention.BACKENDS`)."""
@@ -65,16 +82,22 @@ class Policy:
 
     @property
     def language_model(self) -> nn.Module:
-        return self.module.model.language_model
+        return self.module.model if self.visual is None else self.module.model.language_model
 
     @property
-    def visual(self) -> nn.Module:
-        return self.module.model.visual
+    def visual(self) -> nn.Module | None:
+        """The vision tower with its merger; None for a text model."""
+        return getattr(self.module.model, "visual", None)
 
     @property
     def tower_is_frozen(self) -> bool:
-        parts = (self.visual.patch_embed, self.visual.blocks)
+        parts = () if self.visual is None else (self.visual.patch_embed, self.visual.blocks)
         return not any(p.requires_grad for part in parts for p in part.parameters())
+
+    @property
+    def reorders_patches(self) -> bool:
+        """Whether the tower works on patches in an order of its own (Qwen2.5-VL's windows)."""
+        return hasattr(self.visual, "fullatt_block_indexes")
 
     def pack(self, prompts: Sequence[Prompt], completions: Completions) -> Pack:
         return Pack(prompts, completions, backend=self.backend, device=self.device)
@@ -91,11 +114,11 @@ class Policy:
         if features:
             features = torch.cat(features).to(embedding.dtype)
             embedding = embedding.index_copy(0, pack.image_index, features)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and self.visual is not None:
             embedding = embedding + self._zero_of_the_tower()
         output = self.language_model(
             inputs_embeds=embedding[None],
-            position_ids=pack.positions,
+            position_ids=pack.positions if self.visual is not None else pack.positions[0],
             attention_mask=dict.fromkeys(self.language_model.config.layer_types),
             use_cache=False,
             layout=pack.layout,
@@ -112,28 +135,51 @@ class Policy:
         with_images = [prompt for prompt in prompts if prompt.pixels is not None]
         if not with_images:
             return [None] * len(prompts)
-        memory = self.images.features if self.tower_is_frozen else None
-        if memory is None:
+        if self.images.features is None or not self.tower_is_frozen:
             merged = self._tower(with_images).pooler_output
         else:
-            unseen = [prompt for prompt in dict.fromkeys(with_images) if prompt not in memory]
-            if unseen:
-                with torch.no_grad():
-                    hidden = self._tower(unseen).last_hidden_state
-                patches = hidden.split([len(prompt.pixels) for prompt in unseen])
-                memory.update(zip(unseen, patches, strict=True))
-            merged = self.visual.merger(torch.cat([memory[prompt] for prompt in with_images]))
+            merged = self._remembered(with_images, self.images.features)
         parts = iter(merged.split([int(prompt.image_mask.sum()) for prompt in with_images]))
         return [None if prompt.pixels is None else next(parts) for prompt in prompts]
+
+    def _remembered(self, prompts: Sequence[Prompt], memory: dict[Prompt, Tensor]) -> Tensor:
+        """[image tokens of all prompts, D]; the tower runs over those images only that `memory` does not hold. The
+        merger, which may be trained, runs over all."""
+        unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in memory]
+        if unseen:
+            with torch.no_grad():
+                hidden = self._tower(unseen).last_hidden_state
+            if self.reorders_patches:
+                hidden = self._in_order(hidden, torch.cat([prompt.grid for prompt in unseen]))
+            patches = hidden.split([len(prompt.pixels) for prompt in unseen])
+            memory.update(zip(unseen, patches, strict=True))
+        return self.visual.merger(torch.cat([memory[prompt] for prompt in prompts]))
+
+    def _in_order(self, hidden: Tensor, grid: Tensor) -> Tensor:
+        """A tower's patches [K, E], which lie window by window, as their images have them. The patches of a merged
+        token stay together in both orders."""
+        from transformers.vision_utils import get_vision_window_index
+
+        visual = self.visual
+        sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
+        index, _ = get_vision_window_index(grid, *sizes)
+        tokens = hidden.unflatten(0, (-1, visual.spatial_merge_unit))
+        return (
+            torch.empty_like(tokens).index_copy_(0, index.to(hidden.device), tokens).flatten(0, 1)
+        )
 
     def _tower(self, prompts: Sequence[Prompt]):
         pixels = torch.cat([prompt.pixels for prompt in prompts])
         grid = torch.cat([prompt.grid for prompt in prompts])
-        patches = grid.prod(-1).tolist()
         self.visual.config._attn_implementation = VISION
-        layout = Layout(patches, causal=False, backend=self.backend, device=self.device)
         pixels = pixels.to(self.device, self.visual.dtype)
-        return self.visual(pixels, grid_thw=grid.to(self.device), layout=layout)
+        return self.visual(pixels, grid_thw=grid.to(self.device), layout=self._tower_layout(grid))
+
+    def _tower_layout(self, grid: Tensor) -> Layout | TowerLayouts:
+        if self.reorders_patches:
+            return TowerLayouts(self.backend, self.device)
+        patches = grid.prod(-1).tolist()
+        return Layout(patches, causal=False, backend=self.backend, device=self.device)
 
     def _zero_of_the_tower(self) -> Tensor:
         """Zero, with a gradient of zero for every trained weight of the tower. A row without images adds it where
@@ -144,8 +190,9 @@ class Policy:
         width = self.visual.patch_embed.proj.weight[0].numel()
         pixels = torch.zeros(side * side, width, device=self.device, dtype=self.visual.dtype)
         grid = torch.tensor([[1, side, side]], device=self.device)
-        layout = Layout([side * side], causal=False, backend=self.backend, device=self.device)
-        return 0.0 * self.visual(pixels, grid_thw=grid, layout=layout).pooler_output.sum()
+        self.visual.config._attn_implementation = VISION
+        made = self.visual(pixels, grid_thw=grid, layout=self._tower_layout(grid))
+        return 0.0 * made.pooler_output.sum()
 
 
 def load_model(
@@ -155,7 +202,7 @@ def load_model(
     freeze: Sequence[str] = (),
     attn_implementation: str = "auto",
 ) -> Policy:
-    """Load a Qwen2-VL checkpoint (folder or hub id); LoRA adapters that it holds are merged into the weights.
+    """Load a checkpoint of one of FAMILIES (folder or hub id); LoRA adapters that it holds are merged into the weights.
 
     `freeze`: any of vision (the tower), merger (its projection into the language model), language (all of the language
     model, embeddings and head included), embeddings (these alone). `attn_implementation`: of packed rows, auto or
@@ -174,15 +221,17 @@ def load_model(
     base = _base_of(folder)
     try:
         family = AutoConfig.from_pretrained(base).model_type
-        if family == "qwen2_vl":
-            module, missing = _from_pretrained(base, dtypes[dtype])
+        if family in FAMILIES:
+            module, missing = _from_pretrained(FAMILIES[family], base, dtypes[dtype])
             if base != str(folder):
-                adapted, _ = _from_pretrained(str(folder), dtypes[dtype])
+                adapted, _ = _from_pretrained(FAMILIES[family], str(folder), dtypes[dtype])
                 module.load_state_dict(merged_weights(adapted))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
-    if family != "qwen2_vl":
-        raise UserError(f"--model {path}: is a {family} model; only qwen2_vl can be trained")
+    if family not in FAMILIES:
+        raise UserError(
+            f"--model {path}: is a {family} model; those of {', '.join(FAMILIES)} can be trained"
+        )
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
     eos = module.generation_config.eos_token_id
@@ -202,10 +251,10 @@ def _base_of(folder: Path) -> str:
 
 
 def _from_pretrained(
-    folder: str, dtype: torch.dtype
-) -> tuple[Qwen2VLForConditionalGeneration, list[str]]:
+    family: type[PreTrainedModel], folder: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
     """-> model, names of weights that the folder lacks."""
-    module, report = Qwen2VLForConditionalGeneration.from_pretrained(
+    module, report = family.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
     return module, sorted(report["missing_keys"])
@@ -227,16 +276,18 @@ def merged_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _freeze(policy: Policy, parts: Sequence[str]) -> None:
-    model = policy.module.model
+    language, visual = policy.language_model, policy.visual
     members = {
-        "vision": [model.visual.patch_embed, model.visual.blocks],
-        "merger": [model.visual.merger],
-        "language": [model.language_model, policy.module.lm_head],
-        "embeddings": [model.language_model.embed_tokens, policy.module.lm_head],
+        "language": [language, policy.module.lm_head],
+        "embeddings": [language.embed_tokens, policy.module.lm_head],
     }
+    if visual is not None:
+        members |= {"vision": [visual.patch_embed, visual.blocks], "merger": [visual.merger]}
     for part in parts:
         if part not in FREEZABLE:
             raise UserError(f"--freeze {part}: must be among {', '.join(FREEZABLE)}")
+        if part not in members:
+            raise UserError(f"--freeze {part}: a text model has none")
         for member in members[part]:
             member.requires_grad_(False)
 

@@ -1,7 +1,8 @@
 """Text and images -> `Prompt`, the tensors of one question.
 
-Composed of the checkpoint's tokenizer and Qwen2-VL's PIL image processor: AutoProcessor
-would need torchvision, and its default image backend changes with torchvision being there.
+Composed of the checkpoint's tokenizer and Qwen2-VL's PIL image processor (Qwen2.5-VL's is the same): AutoProcessor
+would need torchvision, and its default image backend changes with torchvision being there. A text model has the
+tokenizer alone.
 
 Shapes: P prompt tokens (image tokens counted), I images, K patches of 14 x 14 pixels of all images.
 """
@@ -63,12 +64,12 @@ class Prompt:
 
 
 class Processor:
-    """Tokenizer and image processor of a Qwen2-VL checkpoint."""
+    """Tokenizer and image processor of a checkpoint; a text model's has no image processor."""
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        image_processor: "Qwen2VLImageProcessorPil",
+        image_processor: "Qwen2VLImageProcessorPil | None",
         eos_ids: Sequence[int],
     ) -> None:
         self.tokenizer = tokenizer
@@ -76,7 +77,8 @@ class Processor:
         self.eos_ids = list(eos_ids)
         """Tokens that end a response."""
         self.image_pad_id = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        if self.image_pad_id is None or self.image_pad_id == tokenizer.unk_token_id:
+        known = self.image_pad_id not in (None, tokenizer.unk_token_id)
+        if image_processor is not None and not known:
             raise UserError(f"the tokenizer has no {IMAGE_PAD} token: not a Qwen2-VL checkpoint")
 
     @classmethod
@@ -100,6 +102,8 @@ class Processor:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
+            if is_text_model(path):
+                return cls(tokenizer, None, _eos_ids(path, tokenizer))
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -120,7 +124,16 @@ class Processor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer, chat template and image processor so that transformers reads them."""
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+
+    @property
+    def pixel_limits(self) -> tuple[int, int] | None:
+        """Least and largest area of an image, in pixels; None for a text model."""
+        if self.image_processor is None:
+            return None
+        size = self.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
 
     def encode(self, text: str, images: Sequence[Source | str]) -> Prompt:
         """Tokens, positions and pixels of one rendered prompt.
@@ -138,18 +151,20 @@ class Processor:
                 f"the prompt has {found} image placeholders ({text.count(IMAGE_PAD)} {IMAGE_PAD}) "
                 f"for {len(images)} images: write {PLACEHOLDER} once per image in {text[:80]!r}"
             )
+        if found and self.image_processor is None:
+            raise UserError(f"{found} images for a text model: it reads text-only questions")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError("the prompt is empty: there is nothing to continue")
-        pixels = grid = None
-        merge = self.image_processor.merge_size
+        pixels, grid, merge = None, None, 1
         if found:
+            merge = self.image_processor.merge_size
             pixels, grid = self._pixels(images)
             counts = iter((grid.prod(-1) // merge**2).tolist())
             pad = self.image_pad_id
             ids = [t for i in ids for t in ([i] * next(counts) if i == pad else [i])]
         ids = torch.tensor(ids, dtype=torch.int64)
-        mask = ids == self.image_pad_id
+        mask = ids == self.image_pad_id if found else torch.zeros_like(ids, dtype=torch.bool)
         positions = mrope_positions(mask, grid, merge)
         return Prompt(ids, positions, pixels, grid, _key(ids, pixels, grid), text, mask, images)
 
@@ -159,15 +174,19 @@ class Processor:
         Raises:
             UserError: an image that cannot be resized within the limits.
         """
-        size, patch = self.image_processor.size, self.image_processor.patch_size
-        limits = size["shortest_edge"], size["longest_edge"], patch
+        text_tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not sizes:
+            return text_tokens
+        if self.image_processor is None:
+            raise UserError(f"{len(sizes)} images for a text model: it reads text-only questions")
+        patch = self.image_processor.patch_size
+        limits = *self.pixel_limits, patch
         try:
             sides = [resized_sides(*wide_high, *limits) for wide_high in sizes]
         except ValueError as error:
             raise UserError(f"an image of the prompt: {error}") from error
         unit = self.image_processor.merge_size * patch
         image_tokens = sum(width * height // unit**2 for width, height in sides)
-        text_tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return text_tokens - len(sizes) + image_tokens
 
     def decode(self, ids: Sequence[int] | torch.Tensor, keep_special: bool = False) -> str:
@@ -183,9 +202,7 @@ class Processor:
             ImageError: an unusable image.
             ValueError: a shape that cannot be resized within the limits.
         """
-        size = self.image_processor.size
-        limits = size["shortest_edge"], size["longest_edge"], self.image_processor.patch_size
-        return _resizer()(load_image(source), *limits)
+        return _resizer()(load_image(source), *self.pixel_limits, self.image_processor.patch_size)
 
     def _pixels(self, images: Sequence[Source | str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> pixels [K, 1176] float32, grid [I, 3] int64."""
@@ -200,6 +217,13 @@ class Processor:
                 raise UserError(f"{which}: {error}") from error
         out = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
         return out["pixel_values"].float(), out["image_grid_thw"].long()
+
+
+def is_text_model(path: str | Path) -> bool:
+    """Whether a checkpoint's configuration knows of no vision tower."""
+    from transformers import AutoConfig
+
+    return not hasattr(AutoConfig.from_pretrained(path), "vision_config")
 
 
 def mrope_positions(mask: torch.Tensor, grid: torch.Tensor | None, merge: int = 2) -> torch.Tensor:

@@ -132,14 +132,14 @@ class _Asker:
 
     def settings(self) -> dict[str, Any]:
         """What answers depend on besides the questions."""
-        size = self.processor.image_processor.size
+        low, high = self.processor.pixel_limits or (None, None)
         return {
             "model": fingerprint(self.policy),
             "template": self.template,
             "prompt": self.text,
             "literal_image": self.literal_image,
-            "min_pixels": size["shortest_edge"],
-            "max_pixels": size["longest_edge"],
+            "min_pixels": low,
+            "max_pixels": high,
             "max_completion_length": self.sampling.max_new_tokens,
             "eos_ids": list(self.policy.eos_ids),
         }

@@ -36,8 +36,9 @@ class Decoder:
         self.positions = positions
         model = policy.language_model
         self.layers = [_Layer(layer) for layer in model.layers]
-        places = torch.arange(positions, device=policy.device).expand(3, 1, -1)
-        cos, sin = model.rotary_emb(policy.head[:1], places)
+        places = torch.arange(positions, device=policy.device)
+        axes = (3, 1, -1) if policy.visual is not None else (1, -1)
+        cos, sin = model.rotary_emb(policy.head[:1], places.expand(axes))
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()  # [positions, d]
 
     def refresh(self) -> None:
@@ -77,13 +78,24 @@ class _Layer:
         self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
         self._o = attention.o_proj
+        self._norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._heads, self._d = self._qkv.outputs(attention.head_dim), attention.head_dim
 
     def refresh(self) -> None:
         self._qkv.refresh()
         self._gate_up.refresh()
 
     def qkv(self, x: Tensor) -> Tensor:
-        return self._qkv(x)
+        """[R, (H + 2 K) d], queries and keys normalised by head where the family does so (Qwen3)."""
+        qkv = self._qkv(x)
+        if self._norms[0] is None:
+            return qkv
+        *normed, values = qkv.unflatten(1, (-1, self._d)).split(self._heads, dim=1)
+        parts = [
+            _norm(norm, part.reshape(-1, self._d), None)[1].view_as(part)
+            for norm, part in zip(self._norms, normed, strict=True)
+        ]
+        return torch.cat([*parts, values], dim=1).flatten(1)
 
     def output(self, attended: Tensor) -> Tensor:
         return self._o(attended.flatten(1))
@@ -100,6 +112,10 @@ class _Joined:
         self.plain = all(type(module) is nn.Linear for module in modules)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+
+    def outputs(self, size: int) -> list[int]:
+        """Outputs of each layer, in pieces of `size`."""
+        return [module.out_features // size for module in self.modules]
 
     def refresh(self) -> None:
         if not self.plain:

@@ -51,7 +51,15 @@ class VLLMEngine:
             ) from None
         self.policy, self.processor = policy, processor
         self.sampling_params, self.sleeps = SamplingParams, enable_sleep_mode
-        size = processor.image_processor.size
+        limits = processor.pixel_limits
+        images = (
+            {}
+            if limits is None
+            else {
+                "limit_mm_per_prompt": {"image": images_a_prompt},
+                "mm_processor_kwargs": {"min_pixels": limits[0], "max_pixels": limits[1]},
+            }
+        )
         self.llm = LLM(
             model=path,
             dtype=str(policy.head.dtype).removeprefix("torch."),
@@ -60,11 +68,7 @@ class VLLMEngine:
             max_model_len=max_model_len,
             enable_sleep_mode=enable_sleep_mode,
             enable_prefix_caching=True,  # the G samples of a prompt read its pages once
-            limit_mm_per_prompt={"image": images_a_prompt},
-            mm_processor_kwargs={
-                "min_pixels": size["shortest_edge"],
-                "max_pixels": size["longest_edge"],
-            },
+            **images,
             distributed_executor_backend="external_launcher",  # ranks are DeepSpeed's
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
             seed=0,
