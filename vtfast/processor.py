@@ -220,10 +220,12 @@ class Processor:
 
 
 def is_text_model(path: str | Path) -> bool:
-    """Whether a checkpoint's configuration knows of no vision tower."""
-    from transformers import AutoConfig
+    """Whether a checkpoint's configuration, where there is one, knows of no vision tower."""
+    from transformers import PreTrainedConfig
 
-    return not hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return False
+    return "vision_config" not in PreTrainedConfig.get_config_dict(path)[0]
 
 
 def mrope_positions(mask: torch.Tensor, grid: torch.Tensor | None, merge: int = 2) -> torch.Tensor:
