@@ -5,7 +5,10 @@ real ones are in test_gpu.
 """
 
 import functools
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +120,13 @@ def test_numbers_of_a_broken_model_do_not_outlive_it(random_path, prompts):
     engine.generate(prompts, 3, Sampling(max_new_tokens=24), seed=1)
     weight.data.copy_(saved)
     assert tokens(engine.generate(prompts, 3, Sampling(max_new_tokens=24), seed=1)) == expected
+
+
+def test_the_triton_kernels_make_the_same_rollout(random_path):
+    """All of a decode step's kernels under the interpreter, with padded rows and replayed steps."""
+    script = Path(__file__).parent / "with_interpreter.py"
+    done = subprocess.run([sys.executable, script, random_path], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
 def test_commit_writes_live_rows_only():
