@@ -17,6 +17,7 @@ from vtfast.errors import UserError
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
+    "report": "write one HTML page about a run, or about several side by side",
     "make-base": "train the demo's base model from nothing",
 }
 """Each is `vtfast/commands/NAME.py`."""

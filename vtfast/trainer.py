@@ -37,7 +37,7 @@ from vtfast.processor import Processor
 from vtfast.prompts import response_prefix
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
 from vtfast.reference import Reference
-from vtfast.report import draw_curves, held_out_table
+from vtfast.report import draw_curves, held_out_table, save_held_out, write_report
 from vtfast.rewards import get_reward, score
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import packed_logprobs
@@ -132,6 +132,8 @@ class Trainer:
         after = self.judge()
         if ranks.is_main:
             draw_curves(self.folder, before, after)
+            save_held_out(self.folder, before, after)
+            write_report([self.folder])
             if before and after:
                 print(held_out_table(before, after))
             log.info("run folder: %s", self.folder)
