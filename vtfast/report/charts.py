@@ -14,9 +14,10 @@ from vtfast.report.completions import Completions
 from vtfast.report.reflection import THRESHOLD, WORDS
 from vtfast.report.run_folder import Run, evaluation_step, number
 
-POINTS = 1200
-"""Most points of a line; longer ones are averaged in equal stretches of steps."""
-BENCHES = {"cvbench": "CV-Bench", "blink": "BLINK", "vsr": "VSR", "sat": "SAT"}
+POINTS = 4000
+"""Most points of a line; longer ones are averaged over equal stretches of steps."""
+STACKED_POINTS = 150
+"""The same for stacked areas, which are read as a whole."""
 
 Chart = dict[str, Any]
 Line = dict[str, Any]
@@ -58,22 +59,22 @@ def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
         return [x for x, _ in points], [y for _, y in points]
 
     present = {bench for run in runs for scores in run.evaluations.values() for bench in scores}
-    benches = [bench for bench in BENCHES if bench in present]
-    benches += sorted(present - set(BENCHES))
+    benches = [bench for bench in paper.BENCHES if bench in present]
+    benches += sorted(present - set(paper.BENCHES))
     lines = {
         bench: [_line(run.name, *totals(run, bench), i) for i, run in enumerate(runs)]
         for bench in benches
     }
     if len(runs) == 1:
         one = [
-            line | {"label": BENCHES.get(bench, bench), "colour": i}
+            line | {"label": paper.BENCHES.get(bench, bench), "colour": i}
             for i, (bench, (line,)) in enumerate(lines.items())
         ]
         marks = [_mark(bench, i) for i, bench in enumerate(benches) if bench in paper.RESULT]
         return _charts([_chart("Benchmark accuracy", "%", one, marks)])
     return _charts(
         _chart(
-            f"{BENCHES.get(bench, bench)} accuracy",
+            f"{paper.BENCHES.get(bench, bench)} accuracy",
             "%",
             lines[bench],
             [_mark(bench, None)] if bench in paper.RESULT else [],
@@ -104,9 +105,15 @@ def reward_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Of the quantities of TRAINING those that were logged."""
     return [
         chart for title, unit, names in TRAINING for chart in _quantity(runs, title, unit, names)
     ]
+
+
+def is_zero(chart: Chart) -> bool:
+    """Whether there is nothing to look at."""
+    return not any(y for line in chart["lines"] for y in line["y"])
 
 
 def time_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -129,7 +136,7 @@ def time_charts(runs: Sequence[Run]) -> list[Chart]:
         ]
         lines.append(_line("other", [row["step"] for row in run.metrics], rest, len(phases)))
         title = "Time of a step by phase" + (f": {run.name}" if len(runs) > 1 else "")
-        charts.append(_chart(title, "seconds", lines) | {"stacked": True})
+        charts.append(_chart(title, "seconds", lines, stacked=True))
     speed = _quantity(runs, "Speed", "tokens a second", {"tokens": "tokens_per_second"})
     use = _quantity(runs, "Use of the device's peak (MFU)", "%", {"MFU": "mfu"})
     memory = _quantity(runs, "Peak memory", "GB", {"memory": "memory_gb"})
@@ -157,9 +164,7 @@ def reflection_charts(runs: Sequence[Run], found: Sequence[Completions]) -> list
             for i, word in enumerate(WORDS)
         ]
         used = [line for line in per_hundred if any(line["y"])]
-        charts.append(
-            _chart("Reflection words", "times in 100 completions", used) | {"stacked": True}
-        )
+        charts.append(_chart("Reflection words", "times in 100 completions", used, stacked=True))
     return _charts(charts)
 
 
@@ -180,8 +185,23 @@ def _quantity(runs: Sequence[Run], title: str, unit: str, names: dict[str, str])
     )
 
 
-def _chart(title: str, unit: str, lines: Iterable[Line], marks: Iterable[Line] = ()) -> Chart:
-    return {"title": title, "unit": unit, "lines": list(lines), "marks": list(marks)}
+def _chart(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    marks: Sequence[Line] = (),
+    stacked: bool = False,
+) -> Chart:
+    longest = max((len(line["x"]) for line in lines), default=0)
+    size = max(1, -(-longest // (STACKED_POINTS if stacked else POINTS)))
+    return {
+        "title": title,
+        "unit": unit,
+        "note": f"means over {size} steps" if size > 1 else "",
+        "stacked": stacked,
+        "lines": [_thin(line, size) for line in lines],
+        "marks": list(marks),
+    }
 
 
 def _charts(charts: Iterable[Chart]) -> list[Chart]:
@@ -195,7 +215,7 @@ def _charts(charts: Iterable[Chart]) -> list[Chart]:
 
 
 def _mark(bench: str, colour: int | None) -> Line:
-    name = BENCHES[bench]
+    name = paper.BENCHES[bench]
     return {"y": paper.RESULT[bench] / 100, "label": f"{name}, paper", "colour": colour}
 
 
@@ -209,18 +229,15 @@ def _columns(by_step: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _line(label: str, x: Sequence[int], y: Sequence[Any], colour: int) -> Line:
-    x, numbers = _thin(list(x), [number(value) for value in y])
-    rounded = [None if value is None else float(f"{value:.5g}") for value in numbers]
-    return {"label": label, "colour": colour, "x": x, "y": rounded}
+    return {"label": label, "colour": colour, "x": list(x), "y": [number(value) for value in y]}
 
 
-def _thin(x: list[int], y: list[float | None]) -> tuple[list[int], list[float | None]]:
-    """At most POINTS points: means over stretches of equal length, each at its first step."""
-    if len(x) <= POINTS:
-        return x, y
-    size = -(-len(x) // POINTS)
-    stretches = [y[i : i + size] for i in range(0, len(y), size)]
-    return x[::size], [_mean(stretch) for stretch in stretches]
+def _thin(line: Line, size: int) -> Line:
+    """Means over stretches of `size` steps, each at the stretch's first step, with five digits."""
+    y = line["y"]
+    means = [_mean(y[i : i + size]) for i in range(0, len(y), size)]
+    rounded = [None if value is None else float(f"{value:.5g}") for value in means]
+    return line | {"x": line["x"][::size], "y": rounded}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -91,7 +91,7 @@ def pick(seen: Sequence[Seen], limit: int, keep: int | None = None) -> list[Seen
     quota = max(PER_STEP, limit // len(steps))
     chosen = {*evenly(steps, max(2, limit // quota)), *([] if keep is None else [keep])}
     rows = [row for step in chosen for row in _pick_of_step(by_step[step], quota)]
-    return sorted(rows)
+    return sorted(rows, key=lambda row: row.offset)
 
 
 def evenly(items: Sequence, count: int) -> list:

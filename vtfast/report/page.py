@@ -51,6 +51,7 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
     freezing = [tables.frozen(run) for run in runs]
     by_freezing = several and len(set(freezing)) == len(runs)
     names = [run.name for run in runs]
+    training = charts.training_charts(runs)
     evaluated = any(run.evaluations for run in runs)
     return {
         "title": ", ".join(names),
@@ -74,7 +75,11 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
         "by_freezing": by_freezing,
         "differing": tables.differing_settings(runs) if several else None,
         "settings": [tables.settings(run) for run in runs if run.config],
-        "training": charts.reward_charts(runs) + charts.training_charts(runs),
+        "training": [
+            *charts.reward_charts(runs),
+            *(chart for chart in training if not charts.is_zero(chart)),
+        ],
+        "zero": [chart["title"] for chart in training if charts.is_zero(chart)],
         "time": charts.time_charts(runs),
         "evaluated": evaluated,
         "paper_tables": [tables.table_3(runs), tables.table_5(runs)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+BENCHES = {"cvbench": "CV-Bench", "blink": "BLINK", "vsr": "VSR", "sat": "SAT"}
+"""Benchmarks by the name that `vtfast eval` gives them."""
 TABLE_3_COLUMNS = (
     ("CV-Bench Count", "cvbench", "Count"),
     ("Relation", "cvbench", "Relation"),

@@ -39,7 +39,7 @@ def overview(runs: Sequence[Run]) -> Table:
                 ],
             }
         )
-    columns = ["reward", "accuracy", "format", "length (tokens)", "KL", "tokens/s", "time trained"]
+    columns = ["reward", "accuracy", "format", "tokens/answer", "KL", "tokens/s", "time trained"]
     return {
         "caption": "At the end of training",
         "note": f"On training questions, means over the last {LAST} steps.",
@@ -100,13 +100,13 @@ def settings(run: Run) -> Table:
 
 
 def table_3(runs: Sequence[Run]) -> Table:
-    """The study's main results, and below them the newest evaluation of each run (and the first, if there are more)."""
+    """The study's main results, and below them the newest evaluation of each run; of a lone run also the first."""
     rows = [_paper_row(name, cells) for name, cells in paper.TABLE_3.items()]
     for run in runs:
-        names = list(run.evaluations)
-        for name in dict.fromkeys([*names[:1], *_newest(run)]):
+        first = list(run.evaluations)[:1] if len(runs) == 1 else []
+        for name in dict.fromkeys([*first, *_newest(run)]):
             rows.append(_run_row(run, name, run.name, paper.TABLE_3_COLUMNS))
-        if not names:
+        if not run.evaluations:
             rows.append({"label": run.name, "note": "not evaluated", "cells": [""] * 9})
     return {
         "caption": "Spatial benchmarks (layout of Table 3)",
@@ -152,7 +152,7 @@ def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[
     for bench in dict.fromkeys(bench for _, bench, _ in columns):
         count, full = number(scores.get(bench, {}).get("count")), paper.QUESTIONS[bench]
         if count is not None and count != full:
-            notes.append(f"{bench}: {count:,} of {full:,} questions")
+            notes.append(f"{count:,} of {full:,} {paper.BENCHES[bench]} questions")
     cells = [_accuracy(scores.get(bench), task) for _, bench, task in columns]
     return {"label": label, "note": "; ".join(notes), "cells": cells}
 

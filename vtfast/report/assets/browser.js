@@ -93,7 +93,8 @@ function labelled(text, control, look = null, id = control.id) {
 
 function card(row, run, pattern, words) {
   const rewards = Object.entries(row.rewards).map(([name, value]) => fact(name, value));
-  return element("article", { class: "completion" },
+  const look = row.advantage > 0 ? "better" : row.advantage < 0 ? "worse" : "";
+  return element("article", { class: `completion ${look}` },
     element("header", {},
       element("span", {}, [run, `step ${whole(row.step)}`, row.kind].filter(Boolean).join(" · ")),
       element("span", { class: "reward" }, "reward ", element("b", {}, value(row.reward)))),
@@ -102,7 +103,7 @@ function card(row, run, pattern, words) {
     element("pre", { tabindex: row.completion.length > 1500 ? 0 : null }, highlighted(row.completion, pattern, words)),
     element("ul", { class: "facts" }, rewards,
       fact("advantage", row.advantage, true), fact("tokens", row.length),
-      row.finish_reason ? element("li", {}, `ended by ${row.finish_reason}`) : null));
+      row.finish_reason ? element("li", {}, `finish: ${row.finish_reason}`) : null));
 }
 
 function value(number, signed = false) {

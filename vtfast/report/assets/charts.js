@@ -1,11 +1,12 @@
 // Line charts and stacked areas as inline SVG, redrawn to the width that they get.
-// A chart: {title, unit, stacked, lines: [{label, colour, x: [step], y: [value or null]}], marks: [{label, y, colour}]}.
+// A chart: {title, unit, note, stacked, lines: [{label, colour, x: [step], y: [value or null]}], marks: [{label, y, colour}]}.
 
 const HEIGHT = 220;
-const MARGIN = { top: 10, right: 14, bottom: 34, left: 52 };
+const MARGIN = { top: 10, right: 24, bottom: 34, left: 52 };
 const COLOURS = 8;
 const DOTS = 25; // a line of so few points shows each of them
 const SMOOTHED = 60; // a line of more points is noise without its running mean
+const CROWD = 2; // where more such lines cross, the noise steps back
 
 function chartFigure(chart) {
   const factor = chart.unit === "%" ? 100 : 1;
@@ -20,8 +21,9 @@ function chartFigure(chart) {
     if (width > 0) plot.replaceChildren(drawChart(state, width), tooltip);
   };
   new ResizeObserver(redraw).observe(plot);
-  const unit = chart.unit ? element("span", { class: "unit" }, ` ${chart.unit}`) : null;
-  return element("figure", { class: "chart" }, element("figcaption", {}, chart.title, unit), legend(state), plot);
+  const unit = [chart.unit, chart.note].filter(Boolean).join(", ");
+  const caption = element("figcaption", {}, chart.title, element("span", { class: "unit" }, ` ${unit}`));
+  return element("figure", { class: "chart" }, caption, legend(state), plot);
 }
 
 function legend(chart) {
@@ -54,7 +56,7 @@ function drawChart(chart, width) {
       class: `mark ${paint(mark.colour)}`, x1: x.from, x2: x.to, y1: y(mark.y), y2: y(mark.y),
     }));
   }
-  chart.lines.forEach((line, i) => svg.append(...(bands ? [area(line, bands[i], x, y)] : curve(line, x, y))));
+  chart.lines.forEach((line, i) => svg.append(...(bands ? [area(line, bands[i], x, y)] : curve(line, x, y, chart.lines.length > CROWD))));
   const pointer = shape("g", { class: "pointer" });
   svg.append(pointer);
   listen(svg, chart, x, y, pointer, bands);
@@ -71,7 +73,7 @@ function scales(chart, bands, width) {
   let high = most(all);
   if (chart.unit === "%" && high > 60) high = 100;
   if (high === low) high = low + 1;
-  const yTicks = niceTicks(low, high, 4);
+  const yTicks = niceTicks(low, high, 5);
   low = Math.min(low, yTicks[0]);
   high = Math.max(high, yTicks[yTicks.length - 1]);
   const first = chart.steps[0];
@@ -122,13 +124,13 @@ function axes(chart, x, y, width) {
   return group;
 }
 
-function curve(line, x, y) {
+function curve(line, x, y, crowded) {
   const points = line.x.map((step, i) => [step, line.y[i]]);
   const look = `curve ${paint(line.colour)} ${dash(line.colour)}`;
   if (points.length > SMOOTHED) {
     const size = Math.round(points.length / 30);
     return [
-      shape("path", { class: `${look} raw`, d: path(points, x, y) }),
+      shape("path", { class: `${look} ${crowded ? "faint" : "raw"}`, d: path(points, x, y) }),
       shape("path", { class: look, d: path(runningMean(points, size), x, y) }),
     ];
   }
@@ -155,7 +157,8 @@ function path(points, x, y) {
   return text;
 }
 
-// Mean over the `size` points on either side; sums run along, so that long lines stay cheap.
+// Mean over `size` points on either side. Towards the ends of a line it takes in fewer, down to a quarter, so that a
+// steep start keeps its place. Sums run along, so that long lines stay cheap.
 function runningMean(points, size) {
   const sums = [0];
   const counts = [0];
@@ -164,8 +167,9 @@ function runningMean(points, size) {
     counts.push(counts[i] + (value === null ? 0 : 1));
   });
   return points.map(([step], i) => {
-    const from = Math.max(0, i - size);
-    const to = Math.min(points.length, i + size + 1);
+    const reach = Math.max(Math.min(size, i, points.length - 1 - i), size >> 2);
+    const from = Math.max(0, i - reach);
+    const to = Math.min(points.length, i + reach + 1);
     const count = counts[to] - counts[from];
     return [step, count ? (sums[to] - sums[from]) / count : null];
   });
@@ -212,10 +216,11 @@ function listen(svg, chart, x, y, pointer, bands) {
       const height = bands ? bands[i][place][1] : value;
       pointer.append(shape("circle", { class: paint(line.colour), cx: x(step), cy: y(height), r: 3.5 }));
       rows.push(element("div", {}, element("span", { class: `swatch ${paint(line.colour)}` }), `${line.label} `,
-        element("b", {}, withUnit(value, chart.unit))));
+        element("b", {}, chart.unit === "%" ? withUnit(value, "%") : short(value))));
     });
     if (chart.stacked) rows.reverse();
-    tooltip.replaceChildren(element("div", { class: "at" }, `step ${whole(step)}`), ...rows);
+    const unit = chart.unit && chart.unit !== "%" ? ` (${chart.unit})` : "";
+    tooltip.replaceChildren(element("div", { class: "at" }, `step ${whole(step)}${unit}`), ...rows);
     tooltip.hidden = false;
     const beside = x(step) + 12 + tooltip.offsetWidth > plot.clientWidth ? x(step) - 12 - tooltip.offsetWidth : x(step) + 12;
     tooltip.style.left = `${Math.max(0, beside)}px`;
