@@ -27,11 +27,15 @@ def test_a_run_as_it_should_be(tmp_path):
     assert [row["step"] for row in run.metrics] == [1, 2, 3]
 
 
+NULLS = ("kl", "entropy", "loss", "grad_norm", "reward")
+
+
 def test_torn_and_odd_lines_become_notes(tmp_path):
     folder = write_run(tmp_path / "run", max_steps=9)
     lines = [
         json.dumps(metrics_row(1, kl=None)),
-        '{"step": 2, "kl": NaN, "entropy": Infinity, "loss": "high", "grad_norm": true}',
+        '{"step": 2, "kl": NaN, "entropy": -Infinity, "loss": "high", "grad_norm": true, "reward": 1%s}'
+        % ("0" * 400),
         "not json",
         "[1, 2]",
         '{"loss": 1.0}',
@@ -42,7 +46,7 @@ def test_torn_and_odd_lines_become_notes(tmp_path):
     (folder / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin1"))
     run = read(folder)
     assert [row["step"] for row in run.metrics] == [1, 2]
-    assert [run.metrics[1][key] for key in ("kl", "entropy", "loss", "grad_norm")] == [None] * 4
+    assert [run.metrics[1][key] for key in NULLS] == [None] * 5
     assert run.status == "step 2 of 9: still going, or stopped early"
     assert run.notes == [
         "metrics.jsonl: 3 unreadable line(s) left out.",
@@ -59,8 +63,10 @@ def test_a_run_that_went_back_counts_its_newer_steps(tmp_path):
 
 
 def test_missing_files_are_notes_and_an_empty_run_is_a_run(tmp_path):
-    (tmp_path / "config.yaml").write_text("{broken: [")
-    run = read(tmp_path)
+    for config in ("{broken: [", "- a list", "day: 2025-13-45"):
+        (tmp_path / "config.yaml").write_text(config)
+        run = read(tmp_path)
+        assert "config.yaml cannot be read." in run.notes
     assert run.metrics == [] and run.config == {} and run.evaluations == {}
     assert run.notes == ["metrics.jsonl is missing.", "config.yaml cannot be read."]
     assert read_completions(tmp_path).notes == ["completions.jsonl is missing."]
@@ -150,7 +156,7 @@ def test_few_completions_are_all_kept(tmp_path):
 
 
 def test_completions_of_a_run_that_went_back(tmp_path):
-    steps = [1, 1, 2, 2, 3, 2, 2, 3]
+    steps = [0, 0, 2, 2, 3, 2, 2, 3]
     rows = [completion_row(step, str(i)) for i, step in enumerate(steps)]
     found = read_completions(write_run(tmp_path / "run", completions=rows))
     assert [row["completion"] for row in found.shown] == ["0", "1", "5", "6", "7"]
@@ -161,12 +167,15 @@ def test_odd_completions(tmp_path):
         {"step": 1, "completion": "bare"},
         completion_row(1, 7),
         completion_row(None),
-        completion_row(1, reward=float("nan"), rewards=["x"], question=None, length="many"),
+        completion_row(
+            1, reward=float("nan"), rewards=["x"], question=None, length="many", answer=0
+        ),
         completion_row(1, "x" * 50_000),
     ]
     found = read_completions(write_run(tmp_path / "run", completions=rows))
     assert found.total == 3 and found.notes == ["completions.jsonl: 2 unreadable line(s) left out."]
     bare, odd, long = found.shown
+    assert odd["answer"] == "0" and odd["kind"] == "count"
     assert bare["reward"] is None and bare["question"] == "" and bare["rewards"] == {}
     assert (odd["reward"], odd["rewards"], odd["question"], odd["length"]) == (None, {}, "", None)
     assert "[... 30,000 characters left out ...]" in long["completion"]
@@ -175,8 +184,9 @@ def test_odd_completions(tmp_path):
 
 def test_what_is_picked_of_many():
     """50 steps of 20: the step that matters, the first and the last; of each the best, the worst, the reflecting."""
+    rewards = {7: 2.0, 12: -2.0}
     seen = [
-        Seen(100 * step + i, step, reward=float(i), words={"wait": 1} if i in (4, 5) else {})
+        Seen(100 * step + i, step, rewards.get(i, 0.0), {"wait": 1} if i in (4, 5) else {})
         for step in range(50)
         for i in range(20)
     ]
@@ -186,9 +196,10 @@ def test_what_is_picked_of_many():
     steps = {row.step for row in picked}
     assert {0, 17, 49} <= steps
     for step in steps:
-        rewards = {row.reward for row in picked if row.step == step}
-        assert {0.0, 19.0, 4.0, 5.0} <= rewards and len(rewards) == 8
+        members = {row.offset % 100 for row in picked if row.step == step}
+        assert {7, 12, 4, 5} <= members and len(members) == 8
     assert pick(seen[:80], limit=80) == seen[:80]
+    assert {row.step for row in pick(seen, limit=3)} == {0, 49}
 
 
 def test_evenly():
@@ -400,6 +411,7 @@ def test_held_out_scores_survive_the_way_through_the_file(tmp_path):
     after = HeldOut({"sampled": {"all": (0.99, 1.0)}, "greedy": {"all": (1.0, 1.0)}}, 400)
     folder = write_run(tmp_path / "run")
     save_held_out(folder, before, None)
+    save_held_out(folder, None, after)
     assert read(folder).held_out is None
     save_held_out(folder, before, after)
     (table,) = tables.held_out([read(folder)])

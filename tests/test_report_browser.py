@@ -170,6 +170,18 @@ def test_a_chart_is_to_scale(opened):
     assert max(slopes) - min(slopes) < 0.03
 
 
+def test_the_areas_of_a_stack_lie_upon_each_other(opened):
+    """Phases of 2, 0.5, 1 and 0.5 seconds at every step."""
+    page = opened()
+    areas = all_of(page, "svg[aria-label^='Time of a step'] polygon")
+    corners = [area.get_attribute("points").split() for area in areas]
+    tops, bottoms = ([float(points[i].split(",")[1]) for points in corners] for i in (0, -1))
+    assert tops[:-1] == bottoms[1:]
+    second = (bottoms[0] - tops[0]) / 2
+    heights = [(bottom - top) / second for bottom, top in zip(bottoms, tops, strict=True)]
+    assert heights == pytest.approx([2, 0.5, 1, 0.5], abs=0.01)
+
+
 def test_values_under_the_pointer_and_by_keyboard(opened):
     page = opened()
     chart = the(page, "svg[aria-label^='Benchmark accuracy']")
@@ -185,6 +197,8 @@ def test_values_under_the_pointer_and_by_keyboard(opened):
     assert tooltip.text.splitlines() == ["step 40", "CV-Bench 60.0 %"]
     chart.send_keys(Keys.HOME)
     assert tooltip.text.splitlines() == ["step 0", "CV-Bench 30.0 %"]
+    chart.send_keys(Keys.END)
+    assert tooltip.text.splitlines() == ["step 40", "CV-Bench 60.0 %"]
     chart.send_keys(Keys.ESCAPE)
     assert not tooltip.is_displayed()
 

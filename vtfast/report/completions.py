@@ -144,17 +144,21 @@ def _clean(row: dict[str, Any], seen: Seen, longest: int) -> dict[str, Any]:
     rewards = rewards if isinstance(rewards, dict) else {}
     return {
         "step": seen.step,
-        "kind": _cut(str(row.get("kind") or ""), 100),
-        "question": _cut(str(row.get("question") or ""), 2000),
-        "answer": _cut(str(row.get("answer") or ""), 500),
+        "kind": _text(row.get("kind"), 100),
+        "question": _text(row.get("question"), 2000),
+        "answer": _text(row.get("answer"), 500),
         "completion": _cut(row["completion"], longest),
         "reward": _rounded(row.get("reward")),
         "rewards": {str(name): _rounded(value) for name, value in list(rewards.items())[:20]},
         "advantage": _rounded(row.get("advantage")),
         "length": _rounded(row.get("length")),
-        "finish_reason": _cut(str(row.get("finish_reason") or ""), 40),
+        "finish_reason": _text(row.get("finish_reason"), 40),
         "reflects": sum(seen.words.values()),
     }
+
+
+def _text(value: Any, longest: int) -> str:
+    return "" if value is None else _cut(str(value), longest)
 
 
 def _cut(text: str, longest: int) -> str:

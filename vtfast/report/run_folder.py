@@ -6,8 +6,8 @@ What is missing or cannot be read becomes a note for the page. Only a folder tha
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,7 +148,7 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         config = yaml.safe_load(path.read_text("utf-8", "replace"))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         config = None
     if not isinstance(config, dict):
         notes.append("config.yaml cannot be read.")
@@ -198,13 +198,13 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> int | float | None:
-    """`value` if it is a finite number; JSON as Python reads it may hold NaN and Infinity."""
+    """`value` if it is a number that fits a float: what Python takes for JSON may hold NaN, Infinity or endless digits."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if real and math.isfinite(value) else None
+    return value if real and abs(value) <= sys.float_info.max else None
 
 
 def is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _by_step(name: str) -> tuple[bool, int, str]:

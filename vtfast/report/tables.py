@@ -96,7 +96,7 @@ def differing_settings(runs: Sequence[Run]) -> Table:
 
 def settings(run: Run) -> Table:
     rows = [{"label": key, "cells": [_text(value)]} for key, value in run.config.items()]
-    return {"caption": "All settings", "columns": ["value"], "rows": rows}
+    return {"caption": run.name, "columns": ["value"], "rows": rows}
 
 
 def table_3(runs: Sequence[Run]) -> Table:

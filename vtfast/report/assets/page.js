@@ -58,7 +58,8 @@ function main() {
     section("overview", "Overview", null, notes(data.runs), several ? tableFigure(data.overview) : tiles(data.overview), data.held_out.map(tableFigure)),
     several ? section("settings", "Settings", null, tableFigure(data.differing)) : null,
     section("figure-1", "Accuracy and length",
-      data.by_freezing ? "As in Figures 1 and 4 of the study: the length of the answers is labelled by what was frozen." : "As in Figure 1 of the study.",
+      data.by_freezing ? "As in Figures 1 and 4 of the study: the length of the answers is labelled by what was frozen."
+        : data.accuracy.length ? "As in Figure 1 of the study." : "As in Figure 1 of the study; accuracies appear once there are evaluations.",
       grid([...data.accuracy, ...data.length])),
     section("training", "Training", "Thin lines are single steps, thick ones their running mean.", grid(data.training),
       data.zero.length ? element("p", { class: "lead" }, `Zero at every step: ${data.zero.join(", ").toLowerCase()}.`) : null),
@@ -66,7 +67,7 @@ function main() {
     section("evaluations", "Evaluations", "The study's own figures stand above, marked as the paper's.", evaluationTables(data)),
     total ? section("reflection", "Reflection", null, reflectionPart(data, browser)) : null,
     total ? section("completions", "Completions", sample, browser.node) : null,
-    section("all-settings", "All settings", null, data.settings.map((table, i) => closed(data.runs[i].name, tableFigure(table)))),
+    section("all-settings", "All settings", null, data.settings.map((table) => closed(table.caption, tableFigure(table)))),
   ].filter((part) => part !== null);
   document.title = `${data.title}: vtfast report`;
   document.getElementById("header").append(
