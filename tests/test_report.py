@@ -236,6 +236,9 @@ def test_one_run_shows_several_quantities_a_chart_and_leaves_out_what_was_not_lo
     assert [(line["x"], line["y"]) for line in kl] == [([1, 2, 3], [0.01, None, 0.03])]
     assert "Token accuracy" not in found and "Loss" not in found
     assert charts.is_zero(found["Clipped tokens"]) and not charts.is_zero(found["Entropy"])
+    rows = [metrics_row(1, **{"rewards/failed": 2.0})]
+    run = read(write_run(tmp_path / "failing", rows))
+    assert "Rewards that failed" in titles(charts.training_charts([run]))
     (reward,) = charts.reward_charts([run])
     assert [line["label"] for line in reward["lines"]] == ["total", "accuracy", "format"]
 
@@ -277,6 +280,8 @@ def test_long_runs_are_averaged_and_say_so(tmp_path):
     (line,) = found["Entropy"]["lines"]
     assert found["Entropy"]["note"] == "means over 3 steps"
     assert line["x"][:3] == [1, 4, 7] and line["y"][:2] == [0.66667, 0.33333]
+    phases = charts.time_charts([run])[0]
+    assert phases["note"] == "means over 60 steps" and len(phases["lines"][0]["x"]) == 150
     assert len(line["x"]) == 3000 and "KL divergence from the starting model" not in found
 
 
@@ -289,7 +294,8 @@ def test_accuracy_over_steps_with_the_papers_result(tmp_path):
     (chart,) = charts.accuracy_charts([one])
     bench, sat = chart["lines"]
     assert (bench["label"], bench["x"], bench["y"]) == ("CV-Bench", [20, 100], [0.4, 0.6])
-    assert sat["label"] == "SAT" and [mark["y"] for mark in chart["marks"]] == [0.5947]
+    assert (bench["colour"], sat["colour"], sat["label"]) == (0, 1, "SAT")
+    assert [mark["y"] for mark in chart["marks"]] == [0.5947]
     two = read(write_run(tmp_path / "two", evaluations={"step-20": {"cvbench": {"total": 0.3}}}))
     found = charts.accuracy_charts([one, two])
     assert titles(found) == ["CV-Bench accuracy", "SAT accuracy"]
@@ -347,7 +353,7 @@ def test_table_3_places_each_score_under_its_heading(tmp_path):
         },
         "vsr": {"total": None, "by_task": "none"},
     }
-    folder = write_run(tmp_path / "run", evaluations={"step-0": first, "step-30": last})
+    folder = write_run(tmp_path / "run", evaluations={"step-0": first, "step-30": last, "a": first})
     table = tables.table_3([read(folder)])
     assert [row["label"] for row in table["rows"] if row.get("paper")] == list(paper.TABLE_3)
     assert table["rows"][0]["cells"][2] == "10.16"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -42,20 +43,27 @@ def completions():
         text = "Wait, it is the left one." if step >= 30 else "It is the left one."
         yield completion_row(step, f"<think>{text}", reward=0.0, length=step, advantage=-1.0)
         yield completion_row(step, HOSTILE if step == 7 else "<think>plain", length=100 - step)
-        yield completion_row(step, f"<think>needle{step}", kind="depth", reward=2.0, length=500)
+        yield completion_row(
+            step, f"<think>needle{step}", kind="depth", reward=2.0, length=500 + step
+        )
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Two pages: of one run, and of three that froze different parts, one of which has barely begun."""
+    """Pages of one run, of three that froze different parts (one has barely begun), and of a longer one."""
     folder = tmp_path_factory.mktemp("runs")
-    rows = [metrics_row(step) for step in range(1, 41)]
+    rows = [metrics_row(step, entropy=None if step == 10 else 0.5) for step in range(1, 41)]
     one = write_run(folder / "one", rows, completions(), SCORES, max_steps=40)
     two = write_run(folder / "two", rows[:20], list(completions())[:30], freeze=["vision"])
     bare = write_run(folder / "bare", freeze=["language"])
     with (two / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "rew')
-    return {"one": write_report([one]), "three": write_report([one, two, bare], folder / "3.html")}
+    long = write_run(folder / "long", [metrics_row(step, kl=step % 2) for step in range(1, 201)])
+    return {
+        "one": write_report([one]),
+        "three": write_report([one, two, bare], folder / "3.html"),
+        "long": write_report([long]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +83,7 @@ def opened(chromium, pages):
     """Opens a page; afterwards there must be no console message, no open dialog and no request but for the file."""
 
     def open_page(name="one", width=1200, scheme="light"):
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        resize(chromium, width)
         features = [
             {"name": "prefers-color-scheme", "value": scheme},
             # A page that glides is hard to click on.
@@ -91,6 +98,11 @@ def opened(chromium, pages):
     yield open_page
     assert chromium.get_log("browser") == []
     assert requests(chromium) == {chromium.current_url}
+
+
+def resize(chromium, width: int) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 def requests(chromium) -> set[str]:
@@ -170,6 +182,22 @@ def test_a_chart_is_to_scale(opened):
     assert max(slopes) - min(slopes) < 0.03
 
 
+def test_an_unknown_value_is_a_gap(opened):
+    (line,) = all_of(opened(), "svg[aria-label^='Entropy'] path.curve")
+    assert [part.count(",") for part in line.get_attribute("d").split("M")[1:]] == [9, 30]
+
+
+def test_a_long_line_has_a_running_mean(opened):
+    """A value that jumps between 0 and 1 has a mean near 0.5."""
+    paths = all_of(opened("long"), "svg[aria-label^='KL'] path.curve")
+    raw, smooth = (
+        [float(y) for y in re.findall(r",([\d.]+)", path.get_attribute("d"))] for path in paths
+    )
+    middle, height = (min(raw) + max(raw)) / 2, max(raw) - min(raw)
+    assert len(raw) == len(smooth) == 200 and height > 100
+    assert all(abs(y - middle) < 0.2 * height for y in smooth)
+
+
 def test_the_areas_of_a_stack_lie_upon_each_other(opened):
     """Phases of 2, 0.5, 1 and 0.5 seconds at every step."""
     page = opened()
@@ -242,6 +270,10 @@ def test_sorting_filtering_and_showing_more(opened):
     assert steps(page)[:4] == [40, 40, 40, 39]
     sort.select_by_visible_text("length, shortest first")
     assert steps(page)[:3] == [1, 2, 3]
+    sort.select_by_visible_text("length, longest first")
+    assert steps(page)[:3] == [40, 39, 38]
+    sort.select_by_visible_text("reward, worst first")
+    assert {reward.text for reward in all_of(page, ".completion .reward")} == {"reward 0"}
     sort.select_by_visible_text("reward, best first")
     assert {reward.text for reward in all_of(page, ".completion .reward")} == {"reward 2"}
     Select(the(page, "#kind")).select_by_visible_text("depth")
@@ -288,7 +320,12 @@ def test_several_runs_side_by_side(opened):
 @pytest.mark.parametrize("name", ["one", "three"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_in_light_and_dark(opened, name, scheme):
-    page = opened(name, width=400, scheme=scheme)
+    page = opened(name, width=1200, scheme=scheme)
+    resize(page, 400)
+    widest = (
+        "return Math.max(...[...document.querySelectorAll('svg')].map((svg) => svg.clientWidth))"
+    )
+    WebDriverWait(page, 5).until(lambda page: 200 < page.execute_script(widest) < 400)
     assert page.execute_script("return document.documentElement.scrollWidth") <= 400
     ground = page.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(18, 20, 24)") == (scheme == "dark")

@@ -198,7 +198,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> int | float | None:
-    """`value` if it is a number that fits a float: what Python takes for JSON may hold NaN, Infinity or endless digits."""
+    """`value` if it is a number that fits a float: JSON may hold more digits, and Python lets NaN and Infinity pass."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if real and abs(value) <= sys.float_info.max else None
 
