@@ -40,7 +40,7 @@ def test_torn_and_odd_lines_become_notes(tmp_path):
         "[1, 2]",
         '{"loss": 1.0}',
         "",
-        "\udcff".encode("utf-8", "surrogateescape").decode("latin1"),
+        "\xff",
         '{"step": 3, "rew',
     ]
     (folder / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin1"))

@@ -101,7 +101,7 @@ def save_held_out(folder: Path, before: HeldOut | None, after: HeldOut | None) -
         (folder / HELD_OUT).write_text(json.dumps(scores, indent=1) + "\n")
 
 
-def since_rewind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _since_rewind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that count when a run went back to a checkpoint: a step that comes again replaces all from there on."""
     kept: list[dict[str, Any]] = []
     for row in rows:
@@ -126,7 +126,7 @@ def _read_run(folder: Path, name: str) -> Run:
     notes += lines.notes()
     if len(whole) < len(rows):
         notes.append(f"metrics.jsonl: {len(rows) - len(whole)} line(s) without a step left out.")
-    metrics = since_rewind(whole)
+    metrics = _since_rewind(whole)
     if len(metrics) < len(whole):
         notes.append("metrics.jsonl: the run went back to an earlier step; the newer lines count.")
     if not metrics and lines.path.is_file():
