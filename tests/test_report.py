@@ -404,10 +404,16 @@ def test_only_the_settings_that_differ(tmp_path):
 
 
 def test_the_overview_is_of_the_last_steps(tmp_path):
-    rows = [metrics_row(step, reward=0.0 if step <= 2 else 1.5, kl=None) for step in range(1, 13)]
-    table = tables.overview([read(write_run(tmp_path / "run", rows, max_steps=12))])
-    cells = dict(zip(table["columns"], table["rows"][0]["cells"], strict=True))
-    assert cells["reward"] == "1.50" and cells["KL"] == "" and cells["time trained"] == "0 min 48 s"
+    rows = [
+        metrics_row(step, reward=0.0 if step <= 2 else 1.5, kl=None, **{"time/step": 10.5})
+        for step in range(1, 13)
+    ]
+    runs = [read(write_run(tmp_path / name, rows)) for name in ("short", "long")]
+    runs[1].metrics[0]["time/step"] = 7200.0
+    table = tables.overview(runs)
+    short, long = (dict(zip(table["columns"], row["cells"], strict=True)) for row in table["rows"])
+    assert short["reward"] == "1.50" and short["KL"] == ""
+    assert (short["time trained"], long["time trained"]) == ("2 min 6 s", "2 h 1 min")
 
 
 def test_held_out_scores_survive_the_way_through_the_file(tmp_path):

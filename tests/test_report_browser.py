@@ -248,6 +248,10 @@ def test_search_narrows_and_marks(opened):
     WebDriverWait(page, 5).until(lambda page: shown(page) == 11)
     assert {mark.text for mark in all_of(page, "mark.found")} == {"needle3"}
     the(page, "#search").clear()
+    the(page, "#search").send_keys("alert(1)")
+    WebDriverWait(page, 5).until(lambda page: shown(page) == 1)
+    assert {mark.text for mark in all_of(page, "mark.found")} == {"alert(1)"}
+    the(page, "#search").clear()
     the(page, "#search").send_keys("</think>.*(")
     WebDriverWait(page, 5).until(lambda page: shown(page) == 0)
     assert not all_of(page, ".completion")
