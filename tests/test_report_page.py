@@ -119,3 +119,29 @@ def test_mistakes_cost_one_line(arguments, message, run, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_that_samples_nothing_misses_nothing(tmp_path):
+    """Fine-tuning leaves a loss and no completions."""
+    rows = [{"step": step, "loss": 2.0 - step / 10, "clip_ratio/low": 0.0} for step in (1, 2, 3)]
+    folder = write_run(tmp_path / "sft", rows, num_generations=None)
+    (folder / "completions.jsonl").unlink()
+    data = json.loads(embedded(write_report([folder]).read_text("utf-8")))
+    assert data["runs"][0]["notes"] == [] and data["completions"] == {"total": 0, "rows": []}
+    assert [chart["title"] for chart in data["training"]] == ["Loss"]
+    assert data["zero"] == ["Clipped tokens"] and data["time"] == []
+
+
+def test_lengths_are_labelled_by_what_was_frozen_where_that_tells_runs_apart(tmp_path):
+    rows, answers = [metrics_row(1)], [completion_row(1)]
+    folders = [
+        write_run(tmp_path / name, rows, answers, freeze=parts)
+        for name, parts in (("a", []), ("b", ["vision"]), ("c", []))
+    ]
+    labels = []
+    for chosen in (folders[:2], folders):
+        page = write_report(chosen).read_text("utf-8")
+        data = json.loads(embedded(page))
+        labels.append([line["label"] for line in data["length"][0]["lines"]])
+        assert [row["run"] for row in data["completions"]["rows"]] == list(range(len(chosen)))
+    assert labels == [["nothing frozen", "vision encoder frozen"], ["a", "b", "c"]]
