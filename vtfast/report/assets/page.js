@@ -64,7 +64,7 @@ function main() {
     section("training", "Training", "Thin lines are single steps, thick ones their running mean.", grid(data.training),
       data.zero.length ? element("p", { class: "lead" }, `Zero at every step: ${data.zero.join(", ").toLowerCase()}.`) : null),
     section("time", "Time and speed", null, grid(data.time)),
-    section("evaluations", "Evaluations", "The study's own figures stand above, marked as the paper's.", evaluationTables(data)),
+    section("evaluations", "Evaluations", data.evaluated ? "In each table the study's own figures come first, marked as the paper's." : null, evaluationTables(data)),
     total ? section("reflection", "Reflection", null, reflectionPart(data, browser)) : null,
     total ? section("completions", "Completions", sample, browser.node) : null,
     section("all-settings", "All settings", null, data.settings.map((table) => closed(table.caption, tableFigure(table)))),
