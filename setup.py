@@ -29,9 +29,16 @@ setup(
     version="0.1.0",
     description="GRPO for vision-language models with fused kernels: VisualThinker-R1-Zero, faster",
     python_requires=">=3.10",
-    packages=["vtfast", "vtfast.commands", "vtfast.evaluate", "vtfast.rollout", "vtfast_kernels"],
+    packages=[
+        "vtfast",
+        "vtfast.commands",
+        "vtfast.evaluate",
+        "vtfast.report",
+        "vtfast.rollout",
+        "vtfast_kernels",
+    ],
     package_dir={"vtfast_kernels": "kernels"},
-    package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*"]},
+    package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*", "report/assets/*"]},
     install_requires=RUNTIME,
     extras_require={
         # qwen_vl_utils needs torchvision, which package indexes hold as a CUDA build only
@@ -41,6 +48,7 @@ setup(
             "pytest",
             "ruff",
             "hypothesis",
+            "selenium",
             "peft>=0.18",
             "trl>=1.16; python_version >= '3.11'",
         ],

@@ -107,6 +107,8 @@ def test_the_run_folder(short_run):
     assert all(row["completion"].startswith("<think>") for row in rows)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads((folder / "held_out.json").read_text())["after"]["count"] > 0
     table = (folder.parent / "one.out").read_text()
     assert (
         "held-out accuracy: 0." in table and "held-out format: 0." in table and "distance" in table

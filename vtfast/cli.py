@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": "fine-tune a model on the answers of its data",
     "data": "tell what a data set holds (vtfast data inspect PATH)",
     "eval": "ask a model the questions of CV-Bench, BLINK, VSR or SAT, and score the answers",
+    "report": "write one HTML page about a run, or about several side by side",
     "make-base": "train the demo's base model from nothing",
 }
 """Each is `vtfast/commands/NAME.py`."""

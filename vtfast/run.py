@@ -29,7 +29,7 @@ from vtfast.model import load_model
 from vtfast.packing import check_group
 from vtfast.processor import Processor
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
-from vtfast.report import held_out_table
+from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.rollout.choice import choose_engine
 from vtfast.tracking import Tracker, check_trackers
 
@@ -163,7 +163,9 @@ class Run:
         if ranks.is_main:
             self.draw(before, after)
             if before and after:
+                save_held_out(self.folder, before, after)
                 print(held_out_table(before, after))
+            write_report([self.folder])
             log.info("run folder: %s", self.folder)
         return self.folder
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vtfast.evaluate.held_out import HeldOut
+if TYPE_CHECKING:  # which loads torch; a report needs none
+    from vtfast.evaluate.held_out import HeldOut
 
 
 def held_out_table(before: HeldOut, after: HeldOut) -> str:

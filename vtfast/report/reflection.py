@@ -1,0 +1,69 @@
+"""Words with which a model turns back on what it has just said, and the step at which they appear.
+
+The words are those that the study counted (aha, check, possibl, verify, wait, yet) and two more of the same kind. Each
+is matched as a whole word in any case, so `checkered` and `waiter` do not count. A word is a sign and not a proof: the
+page highlights them so that a person can judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+WORDS = {
+    "aha": ("aha", r"aha"),
+    "check": ("check", r"check(?:s|ed|ing)?"),
+    "however": ("however", r"however"),
+    "let me re-": (
+        "let me re",
+        r"let me re(?:-\w+|assess|check|consider|count|evaluate|examine|read|think|visit)",
+    ),
+    "possibl": ("possibl", r"possibl[ey]"),
+    "verify": ("verif", r"verif(?:y|ies|ied|ying)"),
+    "wait": ("wait", r"wait"),
+    "yet": ("yet", r"yet"),
+}
+"""name -> (letters that every match has, pattern). Patterns mean the same in Python and in JavaScript."""
+PATTERN = rf"\b(?:{'|'.join(pattern for _, pattern in WORDS.values())})\b"
+"""Any of them; the page highlights with it."""
+THRESHOLD = 0.10
+"""Share of a step's completions with a reflection word from which on reflection counts as seen."""
+
+_PATTERNS = {
+    name: (letters, re.compile(rf"\b{pattern}\b", re.ASCII))
+    for name, (letters, pattern) in WORDS.items()
+}
+
+
+def count_words(text: str) -> dict[str, int]:
+    """How often each word occurs in a completion; words that do not occur are left out."""
+    text = text.lower()
+    found = {}
+    for name, (letters, pattern) in _PATTERNS.items():
+        # The search for bare letters is many times faster than the pattern, and mostly finds nothing.
+        if letters in text and (times := len(pattern.findall(text))):
+            found[name] = times
+    return found
+
+
+def first_step(shares: Mapping[int, float]) -> int | None:
+    """The first step whose share of completions with a reflection word reaches THRESHOLD."""
+    return min((step for step, share in shares.items() if share >= THRESHOLD), default=None)
+
+
+def in_words(shares: Mapping[int, float]) -> str:
+    """When reflection was first seen, as a sentence. `shares`: by step, of completions with a reflection word."""
+    if not shares:
+        return "No completions, so no reflection words to date."
+    step = first_step(shares)
+    if step is None:
+        top = max(shares, key=lambda step: shares[step])
+        most = f"the most is {shares[top]:.1%} at step {top}" if shares[top] else "no word at all"
+        return f"None seen: no step reaches {THRESHOLD:.0%} of its completions ({most})."
+    first = min(shares)
+    seen = (
+        f"First seen at step {step}: {shares[step]:.1%} of its completions hold a reflection word"
+    )
+    if step == first:
+        return f"{seen}. That is the first step on record, so training did not bring it about."
+    return f"{seen} (step {first}: {shares[first]:.1%}; the threshold is {THRESHOLD:.0%})."

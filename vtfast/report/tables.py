@@ -1,0 +1,198 @@
+"""The tables of the page as plain data: a caption, headings, rows of text. An unknown value is an empty cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vtfast.report import paper
+from vtfast.report.run_folder import Run, evaluation_step, number
+
+Table = dict[str, Any]
+
+LAST = 10
+"""Steps at a run's end whose mean is its result."""
+FROZEN = {
+    "vision": "vision encoder",
+    "language": "language model",
+    "merger": "merger",
+    "embeddings": "embeddings",
+}
+
+
+def overview(runs: Sequence[Run]) -> Table:
+    """What came of each run: means over its last steps."""
+    rows = []
+    for run in runs:
+        rows.append(
+            {
+                "label": run.name,
+                "note": run.status,
+                "cells": [
+                    _at_the_end(run, "reward", "{:.2f}"),
+                    _at_the_end(run, "rewards/accuracy", "{:.0%}"),
+                    _at_the_end(run, "rewards/format", "{:.0%}"),
+                    _at_the_end(run, "completions/mean_length", "{:,.0f}"),
+                    _at_the_end(run, "kl", "{:.3g}"),
+                    _at_the_end(run, "tokens_per_second", "{:,.0f}"),
+                    _duration(run),
+                ],
+            }
+        )
+    columns = ["reward", "accuracy", "format", "tokens/answer", "KL", "tokens/s", "time trained"]
+    return {
+        "caption": "At the end of training",
+        "note": f"On training questions, means over the last {LAST} steps.",
+        "columns": columns,
+        "rows": rows,
+    }
+
+
+def held_out(runs: Sequence[Run]) -> list[Table]:
+    """Before and after training, by kind of question; a table a run that has them."""
+    tables = []
+    for run in runs:
+        if run.held_out is None:
+            continue
+        before, after = run.held_out["before"]["scores"], run.held_out["after"]["scores"]
+        modes = [mode for mode in ("sampled", "greedy") if mode in before and mode in after]
+        parts = [(mode, i, name) for i, name in enumerate(("accuracy", "format")) for mode in modes]
+        kinds = [kind for kind in after[modes[0]] if kind in before[modes[0]]] if modes else []
+        tables.append(
+            {
+                "caption": "Held-out questions" + (f": {run.name}" if len(runs) > 1 else ""),
+                "note": f"{run.held_out['after']['count']:,} questions, before and after training.",
+                "columns": [f"{name}, {mode}" for mode, _, name in parts],
+                "rows": [
+                    {
+                        "label": kind,
+                        "cells": [
+                            f"{before[mode][kind][i]:.2f} → {after[mode][kind][i]:.2f}"
+                            for mode, i, _ in parts
+                        ],
+                    }
+                    for kind in kinds
+                ],
+            }
+        )
+    return tables
+
+
+def differing_settings(runs: Sequence[Run]) -> Table:
+    """The settings in which the runs differ, but for where they were written."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "output_dir")
+    texts = {
+        key: [_text(run.config[key]) if key in run.config else "" for run in runs] for key in keys
+    }
+    return {
+        "caption": "Settings that differ",
+        "note": "Every other setting is the same in all runs.",
+        "columns": [run.name for run in runs],
+        "rows": [
+            {"label": key, "cells": cells} for key, cells in texts.items() if len(set(cells)) > 1
+        ],
+    }
+
+
+def settings(run: Run) -> Table:
+    rows = [{"label": key, "cells": [_text(value)]} for key, value in run.config.items()]
+    return {"caption": run.name, "columns": ["value"], "rows": rows}
+
+
+def table_3(runs: Sequence[Run]) -> Table:
+    """The study's main results, and below them the newest evaluation of each run; of a lone run also the first."""
+    rows = [_paper_row(name, cells) for name, cells in paper.TABLE_3.items()]
+    for run in runs:
+        first = list(run.evaluations)[:1] if len(runs) == 1 else []
+        for name in dict.fromkeys([*first, *_newest(run)]):
+            rows.append(_run_row(run, name, run.name, paper.TABLE_3_COLUMNS))
+        if not run.evaluations:
+            rows.append({"label": run.name, "note": "not evaluated", "cells": [""] * 9})
+    return {
+        "caption": "Spatial benchmarks (layout of Table 3)",
+        "note": "Accuracy in %. Totals are shares of all questions, as the study counts them.",
+        "columns": [heading for heading, _, _ in paper.TABLE_3_COLUMNS],
+        "rows": rows,
+    }
+
+
+def table_5(runs: Sequence[Run]) -> Table:
+    """Frozen parts: the study's, and below them the newest evaluation of each run."""
+    rows = [_paper_row(name, cells) for name, cells in paper.TABLE_5.items()]
+    for run in runs:
+        label = f"{frozen(run)}: {run.name}"
+        newest = _newest(run)
+        rows += [_run_row(run, name, label, paper.TABLE_5_COLUMNS) for name in newest]
+        if not newest:
+            rows.append({"label": label, "note": "not evaluated", "cells": [""] * 5})
+    return {
+        "caption": "Frozen parts (layout of Table 5)",
+        "note": "Accuracy on CV-Bench in %.",
+        "columns": [heading for heading, _, _ in paper.TABLE_5_COLUMNS],
+        "rows": rows,
+    }
+
+
+def frozen(run: Run) -> str:
+    """The freezing setting in words."""
+    parts = run.config.get("freeze") or []
+    parts = parts if isinstance(parts, list) else [parts]
+    names = [FROZEN.get(str(part), str(part)) for part in parts]
+    return f"{' and '.join(names)} frozen" if names else "nothing frozen"
+
+
+def _paper_row(name: str, cells: Sequence[float]) -> dict[str, Any]:
+    return {"label": name, "paper": True, "cells": [f"{value:.2f}" for value in cells]}
+
+
+def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[str, Any]:
+    scores = run.evaluations[name]
+    step = evaluation_step(name)
+    notes = [name if step is None else f"step {step:,}"]
+    for bench in dict.fromkeys(bench for _, bench, _ in columns):
+        count, full = number(scores.get(bench, {}).get("count")), paper.QUESTIONS[bench]
+        if count is not None and count != full:
+            notes.append(f"{count:,} of {full:,} {paper.BENCHES[bench]} questions")
+    cells = [_accuracy(scores.get(bench), task) for _, bench, task in columns]
+    return {"label": label, "note": "; ".join(notes), "cells": cells}
+
+
+def _newest(run: Run) -> list[str]:
+    """The evaluation of the latest step; if no folder names a step, the last by name. At most one."""
+    names = list(run.evaluations)
+    return ([name for name in names if evaluation_step(name) is not None] or names)[-1:]
+
+
+def _accuracy(score: dict[str, Any] | None, task: str | None) -> str:
+    """Per cent with the study's two decimals. Task names are compared without regard to spaces and underscores."""
+    if score is None:
+        return ""
+    if task is None:
+        value = score.get("total")
+    else:
+        by_task = score.get("by_task")
+        by_task = by_task if isinstance(by_task, dict) else {}
+        value = {str(key).replace(" ", "_"): share for key, share in by_task.items()}.get(task)
+    return "" if number(value) is None else f"{100 * value:.2f}"
+
+
+def _at_the_end(run: Run, key: str, form: str) -> str:
+    values = [row[key] for row in run.metrics[-LAST:] if row.get(key) is not None]
+    return form.format(sum(values) / len(values)) if values else ""
+
+
+def _duration(run: Run) -> str:
+    seconds = sum(row.get("time/step") or 0.0 for row in run.metrics)
+    if not seconds:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return (
+        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
