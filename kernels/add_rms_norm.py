@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, op_scope, require
+from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, op_scope, require, trusting
 
 
 @triton.jit
@@ -69,7 +69,8 @@ def add_rms_norm(
         Two [R, D] tensors in x's dtype.
     """
     impl = choose_impl(impl, x, "x")
-    check_norm(x, delta, weight, eps, impl)
+    if not trusting():
+        check_norm(x, delta, weight, eps, impl)
     if impl == "reference":
         from . import reference
 

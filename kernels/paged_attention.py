@@ -147,6 +147,8 @@ class Pages:
     """The PyTorch path keeps gathered shared pages here, by pool. Pass the same dict while the rows stay the same."""
 
     def __post_init__(self) -> None:
+        if checks.trusting():
+            return
         table, lengths = self.block_table, self.lengths
         check_tensor("block_table", table, (None, None), INTEGERS, table)
         for name in ("lengths", "group", "shared"):
@@ -234,14 +236,10 @@ def paged_attention(
         [R, H, d] in query's dtype.
     """
     impl = choose_impl(impl, query, "query")
-    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
-    check_tensor("query", query, (len(pages.lengths), None, None), dtypes, query)
-    R, H, d = query.shape
-    check_tensor("keys", keys, (None, pages.page, None, d), (query.dtype,), query)
-    check_tensor("values", values, tuple(keys.shape), (query.dtype,), query)
-    require(H % keys.shape[2] == 0, "keys", f"{keys.shape[2]} heads do not divide query's {H}")
-    scale = d**-0.5 if scale is None else scale
-    if R == 0:
+    if not checks.trusting():
+        _check(query, keys, values, pages, impl)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if len(query) == 0:
         return query.clone()
     if impl == "reference":
         from . import reference
@@ -252,6 +250,15 @@ def paged_attention(
             query.contiguous(), keys.contiguous(), values.contiguous(), pages, scale
         )
     return _gathered(query, keys, values, pages.gathered, pages.memory, scale)
+
+
+def _check(query, keys, values, pages: Pages, impl: str) -> None:
+    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
+    check_tensor("query", query, (len(pages.lengths), None, None), dtypes, query)
+    _, H, d = query.shape
+    check_tensor("keys", keys, (None, pages.page, None, d), (query.dtype,), query)
+    check_tensor("values", values, tuple(keys.shape), (query.dtype,), query)
+    require(H % keys.shape[2] == 0, "keys", f"{keys.shape[2]} heads do not divide query's {H}")
 
 
 def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tensor:

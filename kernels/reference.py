@@ -194,18 +194,18 @@ def rope_append(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    angle: torch.Tensor,
     slot: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     *,
     impl: str = "reference",
 ) -> torch.Tensor:
-    H = check_rope(qkv, cos, sin, angle, slot, keys, values, "reference")
+    check_rope(qkv, cos, sin, slot, keys, values, "reference")
     K, d = keys.shape[2:]
+    H = qkv.shape[1] // d - 2 * K
     qk, v = qkv.unflatten(-1, (-1, d)).split([H + K, K], dim=1)
     first, second = qk.chunk(2, dim=-1)
-    turned = qk * cos[angle, None] + torch.cat([-second, first], dim=-1) * sin[angle, None]
+    turned = qk * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
     query, key = turned.split([H, K], dim=1)
     keys.flatten(0, 1).index_copy_(0, slot, key)
     values.flatten(0, 1).index_copy_(0, slot, v)

@@ -4,13 +4,13 @@
     turn(a)       = a * cos_r + swap(a) * sin_r           swap: halves exchanged, the second one negated (Llama's RoPE)
     pages[slot_r] = turn(k_r), v_r                        out_r = turn(q_r)
 
-Qwen2-VL's M-RoPE has three axes; behind the prompt they are equal, so that one angle a row is exact. The angle and the
-slot are separate inputs because they differ: an image takes fewer positions than tokens.
+Qwen2-VL's M-RoPE has three axes; behind the prompt they are equal, so that one angle a row is exact. The angle is not
+the place in the cache: an image takes fewer positions than tokens.
 
 Bytes: 2 R (H + 2 K) d elements.   Tolerance: fp32 within 1e-5 of float64; half precision rounds once.
 Measured on a GPU: not yet.
 
-Shapes: R rows, H query heads, K key heads, d head size, P positions of the table, B pages in the pool.
+Shapes: R rows, H query heads, K key heads, d head size, B pages in the pool.
 """
 
 import torch
@@ -25,6 +25,7 @@ from .checks import (
     choose_impl,
     op_scope,
     require,
+    trusting,
 )
 
 INTEGERS = (torch.int64,)
@@ -32,7 +33,7 @@ INTEGERS = (torch.int64,)
 
 @triton.jit
 def rope_append_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, angle_ptr, slot_ptr, query_ptr, keys_ptr, values_ptr,
+    qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, keys_ptr, values_ptr,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a row and head of queries, keys or values."""
@@ -51,7 +52,7 @@ def rope_append_kernel(
             start + tl.where(lane < half, lane + half, lane - half), mask=here, other=0.0
         )
         sign = tl.where(lane < half, -1.0, 1.0)
-        at = tl.load(angle_ptr + row) * D + lane
+        at = row * D + lane
         cos = tl.load(cos_ptr + at, mask=here, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + at, mask=here, other=0.0).to(tl.float32)
         turned = (x.to(tl.float32) * cos + sign * other.to(tl.float32) * sin).to(x.dtype)
@@ -61,8 +62,7 @@ def rope_append_kernel(
             tl.store(keys_ptr + (slot * K + head - H) * D + lane, turned, mask=here)
 
 
-def check_rope(qkv, cos, sin, angle, slot, keys, values, impl: str) -> int:
-    """-> H, the number of query heads."""
+def check_rope(qkv, cos, sin, slot, keys, values, impl: str) -> None:
     dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
     check_tensor("qkv", qkv, (None, None), dtypes, qkv)
     check_tensor("keys", keys, (None, None, None, None), (qkv.dtype,), qkv)
@@ -71,23 +71,17 @@ def check_rope(qkv, cos, sin, angle, slot, keys, values, impl: str) -> int:
     require(in_place, "keys", "pages must be contiguous, since they are written in place")
     B, page, K, d = keys.shape
     require(d % 2 == 0, "keys", f"the head size must be even to be rotated, got {d}")
-    H = qkv.shape[1] // d - 2 * K
+    R, columns = qkv.shape
+    whole = columns % d == 0 and columns > 2 * K * d
     require(
-        qkv.shape[1] == (H + 2 * K) * d and H >= 1,
-        "qkv",
-        f"{qkv.shape[1]} columns are not whole heads of {d}",
+        whole, "qkv", f"{columns} columns are not heads of {d}, {K} keys and {K} values among them"
     )
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_tensor(name, table, (None, d), (qkv.dtype,), qkv)
-    require(len(cos) == len(sin), "sin", f"{len(sin)} positions, cos has {len(cos)}")
-    for name, index, limit in (("angle", angle, len(cos)), ("slot", slot, B * page)):
-        check_tensor(name, index, (len(qkv),), INTEGERS, qkv)
-        if len(index) and check_values(index):
-            low, high = (int(x) for x in index.aminmax())
-            require(
-                low >= 0 and high < limit, name, f"must be in [0, {limit}), got {low} .. {high}"
-            )
-    return H
+    check_tensor("cos", cos, (R, d), (qkv.dtype,), qkv)
+    check_tensor("sin", sin, (R, d), (qkv.dtype,), qkv)
+    check_tensor("slot", slot, (R,), INTEGERS, qkv)
+    if R and check_values(slot):
+        low, high, limit = int(slot.min()), int(slot.max()), B * page
+        require(low >= 0 and high < limit, "slot", f"must be in [0, {limit}), got {low} .. {high}")
 
 
 @op_scope
@@ -96,7 +90,6 @@ def rope_append(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    angle: torch.Tensor,
     slot: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -107,8 +100,7 @@ def rope_append(
 
     Args:
         qkv: [R, (H + 2 K) d], heads of queries, keys and values one after the other.
-        cos, sin: [P, d] tables by position, both halves filled.
-        angle: [R] int64, position that the row's rotation stands at.
+        cos, sin: [R, d] of each row's angle, both halves filled.
         slot: [R] int64, token of the pool that the row writes; rows that share one leave either's.
         keys, values: [B, page, K, d], written in place.
         impl: auto | triton | torch | reference.
@@ -117,23 +109,25 @@ def rope_append(
         [R, H, d].
     """
     impl = choose_impl(impl, qkv, "qkv")
-    H = check_rope(qkv, cos, sin, angle, slot, keys, values, impl)
-    (_, _, K, d), R = keys.shape, len(qkv)
+    if not trusting():
+        check_rope(qkv, cos, sin, slot, keys, values, impl)
+    K, d = keys.shape[2:]
+    R, H = len(qkv), qkv.shape[1] // d - 2 * K
     if impl == "triton":
         query = qkv.new_empty(R, H, d)
         if R:
             rope_append_kernel[(R, H + 2 * K)](
-                qkv.contiguous(), cos.contiguous(), sin.contiguous(), angle, slot, query, keys, values,
+                qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, query, keys, values,
                 H=H, K=K, D=d, BLOCK_D=triton.next_power_of_2(d), num_warps=1,
             )  # fmt: skip
         return query
     if impl == "reference":
         from . import reference
 
-        return reference.rope_append(qkv, cos, sin, angle, slot, keys, values)
+        return reference.rope_append(qkv, cos, sin, slot, keys, values)
     qk, v = qkv.unflatten(1, (-1, d)).split([H + K, K], dim=1)
-    cos, sin = cos[angle, None], sin[angle, None, : d // 2]
-    turned = qk * cos
+    sin = sin[:, None, : d // 2]
+    turned = qk * cos[:, None]
     turned[..., : d // 2].addcmul_(qk[..., d // 2 :], sin, value=-1)
     turned[..., d // 2 :].addcmul_(qk[..., : d // 2], sin)
     keys.flatten(0, 1).index_copy_(0, slot, turned[:, H:])

@@ -50,6 +50,7 @@ class Decoder:
         """Take in each row's newest token. `memory`: see `Pages`; its owner drops it when rows come or go."""
         page = self.cache.page
         angle = rows.length + rows.delta
+        cos, sin = self.cos[angle], self.sin[angle]
         pages = rows.table.gather(1, (rows.length // page)[:, None])[:, 0]
         slot = pages.long() * page + rows.length % page
         lengths = (rows.length + 1).to(torch.int32)
@@ -58,7 +59,7 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             keys, values = self.cache.keys[number], self.cache.values[number]
             x, h = _norm(layer.module.input_layernorm, x, delta)
-            q = rope_append(layer.qkv(h), self.cos, self.sin, angle, slot, keys, values)
+            q = rope_append(layer.qkv(h), cos, sin, slot, keys, values)
             attended = self.attention(q, keys, values, seen, layer.scale)
             x, h = _norm(layer.module.post_attention_layernorm, x, layer.output(attended))
             delta = layer.mlp(h)

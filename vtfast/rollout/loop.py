@@ -9,6 +9,7 @@ Shapes: R rows in flight, G completions a prompt, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vtfast_kernels.checks import trusted
 from vtfast_kernels.linear_sample import linear_sample
 
 from vtfast.model import Policy
@@ -70,6 +72,8 @@ class Rollout:
         self.lengths = [0] * count
         self.stopped = [False] * count
         self.written = 0
+        self.checked = False
+        """Whether the ops have looked at the arguments that these rows make."""
         self.memory: dict | None = {} if work.graphs is None else None
         self.seen: Tensor | None = None  # [rows, V]: for the repetition penalty
         if sampling.repetition_penalty != 1:
@@ -94,12 +98,14 @@ class Rollout:
         live, graphs = len(self.places), self.work.graphs
         plain = graphs is not None and not self.sampling.warped
         rows = self.work.rows.part(0, bucket(live) if plain else live)
-        for _ in range(self.poll):
-            if plain:
-                setting = self.sampling.temperature, self.sampling.greedy
-                graphs.run(self.step, rows, setting)
-            else:
-                self.step(rows)
+        with trusted() if self.checked else contextlib.nullcontext():
+            for _ in range(self.poll):
+                if plain:
+                    setting = self.sampling.temperature, self.sampling.greedy
+                    graphs.run(self.step, rows, setting)
+                else:
+                    self.step(rows)
+        self.checked = True
 
     def step(self, rows: Rows) -> None:
         """Feed every row's newest token, draw the next one. All on the device."""
@@ -230,7 +236,8 @@ class Rollout:
             del self.groups[p]
 
     def forget(self) -> None:
-        """Other rows: what the attention remembers of the old ones is void."""
+        """Other rows: what the attention remembers of the old ones is void, and their first step is checked."""
+        self.checked = False
         if self.memory is not None:
             self.memory = {}
 
