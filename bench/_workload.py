@@ -119,6 +119,7 @@ class Workload:
     def clone(self) -> Qwen2VLForConditionalGeneration:
         """A copy of the weights with PyTorch's SDPA everywhere, as Hugging Face loads it."""
         module = copy.deepcopy(self.module)
+        vars(module.model.visual.patch_embed).pop("forward", None)  # a policy has put its own there
         module.set_attn_implementation("sdpa")
         return module
 

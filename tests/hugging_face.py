@@ -34,9 +34,13 @@ def plain(policy: Policy) -> Iterator[torch.nn.Module]:
     ours = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = "sdpa"
+    own = vars(policy.visual.patch_embed) if policy.visual is not None else {}
+    embed = own.pop("forward", None)
     try:
         yield policy.module
     finally:
+        if embed is not None:
+            own["forward"] = embed
         for config, name in zip(configs, ours, strict=True):
             config._attn_implementation = name
 

@@ -179,3 +179,17 @@ def test_another_attention_cannot_slip_in(random_path, prompts):
     before = scores(policy, prompts)
     policy.module.set_attn_implementation("sdpa")
     assert scores(policy, prompts).equal(before)
+
+
+def test_patches_are_embedded_by_a_matmul_and_copies_use_their_own_weights(random_path, prompts):
+    policy = load_model(random_path)
+    patches = policy.visual.patch_embed
+    pixels = prompts[0].pixels
+    torch.testing.assert_close(patches(pixels), type(patches).forward(patches, pixels))
+    with torch.no_grad():
+        reference = Reference(policy)
+        before = patches(pixels).clone()
+        patches.proj.weight.mul_(2.0)
+        torch.testing.assert_close(patches(pixels), 2 * before)
+        with reference.at_hand() as frozen:
+            torch.testing.assert_close(frozen.visual.patch_embed(pixels), before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
     PreTrainedModel,
@@ -70,6 +72,11 @@ class Policy:
     backend: str = "sdpa"
     """Attention kernel of packed rows (`vtfast.attention.BACKENDS`)."""
     images: ImageMemory = field(default_factory=ImageMemory)
+
+    def __post_init__(self) -> None:
+        if self.visual is not None:  # a bound method, so that copies of the module get their own
+            patches = self.visual.patch_embed
+            patches.forward = types.MethodType(embed_patches, patches)
 
     @property
     def device(self) -> torch.device:
@@ -240,6 +247,15 @@ def load_model(
     policy = Policy(module.to(device).eval(), eos_ids, backend)
     _freeze(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy
+
+
+def embed_patches(self: nn.Module, patches: Tensor) -> Tensor:
+    """In place of `forward` of a tower's patch embedding: [K, values of a patch] -> [K, E].
+
+    Its 3-D convolution has one position a patch, so it is a matmul, and libraries that do not see that take several
+    times as long."""
+    weight = self.proj.weight.flatten(1)
+    return linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
 
 
 def _base_of(folder: Path) -> str:
