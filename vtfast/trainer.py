@@ -26,7 +26,7 @@ from vtfast.config import Config
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.flops import update_flops
-from vtfast.groups import Group, completion_rows
+from vtfast.groups import Group, completion_rows, reward
 from vtfast.liger import use_liger
 from vtfast.lora import add_lora
 from vtfast.metrics import Timer, memory_gb, mfu, step_metrics, summary
@@ -38,7 +38,7 @@ from vtfast.prompts import response_prefix
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
 from vtfast.reference import Reference
 from vtfast.report import draw_curves, held_out_table
-from vtfast.rewards import get_reward, score
+from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import packed_logprobs
 from vtfast.sharing import Work, share_out
@@ -54,7 +54,10 @@ class Trainer:
         check_output_dir(config)
         check_trackers(config.report_to)
         self.config = config
-        self.rewards = {name: get_reward(name) for name in config.reward_funcs}
+        self.scorer = Scorer(
+            config.reward_funcs, config.reward_mode,
+            workers=config.reward_workers, timeout=config.reward_timeout,
+        )  # fmt: skip
         self.ranks = ranks = distributed.start(config)
         torch.manual_seed(config.seed)
 
@@ -127,6 +130,7 @@ class Trainer:
                 bar.set_postfix_str(summary(metrics))
             if step == config.max_steps or (config.save_steps and step % config.save_steps == 0):
                 self.save(step)
+        self.scorer.close()
         if tracker:
             tracker.close()
         after = self.judge()
@@ -203,19 +207,13 @@ class Trainer:
             if not self.usable(question, [answer.tokens for answer in answers], step):
                 continue
             texts = [prefix + self.processor.decode(answer.tokens) for answer in answers]
-            rewards = [
-                [
-                    score(name, reward, text, question.sample, len(answer.tokens))
-                    for text, answer in zip(texts, answers, strict=True)
-                ]
-                for name, reward in self.rewards.items()
-            ]
-            groups.append(Group(question, answers, texts, torch.tensor(rewards)))
+            groups.append(Group(question, answers, texts))
+        reward(groups, self.scorer, prefix, progress=self.ranks.is_main)
         return groups
 
     def compare(self, groups: Sequence[Group]) -> None:
         """Each answer's advantage over the other answers to its question."""
-        weights = torch.tensor(self.config.reward_weights or [1.0] * len(self.rewards))
+        weights = torch.tensor(self.config.reward_weights or [1.0] * len(self.scorer.names))
         for group in groups:
             group.total = weights @ group.rewards
         totals = self.ranks.gather([group.total for group in groups])
