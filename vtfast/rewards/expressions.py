@@ -33,6 +33,11 @@ UNITS = {
     }.items()
     for name in names.split()
 }
+HEDGE = re.compile(
+    r"\b(?:or|and|not|no|to|than|least|most|between|about|around|maybe|either|neither|more|less"
+    r"|fewer|over|under)\b"
+)
+"""Words that turn one number into several, or into another one."""
 LONGEST = 200
 LARGEST_POWER = 300
 SECONDS = 5
@@ -49,6 +54,7 @@ _REWRITES = [  # keyboard forms -> LaTeX
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"[*×·]"), r"\\cdot "),
     (re.compile("÷"), "/"),
+    (re.compile(r"\^\s*(-?\d+)"), r"^{\1}"),
     (re.compile(r"(?<!\\)\bpi\b|π"), r"\\pi "),
     (re.compile(r"√\s*(\d+)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<!\\)\bsqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -60,12 +66,11 @@ _REWRITES = [  # keyboard forms -> LaTeX
     (re.compile(r"\)\s*\("), r")\\cdot("),
 ]
 _UNIT = re.compile(
-    r"(?<=[\d)}.])(?P<gap>\s*)(?P<unit>°|\^\s*\{?\s*\\circ\s*\}?|[A-Za-z][A-Za-z/ ]*?)(?P<power>\^\{?[23]\}?)?\s*$"
+    r"(?<=[\d)}.])(?P<gap>\s*)(?P<unit>°|\^\s*\{?\s*\\circ\s*\}?|[A-Za-z][A-Za-z/ ]*?)(?P<power> *\^ *\{?[23]\}?)?\s*$"
 )
-_HEDGE = re.compile(r"\b(?:or|and|not|no|to|than|least|most|more|less|fewer|over|under|maybe)\b")
 _CURRENCY = re.compile(r"^\\?[$€£¥]\s*(?=[\d.])")
 _NAMED = re.compile(r"[A-Za-z](?:_\w|_\{\w+\})?\s*=(?=[^=]+$)")
-_POWER = re.compile(r"\^\s*(\{[^{}^]*\}|[^\s{(^])")
+_POWER = re.compile(r"\^\s*(\{[^{}^]*\}|\w)")
 _LITTERED = re.compile(r"\d\s+\d|\d_|\^\s*$|\\\\|[#&@!~\"'?;$]")
 
 
@@ -141,7 +146,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     apart = bool(match["gap"])
     for word, unit in zip(words, known, strict=True):
         spelled = apart and len(word) > 2 and word not in MATH_WORDS
-        if _HEDGE.fullmatch(word) or not (spelled or (unit and (apart or len(word) > 1))):
+        if HEDGE.fullmatch(word) or not (spelled or (unit and (apart or len(word) > 1))):
             return text, ""
     power = re.sub(r"\D", "", match["power"] or "")
     unit = "/".join(unit or word.removesuffix("s") for word, unit in zip(words, known, strict=True))

@@ -8,6 +8,7 @@ kill takes what they started with them. Without a trainer they end, by the close
 
 import contextlib
 import faulthandler
+import importlib
 import os
 import signal
 import subprocess
@@ -183,6 +184,8 @@ def serve(descriptor: int) -> None:
 
 def _load(name: str, mode: str) -> Reward:
     """The reward; one that cannot be loaded here, though it could in the trainer, fails at every call."""
+    if name == "accuracy":
+        importlib.import_module("math_verify")  # brings sympy; not on the time of the first call
     try:
         return get_reward(name, mode)
     except Exception as error:

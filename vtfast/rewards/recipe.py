@@ -14,10 +14,11 @@ format    `<think>…</think>`, white space, `<answer>…</answer>` from the fir
 length    shared with the strict mode. The original tokenized the text again; here the sampled tokens are counted, the
           end token among them.
 
-Not bit for bit: the original ran math-verify 0.5.2 and this runs 0.9. Between the two lie changes of what is read out
-of prose (thousands with a leading zero, lists with `, and`, units, percentages, chains of equations) and of what is
-equal (`9 %` and `9`, inequalities, intervals), and the original's time limits were three seconds for each expression,
-which are machine time. So step 1 can differ for golds for which it can pay at all; steps 2 and 3 cannot.
+Not bit for bit: the original ran math-verify 0.5.2, and 0.9 runs here. On 16,000 completions made up of 70 fragments,
+for 66 golds, words and counts as in SAT among them, both decide alike but in three cases: `0,750` was 750 and is 0.75;
+`$\\pm 3$` as a gold was equal to `3`; `$a = b = 3$` was cut to `3` and is now the equation `a = 3`. What else differs
+between the two (lists with `, and`, units, percentages, inequalities) can only matter for a gold that is LaTeX itself.
+The original's time limits, three seconds for each expression, were machine time too. Steps 2 and 3 cannot differ.
 """
 
 import logging

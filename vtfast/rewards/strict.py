@@ -20,7 +20,7 @@ import string
 from typing import TYPE_CHECKING
 
 from vtfast.rewards.calling import never_raises
-from vtfast.rewards.expressions import is_expression, same_expression
+from vtfast.rewards.expressions import HEDGE, is_expression, same_expression
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
@@ -31,11 +31,6 @@ _SHAPE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 _AROUND = string.whitespace + "!\"'()*,.:;?[]_`{|}~“”‘’«»…。，"
 _NUMBER = re.compile(r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 _NUMERALS = re.compile(r"\d+(?:[.,]\d+)*")
-# Words that turn one number into several, or into another one.
-_HEDGE = re.compile(
-    r"\b(?:or|and|not|no|to|than|least|most|between|about|around|maybe|either|neither|more|less"
-    r"|fewer|over|under)\b"
-)
 # Plain arithmetic. Powers and factorials stay out: sympy would compute 9^9^9, and no time limit
 # stops it there.
 _ARITHMETIC = re.compile(
@@ -71,7 +66,7 @@ def _same_number(inside: str, sample: "Sample") -> bool:
         return False
     if text == gold:
         return True
-    if text in {_normalise(option) for option in sample.options} or _HEDGE.search(text):
+    if text in {_normalise(option) for option in sample.options} or HEDGE.search(text):
         return False  # another option, or several
     if len(numerals) > 1 or "\\" in text:
         if not _ARITHMETIC.fullmatch(text) or _TWO_NUMBERS.search(text):
