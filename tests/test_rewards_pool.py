@@ -151,7 +151,7 @@ def test_as_many_processes_as_needed_and_the_same_ones_again(make):
 def test_a_worker_that_dies_between_steps_costs_nothing(make):
     scorer = make("process", workers=2)
     scorer.score(responses(*range(4)))
-    for worker in scorer.pool.workers:
+    for worker in scorer.pool.workers:  # one of them may not even have started yet
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
     (scores,) = scorer.score(responses(*range(4)))
@@ -167,6 +167,7 @@ def test_a_worker_that_cannot_start_ends_the_work_and_not_the_run(module):
     assert {score.failure for score in scores} == {
         "no worker started: its process ended (exit code 9)"
     }
+    assert [score.failure for score in scorer.score(responses(1))[0]] == [scores[0].failure]
     (module / "picky.py").write_text(
         f"import os\nif os.getpid() != {os.getpid()}: raise KeyError('x')\ndef one(c, s): return 1"
     )

@@ -30,6 +30,8 @@ Job = tuple[str, Response]
 """Name of the reward, and what it judges."""
 START_LIMIT = 300.0
 """Seconds for a worker to import the rewards."""
+STARTS = 3
+"""Workers that may die one after the other before any has started."""
 BAR_DELAY = 5.0
 """Seconds before the scoring shows its progress bar."""
 _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from vtfast.rewards.pool import serve; serve(int(sys.argv[1]))"
@@ -42,6 +44,7 @@ class Pool:
         """`timeout`: seconds for one call of a reward, counted from when a worker has it."""
         self.settings = (tuple(names), mode, timeout)
         self.size, self.timeout = size, timeout
+        self.failed_starts = 0  # in a row
         self.workers: list[_Worker] = []
         weakref.finalize(self, _end, self.workers)  # at the interpreter's exit too
 
@@ -99,20 +102,29 @@ class Pool:
                     continue
                 if worker.started:
                     scores[worker.job], worker.job = message, None
-                worker.started = True
+                worker.started, self.failed_starts = True, 0
             elif time.monotonic() >= worker.deadline:
-                reason = f"no score within {self.timeout:g} s (--reward_timeout)"
-                self._bury(worker, reason, waiting, scores)
+                limit = f"{self.timeout:g} s (--reward_timeout)"
+                late = (
+                    f"no score within {limit}"
+                    if worker.started
+                    else f"not within {START_LIMIT:g} s"
+                )
+                self._bury(worker, late, waiting, scores)
 
     def _bury(
         self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[Score | None]
     ) -> None:
-        """Its job fails. One that does not even start takes a waiting job with it, so that the work comes to an end."""
+        """Its job fails. If workers do not even start, all that wait fail, so that the work comes to an end."""
         self._discard(worker)
         if worker.started:
             scores[worker.job] = failed(reason)
-        elif waiting:
-            scores[waiting.popleft()] = failed(f"no worker started: {reason}")
+            return
+        self.failed_starts += 1
+        if self.failed_starts >= STARTS:
+            for number in waiting:
+                scores[number] = failed(f"no worker started: {reason}")
+            waiting.clear()
 
     def _discard(self, worker: "_Worker") -> None:
         self.workers.remove(worker)
