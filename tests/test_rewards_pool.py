@@ -44,7 +44,7 @@ def mixed(completion, sample):
     return number
 
 def process(completion, sample): return os.getpid()
-def threads(completion, sample): return float(os.environ["OMP_NUM_THREADS"])
+def environment(completion, sample): return float(os.environ["MINE"])
 def has_torch(completion, sample): return "torch" in sys.modules
 def width(completion, sample): return sum(image.width for image in sample.images)
 def row(completion, sample): return sample.row + len(sample.options) + len(sample.answer)
@@ -177,12 +177,13 @@ def test_a_worker_that_cannot_start_ends_the_work_and_not_the_run(module):
     scorer.close()
 
 
-def test_what_a_function_gets(make):
-    names = ("tokens", "prefix", "anything", "row", "width", "has_torch")
+def test_what_a_function_gets(make, monkeypatch):
+    monkeypatch.setenv("MINE", "5")
+    names = ("tokens", "prefix", "anything", "row", "width", "environment", "has_torch")
     for workers in (0, 2):
         values = [score.value for (score,) in make(*names, workers=workers).score(responses("x"))]
-        assert values[:5] == [11, 7, 18, 7 + 2 + 4, 40]
-        assert workers == 0 or values[5] == 0, "a worker must not import torch"
+        assert values[:6] == [11, 7, 18, 7 + 2 + 4, 40, 5]
+        assert workers == 0 or values[6] == 0, "a worker must not import torch"
 
 
 def test_images_go_to_user_functions_alone(make):
@@ -282,6 +283,38 @@ def test_a_hung_worker_without_a_trainer_ends_by_itself(module):
     trainer.kill()
     trainer.wait()
     assert gone(int((module / "pid").read_text()), 10)
+
+
+def test_a_worker_that_has_not_started_ends_with_the_trainer_too(module):
+    (module / "slow.py").write_text(
+        "import os, pathlib, time\n"
+        "first = pathlib.Path(__file__).with_name('first')\n"
+        "if first.exists(): time.sleep(60)\n"
+        "def process(completion, sample): first.touch(); return os.getpid()\n"
+    )
+    end = "print(*(worker.process.pid for worker in scorer.pool.workers))"
+    script = SCRIPT.format(folder=str(module), rewards=1, timeout=5, end=end)
+    script = script.replace("mine:process", "slow:process").replace(
+        "pids =", 'scorer.score([Response("", sample, 1)])\npids ='
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    started, both = (set(line.split()) for line in done.stdout.splitlines()[1:])
+    assert len(started) == 1 and len(both) == 2
+    assert all(gone(int(pid), 5) for pid in both)
+
+
+def test_what_a_hung_reward_started_is_killed_with_it(make, module):
+    (module / "parent.py").write_text(
+        "import pathlib, subprocess\n"
+        "def hangs(completion, sample):\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        "    pathlib.Path(completion).write_text(str(child.pid))\n"
+        "    child.wait()\n"
+    )
+    scorer = Scorer(["parent:hangs"], workers=1, timeout=1.5)
+    ((score,),) = scorer.score(responses(module / "pid"))
+    assert score.failure == KILLED["hangs"]
+    assert gone(int((module / "pid").read_text()), 5)
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ DECISIONS = [
     ("$3$", "so.</think><answer>$3$</answer>", 1, 1),
     (r"\frac{3}{4}", "0.75", 1, 0),
     (r"\frac{3}{4}", r"\frac{6}{8} $0.5$", 0, 0),
+    ("see [x] there", "$x$", 1, 0),
     # swapped arguments: an equation as the solution is cut to its right side, one in the completion is not
     ("$x^2 = 9$", "$9$", 1, 0),
     ("$9$", "$x^2 = 9$", 0, 0),
