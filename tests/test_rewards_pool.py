@@ -297,7 +297,8 @@ def test_a_worker_that_has_not_started_ends_with_the_trainer_too(module):
     script = script.replace("mine:process", "slow:process").replace(
         "pids =", 'scorer.score([Response("", sample, 1)])\npids ='
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
     started, both = (set(line.split()) for line in done.stdout.splitlines()[1:])
     assert len(started) == 1 and len(both) == 2
     assert all(gone(int(pid), 5) for pid in both)
