@@ -46,6 +46,7 @@ def mixed(completion, sample):
 def process(completion, sample): return os.getpid()
 def environment(completion, sample): return float(os.environ["MINE"])
 def has_torch(completion, sample): return "torch" in sys.modules
+def has_sympy(completion, sample): return "sympy" in sys.modules
 def width(completion, sample): return sum(image.width for image in sample.images)
 def row(completion, sample): return sample.row + len(sample.options) + len(sample.answer)
 def tokens(completion, sample, tokens): return tokens
@@ -184,6 +185,11 @@ def test_what_a_function_gets(make, monkeypatch):
         values = [score.value for (score,) in make(*names, workers=workers).score(responses("x"))]
         assert values[:6] == [11, 7, 18, 7 + 2 + 4, 40, 5]
         assert workers == 0 or values[6] == 0, "a worker must not import torch"
+
+
+def test_math_verify_is_loaded_before_the_clock_starts_and_only_if_needed(make):
+    assert make("has_sympy", "accuracy").score(responses("x"))[0][0].value == 1
+    assert make("has_sympy", "format").score(responses("x"))[0][0].value == 0
 
 
 def test_images_go_to_user_functions_alone(make):
