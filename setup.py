@@ -34,6 +34,7 @@ setup(
         "vtfast.commands",
         "vtfast.evaluate",
         "vtfast.report",
+        "vtfast.rewards",
         "vtfast.rollout",
         "vtfast_kernels",
     ],

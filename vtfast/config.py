@@ -136,6 +136,12 @@ class GRPO:
     """Rewards, by name (accuracy, format, length) or as `module:function`; the total is their weighted sum."""
     reward_weights: list[float] | None = None
     """One weight per reward; none means 1 each."""
+    reward_mode: str = "strict"
+    """strict, or recipe: the decisions of VisualThinker's code, its accidents included (vtfast/rewards/recipe.py)."""
+    reward_timeout: float = 10.0
+    """Seconds for one call of a reward in a process of its own; one that takes longer scores 0."""
+    reward_workers: int = 4
+    """Most such processes of a rank, for user functions and math-verify; 0 runs these in the trainer, without limit."""
     scale_rewards: str = "group"
     """What advantages are divided by: group (standard deviation of the G), batch, or none."""
 
@@ -266,6 +272,7 @@ class Checks:
             "dtype": ("auto", "float32", "bfloat16"),
             "device": ("auto", "cpu", "cuda"),
             "on_bad_sample": ("skip", "error"),
+            "reward_mode": ("strict", "recipe"),
             "scale_rewards": ("group", "batch", "none"),
             "loss_type": LOSS_TYPES,
             "importance_sampling_level": ("token", "sequence"),
@@ -299,6 +306,7 @@ class Checks:
             "max_grad_norm",
             "epsilon",
             "sampler_drift_warning",
+            "reward_workers",
         ):
             if getattr(self, name, 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
@@ -308,7 +316,7 @@ class Checks:
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
-        for name in ("temperature", "adam_epsilon", "delta", "num_train_epochs"):
+        for name in ("temperature", "adam_epsilon", "delta", "num_train_epochs", "reward_timeout"):
             if getattr(self, name, None) is not None and getattr(self, name) <= 0:
                 yield f"--{name} {getattr(self, name)}: must be above 0"
         for name in ("adam_beta1", "adam_beta2"):

@@ -12,6 +12,8 @@ from torch import Tensor
 from vtfast.model import Policy
 from vtfast.packing import Pack, Part
 from vtfast.questions import Question
+from vtfast.rewards import Response
+from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Completion
 
 
@@ -24,6 +26,8 @@ class Group:
     texts: list[str] = field(default_factory=list)
     rewards: Tensor | None = None
     """[reward functions, G], unweighted."""
+    failures: list[dict[str, str]] = field(default_factory=list)
+    """Of each answer, the rewards that failed on it, and why."""
     total: Tensor | None = None
     """Weighted sum of the rewards [G]."""
     advantage: Tensor | None = None
@@ -80,6 +84,31 @@ class Batch:
             group.scores.setdefault(whose, [logp.new_empty(0)] * len(group.completions))[i] = logp
 
 
+def reward(
+    groups: Sequence[Group], scorer: Scorer, prefix: str = "", progress: bool = False
+) -> None:
+    """Give every answer of the groups its rewards. `prefix`: what the prompts had already written of the answers."""
+    responses = [
+        Response(text, group.question.sample, len(completion.tokens), prefix)
+        for group in groups
+        for text, completion in zip(group.texts, group.completions, strict=True)
+    ]
+    table = scorer.score(responses, progress)
+    start = 0
+    for group in groups:
+        place = slice(start, start := start + len(group.texts))
+        scores = [row[place] for row in table]
+        group.rewards = torch.tensor([[score.value for score in row] for row in scores])
+        group.failures = [
+            {
+                name: score.failure
+                for name, score in zip(scorer.names, column, strict=True)
+                if score.failure
+            }
+            for column in zip(*scores, strict=True)
+        ]
+
+
 def completion_rows(step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> list[dict]:
     return [
         {
@@ -91,6 +120,7 @@ def completion_rows(step: int, groups: Sequence[Group], reward_names: Sequence[s
             "completion": text,
             "reward": float(group.total[g]),
             "rewards": {name: float(group.rewards[i, g]) for i, name in enumerate(reward_names)},
+            "failed": group.failures[g],
             "advantage": float(group.advantage[g]),
             "length": len(group.completions[g].tokens),
             "finish_reason": group.completions[g].finish_reason,

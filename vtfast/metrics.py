@@ -66,6 +66,7 @@ def step_metrics(
         {
             "total": [group.total for group in groups],
             "rewards": [group.rewards for group in groups],
+            "failed": sum(len(failures) for group in groups for failures in group.failures),
             "lengths": [length for group in groups for length in group.lengths],
             "clipped": [c.finish_reason == "length" for group in groups for c in group.completions],
             "sums": dict(sums),
@@ -84,6 +85,7 @@ def step_metrics(
         "reward": float(total.mean()),
         "reward_std": float(spread.mean()),
         **{f"rewards/{name}": float(rewards[:, i].mean()) for i, name in enumerate(reward_names)},
+        "rewards/failed": sum(part["failed"] for part in parts),
         "frac_reward_zero_std": float((spread == 0).float().mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_ratio": sum(clipped) / len(clipped),
@@ -96,7 +98,7 @@ def step_metrics(
 
 def summary(metrics: Mapping[str, float]) -> str:
     """The few numbers beside the progress bar."""
-    rewards = [key for key in metrics if key.startswith("rewards/")]
+    rewards = [key for key in metrics if key.startswith("rewards/") and key != "rewards/failed"]
     parts = [f"reward {metrics['reward']:.2f}"]
     parts += [f"{key.removeprefix('rewards/')} {metrics[key]:.2f}" for key in rewards]
     parts += [f"length {metrics['completions/mean_length']:.0f}"]

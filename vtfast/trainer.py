@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from vtfast_kernels.group_advantage import group_advantage
@@ -19,14 +20,14 @@ from vtfast.config import Config
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
-from vtfast.groups import Group, completion_rows
+from vtfast.groups import Group, completion_rows, reward
 from vtfast.metrics import Timer, memory_gb, mfu, step_metrics, summary
 from vtfast.objective import SUMS, Objective, loss_spec
 from vtfast.prompts import response_prefix
 from vtfast.questions import Question
 from vtfast.reference import Reference
 from vtfast.report import draw_curves
-from vtfast.rewards import get_reward, score
+from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
 from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
@@ -41,7 +42,10 @@ class Trainer(Run):
     method = "GRPO"
 
     def __init__(self, config: Config) -> None:
-        self.rewards = {name: get_reward(name) for name in config.reward_funcs}
+        self.scorer = Scorer(
+            config.reward_funcs, config.reward_mode,
+            workers=config.reward_workers, timeout=config.reward_timeout,
+        )  # fmt: skip
         self.groups: list[Group] = []
         self.work = Work([], 0, 0, 0.0)
         super().__init__(config)
@@ -52,6 +56,12 @@ class Trainer(Run):
             Reference(self.policy, config.offload_reference) if config.beta > 0 else None
         )
         return Objective(self.policy, loss_spec(config), config.vllm_importance_sampling_correction)
+
+    def run(self) -> Path:
+        try:
+            return super().run()
+        finally:
+            self.scorer.close()
 
     @property
     def steps_per_batch(self) -> int:
@@ -129,19 +139,13 @@ class Trainer(Run):
             if not self.usable(question, [answer.tokens for answer in answers], step):
                 continue
             texts = [prefix + self.processor.decode(answer.tokens) for answer in answers]
-            rewards = [
-                [
-                    score(name, reward, text, question.sample, len(answer.tokens))
-                    for text, answer in zip(texts, answers, strict=True)
-                ]
-                for name, reward in self.rewards.items()
-            ]
-            groups.append(Group(question, answers, texts, torch.tensor(rewards)))
+            groups.append(Group(question, answers, texts))
+        reward(groups, self.scorer, prefix, progress=self.ranks.is_main)
         return groups
 
     def compare(self, groups: Sequence[Group]) -> None:
         """Each answer's advantage over the other answers to its question."""
-        weights = torch.tensor(self.config.reward_weights or [1.0] * len(self.rewards))
+        weights = torch.tensor(self.config.reward_weights or [1.0] * len(self.scorer.names))
         for group in groups:
             group.total = weights @ group.rewards
         totals = self.ranks.gather([group.total for group in groups])

@@ -1,31 +1,29 @@
-"""Rewards: `(completion, sample) -> float`, one number per sampled response.
+"""The strict rewards: what is right is paid for, and nothing that only looks right.
 
-`completion` is what the model wrote behind the prompt; a prompt that ends with `<think>` leaves
-that tag out of it. A reward never raises on any completion: a broken response is worth 0. Recipes
-choose rewards by name, or by `module:function` for one's own; the trainer adds up what they return.
+Each difference from the original's rewards (`recipe.py`) is a decision:
 
-This is the strict default. It differs from VisualThinker's code where that code rewards by
-accident: only the last `<answer>` counts and never the thinking, an answer may span lines, and
-naming several options earns nothing.
+    the last `<answer>…</answer>` counts        the original reads the first one, and without any the whole response
+    an answer may span lines                    the original does not see such a tag
+    case, white space, outer punctuation        do not count; the original compares letter by letter
+    numbers are read inside the tag alone       the original looks for them in the thinking too
+    naming several options earns nothing        the original takes the last letter or number
+    the format's tags occur once each           the original accepts any number of them inside
+    white space around the format is free       a line feed at the end costs the original's reward
+
+A sample without options asks an open question: its answer is compared as mathematics where the right one is a number,
+a quantity or a formula (`expressions.py`), else as text.
 """
 
-import difflib
-import functools
-import importlib
-import inspect
 import logging
-import math
 import re
 import string
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vtfast.errors import UserError
+from vtfast.rewards.calling import never_raises
+from vtfast.rewards.expressions import HEDGE, is_expression, same_expression
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
-
-Reward = Callable[[str, "Sample"], float]
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _SHAPE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
@@ -33,11 +31,6 @@ _SHAPE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 _AROUND = string.whitespace + "!\"'()*,.:;?[]_`{|}~“”‘’«»…。，"
 _NUMBER = re.compile(r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 _NUMERALS = re.compile(r"\d+(?:[.,]\d+)*")
-# Words that turn one number into several, or into another one.
-_HEDGE = re.compile(
-    r"\b(?:or|and|not|no|to|than|least|most|between|about|around|maybe|either|neither|more|less"
-    r"|fewer|over|under)\b"
-)
 # Plain arithmetic. Powers and factorials stay out: sympy would compute 9^9^9, and no time limit
 # stops it there.
 _ARITHMETIC = re.compile(
@@ -45,18 +38,6 @@ _ARITHMETIC = re.compile(
 )
 _TWO_NUMBERS = re.compile(r"\d\s+\d|,\s|\d\s*-\s*\d")
 _LONGEST_NUMBER = 64
-
-
-def _never_raises(reward: Reward) -> Reward:
-    @functools.wraps(reward)
-    def guarded(completion: str, sample: "Sample", **options) -> float:
-        try:
-            return reward(completion, sample, **options)
-        except Exception:  # a training run of days must not end on one odd response
-            logging.getLogger("vtfast").debug("%s failed", reward.__name__, exc_info=True)
-            return 0.0
-
-    return guarded
 
 
 def _last_answer(completion: str) -> str | None:
@@ -85,7 +66,7 @@ def _same_number(inside: str, sample: "Sample") -> bool:
         return False
     if text == gold:
         return True
-    if text in {_normalise(option) for option in sample.options} or _HEDGE.search(text):
+    if text in {_normalise(option) for option in sample.options} or HEDGE.search(text):
         return False  # another option, or several
     if len(numerals) > 1 or "\\" in text:
         if not _ARITHMETIC.fullmatch(text) or _TWO_NUMBERS.search(text):
@@ -106,7 +87,7 @@ def _verify(gold: str, answer: str) -> bool:
     return bool(verify(parse(gold, parsing_timeout=None), target, timeout_seconds=None))
 
 
-@_never_raises
+@never_raises
 def accuracy_reward(completion: str, sample: "Sample") -> float:
     """1.0 if the last `<answer>…</answer>` is the right option, else 0.0.
 
@@ -117,13 +98,20 @@ def accuracy_reward(completion: str, sample: "Sample") -> float:
     inside = _last_answer(completion)
     if inside is None:
         return 0.0
+    if is_open_expression(sample):
+        return float(same_expression(inside, sample.answer))
     answer, gold = _normalise(inside), _normalise(sample.answer)
     if not gold:  # the right answer is punctuation only
         return float(inside.strip() == sample.answer.strip())
     return float(answer == gold or _same_number(inside, sample))
 
 
-@_never_raises
+def is_open_expression(sample: "Sample") -> bool:
+    """Whether the question has no options and a number, a quantity or a formula for an answer."""
+    return not sample.options and is_expression(sample.answer)
+
+
+@never_raises
 def format_reward(completion: str, sample: "Sample") -> float:
     """1.0 if the response is `<think>…</think> <answer>…</answer>` and nothing else, else 0.0.
 
@@ -137,7 +125,7 @@ def format_reward(completion: str, sample: "Sample") -> float:
     return float(once and _SHAPE.fullmatch(response) is not None)
 
 
-@_never_raises
+@never_raises
 def length_reward(completion: str, sample: "Sample", *, tokens: int | None = None) -> float:
     """0.001 for every token of the response.
 
@@ -146,57 +134,3 @@ def length_reward(completion: str, sample: "Sample", *, tokens: int | None = Non
             instead: fewer than tokens, by about a quarter in English prose.
     """
     return 0.001 * (len(completion.split()) if tokens is None else tokens)
-
-
-REWARDS: dict[str, Reward] = {
-    "accuracy": accuracy_reward,
-    "format": format_reward,
-    "length": length_reward,
-}
-
-
-def score(
-    name: str, reward: Reward, completion: str, sample: "Sample", tokens: int | None = None
-) -> float:
-    """What the reward called `name` gives; a reward that asks for `tokens` gets the number sampled.
-
-    Raises:
-        UserError: it returned no finite number.
-        RuntimeError: it raised; from its own error.
-    """
-    options = {"tokens": tokens} if "tokens" in inspect.signature(reward).parameters else {}
-    try:
-        value = reward(completion, sample, **options)
-    except Exception as error:
-        raise RuntimeError(f"--reward_funcs {name}: failed on row {sample.row}") from error
-    if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
-        raise UserError(f"--reward_funcs {name}: returned {value!r} and not a finite number")
-    return float(value)
-
-
-def get_reward(name: str) -> Reward:
-    """The reward of that name, or `function` of `module` for `module:function`.
-
-    Raises:
-        UserError: unknown name (the nearest one is suggested), or a module or function that is not
-        there.
-    """
-    if name in REWARDS:
-        return REWARDS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
-        raise UserError(
-            f"unknown reward {name!r}: did you mean {near[0]!r}? "
-            f"Rewards: {', '.join(REWARDS)}, or module:function"
-        )
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # importing runs foreign code: anything may come
-        raise UserError(
-            f"cannot load the reward {name!r}: {type(error).__name__}: {error}. It is read as "
-            "module:function; PYTHONPATH=. lets it find a module in the current folder"
-        ) from error
-    if not callable(found):
-        raise UserError(f"the reward {name!r} is not a function but {type(found).__name__}")
-    return found

@@ -1,0 +1,93 @@
+"""One call of a reward: whatever goes wrong in it is a score of 0 with a reason, and never an exception."""
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtfast.data import Sample
+
+Reward = Callable[..., float]
+"""`(completion, sample)`, and by name `tokens` and `prefix` where it has such a parameter."""
+LONGEST_REASON = 200
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a reward judges."""
+
+    completion: str
+    """The whole response; where the prompt ended with `<think>`, it starts with that tag."""
+    sample: "Sample"
+    """In a worker process it is an object with the same attributes."""
+    tokens: int
+    """Number of tokens that were sampled."""
+    prefix: str = ""
+    """The start of `completion` that the prompt had already written."""
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    failure: str | None = None
+    """Why there is no value (then it is 0): one line."""
+
+
+def failed(reason: str | BaseException) -> Score:
+    """A score of 0; of an exception, the reason is its type and first line."""
+    if isinstance(reason, BaseException):
+        lines = str(reason).strip().splitlines()
+        reason = type(reason).__name__ + (f": {lines[0]}" if lines else "")
+    return Score(0.0, reason[:LONGEST_REASON])
+
+
+def call(reward: Reward, response: Response) -> Score:
+    """What `reward` gives for `response`. A reward that raises or returns no finite number gives 0 and a reason."""
+    given = {"tokens": response.tokens, "prefix": response.prefix}
+    try:
+        wanted = _options(reward)
+        options = {name: value for name, value in given.items() if name in wanted}
+        value = reward(response.completion, response.sample, **options)
+        if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
+            return failed(f"returned {_short(value)} and not a finite number")
+        return Score(float(value))
+    except KeyboardInterrupt:
+        raise
+    except (
+        BaseException
+    ) as error:  # also sys.exit and math-verify's time limit, which are no Exception
+        return failed(error)
+
+
+def never_raises(reward: Reward) -> Reward:
+    """For rewards that are called on their own too: no completion makes them raise; a broken one is worth 0."""
+
+    @functools.wraps(reward)
+    def guarded(completion: str, sample: "Sample", **options: Any) -> float:
+        try:
+            return reward(completion, sample, **options)
+        except Exception:
+            logging.getLogger("vtfast").debug("%s failed", reward.__name__, exc_info=True)
+            return 0.0
+
+    return guarded
+
+
+def _options(reward: Reward) -> set[str]:
+    """Names that the reward takes behind completion and sample."""
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except ValueError:  # some callables written in C have none
+        return set()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return {"tokens", "prefix"}
+    return {parameter.name for parameter in parameters}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"

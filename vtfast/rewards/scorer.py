@@ -1,0 +1,90 @@
+"""All rewards of a step: the quick and harmless ones beside the trainer, the others in a pool of processes."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from vtfast.rewards import get_reward, recipe, strict
+from vtfast.rewards.calling import Response, Score, call
+from vtfast.rewards.pool import Pool
+
+if TYPE_CHECKING:
+    from vtfast.data import Sample
+
+log = logging.getLogger("vtfast")
+
+
+class Scorer:
+    """Scores responses with several rewards. Where a reward runs does not change what it gives.
+
+    A job goes to the pool if its reward is the user's own, or if it may run math-verify on what a model wrote: accuracy
+    for open questions, and in recipe mode for golds that math-verify can read. The others are string comparisons,
+    quicker than their way to another process. So the demo and the static part of SAT in strict mode start no process.
+
+    Built-in rewards get the sample without its images; a user's function gets all of it, the images encoded as they
+    are kept and decoded when the function reads them.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        mode: str = "strict",
+        *,
+        workers: int = 0,
+        timeout: float = 10.0,
+    ) -> None:
+        """`workers`: most processes; 0 scores everything in this one, where nothing limits its time.
+
+        Raises UserError for a reward that cannot be found.
+        """
+        self.names, self.mode = list(names), mode
+        self.rewards = [get_reward(name, mode) for name in names]
+        self.pool = Pool(names, mode, workers, timeout) if workers else None
+
+    def score(self, responses: Sequence[Response], progress: bool = False) -> list[list[Score]]:
+        """result[reward][response], in the order of `names` and of `responses`."""
+        table: list[list[Score]] = []
+        jobs, places = [], []
+        for row, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
+            table.append([])
+            for column, response in enumerate(responses):
+                if self.pool and self._needs_pool(name, response.sample):
+                    jobs.append((name, replace(response, sample=_portable(name, response.sample))))
+                    places.append((row, column))
+                    table[row].append(Score(0.0))
+                else:
+                    table[row].append(call(reward, response))
+        for (row, column), score in zip(
+            places, self.pool.run(jobs, progress) if jobs else [], strict=True
+        ):
+            table[row][column] = score
+        self._warn(table)
+        return table
+
+    def close(self) -> None:
+        """End the processes, if there are any."""
+        if self.pool:
+            self.pool.close()
+
+    def _needs_pool(self, name: str, sample: "Sample") -> bool:
+        if name != "accuracy":
+            return ":" in name
+        if self.mode == "recipe":
+            return recipe.may_verify(sample)
+        return strict.is_open_expression(sample)
+
+    def _warn(self, table: list[list[Score]]) -> None:
+        for name, scores in zip(self.names, table, strict=True):
+            if scores and all(score.failure for score in scores):
+                log.warning(
+                    "--reward_funcs %s: failed for all %d completions, which count as 0: %s",
+                    name, len(scores), scores[0].failure,
+                )  # fmt: skip
+
+
+def _portable(name: str, sample: "Sample") -> SimpleNamespace:
+    """The sample as an object that a worker can unpickle without importing what reads data sets (and torch with it)."""
+    values = dict(vars(sample))
+    return SimpleNamespace(**values if ":" in name else values | {"images": []})
