@@ -506,3 +506,14 @@ def test_the_length_reward_counts_tokens(make):
         assert group.rewards[0].tolist() == pytest.approx(
             [0.001 * len(row) for row in group.tokens]
         )
+
+
+def test_the_samplers_settings_reach_the_rollout(make):
+    """top_k 1 leaves nothing to chance: the answers to a question are all the same, at a drift that the log shows."""
+    trainer, questions = make(top_k=1)
+    metrics, _ = trainer.step(1, questions)
+    for group in trainer.groups:
+        assert all(tokens == group.tokens[0] for tokens in group.tokens)
+    assert metrics["frac_reward_zero_std"] == 1.0
+    trainer, questions = make(repetition_penalty=1.5)
+    assert any(len(set(map(tuple, g.tokens))) > 1 for g in trainer.answer(questions, 1))

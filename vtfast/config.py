@@ -128,6 +128,15 @@ class GRPO:
     """Most tokens in a completion."""
     temperature: float = 1.0
     """Sampling temperature; the loss uses the same one."""
+    top_k: int = 0
+    """Sample among the k most probable tokens; 0 means all. This and the next three are a slower path that holds the
+    logits, and bend what is sampled but not the loss; the original sampled with 50, by transformers' default then."""
+    top_p: float = 1.0
+    """Sample among the most probable tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the most probable one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the answer so far become less likely."""
     sampler_drift_warning: float = 0.1
     """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average."""
 
@@ -346,6 +355,15 @@ class Config(Checks, Output, Optimizer, Rollout, GRPO, Task):
                 f"--importance_sampling_level sequence: not defined for --loss_type {self.loss_type};"
                 " use token"
             )
+        bounds = {
+            "top_k": (self.top_k >= 0, "must not be negative"),
+            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "must be between 0 and 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
+        }
+        for name, (holds, message) in bounds.items():
+            if not holds:
+                yield f"--{name} {getattr(self, name)}: {message}"
         if self.num_generations == 1:
             yield "--num_generations 1: a group of one has no advantage over itself; use 2 or more"
         if self.offload_reference and (self.beta == 0 or self.use_peft):

@@ -46,6 +46,10 @@ class Trainer(Run):
             config.reward_funcs, config.reward_mode,
             workers=config.reward_workers, timeout=config.reward_timeout,
         )  # fmt: skip
+        self.sampling = Sampling(
+            config.temperature, config.max_completion_length, top_k=config.top_k, top_p=config.top_p,
+            min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+        )  # fmt: skip
         self.groups: list[Group] = []
         self.work = Work([], 0, 0, 0.0)
         super().__init__(config)
@@ -129,7 +133,7 @@ class Trainer(Run):
         completions = self.rollout.generate(
             [question.prompt for question in questions],
             config.num_generations,
-            Sampling(config.temperature, config.max_completion_length),
+            self.sampling,
             seed=_step_seed(config.seed, step),
             progress=self.ranks.is_main,
         )
