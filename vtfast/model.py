@@ -74,8 +74,10 @@ class Policy:
     images: ImageMemory = field(default_factory=ImageMemory)
 
     def __post_init__(self) -> None:
-        if self.visual is not None:  # a bound method, so that copies of the module get their own
-            patches = self.visual.patch_embed
+        if self.visual is not None and self.device.type == "cuda":
+            patches = (
+                self.visual.patch_embed
+            )  # a bound method, so that copies of the module get their own
             patches.forward = types.MethodType(embed_patches, patches)
 
     @property
@@ -253,7 +255,8 @@ def embed_patches(self: nn.Module, patches: Tensor) -> Tensor:
     """In place of `forward` of a tower's patch embedding: [K, values of a patch] -> [K, E].
 
     Its 3-D convolution has one position a patch, so it is a matmul, and libraries that do not see that take several
-    times as long."""
+    times as long. Not on the CPU, where the convolution is a small part and, unlike MKL's matmul, rounds a patch alike
+    whatever its batch."""
     weight = self.proj.weight.flatten(1)
     return linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
 
