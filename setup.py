@@ -32,6 +32,7 @@ setup(
     packages=[
         "vtfast",
         "vtfast.commands",
+        "vtfast.data",
         "vtfast.evaluate",
         "vtfast.report",
         "vtfast.rewards",

@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 from make_files import R1_V, encoded, picture, sat_row, write_jsonl, write_sat
 
-from vtfast.columns import Columns
 from vtfast.data import BadRow, NotSelected, Selection, load_samples, read_row
+from vtfast.data.columns import Columns
 from vtfast.errors import UserError
 
 PNG = encoded(kind="PNG")

@@ -19,9 +19,9 @@ from make_files import (
 )
 from PIL import Image
 
-import vtfast.data_files
+import vtfast.data.files
 from vtfast.data import load_samples
-from vtfast.data_files import find_files, read_rows
+from vtfast.data.files import find_files, read_rows
 from vtfast.errors import UserError
 
 # ---------------------------------------------------------------------------------- folders
@@ -146,17 +146,17 @@ def test_json_rows_of_the_wrong_shape(tmp_path):
 
 
 def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(vtfast.data_files, "BATCH_ROWS", 2)
+    monkeypatch.setattr(vtfast.data.files, "BATCH_ROWS", 2)
     rows = [sat_row(n % 4, question=f"{n}?", answers=["3"] * (n != 1)) for n in range(40)]
     path = write_sat(tmp_path / "x.parquet", rows)
-    read, real = [], vtfast.data_files._parquet_rows
+    read, real = [], vtfast.data.files._parquet_rows
 
     def counting(*arguments):
         for batch in real(*arguments):
             read.extend(batch)
             yield batch
 
-    monkeypatch.setattr(vtfast.data_files, "_parquet_rows", counting)
+    monkeypatch.setattr(vtfast.data.files, "_parquet_rows", counting)
     samples = load_samples(path, limit=3)
     assert [sample.row for sample in samples] == [0, 2, 3]
     assert samples.skipped == [(1, "no options")]
@@ -165,21 +165,21 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
 
 def test_first_rows_counts_all_rows_and_stops_reading(tmp_path, monkeypatch):
     """VisualThinker's `--total_num`: what is unusable among the first rows is not made up for."""
-    monkeypatch.setattr(vtfast.data_files, "BATCH_ROWS", 2)
+    monkeypatch.setattr(vtfast.data.files, "BATCH_ROWS", 2)
     rows = [sat_row(n % 4, question=f"{n}?", answers=["3"] * (n != 1)) for n in range(40)]
     path = write_sat(tmp_path / "x.parquet", rows)
     assert [sample.row for sample in load_samples(path, first_rows=3)] == [0, 2]
     assert [sample.row for sample in load_samples(path, first_rows=4)] == [0, 2, 3]
     assert [sample.row for sample in load_samples(path, limit=1, first_rows=4)] == [0]
     assert len(load_samples(path, first_rows=100)) == 39
-    read, real = [], vtfast.data_files._parquet_rows
+    read, real = [], vtfast.data.files._parquet_rows
 
     def counting(*arguments):
         for batch in real(*arguments):
             read.extend(batch)
             yield batch
 
-    monkeypatch.setattr(vtfast.data_files, "_parquet_rows", counting)
+    monkeypatch.setattr(vtfast.data.files, "_parquet_rows", counting)
     load_samples(path, first_rows=3)
     assert len(read) == 4
 

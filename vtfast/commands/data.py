@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if config.data == "synthetic":
         raise UserError("vtfast data inspect: `synthetic` data are rendered by a run; give a PATH")
 
-    from vtfast.data_report import inspect_data
+    from vtfast.data.inspection import inspect_data
 
     report = inspect_data(config)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if flags["json"] else report)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.data import BadRow
-from vtfast.data_files import BATCH_ROWS, DataFile
+from vtfast.data.files import BATCH_ROWS, DataFile
 from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file

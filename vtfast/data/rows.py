@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from vtfast.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
+from vtfast.data.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
+from vtfast.data.kinds import question_kind
 from vtfast.errors import UserError
 from vtfast.images import Images, Source, check_image
-from vtfast.kinds import question_kind
 
 
 @dataclass
@@ -86,7 +86,7 @@ def read_row(
     """A sample whose images are known to decode.
 
     Args:
-        entry: a mapping of column names to values, of any set that `vtfast.columns` lists, or in VisualThinker's form
+        entry: a mapping of column names to values, of a set that `vtfast.data.columns` lists, or in VisualThinker's form
             (`messages`, `images`).
         folder: what relative image paths start from.
 

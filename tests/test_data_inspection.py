@@ -10,7 +10,7 @@ from PIL import Image
 from vtfast.cli import main
 from vtfast.config import load_config
 from vtfast.data import load_samples, shuffle_options
-from vtfast.data_report import inspect_data, summary
+from vtfast.data.inspection import inspect_data, summary
 from vtfast.processor import Processor
 from vtfast.prompts import load_template, render
 

@@ -1,7 +1,7 @@
 """Questions out of files, folders and hub ids: SAT and its relatives, other published sets, or one's own.
 
 A row that cannot be used is skipped and reported with its number; rows count from 0, in file order, over all files of
-the split. `vtfast.columns` lists the sets that are recognised and how to name the columns of others.
+the split. `vtfast.data.columns` lists the sets that are recognised and how to name the columns of others.
 """
 
 import dataclasses
@@ -15,29 +15,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from vtfast.columns import RECOGNISED, Columns
-from vtfast.data_files import DataFile, find_files, read_rows
+from vtfast.data.columns import RECOGNISED, Columns
+from vtfast.data.files import DataFile, find_files, read_rows
+from vtfast.data.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row
 from vtfast.errors import UserError
-from vtfast.kinds import question_kind
-from vtfast.processor import Processor
-from vtfast.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row
-
-__all__ = [
-    "RECOGNISED",
-    "BadRow",
-    "Columns",
-    "NotSelected",
-    "Processor",
-    "Row",
-    "Sample",
-    "Samples",
-    "Selection",
-    "iter_rows",
-    "load_samples",
-    "question_kind",
-    "read_row",
-    "shuffle_options",
-]
 
 log = logging.getLogger("vtfast")
 

@@ -1,6 +1,6 @@
 """Files of questions -> rows: which files a source means, and their rows one after another.
 
-Rows are left as the files have them; `vtfast.rows` reads them.
+Rows are left as the files have them; `vtfast.data.rows` reads them.
 """
 
 import json
@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vtfast.columns import RECOGNISED, Columns, keys
+from vtfast.data.columns import RECOGNISED, Columns, keys
+from vtfast.data.rows import BadRow
 from vtfast.errors import UserError
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
-from vtfast.rows import BadRow
 
 BATCH_ROWS = 64  # SAT_train.parquet is one row group of 5 GB: never more than this at once
 KINDS = (".parquet", ".jsonl", ".json")  # of files; a folder is read by the first that it holds
