@@ -208,8 +208,9 @@ class Gathered:
         token = torch.arange(self.n * page, device=device)
         hidden = [(token >= (group_shared * page)[:, None])[number]]
         hidden.append(torch.arange(self.m * page, device=device) >= own_lengths[:, None])
-        self.hidden = torch.cat(hidden, dim=1)[:, None]
-        """[R, 1, shared tokens + own tokens]"""
+        hidden = torch.cat(hidden, dim=1)[:, None]
+        self.bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+        """[R, 1, shared tokens + own tokens]: 0 for what a row sees, else -inf. Adding it is cheaper than masking."""
 
 
 @op_scope
@@ -340,9 +341,7 @@ def _gathered(query, keys, values, at: Gathered, memory, scale: float) -> torch.
         if border:
             theirs = torch.bmm(by_group(q), shared_k[:, :, head].transpose(1, 2))
             scores = torch.cat([by_row(theirs), scores], dim=-1)
-        weight = (
-            scores.masked_fill_(at.hidden, -torch.inf).softmax(-1, torch.float32).to(query.dtype)
-        )
+        weight = scores.float().add_(at.bias).softmax(-1).to(query.dtype)
         result = torch.bmm(weight[..., border:], own_v[:, :, head])
         if border:
             result += by_row(torch.bmm(by_group(weight[..., :border]), shared_v[:, :, head]))

@@ -86,8 +86,8 @@ def read_row(
     """A sample whose images are known to decode.
 
     Args:
-        entry: a mapping of column names to values, of a set that `vtfast.data.columns` lists, or in VisualThinker's form
-            (`messages`, `images`).
+        entry: a mapping of column names to values, of a set that `vtfast.data.columns` lists, or in VisualThinker's
+            form (`messages`, `images`).
         folder: what relative image paths start from.
 
     Raises:
