@@ -62,7 +62,7 @@ def test_gathered_shared_pages_are_remembered(monkeypatch):
     torch.testing.assert_close(paged_attention(**inputs | other), 2 * first)
     assert len(memory) == 2
     shared = inputs["pages"].block_table[:, :2].unique().long()
-    inputs["keys"][shared] = torch.nan  # never read again
+    inputs["keys"][shared], inputs["values"][shared] = 1e6, 1e6  # read no more, but behind the mask
     assert torch.equal(paged_attention(**inputs), first)
 
 
