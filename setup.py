@@ -32,6 +32,7 @@ setup(
     packages=[
         "vtfast",
         "vtfast.commands",
+        "vtfast.config",
         "vtfast.data",
         "vtfast.evaluate",
         "vtfast.report",

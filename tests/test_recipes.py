@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-from vtfast import config as config_module
 from vtfast.config import RECIPES, load_config, recipe_names
 from vtfast.data import Sample
 from vtfast.errors import UserError
@@ -118,7 +117,7 @@ def test_a_relatives_recipe_has_its_values(name):
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     """Recipes of the test's own in place of the shipped ones."""
-    monkeypatch.setattr(config_module, "RECIPES", tmp_path)
+    monkeypatch.setattr("vtfast.config.recipes.RECIPES", tmp_path)
 
     def write(**recipes: dict):
         for name, settings in recipes.items():

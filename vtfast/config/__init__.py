@@ -1,0 +1,23 @@
+"""Every setting of a run: a dataclass, filled from a YAML recipe and then from the command line.
+
+`Config` is GRPO's and `SFTConfig` that of supervised fine-tuning; both are put together from the sections below.
+Names are TRL's where TRL has one. The text under a field is its help; `train.py --help` prints it. Recipes
+(`recipes/*.yaml`) are data: a mapping of these names to values, and `base:` for the recipe that one differs from. Those
+called `*-sft` are `vtfast sft`'s.
+"""
+
+from vtfast.config.recipes import RECIPES, field_help, field_names, load_config, recipe_names
+from vtfast.config.runs import FREEZABLE, LOSS_TYPES, Config, RunConfig, SFTConfig
+
+__all__ = [
+    "FREEZABLE",
+    "LOSS_TYPES",
+    "RECIPES",
+    "Config",
+    "RunConfig",
+    "SFTConfig",
+    "field_help",
+    "field_names",
+    "load_config",
+    "recipe_names",
+]
