@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from vtfast import attention
+from vtfast import attention, backends
 from vtfast.attention import Layout, attend, choose_backend, language_attention, vision_attention
 from vtfast.errors import UserError
 
@@ -213,7 +213,7 @@ def test_the_installed_varlen_has_a_signature_that_we_know():
 
 
 def test_the_choice(monkeypatch, caplog):
-    attention._say.cache_clear()
+    backends._say.cache_clear()
     with caplog.at_level(logging.INFO, logger="vtfast"):
         assert choose_backend() == choose_backend("sdpa", "cpu") == "sdpa"
     assert [record.message for record in caplog.records] == [

@@ -76,9 +76,11 @@ def test_packages_are_called_as_they_want(name, rows, monkeypatch):
 
 def test_the_choice(monkeypatch):
     assert decode_attention("auto", "cpu") is attention._CALLS["torch"]
-    with pytest.raises(UserError, match="flash: must be one of auto"):
+    with pytest.raises(UserError, match="--rollout_attention flash: must be one of auto"):
         decode_attention("flash")
-    with pytest.raises(UserError, match="flash_attn: not installed, or not for"):
+    with pytest.raises(
+        UserError, match="--rollout_attention flash_attn: not installed, or not for"
+    ):
         decode_attention("flash_attn", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     half, fp32 = torch.bfloat16, torch.float32
@@ -94,7 +96,7 @@ def test_the_choice(monkeypatch):
     old = types.ModuleType("torch.nn.attention.varlen")
     old.varlen_attn = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
-    with pytest.raises(UserError, match="varlen: not installed"):
+    with pytest.raises(UserError, match="--rollout_attention varlen: not installed"):
         decode_attention("varlen", "cuda", half)
 
 

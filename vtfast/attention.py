@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vtfast.backends import choose
 from vtfast.errors import UserError
 from vtfast.gather import RowGather
 
@@ -56,20 +57,8 @@ def choose_backend(
 
     Raises UserError for one that is unknown, not installed, or not for this device and dtype.
     """
-    device = torch.device(device)
-    if wanted not in ("auto", *BACKENDS):
-        raise UserError(
-            f"--attn_implementation {wanted}: must be one of auto, {', '.join(BACKENDS)}"
-        )
-    usable = [name for name in BACKENDS if _usable(name, device, dtype)]
-    if wanted != "auto" and wanted not in usable:
-        raise UserError(
-            f"--attn_implementation {wanted}: not installed, or not for {dtype} on {device.type};"
-            f" usable here: {', '.join(usable)}"
-        )
-    backend = usable[0] if wanted == "auto" else wanted
-    _say(backend, f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    return backend
+    flag = "attn_implementation"
+    return choose("packed attention", flag, wanted, BACKENDS, _usable, device, dtype)
 
 
 def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -86,11 +75,6 @@ def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
         if importlib.util.find_spec(module.split(".")[0]) is not None:  # there, but broken
             log.warning("%s cannot be used: %s", module, error)
         return False
-
-
-@functools.cache
-def _say(backend: str, where: str) -> None:
-    log.info("packed attention (%s): %s", where, backend)
 
 
 @dataclass

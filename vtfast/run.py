@@ -22,6 +22,7 @@ from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoi
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
+from vtfast.groups import Group
 from vtfast.hub import model_path
 from vtfast.liger import use_liger
 from vtfast.lora import add_lora
@@ -31,6 +32,7 @@ from vtfast.processor import Processor
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.rollout.choice import choose_engine
+from vtfast.sharing import Work, share_out
 from vtfast.tracking import Tracker, check_trackers
 
 log = logging.getLogger("vtfast")
@@ -43,6 +45,8 @@ class Run:
     """Name on the progress bar."""
     steps_per_batch = 1
     """Optimizer steps that live on one set of questions."""
+    skips_groups_without_signal = False
+    """Whether groups whose advantages are all 0 are left out of the update."""
 
     def __init__(self, config: RunConfig) -> None:
         check_output_dir(config)
@@ -168,6 +172,17 @@ class Run:
             write_report([self.folder])
             log.info("run folder: %s", self.folder)
         return self.folder
+
+    def share_out(self, groups: Sequence[Group]) -> Work:
+        """The packed rows that this rank trains on."""
+        return share_out(
+            groups,
+            self.ranks,
+            self.policy,
+            lambda index: self.asker.ask(self.train_samples[index], index),
+            self.config.tokens_per_pass,
+            skip_without_signal=self.skips_groups_without_signal,
+        )
 
     def optimize(self, passes: Sequence[Sequence]) -> tuple[list[Tensor], float, float]:
         """Forward and backward of every pass, then the optimizer step.

@@ -33,7 +33,6 @@ from vtfast.processor import Processor, Prompt
 from vtfast.questions import Question
 from vtfast.rollout import Completion
 from vtfast.run import Run
-from vtfast.sharing import Work, share_out
 from vtfast.target import Target, load_target
 
 log = logging.getLogger("vtfast")
@@ -180,17 +179,6 @@ class SFTTrainer(Run):
         if self.not_text is not None:
             count += len(text_targets(group.question.prompt, self.not_text)[1])
         return count
-
-    def share_out(self, groups: Sequence[Group]) -> Work:
-        """The packed rows that this rank trains on."""
-        return share_out(
-            groups,
-            self.ranks,
-            self.policy,
-            lambda index: self.asker.ask(self.train_samples[index], index),
-            self.config.tokens_per_pass,
-            skip_without_signal=False,
-        )
 
     def graded(self, response: str) -> str:
         """A bare answer as the rewards expect one."""

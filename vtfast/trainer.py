@@ -31,7 +31,7 @@ from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
 from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
-from vtfast.sharing import Work, share_out
+from vtfast.sharing import Work
 
 log = logging.getLogger("vtfast")
 
@@ -70,6 +70,10 @@ class Trainer(Run):
     @property
     def steps_per_batch(self) -> int:
         return self.config.num_iterations
+
+    @property
+    def skips_groups_without_signal(self) -> bool:
+        return self.config.beta == 0  # the KL is a signal of its own
 
     def summary(self, metrics: Mapping[str, float]) -> str:
         return summary(metrics)
@@ -162,17 +166,6 @@ class Trainer(Run):
         mine = advantage.split(G)[first : first + len(groups)]
         for group, values in zip(groups, mine, strict=True):
             group.advantage = values
-
-    def share_out(self, groups: Sequence[Group]) -> Work:
-        """The packed rows that this rank trains on."""
-        return share_out(
-            groups,
-            self.ranks,
-            self.policy,
-            lambda index: self.asker.ask(self.train_samples[index], index),
-            self.config.tokens_per_pass,
-            skip_without_signal=self.config.beta == 0,
-        )
 
     @torch.no_grad()
     def score_old(self, work: Work) -> None:

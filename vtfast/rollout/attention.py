@@ -14,16 +14,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from vtfast_kernels.paged_attention import Pages, paged_attention
 
-from vtfast.errors import UserError
-
-log = logging.getLogger("vtfast")
+from vtfast.backends import choose
 
 Attention = Callable[[Tensor, Tensor, Tensor, Pages, float], Tensor]
 """(query [R, H, d], keys and values [B, page, K, d], pages, scale) -> [R, H, d]"""
@@ -39,23 +36,8 @@ def decode_attention(
 
     Raises UserError for one that is unknown, not installed, or not for this device and dtype.
     """
-    device = torch.device(device)
-    if wanted not in ("auto", *BACKENDS):
-        raise UserError(f"decode attention {wanted}: must be one of auto, {', '.join(BACKENDS)}")
-    usable = [name for name in BACKENDS if _usable(name, device, dtype)]
-    if wanted != "auto" and wanted not in usable:
-        raise UserError(
-            f"decode attention {wanted}: not installed, or not for {dtype} on {device.type};"
-            f" usable here: {', '.join(usable)}"
-        )
-    name = usable[0] if wanted == "auto" else wanted
-    _say(name, f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    return _CALLS[name]
-
-
-@functools.cache
-def _say(name: str, where: str) -> None:
-    log.info("decode attention (%s): %s", where, name)
+    flag = "rollout_attention"
+    return _CALLS[choose("decode attention", flag, wanted, BACKENDS, _usable, device, dtype)]
 
 
 def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
