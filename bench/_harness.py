@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("VTFAST_RESULTS", Path(__file__).parent / "results"))
 COLUMNS = (
     "op", "peer", "shape", "dtype", "metric", "p20", "p50", "p80", "ratio", "ratio_low", "ratio_high", "share",
     "device", "versions", "commit", "date",

@@ -1,0 +1,136 @@
+"""`python -m bench gpu [--minutes 9] [--out DIR]`: all that wants a GPU, in the order of its worth, in a time box.
+
+    tests     `pytest -m gpu`: the kernels, attention, captured decode steps and a short run, on the GPU
+    kernels   the head's kernels beside TRL, Liger and plain PyTorch, and three bare matmuls
+    rollout   whole rollouts beside generate, decode steps beside the memory's limit
+    update    the packed update beside plain Hugging Face code and TRL
+
+Each step is a process of its own, stopped when the box is full. Its log and its rows go to DIR; a step that ended well is
+not run again by a later call with the same DIR. DIR/summary.md is one page.
+A bare checkout will do: torch, triton and transformers are needed, and what else is missing is named.
+`--rehearse` runs the same on the CPU, at sizes that take minutes and show nothing but that everything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench._harness import ROOT
+
+PYTHON = sys.executable
+WANTED = ("deepspeed", "liger_kernel", "trl", "datasets", "flash_attn", "peft", "pytest")
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple[str, ...]
+    rehearsal: tuple[str, ...]
+    """The command on a CPU."""
+
+
+STEPS = (
+    Step(
+        "tests",
+        ("-m", "pytest", "-q", "-x", "-m", "gpu", "tests/kernels", "tests/test_gpu.py"),
+        ("-m", "pytest", "-q", "tests/kernels/test_decode_layers.py", "tests/test_rollout_graphs.py", "-k", "rows"),
+    ),
+    Step(
+        "kernels",
+        ("-m", "bench", "kernels", "--no-tests"),
+        ("-m", "bench", "kernels", "--no-tests", "--tokens", "64", "--rounds", "1", "--slow-rounds", "0"),
+    ),
+    Step(
+        "rollout",
+        ("-m", "bench", "rollout", "--no-tests", "--rounds", "5"),
+        ("-m", "bench", "rollout", "--no-tests", "--rounds", "1"),
+    ),
+    Step(
+        "update",
+        ("-m", "bench", "update", "--no-tests", "--rounds", "5"),
+        ("-m", "bench", "update", "--no-tests", "--rounds", "1"),
+    ),
+)  # fmt: skip
+
+
+def environment(links: Path, out: Path) -> dict[str, str]:
+    """Of the steps: the checkout's own packages first, whether it is installed or not."""
+    (links / "vtfast_kernels").symlink_to(ROOT / "kernels")
+    paths = [str(ROOT), str(links), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "VTFAST_RESULTS": str(out.absolute()),
+    }
+
+
+def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bool) -> dict:
+    """One step -> {"name", "seconds", "ended": "well" | "badly" | "stopped"}."""
+    command = [PYTHON, *(step.rehearsal if rehearse else step.command)]
+    began, log = time.perf_counter(), out / f"{step.name}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
+            # A bench ends with 1 where a goal is missed: its numbers stand.
+            ended = "well" if code == 0 or (code == 1 and step.name != "tests") else "badly"
+        except subprocess.TimeoutExpired:
+            ended = "stopped"
+    return {"name": step.name, "seconds": round(time.perf_counter() - began, 1), "ended": ended}
+
+
+def summary(done: dict[str, dict], out: Path, device: str) -> str:
+    lines = [f"# {device}", "", "| step | ended | seconds |", "|---|---|---|"]
+    for step in STEPS:
+        entry = done.get(step.name, {"ended": "not yet run", "seconds": ""})
+        lines.append(f"| {step.name} | {entry['ended']} | {entry['seconds']} |")
+    missing = [name for name in WANTED if importlib.util.find_spec(name) is None]
+    lines += ["", f"not installed: {', '.join(missing) or 'nothing'}", ""]
+    for step in STEPS:
+        log = out / f"{step.name}.log"
+        if log.exists():
+            lines += [f"## {step.name}", "", "```", *log.read_text().splitlines()[-40:], "```", ""]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="the time box (default 9)")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="default gpu-results")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU")
+    options = parser.parse_args(argv)
+    import torch
+
+    if not options.rehearse and not torch.cuda.is_available():
+        print("no CUDA device here; --rehearse runs the steps on the CPU", file=sys.stderr)
+        return 2
+    device = "rehearsal on the CPU" if options.rehearse else torch.cuda.get_device_name()
+    options.out.mkdir(parents=True, exist_ok=True)
+    state = options.out / "steps.json"
+    done = json.loads(state.read_text()) if state.exists() else {}
+    ends = time.perf_counter() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as links:
+        env = environment(Path(links), options.out)
+        for step in STEPS:
+            left = ends - time.perf_counter()
+            if done.get(step.name, {}).get("ended") == "well" or left < 10:
+                continue
+            print(f"{step.name} ({left / 60:.1f} minutes left) ...", flush=True)
+            done[step.name] = run(step, options.out, left, env, options.rehearse)
+            print(f"  ended {done[step.name]['ended']}, {done[step.name]['seconds']} s", flush=True)
+            state.write_text(json.dumps(done, indent=1) + "\n")
+            (options.out / "summary.md").write_text(summary(done, options.out, device) + "\n")
+    remaining = [step.name for step in STEPS if done.get(step.name, {}).get("ended") != "well"]
+    print(f"remaining: {', '.join(remaining) or 'nothing'}; {options.out / 'summary.md'}")
+    return 1 if remaining else 0
