@@ -5,7 +5,7 @@
     rollout   whole rollouts beside generate, decode steps beside the memory's limit
     update    the packed update beside plain Hugging Face code and TRL
 
-Each step is a process of its own, stopped when the box is full. Its log and its rows go to DIR; a step that ended well is
+Each step is a process of its own, stopped when the box is full. Its log and its rows go to DIR; one that ended well is
 not run again by a later call with the same DIR. DIR/summary.md is one page.
 A bare checkout will do: torch, triton and transformers are needed, and what else is missing is named.
 `--rehearse` runs the same on the CPU, at sizes that take minutes and show nothing but that everything starts.
@@ -46,8 +46,8 @@ STEPS = (
     ),
     Step(
         "kernels",
-        ("-m", "bench", "kernels", "--no-tests"),
-        ("-m", "bench", "kernels", "--no-tests", "--tokens", "64", "--rounds", "1", "--slow-rounds", "0"),
+        ("-m", "bench", "kernels", "--no-tests", "--tokens", "5600", "45000"),
+        ("-m", "bench", "kernels", "--no-tests", "--tokens", "2048", "--rounds", "1", "--slow-rounds", "0"),
     ),
     Step(
         "rollout",
