@@ -82,6 +82,7 @@ STEPS = 16
 FLOOR_GOAL = {64: 0.6}  # share of the floor, by rows
 
 
+@torch.no_grad()
 def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool:
     """Milliseconds of a decode step by rows, and how near to the floor they are."""
     print(
@@ -128,15 +129,10 @@ def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool
 def start(engine: RolloutEngine, work: Workload, rounds: int) -> Rollout:
     """A rollout behind its prefill and first steps, with room for `rounds` times STEPS more."""
     sampling = Sampling(max_new_tokens=STEPS * (rounds + 4))
-    G = work.shape.G
-    memory = engine._workspace(work.prompts, G, sampling.max_new_tokens)
-    run = Rollout(
-        engine.policy, memory, work.prompts, G, sampling, 0, max_rows=engine.max_rows, poll=STEPS
-    )
+    run = engine.begin(work.prompts, work.shape.G, sampling)
     for part in run.admit():
         run.prefill(part)
-    with torch.no_grad():
-        run.decode()  # compiles and captures
+    run.decode()  # compiles and captures
     return run
 
 

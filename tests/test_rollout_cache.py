@@ -81,6 +81,31 @@ def test_groups_that_wait_for_room(policy, prompts, limits):
             assert x.finish_reason == y.finish_reason
 
 
+@pytest.mark.parametrize("limits", [{"cache_tokens": 160}, {"max_rows": 4}, {"max_rows": 1}])
+@pytest.mark.parametrize("every", [1, 2])
+def test_groups_wait_behind_rows_that_end_at_once(policy, prompts, limits, every):
+    """A whole admission may be over with its first token: those that wait come next all the same."""
+    ends = tuple(range(0, policy.head.shape[0], every))
+    hasty = type(policy)(policy.module, ends)
+    many = [*prompts, *prompts[::-1], *prompts]
+    for new in (1, 6):
+        sampling = Sampling(max_new_tokens=new)
+        expected = tokens(RolloutEngine(hasty).generate(many, 2, sampling, seed=1))
+        assert all(row for group in expected for row in group)
+        assert (
+            tokens(RolloutEngine(hasty, **limits).generate(many, 2, sampling, seed=1)) == expected
+        )
+
+
+def test_the_cache_holds_what_can_be_in_flight(policy, prompts):
+    many = [*prompts, *prompts]
+    engine = RolloutEngine(policy, max_rows=4)
+    engine.generate(many, 4, SAMPLING)
+    page, cache = 16, engine.workspace.cache
+    needs = [len(p.ids) // page + 4 * -(-(page - 1 + 12) // page) for p in many]
+    assert cache.pages == max(needs), "one group at a time"
+
+
 def test_pages_return_after_a_failure(policy, prompts, monkeypatch):
     rollout = RolloutEngine(policy)
     step, calls = Decoder.step, []
@@ -254,7 +279,8 @@ def test_stop_texts(policy, prompts, processor):
 
 @pytest.mark.parametrize(
     "bad", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2},
-            {"min_new_tokens": 65}, {"repetition_penalty": 0}],
+            {"min_new_tokens": 65}, {"repetition_penalty": 0}, {"temperature": float("inf")}, {"stop": "x"},
+            {"stop": ("",)}],
 )  # fmt: skip
 def test_impossible_settings_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):

@@ -16,7 +16,9 @@ from test_rollout_cache import everything_is_free, tokens
 
 from vtfast.model import load_model
 from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout.decode import Decoder
 from vtfast.rollout.graphs import BUCKETS, bucket
+from vtfast.rollout.loop import Rollout
 from vtfast.rollout.rows import LAST_GROUP, Output, Rows
 
 SAMPLING = Sampling(max_new_tokens=12)
@@ -108,6 +110,64 @@ def test_the_workspace_grows_and_is_freed_on_request(policy, prompts):
     assert engine.workspace is not work
     engine = RolloutEngine(policy, keep_cache=False)
     assert tokens(engine.generate(prompts, 2, SAMPLING)) and engine.workspace is None
+
+
+def test_calls_of_different_shapes_settle_in_one_workspace(policy, prompts):
+    recorder = Recorder()
+    engine = RolloutEngine(policy, graphs=True, capture=recorder, poll=4)
+    shapes = [(prompts[:1], 4, 30), (prompts * 3, 1, 4), (prompts[1:3], 2, 12)]
+    seen = []
+    for _ in range(3):
+        for asked, group, new in shapes:
+            expected = RolloutEngine(policy).generate(
+                asked, group, Sampling(max_new_tokens=new), seed=7
+            )
+            found = engine.generate(asked, group, Sampling(max_new_tokens=new), seed=7)
+            assert tokens(found) == tokens(expected)
+            seen.append(engine.workspace)
+    assert len(set(map(id, seen[2:]))) == 1, "the first calls say how large it has to be"
+
+
+def test_other_end_tokens_are_seen(policy, prompts):
+    changing = type(policy)(policy.module, ())
+    engine = RolloutEngine(changing)
+    assert all(len(c.tokens) == 12 for g in engine.generate(prompts, 3, SAMPLING) for c in g)
+    changing.eos_ids = tuple(range(policy.head.shape[0]))
+    assert all(len(c.tokens) == 1 for g in engine.generate(prompts, 3, SAMPLING) for c in g)
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.enable_grad])
+def test_what_the_caller_is_in_does_not_matter(policy, prompts, inside):
+    engine = RolloutEngine(policy)
+    expected = tokens(RolloutEngine(policy).generate(prompts, 2, SAMPLING))
+    with inside():
+        assert tokens(engine.generate(prompts, 2, SAMPLING)) == expected
+    assert tokens(engine.generate(prompts, 2, SAMPLING)) == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tokens(engine.generate(prompts, 2, SAMPLING)) == expected
+    assert not engine.workspace.cache.keys.requires_grad
+
+
+def test_no_more_steps_than_tokens_are_asked_for(policy, prompts, monkeypatch):
+    steps, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *a: steps.append(1) or step(*a))
+    endless = type(policy)(policy.module, ())
+    RolloutEngine(endless, poll=16).generate(prompts, 2, Sampling(max_new_tokens=20))
+    assert len(steps) == 19, "the first token is the prefill's"
+
+
+def test_an_interrupted_call_leaves_no_numbers(random_path, prompts, monkeypatch):
+    policy = load_model(random_path)
+    engine = RolloutEngine(policy)
+    expected = tokens(engine.generate(prompts, 3, SAMPLING, seed=1))
+    weight = policy.language_model.layers[0].self_attn.v_proj.weight
+    saved = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Rollout, "retire", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        engine.generate(prompts, 3, SAMPLING, seed=1)
+    weight.data.copy_(saved)
+    assert tokens(engine.generate(prompts, 3, SAMPLING, seed=1)) == expected
 
 
 def test_numbers_of_a_broken_model_do_not_outlive_it(random_path, prompts):

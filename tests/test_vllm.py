@@ -13,7 +13,7 @@ from vtfast.errors import UserError
 from vtfast.lora import add_lora
 from vtfast.model import load_model
 from vtfast.processor import Processor
-from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout import RolloutEngine, Sampling, vllm
 from vtfast.rollout.choice import choose_engine
 from vtfast.rollout.vllm import checkpoint_weights
 from vtfast.scoring import completion_logprobs
@@ -91,6 +91,7 @@ def fake_vllm(monkeypatch):
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SamplingParams
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("RANK", "0")  # as under a launcher
 
 
 def engine(policy, processor, path, **changes):
@@ -147,6 +148,21 @@ def test_it_falls_asleep_after_a_failure(
     with pytest.raises(ZeroDivisionError):
         ours.generate(prompts, 1)
     assert ours.llm.calls[-1] == "sleep 2"
+    monkeypatch.setattr(LLM, "load_weights", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.generate(prompts, 1)
+    assert ours.llm.calls[-2:] == ["wake weights", "sleep 2"]
+
+
+def test_one_process_gets_a_launchers_environment(monkeypatch):
+    environment = {"MASTER_PORT": "123"}
+    monkeypatch.setattr(vllm.os, "environ", environment)
+    vllm._name_the_only_rank()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    assert environment == alone | {"MASTER_PORT": "123"}
+    environment |= {"RANK": "3", "WORLD_SIZE": "4"}
+    vllm._name_the_only_rank()
+    assert environment["WORLD_SIZE"] == "4"
 
 
 def test_adapters_are_merged_on_the_way(random_path):

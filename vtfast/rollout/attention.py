@@ -5,8 +5,8 @@
     varlen                     `torch.nn.attention.varlen` with a block table, in versions of PyTorch that have one
     torch                      gathered pages and matmuls: the CPU, and any device
 
-Every call can be captured in a CUDA graph: lengths and pages are read on the device, splits depend on the number of
-rows alone. None of the packages has to be there.
+All but the last can be captured in a CUDA graph: lengths and pages are read on the device, splits depend on the number
+of rows alone. None of the packages has to be there.
 """
 
 from __future__ import annotations

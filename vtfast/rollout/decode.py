@@ -33,7 +33,6 @@ class Decoder:
     ) -> None:
         """`positions`: most that a row can reach; their rotations are tabulated."""
         self.policy, self.cache, self.attention = policy, cache, attention
-        self.positions = positions
         model = policy.language_model
         self.layers = [_Layer(layer) for layer in model.layers]
         places = torch.arange(positions, device=policy.device)

@@ -8,8 +8,9 @@ A row's tokens depend on (seed, prompt, sample number) and on nothing else: the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -73,11 +74,11 @@ class RolloutEngine:
         self.policy, self.processor = policy, processor
         self.cache_tokens, self.max_rows, self.keep_cache = cache_tokens, max_rows, keep_cache
         self.attention = decode_attention(attention, policy.device, policy.head.dtype)
-        self.graphs = kind == "cuda" if graphs is None else graphs
+        capturable = kind == "cuda" and self.attention is not decode_attention("torch")
+        self.graphs = capturable if graphs is None else graphs
         self.capture, self.poll = capture, poll or POLL[kind]
         self.workspace: Workspace | None = None
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -93,50 +94,65 @@ class RolloutEngine:
         """
         if not prompts:
             return []
+        bar = tqdm(total=len(prompts) * num_generations * sampling.max_new_tokens, desc="rollout", unit="token",
+                   delay=BAR_DELAY, leave=False, disable=not progress)  # fmt: skip
+        with self._plain():
+            run = self.begin(prompts, num_generations, sampling, seed)
+            try:
+                while run.advance():
+                    bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
+                    bar.update(run.written - bar.n)
+                return run.collect()
+            finally:
+                bar.close()
+                run.release()
+                if not self.keep_cache:
+                    self.workspace = None
+
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int = 1,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+    ) -> Rollout:
+        """A rollout that its caller advances. One at a time: it works in the engine's workspace."""
         if num_generations < 1:
             raise UserError(f"num_generations {num_generations}: must be at least 1")
         if sampling.stop and self.processor is None:
             raise UserError("stop: RolloutEngine needs a processor to find texts in tokens")
-        work = self._workspace(prompts, num_generations, sampling.max_new_tokens)
-        run = Rollout(
-            self.policy, work, prompts, num_generations, sampling, seed,
-            max_rows=self.max_rows, poll=self.poll, processor=self.processor,
-        )  # fmt: skip
-        bar = tqdm(total=run.count * sampling.max_new_tokens, desc="rollout", unit="token",
-                   delay=BAR_DELAY, leave=False, disable=not progress)  # fmt: skip
-        try:
-            while run.advance():
-                bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
-                bar.update(run.written - bar.n)
-            return run.collect()
-        finally:
-            bar.close()
-            run.release()
-            if not self.keep_cache:
-                self.workspace = None
+        with self._plain():
+            work = self._workspace(prompts, num_generations, sampling.max_new_tokens)
+            return Rollout(
+                self.policy, work, prompts, num_generations, sampling, seed,
+                max_rows=self.max_rows, poll=self.poll, processor=self.processor,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Without gradients, and without what the caller may be in: buffers outlive a call, so they must be ordinary
+        tensors, and of the weights' own precision."""
+        off = torch.autocast(self.policy.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), off:
+            yield
 
     def _workspace(self, prompts: Sequence[Prompt], group: int, new: int) -> Workspace:
-        """The one at hand, with the weights of this moment; a new one if it is too small or the weights have moved."""
-        policy = self.policy
-        page = PAGE[policy.device.type]
-        longest = max(len(prompt.ids) for prompt in prompts) + new
-        own = -(-(page - 1 + new) // page)
-        count = len(prompts) * group
-        in_flight = min(count, max(self.max_rows, group))
-        size = Size(
-            cache_pages=sum(len(prompt.ids) // page for prompt in prompts) + count * own,
-            rows=bucket(in_flight) if self.graphs else in_flight,
-            pages_a_row=-(-longest // page) + 1,
-            outputs=count,
-            tokens=new,
-            positions=longest,
-        )
-        work = self.workspace
-        if work is not None and work.weights != addresses(policy):
-            log.info("rollout: the weights have moved; graphs are captured anew")
-            work = None
-        if work is None or not size.fits_into(work.size) or work.dtype != policy.head.dtype:
-            self.workspace = work = None  # the old one's memory first
+        """The one at hand, with the weights of this moment. A new one if it is too small (then one that would do for
+        both calls, so that calls of different shapes settle), or if the weights have moved."""
+        policy, work = self.policy, self.workspace
+        if work is not None and (
+            work.weights != addresses(policy) or work.dtype != policy.head.dtype
+        ):
+            log.info("rollout: the weights have moved; what knew their addresses is made anew")
+            self.workspace = work = None
+        size = self._size(prompts, group, new)
+        if work is not None and (
+            not size.fits_into(work.size) or work.eos_ids != tuple(policy.eos_ids)
+        ):
+            size = size.and_also(work.size)
+            self.workspace = work = None  # its memory first
+        if work is None:
+            page = PAGE[policy.device.type]
             pages = self._cache_pages(size.cache_pages, page)
             work = Workspace(
                 policy, size, pages, page, self.attention, self.capture, self.graphs
@@ -144,6 +160,24 @@ class RolloutEngine:
             self.workspace = work
         work.decoder.refresh()
         return work
+
+    def _size(self, prompts: Sequence[Prompt], group: int, new: int) -> Size:
+        """What these prompts need, with as many groups in flight as `max_rows` lets."""
+        page = PAGE[self.policy.device.type]
+        own = -(-(page - 1 + new) // page)
+        needs = sorted((len(prompt.ids) // page + group * own for prompt in prompts), reverse=True)
+        longest = max(len(prompt.ids) for prompt in prompts) + new
+        in_flight = min(len(prompts) * group, max(self.max_rows, group))
+        return Size(
+            cache_pages=sum(needs[: max(1, self.max_rows // group)])
+            if self.cache_tokens is None
+            else 0,
+            rows=bucket(in_flight) if self.graphs else in_flight,
+            pages_a_row=-(-longest // page) + 1,
+            outputs=len(prompts) * group,
+            tokens=new,
+            positions=-(-longest // page) * page,
+        )
 
     def _cache_pages(self, wanted: int, page: int) -> int:
         if self.cache_tokens is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 import torch
+from vtfast_kernels.checks import trusted
 
 from vtfast.rollout.rows import Rows
 
@@ -52,17 +53,16 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.side = torch.cuda.Stream()
 
     def __call__(self, step: Step, rows: Rows) -> Callable[[], None]:
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(
-            side
-        ):  # kernels compile and libraries choose before, not during, the capture
+        # Kernels compile, libraries choose and arguments are checked before, not during, the capture.
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             for _ in range(WARM_UPS):
                 step(rows)
-        current.wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with trusted(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             step(rows)
         return graph.replay

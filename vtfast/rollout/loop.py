@@ -34,7 +34,7 @@ PREFILL_TOKENS = 16384
 
 
 @dataclass
-class Group:
+class InFlight:
     """A prompt whose rows are in flight."""
 
     pages: GroupPages
@@ -66,7 +66,7 @@ class Rollout:
         work.limit.fill_(sampling.max_new_tokens)
         work.rows.clear()
         self.waiting = deque(range(len(prompts)))
-        self.groups: dict[int, Group] = {}
+        self.groups: dict[int, InFlight] = {}
         self.places: list[int] = []
         """Row of the output of each row in flight, on the host."""
         self.lengths = [0] * count
@@ -92,14 +92,17 @@ class Rollout:
             for part in admitted:
                 self.prefill(part)
             self.retire()
-        return bool(self.places)
+        return bool(self.places or self.waiting)
 
     def decode(self) -> None:
         live, graphs = len(self.places), self.work.graphs
         plain = graphs is not None and not self.sampling.warped
         rows = self.work.rows.part(0, bucket(live) if plain else live)
+        unfinished = self.sampling.max_new_tokens - min(
+            self.lengths[place] for place in self.places
+        )
         with trusted() if self.checked else contextlib.nullcontext():
-            for _ in range(self.poll):
+            for _ in range(min(self.poll, unfinished)):
                 if plain:
                     setting = self.sampling.temperature, self.sampling.greedy
                     graphs.run(self.step, rows, setting)
@@ -145,7 +148,7 @@ class Rollout:
             pages = self.work.cache.admit(prompt, self.G, self.sampling.max_new_tokens)
             if pages is None:
                 break
-            self.groups[p] = Group(pages, self.G)
+            self.groups[p] = InFlight(pages, self.G)
             admitted.append(self.waiting.popleft())
             live += self.G
         parts: list[list[int]] = []
@@ -205,16 +208,16 @@ class Rollout:
         self.sample(rows, hidden.repeat_interleave(G, dim=0))
 
     def retire(self) -> None:
-        """Finished rows leave the batch, their pages return to the pool. The only look from the host."""
+        """Finished rows leave the batch, their pages return to the pool. The host looks here alone."""
         rows = self.work.rows.part(0, len(self.places))
         emitted, active = torch.stack([rows.emitted, rows.active.long()]).tolist()
         for place, n in zip(self.places, emitted, strict=True):
             self.written += n - self.lengths[place]
             self.lengths[place] = n
         if self.sampling.stop:
-            for row, place in enumerate(self.places):
-                if self.ends_with_a_stop(place):
-                    self.stopped[place], active[row] = True, 0
+            for row, stopped in enumerate(self.end_with_a_stop()):
+                if stopped:
+                    self.stopped[self.places[row]], active[row] = True, 0
         live = [row for row, is_live in enumerate(active) if is_live]
         if len(live) == len(active):
             return
@@ -236,19 +239,26 @@ class Rollout:
             del self.groups[p]
 
     def forget(self) -> None:
-        """Other rows: what the attention remembers of the old ones is void, and their first step is checked."""
+        """The rows are others now: what attention remembers of the old ones is void, and the first step is checked."""
         self.checked = False
         if self.memory is not None:
             self.memory = {}
 
-    def ends_with_a_stop(self, place: int) -> bool:
-        """The text of the row so far is searched, on the host."""
-        tokens = self.work.output.tokens[place, : self.lengths[place]].tolist()
-        text = self.processor.decode(tokens)
-        return any(stop in text for stop in self.sampling.stop)
+    def end_with_a_stop(self) -> list[bool]:
+        """For each row in flight. The text of the row so far is searched, on the host."""
+        places = torch.tensor(self.places, device=self.work.device)
+        found = []
+        for place, tokens in zip(
+            self.places, self.work.output.tokens[places].tolist(), strict=True
+        ):
+            text = self.processor.decode(tokens[: self.lengths[place]])
+            found.append(any(stop in text for stop in self.sampling.stop))
+        return found
 
     def release(self) -> None:
         """Every page that is still held: nothing after a whole run, everything after a failure."""
+        if self.groups:
+            self.work.cache.clear()  # nobody has looked at what was written
         for group in self.groups.values():
             self.work.cache.release(group.pages.all)
         self.groups = {}

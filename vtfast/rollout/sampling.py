@@ -38,7 +38,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = {
-            "temperature": (self.temperature > 0, "must be above 0 (use greedy=True)"),
+            "temperature": (
+                0 < self.temperature < float("inf"),
+                "must be above 0 and finite (use greedy=True for the most probable token)",
+            ),
+            "stop": (
+                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+                "must be a tuple of texts, none of them empty",
+            ),
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
             "min_new_tokens": (
                 0 <= self.min_new_tokens <= self.max_new_tokens,

@@ -14,6 +14,8 @@ vllm is imported by the constructor and nowhere else. Checked against vLLM's sig
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -49,6 +51,7 @@ class VLLMEngine:
             raise UserError(
                 f"--use_vllm: vllm cannot be imported ({error}); pip install vllm, or leave the flag out"
             ) from None
+        _name_the_only_rank()
         self.policy, self.processor = policy, processor
         self.sampling_params, self.sleeps = SamplingParams, enable_sleep_mode
         limits = processor.pixel_limits
@@ -90,12 +93,12 @@ class VLLMEngine:
         if not prompts:
             return []
         sampling = sampling or Sampling()
-        if self.sleeps:
-            self.llm.wake_up(tags=["weights"])
-        self.push_weights()
-        if self.sleeps:
-            self.llm.wake_up(tags=["kv_cache"])
         try:
+            if self.sleeps:
+                self.llm.wake_up(tags=["weights"])
+            self.push_weights()
+            if self.sleeps:
+                self.llm.wake_up(tags=["kv_cache"])
             outputs = self.llm.generate(
                 [self._request(prompt) for prompt in prompts],
                 sampling_params=[
@@ -165,6 +168,24 @@ class VLLMEngine:
             )
             for answer in output.outputs
         ]
+
+
+def _name_the_only_rank() -> None:
+    """vLLM reads from the environment what a launcher would have put there."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
 
 
 def checkpoint_weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

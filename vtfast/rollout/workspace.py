@@ -32,6 +32,9 @@ class Size:
     def fits_into(self, other: Size) -> bool:
         return all(mine <= vars(other)[name] for name, mine in vars(self).items())
 
+    def and_also(self, other: Size) -> Size:
+        return Size(**{name: max(mine, vars(other)[name]) for name, mine in vars(self).items()})
+
 
 class Workspace:
     """Everything here stays at one address for as long as the workspace lives."""
@@ -55,6 +58,7 @@ class Workspace:
         self.seed, self.limit = (
             torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2)
         )
+        self.eos_ids = tuple(policy.eos_ids)
         self.eos = torch.tensor(policy.eos_ids, dtype=torch.int64, device=self.device)
         self.decoder = Decoder(policy, self.cache, size.positions, attention)
         self.graphs = Graphs(capture) if graphs else None
