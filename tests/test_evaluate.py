@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 from hugging_face import inputs, plain
-from make_benchmarks import CVBENCH, blink_row, cvbench_row, image, write_all, write_parquet
+from make_benchmarks import (
+    CVBENCH,
+    blink_row,
+    cvbench_row,
+    image,
+    write_all,
+    write_blink,
+    write_parquet,
+)
 from make_files import picture
 from transformers import GenerationConfig
 
@@ -517,6 +525,7 @@ def test_every_benchmark_through_the_command(evaluated, files, capsys):
                 "question",
                 "options",
                 "gold",
+                "images",
                 "response",
                 "correct",
                 "strict_correct",
@@ -605,3 +614,46 @@ def test_a_mistake_costs_one_line(more, message, files, tmp_path, capsys, monkey
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("change", [{"answer": "(B)"}, {"image_1": image(99)}])
+def test_answers_to_other_gold_or_other_images_are_not_taken(base, base_path, tmp_path, change):
+    """BLINK asks the same words of every image, so question and options say too little."""
+    processor = Processor.from_pretrained(base_path)
+    rows = [blink_row(i, "Relative_Depth") for i in range(2)]
+    write_blink(tmp_path / "data", rows)
+    settings = {"processor": processor, "template": "eval-r1-zero", "output": tmp_path / "out"}
+    settings |= {"max_completion_length": 4}
+    evaluate(base, "blink", tmp_path / "data", **settings)
+    evaluate(base, "blink", tmp_path / "data", **settings)  # the same again: nothing to ask
+    shutil.rmtree(tmp_path / "data")
+    write_blink(tmp_path / "data", [rows[0], rows[1] | change])
+    with pytest.raises(UserError, match="row 1 of the data is another question"):
+        evaluate(base, "blink", tmp_path / "data", **settings)
+
+
+def test_rescoring_mends_the_rows_as_well(evaluated, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(evaluated[0], copy)
+    path = copy / "evaluations" / "step-100" / "vsr.jsonl"
+    rows = rows_of(path)
+    rows[0] |= {"response": f"<answer>{rows[0]['gold']}</answer>"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(copy / "checkpoints" / "step-100")
+    assert main(["eval", "--model", model, "--rescore", "--bench", "vsr"]) == 0
+    mended = rows_of(path)
+    assert mended[0]["correct"] and mended[0]["strict_correct"] and mended[1:] == rows[1:]
+
+
+def test_jsonl_with_image_files(base, base_path, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    row = cvbench_row(0)
+    (folder / "images" / "a.png").write_bytes(row["image"]["bytes"])
+    (folder / "test.jsonl").write_text(json.dumps({**row, "image": "a.png"}) + "\n")
+    settings = {"processor": Processor.from_pretrained(base_path), "template": "eval-r1-zero"}
+    scores = evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)
+    assert scores["count"] == 1
+    (folder / "images" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"row 0: .*a\.png"):
+        evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)

@@ -1,5 +1,6 @@
 """`score`: the published totals out of published parts, the benchmarks' own formulas, and rows that cannot be read."""
 
+import numpy
 import pytest
 from make_benchmarks import blink_row, cvbench_row, vsr_row
 from make_files import picture, sat_row
@@ -165,3 +166,15 @@ def test_the_table():
         "blink", *answered(blink_row, BLINK, {"Relative_Depth": 50, "Spatial_Relation": 50})
     )
     assert score_table({"blink": whole}).splitlines()[2].split()[-4] == "267"
+
+
+def test_what_callers_may_hand_over():
+    """pandas' arrays are lists; what is no text, or has more options than there are letters, is named."""
+    row = cvbench_row(0)
+    as_array = {**row, "choices": numpy.array(row["choices"], dtype=object)}
+    assert score("cvbench", [as_array], [row["answer"]])["total"] == 1
+    with pytest.raises(UserError, match="cvbench, response 0: not text but NoneType"):
+        score("cvbench", [row], [None])
+    seven = {**row, "choices": list("1234567"), "answer": "(G)"}
+    with pytest.raises(UserError, match="cvbench, row 0: 7 options, and letters go to F"):
+        score("cvbench", [seven], ["G"])

@@ -310,28 +310,30 @@ def test_open_questions_and_text_alone_are_trained_on(make):
     assert metrics["num_targets"] == sum(map(len, tokens))
 
 
-def test_a_target_that_is_too_long_is_listed_and_skipped(make):
+def test_a_target_that_is_too_long_is_told_before_the_first_step(make):
     trainer, asked = make(max_completion_length=20)
-    asked[2].sample.answer = "left " * 30
-    metrics, _ = trainer.step(1, asked)
-    assert metrics["skipped_samples"] == 1
-    (line,) = (trainer.folder / "skipped.jsonl").read_text().splitlines()
-    listed = json.loads(line)
-    assert (listed["step"], listed["row"]) == (1, asked[2].sample.row)
+    samples = [question.sample for question in asked]
+    samples[2].answer = "left " * 30
+    assert trainer.trainable(samples) == [s for i, s in enumerate(samples) if i != 2]
+    (listed,) = trainer.asker.take_skipped()
+    assert (listed["step"], listed["row"]) == (0, samples[2].row)
     assert "--max_completion_length is 20" in listed["reason"]
-    longest = max(len(trainer.target.tokens(question.sample)) for question in asked)
-    trainer.config.max_completion_length = longest
-    assert trainer.step(1, asked)[0]["skipped_samples"] == 0
-    trainer.config.max_completion_length = 20
-    trainer.config.on_bad_sample = "error"
-    with pytest.raises(UserError, match=r"step 2, row .*--max_completion_length is 20"):
-        trainer.step(2, asked)
+    with pytest.raises(UserError, match=r"none of its 1 samples can be used; row .* is 20"):
+        trainer.trainable(samples[2:3])
+    trainer.asker.on_bad_sample = "error"
+    with pytest.raises(UserError, match=r"row \d+: the target has .*--max_completion_length is 20"):
+        trainer.trainable(samples)
+
+
+def test_overlong_targets_stop_no_run(make):
+    with pytest.raises(UserError, match=r"none of its 48 samples can be used; row 0: the target"):
+        make(max_completion_length=1)
 
 
 def test_a_step_with_no_usable_sample_stops(make):
-    trainer, asked = make(max_completion_length=1)
+    trainer, _ = make()
     with pytest.raises(UserError, match="none of this step's samples could be used"):
-        trainer.step(1, asked)
+        trainer.step(1, [])
 
 
 def test_a_bare_answer_is_graded_as_the_answer(make):

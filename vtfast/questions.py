@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,24 +62,29 @@ class Asker:
         return render(self.template, sample, literal_image=self.literal_image)
 
     def fitting(self, samples: Sequence[Sample], name: str) -> list[Sample]:
-        """Samples whose prompt fits into max_prompt_length; the others are counted and named in the log."""
-        good, misfits = [], []
+        """Samples whose prompt fits into max_prompt_length."""
+        return self.sound(samples, name, self._misfit)
+
+    def sound(
+        self, samples: Sequence[Sample], name: str, problem_of: Callable[[Sample], str | None]
+    ) -> list[Sample]:
+        """Samples without a problem; the others are counted, named in the log and listed. Raises UserError for the
+        first under `on_bad_sample: error`, and where none is left."""
+        good, bad = [], []
         for sample in samples:
-            problem = self._misfit(sample)
+            problem = problem_of(sample)
             if problem is None:
                 good.append(sample)
                 continue
-            misfits.append(f"row {sample.row}: {problem}")
+            bad.append(f"row {sample.row}: {problem}")
             self.skipped.append({"step": 0, "source": name, "row": sample.row, "reason": problem})
             if self.on_bad_sample == "error":
-                raise UserError(f"{name}: {misfits[0]}")
-        if misfits:
-            first = "; ".join(misfits[:3])
-            log.warning("%s: skipped %d of %d prompts: %s", name, len(misfits), len(samples), first)
+                raise UserError(f"{name}: {bad[0]}")
+        if bad:
+            first = "; ".join(bad[:3])
+            log.warning("%s: skipped %d of %d samples: %s", name, len(bad), len(samples), first)
         if not good:
-            raise UserError(
-                f"{name}: no prompt fits into --max_prompt_length {self.max_prompt_length}"
-            )
+            raise UserError(f"{name}: none of its {len(samples)} samples can be used; {bad[0]}")
         return good
 
     def _misfit(self, sample: Sample) -> str | None:

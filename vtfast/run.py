@@ -20,6 +20,7 @@ from tqdm import tqdm
 from vtfast import distributed
 from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoint
 from vtfast.config import RunConfig
+from vtfast.data import Sample
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.groups import Group
@@ -79,7 +80,8 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:  # a start that fails leaves nothing behind
             rendered = render_synthetic(config, Path(scratch) / "data")
             samples = load_questions(config, self.asker, rendered)
-            self.train_samples, self.held_out_samples = samples["train"], samples.get("val", [])
+            self.train_samples = self.trainable(samples["train"])
+            self.held_out_samples = samples.get("val", [])
             config.max_steps = self.max_steps()
             self.engine = distributed.zero2_engine(config, objective)
             most_images = max(len(s.images) for part in samples.values() for s in part)
@@ -116,6 +118,10 @@ class Run:
 
     def max_steps(self) -> int:
         return self.config.max_steps
+
+    def trainable(self, samples: list[Sample]) -> list[Sample]:
+        """Those that a step can use, told before the first one. Their prompts fit already."""
+        return samples
 
     def graded(self, response: str) -> str:
         """What of a held-out response goes to the rewards."""

@@ -20,6 +20,7 @@ from vtfast_kernels.linear_logprob import linear_logprob
 from vtfast_kernels.linear_sample import linear_sample
 
 from vtfast.config import SFTConfig
+from vtfast.data import Sample
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
@@ -118,6 +119,16 @@ class SFTTrainer(Run):
         steps = config.num_train_epochs * len(self.train_samples) / self.prompts_per_step
         return math.ceil(steps - 1e-9)  # 2.2 * 25 is a little more than 55
 
+    def trainable(self, samples: list[Sample]) -> list[Sample]:
+        """Those whose target fits into max_completion_length."""
+        return self.asker.sound(samples, self.config.data, self._misfit)
+
+    def _misfit(self, sample: Sample) -> str | None:
+        length, limit = len(self.target.tokens(sample)), self.config.max_completion_length
+        if length <= limit:
+            return None
+        return f"the target has {length} tokens and --max_completion_length is {limit}"
+
     def step(self, step: int, questions: Sequence[Question]) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, no completions). Collective. `questions`: this rank's."""
         timer, began = Timer(), time.perf_counter()
@@ -160,15 +171,10 @@ class SFTTrainer(Run):
 
     def with_targets(self, questions: Sequence[Question], step: int) -> list[Group]:
         """Groups of one. Samples that cannot be trained on are left out and listed."""
-        groups, limit = [], self.config.max_completion_length
+        groups = []
         for question in questions:
             tokens = self.target.tokens(question.sample)
-            if len(tokens) > limit:
-                reason = (
-                    f"the target has {len(tokens)} tokens and --max_completion_length is {limit}"
-                )
-                self.asker.skip(question.sample, reason, step)
-            elif self.usable(question, [tokens], step):
+            if self.usable(question, [tokens], step):
                 given = Completion(tokens, logprobs=[], finish_reason="stop")
                 groups.append(Group(question, [given], advantage=torch.ones(1)))
         return groups

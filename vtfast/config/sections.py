@@ -14,7 +14,8 @@ class Task:
 
     # What is trained
     model: str = "tiny-spatial-base"
-    """Folder or hub id of a Qwen2-VL checkpoint; `tiny-spatial-base` is the one that ships with vtfast."""
+    """Folder or hub id of a Qwen2-VL, Qwen2.5-VL, or (for questions without images) Qwen2, Qwen2.5 or Qwen3;
+    `tiny-spatial-base` ships with vtfast."""
     freeze: list[str] = field(default_factory=list)
     """Parts that get no gradient: any of vision, merger, language, embeddings."""
     dtype: str = "auto"

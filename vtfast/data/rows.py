@@ -153,10 +153,12 @@ def _options(values: Any, *, required: bool) -> list[str]:
 
 def _answer(value: Any, options: Sequence[str]) -> str:
     """The bare answer, one of the options if there are any."""
-    if not options and isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise BadRow(f"the answer is {value}")
-        return str(value)
+        value = str(value)
+        if not options:
+            return value
     answer = _clean(_unwrap(_text(value, "answer")))
     if not answer:
         raise BadRow("empty answer")

@@ -7,6 +7,7 @@ FOLDER/scores.json      by benchmark, the scores of all rows of its file
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -35,12 +36,19 @@ def make_row(
         "question": item.question,
         "options": list(item.options),
         "gold": LETTERS[item.gold],  # a place among the options, whether letters were shown or not
+        "images": digest(item),
         "response": response,
         "correct": judged.correct,
         "strict_correct": judged.strict_correct,
         "tokens": tokens,
         "finish_reason": finish_reason,
     }
+
+
+def digest(item: Item) -> str:
+    """Tells the item's images from others; empty where there are none to look at."""
+    images = [image if isinstance(image, bytes) else image.read_bytes() for image in item.images]
+    return hashlib.blake2b(b"|".join(images), digest_size=12).hexdigest() if images else ""
 
 
 def item_of(row: Row) -> Item:
@@ -88,7 +96,12 @@ class AnswerFile:
         answered = {row["index"]: row for row in self.rows}
         for item in items:
             row = answered.get(item.index)
-            if row and (row["question"], tuple(row["options"])) != (item.question, item.options):
+            if row and _asked(row) != (
+                item.question,
+                item.options,
+                LETTERS[item.gold],
+                digest(item),
+            ):
                 raise UserError(
                     f"{self.path}: row {item.index} of the data is another question than the one answered there."
                     " Remove the file, or choose another --output_dir"
@@ -101,6 +114,10 @@ class AnswerFile:
         if self.path and write:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _asked(row: Row) -> tuple:
+    return row["question"], tuple(row["options"]), row["gold"], row["images"]
 
 
 def read_answers(path: Path) -> tuple[list[Row], int]:
@@ -149,6 +166,7 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
         UserError: no answers, or damaged ones.
     """
     rows, _ = read_answers(folder / f"{bench}.jsonl")
+    _judge_again(folder / f"{bench}.jsonl", bench, rows)
     settings = read_json(folder / "settings.json").get(bench, {})
     about = {"model": model, "step": step} | {
         name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
@@ -157,6 +175,20 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
     path = folder / "scores.json"
     write_json(path, read_json(path) | {bench: scores})
     return scores
+
+
+def _judge_again(path: Path, bench: str, rows: Sequence[Row]) -> None:
+    """What the rows say of themselves follows their responses, which a user may have mended."""
+    changed = False
+    for row in rows:
+        judged = judge(get_benchmark(bench), item_of(row), row["response"])
+        now = {"correct": judged.correct, "strict_correct": judged.strict_correct}
+        changed |= now != {name: row[name] for name in now}
+        row.update(now)
+    if changed:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(path)
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -78,6 +78,7 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 
 def options_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     value = row.get(column)
+    value = value.tolist() if hasattr(value, "tolist") else value  # pandas hands over arrays
     if (
         not isinstance(value, list | tuple)
         or not value
@@ -90,6 +91,8 @@ def options_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
 def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
     """Place of the right option from an answer such as `(C)`."""
     answer = text_of(row, "answer")
+    if len(options) > len(LETTERS):
+        raise BadRow(f"{len(options)} options, and letters go to {LETTERS[-1]}")
     place = LETTERS.find(answer.strip().strip("()"))
     if len(answer.strip().strip("()")) != 1 or not 0 <= place < len(options):
         raise BadRow(
@@ -98,8 +101,15 @@ def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
     return place
 
 
-def images_of(values: Sequence[Any]) -> tuple[bytes, ...]:
-    """Encoded images out of the `datasets` library's structs or plain bytes. Decoded ones are left out with the null
-    ones: files hold none, and scoring needs none."""
-    images = [value.get("bytes") if isinstance(value, Mapping) else value for value in values]
-    return tuple(image for image in images if isinstance(image, bytes))
+def images_of(values: Sequence[Any]) -> tuple[bytes | Path, ...]:
+    """Encoded images out of the `datasets` library's structs or plain bytes, and paths. Decoded ones are left out with
+    the null ones: files hold none, and scoring needs none."""
+    images = []
+    for value in values:
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            images.append(value)
+        elif isinstance(value, str) and value:
+            images.append(Path(value))
+    return tuple(images)

@@ -40,8 +40,12 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
 
 
 def _placed(image: bytes | Path, folder: Path | None) -> bytes | Path:
-    """Image paths start from the file that names them."""
-    return folder / image if folder and isinstance(image, Path) else image
+    """Image paths start from the file that names them, or from `images` beside it."""
+    if folder is None or isinstance(image, bytes):
+        return image
+    return next(
+        (p for p in (folder / image, folder / "images" / image) if p.is_file()), folder / image
+    )
 
 
 def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:

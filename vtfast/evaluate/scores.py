@@ -43,6 +43,8 @@ def score(
         raise UserError(f"{bench}: {len(responses)} responses for {len(rows)} rows")
     judged = []
     for index, (row, response) in enumerate(zip(rows, responses, strict=True)):
+        if not isinstance(response, str):
+            raise UserError(f"{bench}, response {index}: not text but {type(response).__name__}")
         try:
             judged.append(judge(benchmark, benchmark.read(row, index), response))
         except BadRow as error:

@@ -33,7 +33,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     """
     folders = [Path(folder) for folder in folders]
     path = Path(output) if output is not None else folders[0] / "report.html"
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if output is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"--output {path}: not a file in an existing folder; name one")
     share = len(folders)
     try:
