@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from make_runs import completion_row, metrics_row, write_run
 
+from vtfast import paper
 from vtfast.errors import UserError
-from vtfast.report import charts, paper, tables
+from vtfast.report import charts, tables
 from vtfast.report.completions import Seen, evenly, pick, read_completions
 from vtfast.report.reflection import PATTERN, count_words, first_step, in_words
 from vtfast.report.run_folder import read_runs, save_held_out

@@ -6,24 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtfast.evaluate.scores import BENCHMARKS
+from vtfast.paper import QUESTIONS, TABLE_3, TABLE_3_COLUMNS
 
-# Table 3 of arXiv 2503.05132, Qwen2-VL-2B, in percent: base, SFT on SAT, GRPO. "total" is the paper's Total or Average.
-# The base model's Depth reads 0.16 in some copies; only 10.16 gives its total.
-PUBLISHED: dict[str, dict[str, tuple[float, float, float]]] = {
-    "cvbench": {
-        "total": (31.38, 57.84, 59.47),
-        "Count": (54.69, 60.02, 59.64),
-        "Relation": (22.46, 68.92, 66.76),
-        "Depth": (10.16, 55.00, 54.16),
-        "Distance": (31.66, 45.83, 56.66),
-    },
-    "blink": {
-        "total": (6.74, 52.43, 53.18),
-        "Relative_Depth": (13.70, 58.06, 50.80),
-        "Spatial_Relation": (0.69, 47.55, 55.94),
-    },
-    "vsr": {"total": (0.0, 35.80, 62.32)},
+PUBLISHED = {
+    bench: {
+        task or "total": tuple(row[i] for row in TABLE_3.values())
+        for i, (_, of, task) in enumerate(TABLE_3_COLUMNS)
+        if of == bench
+    }
+    for bench in QUESTIONS
 }
+"""The paper's Table 3 by benchmark and task: (base, SFT, GRPO)."""
 HEADS = ("paper's scorer", "strict", "official", "count", "base*", "SFT*", "GRPO*")
 MOST_TASKS = 12
 """VSR has a task for each of its relations; such tables are left to scores.json."""

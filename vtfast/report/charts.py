@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vtfast.report import paper
+from vtfast import paper
 from vtfast.report.completions import Completions
 from vtfast.report.reflection import THRESHOLD, WORDS
 from vtfast.report.run_folder import Run, evaluation_step, number

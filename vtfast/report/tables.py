@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vtfast.report import paper
+from vtfast import paper
 from vtfast.report.run_folder import Run, evaluation_step, number
 
 Table = dict[str, Any]
