@@ -41,7 +41,7 @@ class Step:
 STEPS = (
     Step(
         "tests",
-        ("-m", "pytest", "-q", "-x", "-m", "gpu", "tests/kernels", "tests/test_gpu.py"),
+        ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/test_gpu.py"),
         ("-m", "pytest", "-q", "tests/kernels/test_decode_layers.py", "tests/test_rollout_graphs.py", "-k", "rows"),
     ),
     Step(
