@@ -657,3 +657,21 @@ def test_jsonl_with_image_files(base, base_path, tmp_path):
     (folder / "images" / "a.png").unlink()
     with pytest.raises(UserError, match=r"row 0: .*a\.png"):
         evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)
+
+
+def test_a_broken_image_is_told_before_the_first_question(base, base_path, tmp_path):
+    whole = cvbench_row(0)["image"]["bytes"]
+    rows = [cvbench_row(i) for i in range(3)]
+    rows[2] = cvbench_row(2, image={"bytes": whole[: len(whole) // 2], "path": None})
+    write_parquet(tmp_path / "test.parquet", rows, CVBENCH)
+    settings = {"processor": Processor.from_pretrained(base_path), "output": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"test\.parquet, row 2: (corrupt|not a readable) image"):
+        evaluate(
+            base,
+            "cvbench",
+            tmp_path / "test.parquet",
+            template="eval-r1-zero",
+            batch_size=1,
+            **settings,
+        )
+    assert not (tmp_path / "out" / "cvbench.jsonl").exists()

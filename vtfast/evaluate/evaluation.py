@@ -21,7 +21,7 @@ from vtfast.evaluate.answers import AnswerFile, Row, make_row, scores_of
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.evaluate.files import load_items
 from vtfast.evaluate.scores import get_benchmark
-from vtfast.images import Images
+from vtfast.images import ImageError, Images, check_image
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
 from vtfast.prompts import load_template, render
@@ -90,6 +90,7 @@ def evaluate(
         answers = _on_main(ranks, lambda: AnswerFile.open(Path(output), bench, settings))
 
     left = answers.left(items)
+    _together(ranks, lambda: _check_images(left[ranks.rank :: ranks.size]))
     show = progress and ranks.is_main
     bar = tqdm(
         total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show
@@ -102,6 +103,24 @@ def evaluate(
             answers.add(rows, write=ranks.is_main)
             bar.update(len(rows))
     return scores_of(bench, answers.rows)
+
+
+def _check_images(items: Sequence[Item]) -> list[Row]:
+    """No rows: raises UserError for an image that does not decode, before the first question is asked."""
+
+    def problem(item: Item) -> str | None:
+        try:
+            for image in item.images:
+                check_image(image)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
+        for item, found in zip(items, pool.map(problem, items), strict=True):
+            if found:
+                raise UserError(f"{item.where}: {found}")
+    return []
 
 
 def fingerprint(policy: Policy) -> str:
