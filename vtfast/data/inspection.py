@@ -127,7 +127,7 @@ def inspect_data(config: Config) -> DataReport:
         selection=selection(config),
         first_rows=config.first_rows,
     )
-    for row in tqdm(rows, desc="rows", unit="row", total=config.first_rows, leave=False):
+    for row in tqdm(rows, desc="rows", unit="row", total=config.first_rows, leave=False, delay=2):
         report.rows += 1
         if isinstance(row.result, Sample):
             [sample] = shuffle_options(Samples([row.result]), config.seed)
