@@ -157,7 +157,11 @@ def test_parquet_reads_only_what_is_needed(tmp_path):
 
 BAD = {
     "no options: not a list but str": {"question": "?", "answer": "a", "options": "a, b"},
-    "the answer is not text but int": {"question": "?", "answer": 1, "options": ["a", "b"]},
+    "the answer '1' is not among the options": {
+        "question": "?",
+        "answer": 1,
+        "options": ["a", "b"],
+    },
     "the answer is not text but bool": {"question": "?", "answer": True},
     "the answer is nan": {"question": "?", "answer": float("nan")},
     "the answer is not text but list": {"question": "?", "answer": ["a"]},
@@ -167,6 +171,10 @@ BAD = {
     "image 1: empty": {"question": "?", "answer": "a", "image": [PNG, None]},
     "is the answer": {"question": "?", "reply": "a"},
 }
+
+
+def test_a_number_may_name_an_option():
+    assert read_row({"question": "?", "answer": 3, "options": ["2", "3"]}).answer == "3"
 
 
 @pytest.mark.parametrize("reason", BAD)
