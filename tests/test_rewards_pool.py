@@ -144,9 +144,11 @@ def test_a_job_is_timed_from_when_a_worker_has_it(make, module):
 def test_as_many_processes_as_needed_and_the_same_ones_again(make):
     scorer = make("process", workers=3)
     assert len({score.value for score in scorer.score(responses("a"))[0]}) == 1
-    first = {score.value for score in scorer.score(responses(*range(30)))[0]}
-    assert {score.value for score in scorer.score(responses(*range(30)))[0]} <= first
-    assert len(scorer.pool.workers) == 3 and os.getpid() not in first
+    # Which of the three gets how many jobs is chance; a fourth would be a new one.
+    rounds = [scorer.score(responses(*range(30)))[0] for _ in range(4)]
+    processes = {score.value for scores in rounds for score in scores}
+    assert 1 < len(processes) <= 3 and os.getpid() not in processes
+    assert len(scorer.pool.workers) == 3
 
 
 def test_a_worker_that_dies_between_steps_costs_nothing(make):
