@@ -147,7 +147,7 @@ def test_as_many_processes_as_needed_and_the_same_ones_again(make):
     # Which of the three gets how many jobs is chance; a fourth would be a new one.
     rounds = [scorer.score(responses(*range(30)))[0] for _ in range(4)]
     processes = {score.value for scores in rounds for score in scores}
-    assert 1 < len(processes) <= 3 and os.getpid() not in processes
+    assert len(processes) <= 3 and os.getpid() not in processes
     assert len(scorer.pool.workers) == 3
 
 
