@@ -26,6 +26,16 @@ COLUMNS = (
 """`ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor or peak."""
 
 
+def tests_pass(*tests: Path) -> bool:
+    """Run these test files, and say so where one is red: no numbers are reported then."""
+    print("tests first ...", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *map(str, tests)]
+    if subprocess.run(command, cwd=ROOT).returncode == 0:
+        return True
+    print("a test fails: no numbers")
+    return False
+
+
 def seconds(run: Callable[[], object], device: str) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

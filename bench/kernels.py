@@ -6,7 +6,6 @@ On a GPU the floor is three bare cuBLAS matmuls of the same run. Rows are append
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ from bench._harness import (
     paired_ratio,
     quantiles,
     seconds,
+    tests_pass,
     versions,
 )
 
@@ -273,16 +273,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests:
-        print("tests of the op first ...", flush=True)
-        tests = [
-            str(TESTS / f"test_{op}.py")
-            for op in ("grpo_loss", "linear_grpo_loss", "linear_logprob")
-        ]
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            print("a test fails: no numbers")
-            return 1
+    if not options.no_tests and not tests_pass(
+        *(TESTS / f"test_{op}.py" for op in ("grpo_loss", "linear_grpo_loss", "linear_logprob"))
+    ):
+        return 1
     devices = [("cpu", CPU_BENCH)]
     if torch.cuda.is_available():
         devices.append(("cuda", GPU_BENCH))

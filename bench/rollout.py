@@ -12,8 +12,6 @@ The engine's tests run first. Rows are appended to results/rollout.csv.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,6 +27,7 @@ from bench._harness import (
     paired_ratio,
     quantiles,
     seconds,
+    tests_pass,
     versions,
 )  # fmt: skip
 from bench._workload import MID, TINY, TWO_B, Shape, Workload
@@ -219,21 +218,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests:
-        print("tests of the engine first ...", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "not slow",
-            str(ROOT / "tests" / "test_rollout.py"),
-            str(ROOT / "tests" / "test_rollout_graphs.py"),
-        ]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            print("a test fails: no numbers")
-            return 1
+    if not options.no_tests and not tests_pass(
+        *(ROOT / "tests" / f"test_{x}.py" for x in ("rollout", "rollout_graphs"))
+    ):
+        return 1
     shapes = [TINY, MID] if options.device == "cpu" else [TWO_B]
     met = [compare(shape, options.device, options.rounds) for shape in shapes]
     met.append(decode_steps(shapes[-1], options.device, options.rounds, options.attention))

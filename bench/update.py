@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +30,7 @@ from bench._harness import (
     measure_growth,
     paired_ratio,
     quantiles,
+    tests_pass,
     versions,
 )
 from bench._workload import MID, TWO_B, Shape, Workload
@@ -295,14 +294,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests:
-        print("tests of packing and scoring first ...", flush=True)
-        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("packing", "scoring")]
-        if subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests], cwd=ROOT
-        ).returncode:
-            print("a test fails: no numbers")
-            return 1
+    if not options.no_tests and not tests_pass(
+        *(ROOT / "tests" / f"test_{x}.py" for x in ("packing", "scoring"))
+    ):
+        return 1
     shapes = CPU_SHAPES if options.device == "cpu" else GPU_SHAPES
     met = [compare(shape, options.device, options.rounds, options.threads) for shape in shapes]
     return 0 if all(met) else 1

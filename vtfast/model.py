@@ -213,6 +213,7 @@ def load_model(
 ) -> Policy:
     """Load a checkpoint of one of FAMILIES (folder or hub id); LoRA adapters that it holds are merged into the weights.
 
+    `dtype`: a name, or auto: bfloat16 on CUDA, else float32.
     `freeze`: any of vision (the tower), merger (its projection into the language model), language (all of the language
     model, embeddings and head included), embeddings (these alone). `attn_implementation`: of packed rows, auto or
     one of `vtfast.attention.BACKENDS`.
@@ -221,6 +222,8 @@ def load_model(
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     if dtype not in dtypes:
         raise UserError(f"dtype {dtype}: must be one of {', '.join(dtypes)}")
     folder = Path(model_path(path))

@@ -56,8 +56,6 @@ class Run:
         self.ranks = ranks = distributed.start(config)
         torch.manual_seed(config.seed)
 
-        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
-        dtype = dtype if config.dtype == "auto" else config.dtype
         path = model_path(config.model)
         if config.use_peft and (Path(path) / "adapter_config.json").is_file():
             raise UserError(
@@ -67,7 +65,7 @@ class Run:
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
         self.asker = Asker(config, self.processor)
         self.policy = load_model(
-            path, dtype, str(ranks.device), config.freeze, config.attn_implementation
+            path, config.dtype, str(ranks.device), config.freeze, config.attn_implementation
         )
         if config.use_liger_kernel and ranks.device.type == "cuda":
             use_liger(self.policy)

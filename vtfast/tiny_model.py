@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from vtfast.hub import ASSETS
 from vtfast.prompts import load_template, render
 from vtfast.synthetic import CELL, KINDS, Question, sample_question
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-ASSET = Path(__file__).parent / "assets" / "tiny-spatial-base"
+ASSET = ASSETS / "tiny-spatial-base"
 
 VOCABULARY = 400
 SPECIAL_TOKENS = (  # Qwen2-VL's, in its order; they take the last ids, as there

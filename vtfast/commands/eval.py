@@ -142,9 +142,7 @@ def _ask(options: argparse.Namespace, checkpoint, folder: Path):
         for name in ("min_pixels", "max_pixels")
     }
     processor = Processor.from_pretrained(checkpoint.path, **limits)
-    automatic = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    dtype = automatic if options.dtype == "auto" else options.dtype
-    policy = load_model(checkpoint.path, dtype, str(ranks.device))
+    policy = load_model(checkpoint.path, options.dtype, str(ranks.device))
     literal = config.get("literal_image", False)
     for bench in benches:
         evaluate(

@@ -136,15 +136,25 @@ def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[An
 
 
 def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[dict[str, Any]]]:
+    def wanted(there: list[str]) -> list[str]:
+        columns.check(there, file.name)
+        return columns.wanted(there)
+
+    return parquet_batches(file, wanted)
+
+
+def parquet_batches(
+    file: DataFile, wanted: Callable[[list[str]], list[str]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a parquet file in small batches. `wanted`: names of its columns -> those to read, or a UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # Small buffers: the default would read a whole column of the one row group at once.
         with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
-            there = table.schema_arrow.names
-            columns.check(there, file.name)
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns.wanted(there)):
+            columns = wanted(table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield batch.to_pylist()
     except UserError:
         raise

@@ -145,7 +145,7 @@ def _options(values: Any, *, required: bool) -> list[str]:
         raise BadRow(f"no options{kind}")
     if not values and required:
         raise BadRow("no options")
-    options = [_clean(_text(option, "option")) for option in values]
+    options = [clean_option(_text(option, "option")) for option in values]
     if not all(options):
         raise BadRow("empty option")
     return options
@@ -159,7 +159,7 @@ def _answer(value: Any, options: Sequence[str]) -> str:
         value = str(value)
         if not options:
             return value
-    answer = _clean(_unwrap(_text(value, "answer")))
+    answer = clean_option(_unwrap(_text(value, "answer")))
     if not answer:
         raise BadRow("empty answer")
     if options and answer not in options:
@@ -174,7 +174,7 @@ def _unwrap(text: str) -> str:
     return tagged[-1] if tagged else lettered[1] if lettered else text
 
 
-def _clean(text: str) -> str:
+def clean_option(text: str) -> str:
     """An option without the words that SAT's generator left in some by mistake."""
     return text.replace("in the first frame", "").strip()
 

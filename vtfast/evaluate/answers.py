@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.errors import UserError
-from vtfast.evaluate.benchmark import Benchmark, Item
+from vtfast.evaluate.benchmark import Benchmark, Item, Judged
 from vtfast.evaluate.scorer import LETTERS
 from vtfast.evaluate.scores import get_benchmark, judge, summarise
 
@@ -149,10 +149,18 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
     return list(rows.values()), whole
 
 
-def scores_of(bench: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Scores of an answer file's rows, judged anew, with the mean number of tokens and the share that was cut off."""
+def judge_rows(bench: str, rows: Sequence[Row]) -> list[Judged]:
+    """An answer file's rows, judged anew."""
     benchmark = get_benchmark(bench)
-    scores = summarise(benchmark, [judge(benchmark, item_of(row), row["response"]) for row in rows])
+    return [judge(benchmark, item_of(row), row["response"]) for row in rows]
+
+
+def scores_of(
+    bench: str, rows: Sequence[Row], judged: Sequence[Judged] | None = None
+) -> dict[str, Any]:
+    """Scores of an answer file's rows, with the mean number of tokens and the share that was cut off. `judged`: what
+    `judge_rows` gives, where that is at hand."""
+    scores = summarise(get_benchmark(bench), judge_rows(bench, rows) if judged is None else judged)
     return scores | {
         "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
@@ -166,23 +174,23 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
         UserError: no answers, or damaged ones.
     """
     rows, _ = read_answers(folder / f"{bench}.jsonl")
-    _judge_again(folder / f"{bench}.jsonl", bench, rows)
+    judged = judge_rows(bench, rows)
+    _mend(folder / f"{bench}.jsonl", rows, judged)
     settings = read_json(folder / "settings.json").get(bench, {})
     about = {"model": model, "step": step} | {
         name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
     }
-    scores = scores_of(bench, rows) | about
+    scores = scores_of(bench, rows, judged) | about
     path = folder / "scores.json"
     write_json(path, read_json(path) | {bench: scores})
     return scores
 
 
-def _judge_again(path: Path, bench: str, rows: Sequence[Row]) -> None:
+def _mend(path: Path, rows: Sequence[Row], judged: Sequence[Judged]) -> None:
     """What the rows say of themselves follows their responses, which a user may have mended."""
     changed = False
-    for row in rows:
-        judged = judge(get_benchmark(bench), item_of(row), row["response"])
-        now = {"correct": judged.correct, "strict_correct": judged.strict_correct}
+    for row, one in zip(rows, judged, strict=True):
+        now = {"correct": one.correct, "strict_correct": one.strict_correct}
         changed |= now != {name: row[name] for name in now}
         row.update(now)
     if changed:

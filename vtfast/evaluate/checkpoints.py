@@ -11,9 +11,8 @@ from typing import Any
 import yaml
 
 from vtfast.errors import UserError
+from vtfast.hub import ASSETS
 from vtfast.prompts import load_template
-
-ASSETS = Path(__file__).parent.parent / "assets"
 
 
 @dataclass(frozen=True)

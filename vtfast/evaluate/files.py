@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.data import BadRow
-from vtfast.data.files import BATCH_ROWS, DataFile
+from vtfast.data.files import DataFile, parquet_batches
 from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
@@ -117,17 +117,12 @@ def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, An
 
 
 def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    def all_of_them(there: list[str]) -> list[str]:
+        _check_columns(file, there, columns)
+        return there
 
-    try:
-        with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
-            _check_columns(file, table.schema_arrow.names, columns)
-            for batch in table.iter_batches(batch_size=BATCH_ROWS):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{file.name}: not a readable parquet file ({reason})") from error
+    for batch in parquet_batches(file, all_of_them):
+        yield from batch
 
 
 def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtfast.data import BadRow, question_kind
+from vtfast.data.rows import clean_option
 from vtfast.evaluate.benchmark import Benchmark, Item, accuracy, images_of, options_of, text_of
 from vtfast.prompts import join_options
 
 
 def read(row: Mapping[str, Any], index: int) -> Item:
-    options = [_clean(option) for option in options_of(row, "answers")]
-    answer = _clean(text_of(row, "correct_answer"))
+    options = [clean_option(option) for option in options_of(row, "answers")]
+    answer = clean_option(text_of(row, "correct_answer"))
     if answer not in options:
         raise BadRow(f"the answer {answer!r} is not among the options {options}")
     random.Random(f"SAT/{index}").shuffle(options)  # the generator puts the right one first
@@ -32,11 +33,6 @@ def read(row: Mapping[str, Any], index: int) -> Item:
         gold=options.index(answer),
         images=images_of(values),
     )
-
-
-def _clean(option: str) -> str:
-    """Without the words that SAT's generator left in some by mistake; training drops them too."""
-    return option.replace("in the first frame", "").strip()
 
 
 BENCHMARK = Benchmark(

@@ -19,8 +19,9 @@ from __future__ import annotations
 import ast
 import functools
 import re
-import string
 from collections.abc import Sequence
+
+from vtfast.rewards.strict import AROUND
 
 LETTERS = "ABCDEF"
 
@@ -133,8 +134,6 @@ def _latex(text: str) -> str:
 
 _ANSWERS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _LETTER_FIRST = re.compile(r"([a-f])(?:[^\w+-]+|$)(.*)")
-# Taken off both ends of an answer. Signs of numbers carry meaning: `-3` is not `3`.
-_AROUND = string.whitespace + "!\"'()*,.:;?[]_`{|}~“”‘’«»…。，"
 
 
 def strict_correct(response: str, options: Sequence[str], gold: int, letters: bool = True) -> bool:
@@ -161,4 +160,4 @@ def _named(answer: str, options: Sequence[str], letters: bool) -> set[int]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold().strip(_AROUND)
+    return " ".join(text.split()).casefold().strip(AROUND)

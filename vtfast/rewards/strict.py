@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _SHAPE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 # Stripped around an answer. Signs and decimal points of numbers carry meaning: `-3` is not `3`.
-_AROUND = string.whitespace + "!\"'()*,.:;?[]_`{|}~“”‘’«»…。，"
+AROUND = string.whitespace + "!\"'()*,.:;?[]_`{|}~“”‘’«»…。，"
 _NUMBER = re.compile(r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 _NUMERALS = re.compile(r"\d+(?:[.,]\d+)*")
 # Plain arithmetic. Powers and factorials stay out: sympy would compute 9^9^9, and no time limit
@@ -54,7 +54,7 @@ def _bare(text: str, around: str) -> str:
 
 
 def _normalise(text: str) -> str:
-    return _bare(" ".join(text.split()), _AROUND)
+    return _bare(" ".join(text.split()), AROUND)
 
 
 def _same_number(inside: str, sample: "Sample") -> bool:

@@ -54,13 +54,9 @@ class PagedCache:
         self.keys.zero_()
         self.values.zero_()
 
-    def need(self, prompt: int, new: int) -> tuple[int, int]:
-        """(shared pages, own pages of each row) for a prompt of `prompt` tokens and at most `new` more a row."""
-        return prompt // self.page, -(-(self.page - 1 + new) // self.page)
-
     def admit(self, prompt: int, rows: int, new: int) -> GroupPages | None:
         """Pages for a group; None while too few are free. Raises UserError if even an empty pool is too small."""
-        shared, own = self.need(prompt, new)
+        shared, own = pages_needed(self.page, prompt, new)
         total = shared + rows * own
         if total > self.pages:
             raise UserError(
@@ -86,6 +82,11 @@ class PagedCache:
             tokens.append(torch.arange(shared, prompt))
             slots.append(_slots(pages, self.page)[: prompt - shared])
         return torch.cat(tokens), torch.cat(slots)
+
+
+def pages_needed(page: int, prompt: int, new: int) -> tuple[int, int]:
+    """(shared pages, own pages of each row) for a prompt of `prompt` tokens and at most `new` more a row."""
+    return prompt // page, -(-(page - 1 + new) // page)
 
 
 def _slots(pages: list[int], page: int) -> Tensor:

@@ -19,6 +19,7 @@ from vtfast.errors import UserError
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
 from vtfast.rollout.attention import decode_attention
+from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.graphs import Capture, bucket
 from vtfast.rollout.loop import Rollout
 from vtfast.rollout.sampling import Completion, Sampling
@@ -164,8 +165,8 @@ class RolloutEngine:
     def _size(self, prompts: Sequence[Prompt], group: int, new: int) -> Size:
         """What these prompts need, with as many groups in flight as `max_rows` lets."""
         page = PAGE[self.policy.device.type]
-        own = -(-(page - 1 + new) // page)
-        needs = sorted((len(prompt.ids) // page + group * own for prompt in prompts), reverse=True)
+        pages = (pages_needed(page, len(prompt.ids), new) for prompt in prompts)
+        needs = sorted((shared + group * own for shared, own in pages), reverse=True)
         longest = max(len(prompt.ids) for prompt in prompts) + new
         in_flight = min(len(prompts) * group, max(self.max_rows, group))
         return Size(

@@ -247,10 +247,10 @@ class Rollout:
     def end_with_a_stop(self) -> list[bool]:
         """For each row in flight. The text of the row so far is searched, on the host."""
         places = torch.tensor(self.places, device=self.work.device)
+        longest = max(self.lengths[place] for place in self.places)
+        texts = self.work.output.tokens[places, :longest].tolist()
         found = []
-        for place, tokens in zip(
-            self.places, self.work.output.tokens[places].tolist(), strict=True
-        ):
+        for place, tokens in zip(self.places, texts, strict=True):
             text = self.processor.decode(tokens[: self.lengths[place]])
             found.append(any(stop in text for stop in self.sampling.stop))
         return found
@@ -265,7 +265,8 @@ class Rollout:
 
     def collect(self) -> list[list[Completion]]:
         output, eos = self.work.output, set(self.policy.eos_ids)
-        tokens, logps = output.tokens[: self.count].tolist(), output.logps[: self.count].tolist()
+        written = slice(self.count), slice(max(self.lengths))
+        tokens, logps = output.tokens[written].tolist(), output.logps[written].tolist()
         completions = []
         for place, n in enumerate(self.lengths):
             stopped = self.stopped[place] or tokens[place][n - 1] in eos
