@@ -35,6 +35,7 @@ setup(
         "vtfast.config",
         "vtfast.data",
         "vtfast.evaluate",
+        "vtfast.integrations",
         "vtfast.report",
         "vtfast.rewards",
         "vtfast.rollout",
