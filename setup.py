@@ -36,6 +36,7 @@ setup(
         "vtfast.data",
         "vtfast.evaluate",
         "vtfast.integrations",
+        "vtfast.migrate",
         "vtfast.report",
         "vtfast.rewards",
         "vtfast.rollout",

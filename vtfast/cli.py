@@ -21,6 +21,7 @@ COMMANDS = {
     "data": "tell what a data set holds (vtfast data inspect PATH)",
     "eval": "ask a model the questions of CV-Bench, BLINK, VSR or SAT, and score the answers",
     "report": "write one HTML page about a run, or about several side by side",
+    "migrate": "turn settings of TRL, R1-V or EasyR1 into a YAML file for --config",
     "make-base": "train the demo's base model from nothing",
 }
 """Each is `vtfast/commands/NAME.py`."""
