@@ -75,12 +75,11 @@ def migrate(what: str, system: str | None = None, rows: int | None = None) -> Mi
 def _take_what_code_says(source: Source, result: Migration) -> None:
     """What the others do not have as settings."""
     if result.system == "trl":
-        result.take(
-            "(prompts)",
-            "",
-            {},
-            "TRL's data holds whole prompts; here --template asks a row's question",
-        )
+        asked = "TRL's data holds whole prompts; here --template asks a row's question"
+        result.take("(prompts)", "", {}, asked)
+        correction = "vllm_importance_sampling_correction"
+        if result.settings.get("use_vllm") and correction not in source.values:
+            result.take(correction, True, {correction: True}, "its default with vLLM")
     elif result.system == "r1-v" and _is_visualthinker(source):
         same = {
             "template": "r1-zero", "literal_image": True, "reward_mode": "recipe", "static": True, "data": "array/SAT",
