@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-gpu lint aot bench
+.PHONY: setup demo test test-slow test-gpu lint aot bench docs
 
 setup: $(STAMP)
 
@@ -36,6 +36,9 @@ lint: setup
 
 aot: setup # every Triton kernel compiles for sm_80, sm_90 and sm_100, without spills, with wgmma on Hopper
 	$(BIN)/python -m bench aot
+
+docs: setup # into docs/site; shown by `python -m http.server -d docs/site`
+	$(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 bench: setup
 	$(BIN)/python -m bench kernels

@@ -54,6 +54,8 @@ setup(
             "ruff",
             "hypothesis",
             "selenium",
+            "mkdocs-material",
+            "mkdocstrings[python]",
             "peft>=0.18",
             "trl>=1.16; python_version >= '3.11'",
         ],

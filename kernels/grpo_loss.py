@@ -225,8 +225,9 @@ def grpo_loss(
         old_logp: [N] behaviour policy; None = on-policy (importance 1, with its gradient).
         ref_logp: [N] reference model; needed when `spec.beta` > 0.
         sampler_logp: [N] what the sampler reported; corrects for its drift from `old_logp`.
-        num_sequences, num_tokens: denominators over all micro-batches and ranks (default: local). A
-            tensor is not read on the host: values below 1, an empty batch's 0 too, count as 1.
+        num_sequences: denominator over all micro-batches and ranks (default: local). A tensor is
+            not read on the host: values below 1, an empty batch's 0 too, count as 1.
+        num_tokens: likewise.
         impl: auto | triton | torch | reference.
     """
     impl = choose_impl(impl, logp, "logp")

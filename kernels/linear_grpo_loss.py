@@ -292,7 +292,11 @@ def linear_grpo_loss(
         sequence_id: [N] int, non-decreasing; which entry of `advantage` a token belongs to.
         advantage: [S].
         spec: the loss, and the temperature of the softmax.
-        old_logp, ref_logp, sampler_logp, num_sequences, num_tokens: as in `grpo_loss`.
+        old_logp: this and the next four as in `grpo_loss`.
+        ref_logp: [N].
+        sampler_logp: [N].
+        num_sequences: denominator.
+        num_tokens: denominator.
         impl: auto | triton | torch | reference.
     """
     impl = choose_impl(impl, hidden)

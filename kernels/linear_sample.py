@@ -293,8 +293,9 @@ def linear_sample(
         hidden: [R, D].
         weight: [V, D], the lm_head.
         temperature: divides the logits.
-        seed, row_key, position: the randomness is a function of these alone. seed an int or a 0-d int64 tensor on
-            hidden's device; row_key, position [R] int64.
+        seed: an int or a 0-d int64 tensor on hidden's device. The randomness is a function of this and the next two.
+        row_key: [R] int64.
+        position: [R] int64.
         greedy: take the most likely token instead.
         impl: auto | triton | torch | reference.
 

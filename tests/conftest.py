@@ -1,5 +1,6 @@
-"""Shared fixtures: the shipped base model, a random tiny one, and questions rendered on the spot."""
+"""Shared fixtures: the shipped base model, a random tiny one, prompts, and a browser."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,27 @@ def prompts(processor):
         processor.encode("User: no picture at all\nAssistant:", []),
         processor.encode(IMAGE + "What is here?", [picture(140, 112)]),
     ]
+
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--window-size=1200,900",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A headless browser that logs its console and its requests; without one the test skips."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not (binary and chromedriver):
+        pytest.skip("needs a browser and its driver (Debian: chromium, chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = selenium.Chrome(options, selenium.ChromeService(chromedriver))
+    yield driver
+    driver.quit()

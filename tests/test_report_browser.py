@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shutil
 
 import pytest
 from make_runs import completion_row, metrics_row, write_run
@@ -11,22 +10,11 @@ from make_runs import completion_row, metrics_row, write_run
 from vtfast.report import write_report
 
 pytest.importorskip("selenium", reason="selenium is not installed")
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="needs a browser and its driver (Debian: chromium, chromium-driver)",
-)
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1200,900",
-)  # fmt: skip
 HOSTILE = (
     "<script>alert(1)</script></script><img src=x onerror=alert(2)><!-- \u2028 "
     "<svg onload=alert(3)><a href='javascript:alert(4)'>x</a> <style>body{display:none}</style>"
@@ -64,18 +52,6 @@ def pages(tmp_path_factory):
         "three": write_report([one, two, bare], folder / "3.html"),
         "long": write_report([long]),
     }
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

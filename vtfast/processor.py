@@ -88,8 +88,9 @@ class Processor:
         """Reads a checkpoint folder or hub id.
 
         Args:
-            min_pixels, max_pixels: limits of an image's area behind resizing; the checkpoint's own
-                where None. `save_pretrained` writes the limits in use.
+            min_pixels: least area of an image behind resizing; the checkpoint's own where None.
+                `save_pretrained` writes the limits in use.
+            max_pixels: largest area, likewise.
 
         Raises:
             UserError: no such checkpoint, or no tokenizer or image processor in it.

@@ -28,7 +28,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     token_budget: int | None = None,
 ) -> list[list[Tensor]]:
-    """log p(token | prompt, tokens before it) at `temperature`: result[p][g] is fp32 [tokens of sample g].
+    """log p(token | prompt, tokens before it) at `temperature`: `result[p][g]` is fp32 [tokens of sample g].
 
     Every prompt runs once for its completions, every image once. `token_budget` cuts the work into several rows of
     at most so many tokens; it changes nothing but the memory. Differentiable unless called under `torch.no_grad()`.

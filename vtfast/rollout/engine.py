@@ -88,7 +88,7 @@ class RolloutEngine:
         seed: int = 0,
         progress: bool = False,
     ) -> list[list[Completion]]:
-        """`num_generations` completions of each prompt: result[p][g].
+        """`num_generations` completions of each prompt: `result[p][g]`.
 
         `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Raises UserError for a
         prompt that does not fit into the cache.

@@ -88,7 +88,7 @@ class VLLMEngine:
         seed: int = 0,
         progress: bool = False,
     ) -> list[list[Completion]]:
-        """`num_generations` completions of each prompt: result[p][g]. Raises UserError when vLLM made other tokens of
+        """`num_generations` completions of each prompt: `result[p][g]`. Raises UserError when vLLM made other tokens of
         a prompt than the trainer would."""
         if not prompts:
             return []

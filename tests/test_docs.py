@@ -1,0 +1,112 @@
+"""The documentation builds without a warning, opens in a browser, and says what is so."""
+
+import functools
+import importlib
+import json
+import re
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "pages"
+NAMES = sorted(path.stem for path in PAGES.glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs", reason="mkdocs-material is not installed")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "-f", "docs/mkdocs.yml", "-d", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(site):
+    """Its address."""
+    handler = functools.partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        """Nothing: a test's output is its own."""
+
+
+def test_every_page_opens_with_its_pictures_and_asks_nobody_else(served, chromium):
+
+    for name in NAMES:
+        chromium.get_log("performance")
+        chromium.get(f"{served}/{name}.html")
+        broken = chromium.execute_script(
+            "return [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
+        )
+        assert broken == [], name
+        assert len(chromium.find_element("tag name", "article").text) > 300, f"{name} is empty"
+        events = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
+        asked = [
+            e["params"]["request"]["url"]
+            for e in events
+            if e["method"] == "Network.requestWillBeSent"
+        ]
+        assert not [
+            url for url in asked if url.startswith("http") and not url.startswith(served)
+        ], name
+        severe = [e for e in chromium.get_log("browser") if e["level"] == "SEVERE"]
+        assert severe == [], name
+
+
+def test_the_search_finds_a_setting(served, chromium):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    chromium.get(f"{served}/index.html")
+    box = chromium.find_element("css selector", "input.md-search__input")
+    chromium.execute_script("document.getElementById('__search').click()")
+    WebDriverWait(chromium, 20).until(lambda page: box.is_displayed())
+    box.send_keys("rollout_max_rows")
+    found = WebDriverWait(chromium, 20).until(
+        lambda page: [
+            link.get_attribute("href")
+            for link in page.find_elements("css selector", "a.md-search-result__link")
+        ]
+    )
+    assert any("settings.html" in href for href in found)
+
+
+def test_every_setting_and_every_public_name_is_there(site):
+    from vtfast.config import field_names
+
+    settings = (site / "settings.html").read_text()
+    for name in field_names():
+        assert f"--{name}<" in settings, name
+    for page in ("python", "kernels"):
+        for name in re.findall(r"^::: (\S+)", (PAGES / f"{page}.md").read_text(), re.MULTILINE):
+            assert f'id="{name}"' in (site / f"{page}.html").read_text(), name
+
+
+def test_files_that_the_pages_name_exist():
+    """`vtfast/x.py`, `tests/y.py`, `kernels/z.py` in any page; and `folder/file.py` of vtfast's own folders."""
+    for page in [*PAGES.glob("*.md"), ROOT / "README.md"]:
+        for name in re.findall(
+            r"`((?:vtfast|kernels|tests|bench|docs)/[\w./-]*)`", page.read_text()
+        ):
+            if "NAME" not in name:
+                assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_imports_in_the_pages_work():
+    pattern = r"^(?:from (vtfast\S*) import ([\w, ]+)|import (vtfast\S*))"
+    for page in PAGES.glob("*.md"):
+        for module, names, alone in re.findall(pattern, page.read_text(), re.MULTILINE):
+            found = importlib.import_module(module or alone)
+            for name in filter(None, names.split(", ")):
+                assert hasattr(found, name), f"{page.name}: from {module} import {name}"
