@@ -2,9 +2,12 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,3 +43,59 @@ def test_the_root_folder_does_not_shadow_the_hubs_kernels(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     check = IMPORTS + "import kernels; assert kernels.theirs"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What a user gets: the sdist, the wheel built from it, installed into an empty folder."""
+    work = tmp_path_factory.mktemp("dist")
+    copy = work / "checkout"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file() and not name.startswith(("bench/", "docs/", "tests/")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    quiet = {"capture_output": True, "text": True, "check": True}
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", str(work)], cwd=copy, **quiet)
+    (sdist,) = work.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(work), str(sdist)], **quiet
+    )
+    (wheel,) = work.glob("*.whl")
+    target = work / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], **quiet)
+    return target
+
+
+def test_sdist_and_wheel_hold_every_file_of_the_packages(installed):
+    def files(folder, top):
+        return {
+            path.relative_to(folder).as_posix()
+            for path in (folder / top).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+
+    assert files(installed, "vtfast") == files(ROOT, "vtfast")
+    ours = {
+        name.replace("kernels/", "vtfast_kernels/", 1)
+        for name in files(ROOT, "kernels")
+        if name.endswith(".py")
+    }
+    assert files(installed, "vtfast_kernels") == ours
+
+
+def test_the_installed_package_runs_from_anywhere(installed, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-m", "vtfast", "train", "--dry-run", "--max_steps", "3"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "max_steps: 3" in done.stdout
+    where = subprocess.run(
+        [sys.executable, "-c", "import vtfast, vtfast_kernels.linear_sample as k; print(vtfast.__file__, k.__file__)"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert all(path.startswith(str(installed)) for path in where.stdout.split())
