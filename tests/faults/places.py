@@ -32,6 +32,8 @@ renaming of the folder, before each thing that is removed of an old checkpoint, 
 PLACES = (*WRAPPED, *FILES)
 MAIN_ONLY = ("rename", "renamed", "drop", "log")
 """Places that only rank 0 comes to."""
+IMPATIENCE = 10
+"""Most visits between an impatient scheduler's SIGTERM and its SIGKILL."""
 STEP = re.compile(r"step-(\d+)$")
 PARTIAL = ".partial"
 
@@ -43,7 +45,8 @@ class Moment:
     place: str
     nth: int
     action: str = "SIGKILL"
-    """SIGKILL; SIGTERM, as a scheduler gives notice; tear: leave the file that was being written cut short, and die."""
+    """SIGKILL; SIGTERM, as a scheduler gives notice; impatient: SIGTERM, and SIGKILL a few visits of any place later;
+    tear: leave the file that was being written cut short, and die."""
     rank: int | None = None
     """The rank that is struck; None: each, when it comes there."""
     share: float = 0.5
@@ -80,6 +83,7 @@ class Watch:
         self.journal = os.open(orders.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.checkpoints = str(Path(orders.folder).absolute() / "checkpoints") + os.sep
         self.removing = False
+        self.visits_left: int | None = None
 
     def note(self, *words: object) -> None:
         """A line of the journal. One write of a few bytes: whole or absent, whatever happens next."""
@@ -88,6 +92,10 @@ class Watch:
     def visit(self, place: str, tear: Callable[[float], None] | None = None) -> None:
         """`tear`: cuts what is being written down to a share."""
         self.counts[place] += 1
+        if self.visits_left is not None:
+            self.visits_left -= 1
+            if self.visits_left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         moment = self.orders.moment
         if (
             moment is None
@@ -96,7 +104,9 @@ class Watch:
         ):
             return
         self.note("struck", self.rank, place, moment.nth)
-        if moment.action == "SIGTERM":
+        if moment.action in ("SIGTERM", "impatient"):
+            if moment.action == "impatient":
+                self.visits_left = int(moment.share * IMPATIENCE)
             os.kill(os.getppid() if moment.notify == "parent" else os.getpid(), signal.SIGTERM)
             return
         if moment.action == "tear" and tear is not None:

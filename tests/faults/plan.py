@@ -41,6 +41,7 @@ KINDS = (
     Kind("torn log line", "log", "tear"),
     Kind("SIGTERM in backward", "backward", "SIGTERM"),
     Kind("SIGTERM while writing", "fsync", "SIGTERM"),
+    Kind("SIGTERM, then SIGKILL", "rollout", "impatient"),
     Kind("timer", TIMER),
     *(Kind(name, "rollout", damage=name) for name in DAMAGES),
 )
