@@ -1,0 +1,99 @@
+"""A run that is ended anywhere and resumed is the run that was never ended: the same numbers, the same weights, bit for
+bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vtfast.config import Config, SFTConfig, load_config
+from vtfast.sft import SFTTrainer
+from vtfast.trainer import Trainer
+
+SHORT = {
+    "max_steps": 4, "eval_samples": 4, "num_generations": 4, "max_completion_length": 12, "report_to": "none",
+    "per_device_train_batch_size": 3, "save_steps": 1, "warmup_steps": 2,
+}  # fmt: skip
+SHORT_SFT = {
+    name: value for name, value in SHORT.items() if name not in ("num_generations",)
+} | {"recipe": "tiny-spatial-sft"}  # fmt: skip
+UNEQUAL = ("time/", "tokens_per_second", "memory_", "mfu")
+"""Numbers that two runs of the same have different ones of."""
+
+
+class Killed(Exception):
+    pass
+
+
+def build(**settings):
+    if settings.get("recipe", "").endswith("-sft"):
+        settings = SHORT_SFT | settings
+        recipe = settings.pop("recipe")
+        return SFTTrainer(load_config(recipe, overrides=settings, kind=SFTConfig))
+    return Trainer(load_config(overrides=SHORT | settings, kind=Config))
+
+
+def run(folder: Path, kill_at: int | None = None, **settings) -> Path:
+    """A run in this process. `kill_at`: ends in the middle of that step, weights already changed."""
+    trainer = build(output_dir=str(folder), **settings)
+    if kill_at is not None:
+        whole_step = trainer.step
+
+        def step(number, questions):
+            result = whole_step(number, questions)
+            if number == kill_at:
+                raise Killed
+            return result
+
+        trainer.step = step
+        with pytest.raises(Killed):
+            trainer.run()
+        trainer.saver.close()
+    else:
+        trainer.run()
+    return folder
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    (path,) = (folder / "checkpoints" / f"step-{step}").glob("*model.safetensors")
+    return load_file(path)
+
+
+def assert_same_run(one: Path, other: Path, step: int = 4) -> None:
+    assert rows(one) == rows(other)
+    assert rows(one, "completions.jsonl") == rows(other, "completions.jsonl")
+    expected, found = weights(one, step), weights(other, step)
+    assert expected.keys() == found.keys()
+    assert [name for name, value in expected.items() if not value.equal(found[name])] == []
+    resume = Path("checkpoints") / f"step-{step}" / "resume" / "rank-0.safetensors"
+    expected, found = load_file(one / resume), load_file(other / resume)
+    assert [name for name, value in expected.items() if not value.equal(found[name])] == []
+
+
+KINDS = {
+    "plain": {},
+    "reference": {"beta": 0.04},
+    "twice": {"num_iterations": 2, "beta": 0.04, "learning_rate": 1e-2},
+    "lora": {"use_peft": True, "lora_r": 2, "beta": 0.04},
+    "frozen": {"freeze": "vision,embeddings", "weight_decay": 0.1},
+    "bf16": {"dtype": "bfloat16", "lr_scheduler_type": "cosine"},
+    "passes": {"token_budget": 150, "gradient_checkpointing": True},
+    "sft": {"recipe": "tiny-spatial-sft"},
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path):
+    settings = KINDS[kind]
+    run(tmp_path / "whole", **settings)
+    run(tmp_path / "killed", kill_at=3, **settings)
+    assert len(rows(tmp_path / "killed")) == 2
+    run(tmp_path / "killed", resume_from_checkpoint="last", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
