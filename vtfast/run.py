@@ -20,6 +20,7 @@ from tqdm import tqdm
 from vtfast import distributed
 from vtfast.checkpoint import Saver, check_output_dir, prepare_run_folder
 from vtfast.checkpoint.logs import completed_step, mark_completed
+from vtfast.checkpoint.rng import seed_all
 from vtfast.checkpoint.state import fingerprint
 from vtfast.config import RunConfig
 from vtfast.data import Sample
@@ -58,7 +59,7 @@ class Run:
         check_trackers(config.report_to)
         self.config = config
         self.ranks = ranks = distributed.start(config)
-        torch.manual_seed(config.seed)
+        seed_all(config.seed)
         checkpoint = agree_on_checkpoint(config, ranks)
 
         path = model_path(config.model)
