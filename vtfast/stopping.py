@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 log = logging.getLogger("vtfast")
+STOP = ".stop"
+"""File of the run folder by which a rank tells the others."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -22,7 +24,7 @@ class StopNotice:
 
     def __init__(self, folder: Path) -> None:
         """`folder`: the run's, which all ranks see."""
-        self.file = folder / ".stop"
+        self.file = folder / STOP
         self.signal: str | None = None
 
     @property

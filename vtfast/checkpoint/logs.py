@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vtfast.checkpoint.files import flush, write_text
 from vtfast.checkpoint.save import checkpoints
+from vtfast.stopping import STOP
 
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl")
@@ -52,19 +53,29 @@ def cut_back(run: Path, step: int) -> None:
         aside.take(folder)
     if completed_step(run) > step:
         aside.take(run / COMPLETED)
-    for leftover in (run / "checkpoints").glob(".step-*"):  # of a save or a removal that was killed
-        shutil.rmtree(leftover)
+    _clear(run)
     if aside.taken:
         log.info("what came after step %d is in %s now", step, aside.taken)
 
 
 def set_aside(run: Path) -> None:
-    """Move all of a run folder to RUN/superseded-K: the run starts from the beginning."""
+    """Move all of a run folder to RUN/superseded-K: the run starts from the beginning.
+
+    config.yaml goes last: as long as it is there, a start that is killed here can be made again."""
+    _clear(run)
     aside = _Aside(run)
-    for path in sorted(run.iterdir()):
+    for path in sorted(run.iterdir(), key=lambda path: (path.name == "config.yaml", path.name)):
         if not path.name.startswith(SUPERSEDED):
             aside.take(path)
     log.info("what was there is in %s now", aside.taken)
+
+
+def _clear(run: Path) -> None:
+    """Delete what a save, a removal or a cut that was killed has left half done, and a notice that came to nothing."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
+    for leftover in (run / STOP, *run.glob(".*.partial")):
+        leftover.unlink(missing_ok=True)
 
 
 def copy_logs(source: Path, run: Path, step: int) -> None:
