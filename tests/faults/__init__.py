@@ -5,7 +5,8 @@
     runs      the commands whose runs are killed
     plan      which fault strikes where: a function of the seed and the trial's number
     places    what is counted inside a trainer, and what happens at the n-th time
-    start     one start of a trainer, under DeepSpeed's launcher or forked from a process that has imported everything
+    start     what runs in the process of a trainer
+    launch    starting trainers on all ranks, as users do or by forks, and seeing them out
     damage    what a disk or a careless hand does to a checkpoint
     verify    whole checkpoints, equal runs, processes left over
     campaign  trials, one after the other

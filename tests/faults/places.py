@@ -26,11 +26,12 @@ WRAPPED = {
     "optimizer": "torch.optim.AdamW.step",  # this rank's share of the weights is new, the others' are not yet
 }
 """Places that are functions; "optimizer" is counted behind the call, the others before it."""
-FILES = ("open", "fsync", "rename", "renamed", "drop", "log")
+FILES = ("open", "fsync", "rename", "renamed", "drop", "tidy", "log")
 """Places in the life of files: before one of a checkpoint is opened, before it is flushed, before and behind the
-renaming of the folder, before each thing that is removed of an old checkpoint, and behind a line of the logs."""
+renaming of the folder, before each thing that is removed of an old checkpoint, before anything else of the run folder
+is renamed, and behind a line of the logs."""
 PLACES = (*WRAPPED, *FILES)
-MAIN_ONLY = ("rename", "renamed", "drop", "log")
+MAIN_ONLY = ("rename", "renamed", "drop", "tidy", "log")
 """Places that only rank 0 comes to."""
 IMPATIENCE = 10
 """Most visits between an impatient scheduler's SIGTERM and its SIGKILL."""
@@ -81,7 +82,8 @@ class Watch:
         self.orders, self.rank = orders, rank
         self.counts: Counter[str] = Counter()
         self.journal = os.open(orders.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self.checkpoints = str(Path(orders.folder).absolute() / "checkpoints") + os.sep
+        self.folder = os.path.abspath(orders.folder) + os.sep
+        self.checkpoints = os.path.join(self.folder, "checkpoints", "")
         self.removing = False
         self.visits_left: int | None = None
 
@@ -151,11 +153,15 @@ class Watch:
         @functools.wraps(rename)
         def watched(source, target, **kwargs) -> None:
             lands = self.checkpoint_of(target)
-            leaves = self.checkpoint_of(source)
             if lands:
                 self.visit("rename")
-            elif leaves:
-                self.visit("drop")
+            elif self.is_inside(source, self.checkpoints) and self.is_inside(
+                target, self.checkpoints
+            ):
+                if self.checkpoint_of(source):
+                    self.visit("drop")
+            elif self.is_inside(source, self.folder):
+                self.visit("tidy")
             rename(source, target, **kwargs)
             if lands:
                 self.note("landed", lands)
@@ -170,8 +176,8 @@ class Watch:
             if writes and isinstance(path, str) and self.is_partial(path):
                 self.visit("open")
         elif event == "shutil.rmtree":
-            path = os.path.abspath(os.fspath(arguments[0]))
-            self.removing = path.startswith(self.checkpoints)
+            path = os.fspath(arguments[0])
+            self.removing = self.is_inside(path, self.checkpoints)
             if self.removing and self.checkpoint_of(path):
                 self.visit("drop")
         elif event == "os.remove" and self.removing:
@@ -184,8 +190,11 @@ class Watch:
         return int(found[1]) if found and path.startswith(self.checkpoints) else None
 
     def is_partial(self, path: str) -> bool:
-        path = os.path.abspath(path)
-        return path.startswith(self.checkpoints) and PARTIAL in path
+        return self.is_inside(path, self.checkpoints) and PARTIAL in path
+
+    @staticmethod
+    def is_inside(path: str | os.PathLike, folder: str) -> bool:
+        return os.path.abspath(os.fspath(path)).startswith(folder)
 
     def watch_log(self) -> None:
         """A line is torn by cutting what a step has just written, in the order in which it was written."""

@@ -11,6 +11,8 @@ from .places import MAIN_ONLY, Moment
 from .runs import SETTINGS, Settings
 
 TIMER = "timer"
+TIDY = 5
+"""Things that a start may have to move, at least."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,22 @@ class Kind:
     place: str
     """One of `places.PLACES`, or TIMER: all ranks are killed from outside after a time drawn at random."""
     action: str = "SIGKILL"
+    window: tuple[float, float] = (0.0, 1.0)
+    """The part of an uninterrupted run in which it strikes."""
     damage: str | None = None
     """One of `damage.DAMAGES`, done to the newest checkpoint after the kill."""
+    again_at: str | None = None
+    """Where the next start is struck; None: in half of the trials, anywhere."""
     needs_limit: bool = False
     """Only where old checkpoints are dropped."""
 
 
+EARLY, LATE = (0.0, 0.1), (0.5, 0.9)
+"""Before the first checkpoint; with at least one."""
 KINDS = (
     Kind("rollout", "rollout"),
     Kind("backward", "backward"),
     Kind("optimizer step", "optimizer"),
-    Kind("SIGTERM in rollout", "rollout", "SIGTERM"),
     Kind("opening a checkpoint's file", "open"),
     Kind("half-written file", "fsync", "tear"),
     Kind("between write and fsync", "fsync"),
@@ -39,13 +46,16 @@ KINDS = (
     Kind("after the rename", "renamed"),
     Kind("dropping an old checkpoint", "drop", needs_limit=True),
     Kind("torn log line", "log", "tear"),
+    Kind("again while going on", "rollout", window=LATE, again_at="tidy"),
+    Kind("again while starting over", "rollout", window=EARLY, again_at="tidy"),
+    Kind("timer", TIMER),
+    Kind("SIGTERM in rollout", "rollout", "SIGTERM"),
     Kind("SIGTERM in backward", "backward", "SIGTERM"),
     Kind("SIGTERM while writing", "fsync", "SIGTERM"),
     Kind("SIGTERM, then SIGKILL", "rollout", "impatient"),
-    Kind("timer", TIMER),
-    *(Kind(name, "rollout", damage=name) for name in DAMAGES),
+    *(Kind(name, "rollout", window=LATE, damage=name) for name in DAMAGES),
 )
-CRASHES = tuple(kind for kind in KINDS if kind.action == "SIGKILL" and not kind.damage)
+CRASHES = KINDS[:10]
 """What may strike the resumed run again."""
 LAUNCHER = ("rollout", "SIGTERM in rollout", "flipped bit")
 """Kinds whose first trial on two ranks runs under DeepSpeed's own launcher."""
@@ -64,11 +74,15 @@ class Trial:
         return random.Random(f"{self.seed}/{what}")
 
     @property
-    def again(self) -> Kind | None:
-        """What strikes the resumed run, in half of the trials."""
+    def faults(self) -> list[Kind]:
+        """What strikes the first start, and what the next."""
+        if self.kind.again_at:
+            return [self.kind, Kind(self.kind.name, self.kind.again_at)]
         chance = self.chance("again")
-        possible = [kind for kind in CRASHES if not kind.needs_limit or self.settings.limit]
-        return chance.choice(possible) if chance.random() < 0.5 and not self.launcher else None
+        if self.launcher or chance.random() < 0.5:
+            return [self.kind]
+        possible = [kind for kind in CRASHES if self.settings.limit or not kind.needs_limit]
+        return [self.kind, chance.choice(possible)]
 
     def moment(self, kind: Kind, start: int, counts: Mapping[str, Mapping[int, int]]) -> Moment:
         """Where `kind` strikes at the `start`-th start, from 0.
@@ -81,12 +95,12 @@ class Trial:
         if place in MAIN_ONLY:
             struck = 0
         most = min(counts[place][rank] for rank in (ranks if struck is None else [struck]))
-        first, last = (0.5, 0.9) if kind.damage else (0.0, 1.0)
-        if start:  # much is done by now
-            last = 0.3
-        nth = 1 + int(most * chance.uniform(first, last))
+        first, last = kind.window if start == 0 else (0.0, 0.3)  # much is done by then
+        nth = min(1 + int(most * chance.uniform(first, last)), most)
+        if place == "tidy":
+            nth = chance.randint(1, TIDY)
         notify = "parent" if self.launcher else "self"
-        return Moment(place, min(nth, most), kind.action, struck, chance.random(), notify)
+        return Moment(place, nth, kind.action, struck, chance.random(), notify)
 
 
 def plan(trials: int, seed: int, ranks: Sequence[int]) -> list[Trial]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,25 +29,29 @@ def problem(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole; None if it is."""
     try:
         listed = json.loads((checkpoint / CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
+        digests = {name: entry["sha256"] for name, entry in listed.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{CHECKSUMS}: {error}"
-    for name, expected in listed.items():
+    for name, digest in digests.items():
         try:
             data = (checkpoint / name).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return str(error)
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        if hashlib.sha256(data).hexdigest() != digest:
             return f"{name}: its bytes are not those that were written"
     present = {
         str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()
     }
-    unlisted = present - set(listed) - {CHECKSUMS}
+    unlisted = present - set(digests) - {CHECKSUMS}
     return f"files without a checksum: {', '.join(sorted(unlisted))}" if unlisted else None
 
 
 def loadable(checkpoint: Path) -> str | None:
     """Why transformers cannot load a checkpoint's weights and tokenizer; None if it can."""
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     try:
         Qwen2VLForConditionalGeneration.from_pretrained(checkpoint)
@@ -126,8 +131,16 @@ def leftovers(folder: Path) -> list[str]:
     )
 
 
-def processes(mark: str, sessions: set[int]) -> list[int]:
-    """Ids of processes that belong to one of `sessions`, or were started with `mark` in their environment."""
+def processes(mark: str, sessions: set[int], patience: float = 20.0) -> list[int]:
+    """Ids of processes that belong to one of `sessions`, or were started with `mark` in their environment, and that
+    have not noticed within `patience` seconds that whom they work for is gone."""
+    until = time.monotonic() + patience
+    while (found := _processes(mark, sessions)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+def _processes(mark: str, sessions: set[int]) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
