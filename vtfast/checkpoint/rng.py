@@ -15,6 +15,12 @@ from torch import Tensor
 GAUSS = "random.gauss"
 
 
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def rng_state() -> dict[str, Tensor]:
     version, words, gauss = random.getstate()
     _, keys, *rest = np.random.get_state()
