@@ -2,8 +2,10 @@
 bit."""
 
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +23,11 @@ SHORT_SFT = {
 } | {"recipe": "tiny-spatial-sft"}  # fmt: skip
 UNEQUAL = ("time/", "tokens_per_second", "memory_", "mfu")
 """Numbers that two runs of the same have different ones of."""
+
+
+def noisy_reward(completion: str, sample) -> float:
+    """A reward of a user's own that rolls dice."""
+    return random.random() + np.random.random() + torch.rand(()).item()
 
 
 class Killed(Exception):
@@ -69,12 +76,14 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def assert_same_run(one: Path, other: Path, step: int = 4) -> None:
     assert rows(one) == rows(other)
     assert rows(one, "completions.jsonl") == rows(other, "completions.jsonl")
-    expected, found = weights(one, step), weights(other, step)
-    assert expected.keys() == found.keys()
-    assert [name for name, value in expected.items() if not value.equal(found[name])] == []
+    assert unequal(weights(one, step), weights(other, step)) == []
     resume = Path("checkpoints") / f"step-{step}" / "resume" / "rank-0.safetensors"
-    expected, found = load_file(one / resume), load_file(other / resume)
-    assert [name for name, value in expected.items() if not value.equal(found[name])] == []
+    assert unequal(load_file(one / resume), load_file(other / resume)) == []
+
+
+def unequal(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    assert expected.keys() == found.keys()
+    return [name for name, value in expected.items() if not value.equal(found[name])]
 
 
 KINDS = {
@@ -85,13 +94,14 @@ KINDS = {
     "frozen": {"freeze": "vision,embeddings", "weight_decay": 0.1},
     "bf16": {"dtype": "bfloat16", "lr_scheduler_type": "cosine"},
     "passes": {"token_budget": 150, "gradient_checkpointing": True},
+    "dice": {"reward_funcs": "test_resume:noisy_reward", "reward_workers": 0},
     "sft": {"recipe": "tiny-spatial-sft"},
 }
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path):
-    settings = KINDS[kind]
+def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path, questions):
+    settings = questions | KINDS[kind]
     run(tmp_path / "whole", **settings)
     run(tmp_path / "killed", kill_at=3, **settings)
     assert len(rows(tmp_path / "killed")) == 2

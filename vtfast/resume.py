@@ -15,7 +15,7 @@ from vtfast.checkpoint.find import Checkpoint, find_checkpoint
 from vtfast.checkpoint.optimizer import restore, scalars
 from vtfast.checkpoint.rng import set_rng_state
 from vtfast.checkpoint.run_folder import settings
-from vtfast.checkpoint.state import State, code_versions, samples_digest
+from vtfast.checkpoint.state import State, code_versions
 from vtfast.config import RunConfig
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
@@ -87,7 +87,7 @@ def state_of(run: Run, step: int) -> State:
         ranks=run.ranks.size,
         prompts_per_step=run.prompts_per_step,
         samples=len(run.train_samples),
-        samples_digest=samples_digest(run.train_samples),
+        samples_digest=run.samples_digest,
         base=run.base,
         schedule=engine.lr_scheduler.state_dict(),
         optimizer=scalars(engine.optimizer),
@@ -137,7 +137,7 @@ def _compare(run: Run, checkpoint: Checkpoint) -> None:
             "; from here on other questions are asked than would have been" if name in ORDER else ""
         )
         say("--%s: %s, was %s in %s%s", name, now, before, where.name, note)
-    if state.samples_digest != samples_digest(run.train_samples):
+    if state.samples_digest != run.samples_digest:
         log.warning(
             "%s: the training samples are others than those of %s (%d, were %d)",
             run.config.data, where.name, len(run.train_samples), state.samples,

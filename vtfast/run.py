@@ -21,7 +21,7 @@ from vtfast import distributed
 from vtfast.checkpoint import Saver, check_output_dir, prepare_run_folder
 from vtfast.checkpoint.logs import completed_step, mark_completed
 from vtfast.checkpoint.rng import seed_all
-from vtfast.checkpoint.state import fingerprint
+from vtfast.checkpoint.state import fingerprint, samples_digest
 from vtfast.config import RunConfig
 from vtfast.data import Sample
 from vtfast.errors import Stopped, UserError
@@ -86,6 +86,7 @@ class Run:
             rendered = render_synthetic(config, Path(scratch) / "data")
             samples = load_questions(config, self.asker, rendered)
             self.train_samples = self.trainable(samples["train"])
+            self.samples_digest = samples_digest(self.train_samples)
             self.held_out_samples = samples.get("val", [])
             config.max_steps = self.max_steps()
             self.engine = distributed.zero2_engine(config, objective)
@@ -171,11 +172,11 @@ class Run:
             self.folder, len(self.train_samples), len(self.held_out_samples), self.prompts_per_step,
             config.max_steps, f" of which {self.done} are done" if self.done else "", ranks.size, ranks.device.type,
         )  # fmt: skip
-        if self.done == 0:
-            self.before = self.judge()
-        if ranks.is_main:
-            self.tracker = Tracker(config, self.folder, self.done, self.trackers)
         with self.stop.listening():
+            if self.done == 0:
+                self.before = self.judge()
+            if ranks.is_main:
+                self.tracker = Tracker(config, self.folder, self.done, self.trackers)
             self.rollout.give_up = lambda: self.stop.received
             try:
                 self.train()

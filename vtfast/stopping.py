@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 log = logging.getLogger("vtfast")
-STOP = ".stop"
-"""File of the run folder by which a rank tells the others."""
+STOP_FILE = ".stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -24,7 +24,7 @@ class StopNotice:
 
     def __init__(self, folder: Path) -> None:
         """`folder`: the run's, which all ranks see."""
-        self.file = folder / STOP
+        self.file = folder / STOP_FILE
         self.signal: str | None = None
 
     @property
@@ -37,6 +37,10 @@ class StopNotice:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Notice signals instead of dying of them. A second Ctrl-C interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            log.info("signals are left alone: the run is not in the main thread")
+            yield
+            return
         before = {number: signal.signal(number, self._notice) for number in SIGNALS}
         try:
             yield

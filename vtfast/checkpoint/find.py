@@ -25,13 +25,15 @@ class Checkpoint:
     state: State
 
     @property
-    def run(self) -> Path:
-        """The run folder that it belongs to."""
-        return self.folder.parent.parent
+    def run(self) -> Path | None:
+        """The run folder that it belongs to; None for a folder that has been copied out of its run."""
+        run = self.folder.parent.parent
+        inside = self.folder.parent.name == "checkpoints" and (run / "config.yaml").is_file()
+        return run if inside else None
 
     def trackers(self, run: Path) -> dict[str, str]:
         """Ids at the trackers that `run` goes on under; a fork gets its own."""
-        return self.state.trackers if run.resolve() == self.run.resolve() else {}
+        return self.state.trackers if self.run == run.resolve() else {}
 
 
 def find_checkpoint(config: RunConfig) -> Checkpoint | None:
@@ -45,7 +47,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if wanted is None:
         return None
     if wanted == LAST:
-        found = _newest_whole(Path(_output_dir(config.output_dir)), config)
+        found = _newest_whole(Path(_output_dir(config.output_dir)).resolve(), config)
         if found is None:
             log.info(
                 "%s: no checkpoint to go on from; starting from the beginning", config.output_dir

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from vtfast.checkpoint.files import flush, write_text
 from vtfast.checkpoint.save import checkpoints
-from vtfast.stopping import STOP
 
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl")
@@ -71,11 +70,11 @@ def set_aside(run: Path) -> None:
 
 
 def _clear(run: Path) -> None:
-    """Delete what a save, a removal or a cut that was killed has left half done, and a notice that came to nothing."""
+    """Delete what a save, a removal or a cut that was killed has left half done."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
-    for leftover in (run / STOP, *run.glob(".*.partial")):
-        leftover.unlink(missing_ok=True)
+    for leftover in run.glob(".*.partial"):
+        leftover.unlink()
 
 
 def copy_logs(source: Path, run: Path, step: int) -> None:

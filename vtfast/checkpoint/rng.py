@@ -16,7 +16,6 @@ GAUSS = "random.gauss"
 
 
 def seed_all(seed: int) -> None:
-    """Begin all of them at `seed`, as two runs of the same must."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -11,6 +11,7 @@ from vtfast.checkpoint.find import LAST, Checkpoint
 from vtfast.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, set_aside
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
+from vtfast.stopping import STOP_FILE
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -46,12 +47,18 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
         folder = _new_folder(config)
         if _holds_something(folder):
             set_aside(folder)
-    elif config.output_dir is None or Path(config.output_dir).resolve() == checkpoint.run:
-        folder = checkpoint.run if config.output_dir is None else Path(config.output_dir)
+    elif config.output_dir is not None and Path(config.output_dir).resolve() != checkpoint.run:
+        folder = _new_folder(config)
+        if checkpoint.run:
+            copy_logs(checkpoint.run, folder, checkpoint.state.step)
+    elif checkpoint.run:
+        folder = Path(config.output_dir or checkpoint.run)
         cut_back(folder, checkpoint.state.step)
     else:
-        folder = _new_folder(config)
-        copy_logs(checkpoint.run, folder, checkpoint.state.step)
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint.folder}: lies in no run folder; name a new --output_dir"
+        )
+    (folder / STOP_FILE).unlink(missing_ok=True)  # of a run that was killed while it stopped
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_text(folder / "config.yaml", settings(config))
     return folder
