@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -113,6 +112,8 @@ class _Trial:
         self.reference, self.launcher = reference, launcher
         self.damaged: set[int] = set()
         """Steps whose checkpoints the trial has damaged."""
+        self.dropped: set[int] = set()
+        """Steps whose checkpoints gave way to newer ones, as `save_total_limit` says."""
         self.result = Result(trial)
 
     def play(self) -> Result:
@@ -153,11 +154,13 @@ class _Trial:
         """What must hold after every start, however it ended. `notice`: it was asked to stop by a SIGTERM."""
         result, number, limit = self.result, self.result.starts, self.trial.settings.limit
         whole = verify.whole(self.run)
-        for step in sorted({int(step) for (step,) in _noted(self.run, "landed")} - self.damaged):
-            newer = sum(other > step for other in whole)
-            if step not in whole and newer < (limit or sys.maxsize):
-                path = self.run / "checkpoints" / f"step-{step}"
-                result.lost.append(f"start {number}: step-{step} is lost: {verify.problem(path)}")
+        landed = {int(step) for (step,) in _noted(self.run, "landed")}
+        for step in sorted(landed - set(whole) - self.damaged - self.dropped):
+            if limit and sum(other > step for other in whole) >= limit:
+                self.dropped.add(step)
+                continue
+            path = self.run / "checkpoints" / f"step-{step}"
+            result.lost.append(f"start {number}: step-{step} is lost: {verify.problem(path)}")
         if ended.hung:
             result.other.append(f"start {number}: did not end, and was killed")
         if notice:

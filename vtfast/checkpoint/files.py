@@ -62,8 +62,8 @@ def write_sums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None
     write_text(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None for a whole one. Reads every byte of it."""
+def damage(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, in words; None for a whole one. Reads every byte of it, or of one file."""
     path = folder / CHECKSUMS
     if not path.is_file():
         return f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
@@ -76,6 +76,8 @@ def damage(folder: Path) -> str | None:
         if name not in expected:
             return f"{CHECKSUMS} does not list {name}"
     for name, (size, digest) in expected.items():
+        if only not in (None, name):
+            continue
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             return f"{CHECKSUMS} names {name}, which is outside"

@@ -14,6 +14,7 @@ from vtfast.errors import UserError
 
 log = logging.getLogger("vtfast")
 LAST = "last"
+SETTINGS = "resume/config.yaml"
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,25 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
 
 
 def settings_of(wanted: str, output_dir: str | None) -> Path | None:
-    """The config.yaml of the checkpoint that `--resume_from_checkpoint` means; None where there is none yet.
+    """The config.yaml of the checkpoint that `--resume_from_checkpoint` means, or of its run; None where there is none
+    yet.
 
-    Only a quick look: whether the checkpoint is whole is found out later."""
+    Only this file is looked at: whether the checkpoint is whole is found out later."""
     if wanted == LAST:
         run, step = Path(_output_dir(output_dir)), None
     else:
         run, step = _meaning(wanted)
-    candidates = [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]
-    for folder in candidates:
-        if (folder / "resume" / "config.yaml").is_file():
-            return folder / "resume" / "config.yaml"
-    if wanted == LAST:
-        return None
-    raise UserError(f"--resume_from_checkpoint {wanted}: holds no checkpoint that can be resumed")
+    problem = None
+    for folder in [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]:
+        problem = damage(folder, only=SETTINGS)
+        if problem is None:
+            return folder / SETTINGS
+    if wanted == LAST:  # all of them may be damaged: a run that starts over is still the same run
+        return run / "config.yaml" if (run / "config.yaml").is_file() else None
+    why = f" ({problem})" if problem else ""
+    raise UserError(
+        f"--resume_from_checkpoint {wanted}: holds no checkpoint that can be resumed{why}"
+    )
 
 
 def _newest_whole(run: Path, config: RunConfig) -> Checkpoint | None:
