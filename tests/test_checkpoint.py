@@ -347,6 +347,31 @@ def test_a_full_disk_need_not_stop_the_run(tmp_path, whole, sft, monkeypatch, ca
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("answer", ["stop", "continue"])
+def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
+    """The kernel's own full device, at step 2."""
+    trainer = build(output_dir=str(tmp_path / "run"), on_save_error=answer, **sft)
+    log_step = trainer.log_step
+
+    def fill(number, *rest):
+        if number == 2:
+            trainer.tracker.metrics_file = Path("/dev/full").open("a")  # noqa: SIM115
+        log_step(number, *rest)
+
+    trainer.log_step = fill
+    if answer == "stop":
+        with pytest.raises(UserError, match="step 2: /dev/full: cannot be written: No space left"):
+            trainer.run()
+        assert steps(tmp_path / "run") == ["step-1"]
+    else:
+        trainer.run()
+        assert (
+            "step 4: /dev/full" in caplog.text
+            and "the rows of its last steps are lost" in caplog.text
+        )
+        assert steps(tmp_path / "run") == ["step-1"], "no checkpoint is ahead of its logs"
+
+
 def test_a_mistake_of_ours_is_no_full_disk(tmp_path, sft, monkeypatch):
     def broken(*_, **__):
         raise TypeError("a bug")

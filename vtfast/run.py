@@ -219,9 +219,8 @@ class Run:
             metrics, rows = self.step(step, asked)
             metrics["time/data"] = waited
             self.done = step
-            if self.tracker:
-                self.tracker.log(step, metrics, rows)
-                bar.set_postfix_str(self.summary(metrics))
+            self.log_step(step, metrics, rows)
+            bar.set_postfix_str(self.summary(metrics))
             self.saver.settle()
             if self.save_is_due(step):
                 self.save()
@@ -243,6 +242,18 @@ class Run:
         received = [name for name in self.ranks.gather(self.stop.received) if name]
         if received:
             raise Stopped(received[0])
+
+    def log_step(self, step: int, metrics: dict, rows: list[dict]) -> None:
+        """Collective, as a disk that is full is everyone's."""
+        if self.tracker:
+            self.tracker.log(step, metrics, rows)
+        problem = self.ranks.from_main(self.tracker.problem if self.tracker else None)
+        if problem and self.config.on_save_error == "stop":
+            raise UserError(
+                f"step {step}: {problem}; make room and go on with --resume_from_checkpoint last"
+            )
+        if problem and self.ranks.is_main:
+            log.warning("step %d: %s; the run goes on (--on_save_error continue)", step, problem)
 
     def save_and_say(self, asked: Stopped) -> str:
         """Save the steps done so far; -> how to go on."""
@@ -319,12 +330,11 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the steps done so far, or begin to. Collective."""
-        if self.tracker:
-            self.tracker.flush()
-        state = state_of(self, self.done)
-        self.saver.begin(
-            self.done,
-            self.policy.module,
-            self.engine.optimizer,
-            lambda folder, weights: write_rest(self, state, folder, weights),
-        )
+        state, tracker = state_of(self, self.done), self.tracker
+
+        def rest(folder: Path, weights: dict[str, Tensor]) -> None:
+            if tracker:
+                tracker.flush()  # a checkpoint must not be ahead of the logs
+            write_rest(self, state, folder, weights)
+
+        self.saver.begin(self.done, self.policy.module, self.engine.optimizer, rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
+
+log = logging.getLogger("vtfast")
 
 
 class Tracker:
@@ -26,6 +29,8 @@ class Tracker:
         ids: Mapping[str, str] | None = None,
     ) -> None:
         """`done`: steps behind which a resumed run goes on. `ids`: by tracker, those under which it was known."""
+        self.problem: str | None = None
+        """Why the newest rows are not on the disk."""
         self.metrics_file = (folder / "metrics.jsonl").open("a")
         self.completions_file = (folder / "completions.jsonl").open("a")
         known = ids or {}
@@ -41,7 +46,7 @@ class Tracker:
         return {name: sink.id for name, sink in self.sinks.items() if sink.id}
 
     def flush(self) -> None:
-        """Have the disk hold all rows so far: a checkpoint must not be ahead of them."""
+        """Have the disk hold all rows so far. Raises OSError when it cannot."""
         for file in (self.metrics_file, self.completions_file):
             os.fsync(file.fileno())
 
@@ -51,21 +56,30 @@ class Tracker:
         metrics: Mapping[str, float | None],
         completions: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Numbers that are not finite or not known are written as null."""
+        """Numbers that are not finite or not known are written as null. What the disk does not take now is kept for the
+        next call, and `problem` says so."""
         finite = {
             key: value if value is not None and math.isfinite(value) else None
             for key, value in metrics.items()
         }
-        self.metrics_file.write(json.dumps(finite) + "\n")
-        self.metrics_file.flush()
-        self.completions_file.writelines(json.dumps(row) + "\n" for row in completions)
-        self.completions_file.flush()
+        self.problem = None
+        for file, rows in ((self.metrics_file, [finite]), (self.completions_file, completions)):
+            try:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+            except OSError as error:
+                self.problem = f"{file.name}: cannot be written: {error.strerror}"
         for sink in self.sinks.values():
             sink.log(step, {key: value for key, value in finite.items() if value is not None})
 
     def close(self) -> None:
-        self.metrics_file.close()
-        self.completions_file.close()
+        for file in (self.metrics_file, self.completions_file):
+            try:
+                file.close()
+            except OSError as error:
+                log.warning(
+                    "%s: the rows of its last steps are lost (%s)", file.name, error.strerror
+                )
         for sink in self.sinks.values():
             sink.close()
 

@@ -91,6 +91,7 @@ def settings_of(wanted: str, output_dir: str | None) -> Path | None:
 
 def _newest_whole(run: Path, config: RunConfig) -> Checkpoint | None:
     for _, folder in checkpoints(run / "checkpoints"):
+        log.info("%s: reading all of it, to see whether it is whole", folder)
         problem = damage(folder) or _midway(folder, config)
         if problem is None:
             return Checkpoint(folder, read_state(folder))

@@ -42,7 +42,7 @@ class Report:
 
 
 class Saver:
-    """The checkpoints of a run. All methods but `newest` are collective."""
+    """The checkpoints of a run. `begin` and `settle` are collective."""
 
     def __init__(
         self, folder: Path, ranks: Ranks, *, background: bool = False, keep: int | None = None,
@@ -90,6 +90,7 @@ class Saver:
             written: dict[str, dict[str, Any]] = {}
 
             def parts() -> None:
+                own.parent.mkdir(parents=True, exist_ok=True)  # a network disk may show it late
                 save_file(tensors, own, metadata=places)
                 files = [own]
                 if is_main:
@@ -132,10 +133,6 @@ class Saver:
         self.last = step
         if self.ranks.is_main and (problem := _attempt(self._drop_old)):
             log.warning("checkpoints: old ones cannot be removed (%s)", problem)
-
-    def close(self) -> None:
-        """Wait for what is being written, without naming it. Not collective."""
-        self._thread.shutdown()
 
     def _name(self, partial: Path, step: int, reports: list[Report]) -> None:
         write_sums(partial, (report.sums for report in reports))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -82,6 +83,7 @@ def read_state(folder: Path) -> State:
     return State(**{entry.name: values[entry.name] for entry in fields(State)})
 
 
+@functools.cache
 def code_versions() -> dict[str, str | None]:
     """Of vtfast (with its commit, if it runs from a repository) and of what its numbers depend on."""
     versions: dict[str, str | None] = {}

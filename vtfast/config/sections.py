@@ -241,8 +241,8 @@ class Output:
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     on_save_error: str = "stop"
-    """What a checkpoint that cannot be written (disk full) does: stop the run, or continue it with a warning. The last
-    whole checkpoint stays either way."""
+    """What a checkpoint or a log that cannot be written (disk full) does: stop the run, or continue it with a warning.
+    The last whole checkpoint stays either way."""
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint: `last`, the newest whole one in output_dir (if there is none, start), or a path; with
     a new output_dir the run forks. The checkpoint's settings hold, flags on top, unless a recipe or config is given."""
