@@ -1,6 +1,6 @@
 """What a trainer imports, for the process that trainers are forked from. It starts no thread and computes nothing."""
 
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (brings torch's compiler along, whatever the optimizer)
 import matplotlib.pyplot  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers.models.qwen2_vl.modeling_qwen2_vl  # noqa: F401
