@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trials = plan(given.trials, given.seed, [int(ranks) for ranks in given.ranks.split(",")])
     if given.only:
         trials = [trials[int(number)] for number in given.only.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no trainer outlives the campaign
     with tempfile.TemporaryDirectory(prefix="vtfast-faults-") as scratch:
         campaign = Campaign(given.keep or Path(scratch))
         results = []
