@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtfast.checkpoint.files import damage
+from vtfast.checkpoint.files import SETTINGS, damage
 from vtfast.checkpoint.save import STEP, checkpoints
 from vtfast.checkpoint.state import State, read_state
 from vtfast.config import RunConfig
@@ -69,15 +69,20 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
 def settings_of(wanted: str, output_dir: str | None) -> Path | None:
     """The config.yaml of the checkpoint that `--resume_from_checkpoint` means; None where there is none yet.
 
-    Only a quick look: whether the checkpoint is whole is found out later."""
+    Looks at that file alone: whether all of the checkpoint is whole is found out later."""
     if wanted == LAST:
         run, step = Path(_output_dir(output_dir)), None
     else:
         run, step = _meaning(wanted)
     candidates = [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]
     for folder in candidates:
-        if (folder / "resume" / "config.yaml").is_file():
-            return folder / "resume" / "config.yaml"
+        problem = damage(folder, only=SETTINGS)
+        if problem is None:
+            return folder / SETTINGS
+        if step:
+            raise UserError(
+                f"--resume_from_checkpoint {wanted}: {problem}; name another one, or use last"
+            )
     if wanted == LAST:
         return None
     raise UserError(f"--resume_from_checkpoint {wanted}: holds no checkpoint that can be resumed")
