@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from test_resume import assert_same_run, build, rows, run, weights
 
 from vtfast.checkpoint import files, save, settings_of
@@ -94,6 +95,69 @@ def test_damage_is_named_and_the_one_before_taken(kind, copy, caplog):
 def config(folder: Path | None, wanted: str) -> SimpleNamespace:
     folder = None if folder is None else str(folder)
     return SimpleNamespace(output_dir=folder, resume_from_checkpoint=wanted, max_steps=4)
+
+
+@pytest.mark.parametrize("wanted", ["last", "step-4"])
+def test_damaged_settings_are_not_taken_up(copy, wanted):
+    flip(step(copy, 4) / "resume" / "config.yaml")
+    if wanted == "last":
+        assert settings_of("last", str(copy)) == step(copy, 3) / "resume" / "config.yaml"
+    else:
+        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+            settings_of(str(step(copy, 4)), None)
+
+
+FOREIGN = {
+    "another format": ("format", 2, "has format 2"),
+    "no step": ("step", None, "step must be int"),
+    "a step in words": ("step", "four", "step must be int"),
+    "a step below 0": ("step", -4, "step lacks a number"),
+    "no schedule": ("schedule", {}, "schedule lacks"),
+    "counters of text": ("counters", {"global_steps": "4"}, "counters lacks"),
+    "optimizer of text": ("optimizer", [{"step": "4"}], "optimizer lacks"),
+    "optimizer of lists": ("optimizer", [[4]], "optimizer lacks"),
+    "two groups": ("optimizer", [{"step": 4.0}, {"step": 4.0}], "2 groups of weights"),
+    "held-out in short": ("before", {"scores": {}}, "before must have"),
+    "no samples": ("samples", ..., "lacks samples"),
+}
+
+
+@pytest.mark.parametrize("kind", list(FOREIGN))
+def test_a_state_of_somebody_elses(kind, copy, sft):
+    """Whole by its sums, and not what this version writes."""
+    key, value, message = FOREIGN[kind]
+    path = step(copy, 4) / "resume" / "state.json"
+    state = json.loads(path.read_text()) | {key: value}
+    if value is ...:
+        del state[key]
+    path.write_text(json.dumps(state))
+    sign(step(copy, 4))
+    with pytest.raises(UserError, match=message):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"no tensors"),
+        lambda path: save_file({"a": torch.ones(1)}, path),
+        lambda path: save_file({"a": torch.ones(1)}, path, {"places": "[]"}),
+        lambda path: save_file({"a": torch.ones(1)}, path, {"places": "{}"}),
+        lambda path: save_file({"a": torch.ones(1)}, path, {"places": '{"lm_head": {"start": 0}}'}),
+    ],
+)
+def test_an_optimizer_of_somebody_elses(write, copy, sft):
+    write(step(copy, 4) / "resume" / "rank-0.safetensors")
+    sign(step(copy, 4))
+    with pytest.raises(UserError, match="step-4"):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+def sign(folder: Path) -> None:
+    """Make the sums right again."""
+    (folder / files.CHECKSUMS).unlink()
+    listed = [path for path in folder.rglob("*") if path.is_file()]
+    files.write_sums(folder, [files.sums(folder, listed)])
 
 
 def test_sums_that_point_outside_are_refused(copy):

@@ -65,24 +65,12 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dying", [0, 1])
-def test_one_of_two_ranks_is_killed(whole, tmp_path, dying):
-    done = run(tmp_path / "run", 2, script=killer(tmp_path, rank=dying, step=3))
+def test_one_of_two_ranks_is_killed(whole, tmp_path):
+    done = run(tmp_path / "run", 2, script=killer(tmp_path, rank=1, step=3))
     assert done.returncode != 0 and len(rows(tmp_path / "run")) == 2
     done = run(tmp_path / "run", 2, "--resume_from_checkpoint", "last")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(whole / "2", tmp_path / "run")
-
-
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on(whole, tmp_path, before, after):
-    """The optimizer's state is the same to the bit; what follows is the same up to rounding."""
-    step = whole / str(before) / "checkpoints" / "step-2"
-    run(tmp_path / "run", after, "--resume_from_checkpoint", str(step), "--save_steps", "2")
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
-    for name, value in weights(whole / str(before), 4).items():
-        found = weights(tmp_path / "run", 4)[name]
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=2e-6, msg=name)
 
 
 def optimizer(step: Path) -> dict[str, torch.Tensor]:
@@ -99,30 +87,38 @@ def optimizer(step: Path) -> dict[str, torch.Tensor]:
     return result
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 2)])
-def test_the_optimizer_state_survives_another_number_of_ranks(whole, tmp_path, before, after):
-    """Loaded and saved again, without a step between."""
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on(whole, tmp_path, before, after):
+    """The optimizer's state is the same to the bit; what follows is the same up to rounding."""
     script = tmp_path / "resave.py"
     script.write_text(
         "import sys\n"
         "from vtfast import run\n"
-        "def train(self):\n"
-        "    self.done = 3\n"
+        "train = run.Run.train\n"
+        "def save_first(self):\n"
         "    self.save()\n"
-        "run.Run.train = train\n"
+        "    train(self)\n"
+        "run.Run.train = save_first\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
     source = whole / str(before) / "checkpoints" / "step-2"
-    done = run(tmp_path / "run", after, "--resume_from_checkpoint", str(source), script=script)
-    saved = tmp_path / "run" / "checkpoints" / "step-3"
-    assert saved.is_dir(), done.stderr[-3000:]
+    fork = tmp_path / "fork"
+    done = run(fork, after, "--resume_from_checkpoint", str(source), script=script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    saved = fork / "checkpoints" / "step-2"
     assert len(list((saved / "resume").glob("rank-*"))) == after
     expected = optimizer(source)
     assert unequal(expected, optimizer(saved)) == []
     assert {key.partition("/")[0] for key in expected} == {"fp32", "exp_avg", "exp_avg_sq"}
     assert not any(value.isnan().any() for value in expected.values())
     assert unequal(*(load_file(step / "model.safetensors") for step in (source, saved))) == []
+
+    assert [row["step"] for row in rows(fork)] == [1, 2, 3, 4]
+    found = weights(fork, 4)
+    for name, value in weights(whole / str(before), 4).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=name)
 
 
 def test_a_signal_to_one_rank_stops_both(whole, tmp_path):

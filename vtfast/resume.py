@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from safetensors import safe_open
 
-from vtfast.checkpoint.find import Checkpoint, find_checkpoint
+from vtfast.checkpoint.files import SETTINGS, STATE
+from vtfast.checkpoint.find import Checkpoint
 from vtfast.checkpoint.optimizer import restore, scalars
 from vtfast.checkpoint.rng import set_rng_state
 from vtfast.checkpoint.run_folder import settings
-from vtfast.checkpoint.state import State, code_versions
-from vtfast.config import RunConfig
+from vtfast.checkpoint.state import COUNTERS, State, code_versions
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut
@@ -34,21 +34,23 @@ ORDER = (
 """Settings that decide which question is asked at which step."""
 PLACE = ("output_dir", "resume_from_checkpoint", "recipe")
 """Settings that say nothing of how a run trains."""
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+T = TypeVar("T")
 
 
-def agree_on_checkpoint(config: RunConfig, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint of `--resume_from_checkpoint`; one rank reads and checks it. Collective."""
-    found: Checkpoint | UserError | None = None
+def on_main(ranks: Ranks, make: Callable[[], T]) -> T:
+    """What rank 0 makes of it, on all ranks; its UserError, too, is everyone's. Collective."""
+    made: T | UserError | None = None
     if ranks.is_main:
         try:
-            found = find_checkpoint(config)
+            made = make()
         except UserError as error:
-            found = error
-    found = ranks.from_main(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
+            made = error
+        except OSError as error:
+            made = UserError(str(error))
+    made = ranks.from_main(made)
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def put_back(run: Run, checkpoint: Checkpoint) -> None:
@@ -107,8 +109,8 @@ def write_rest(run: Run, state: State, folder: Path, weights: dict[str, Any]) ->
     """All of a checkpoint that is no rank's own."""
     run.policy.module.save_pretrained(folder, state_dict=weights)
     run.processor.save_pretrained(folder)
-    (folder / "resume" / "config.yaml").write_text(settings(run.config), encoding="utf-8")
-    (folder / "resume" / "state.json").write_text(state.to_json(), encoding="utf-8")
+    (folder / SETTINGS).write_text(settings(run.config), encoding="utf-8")
+    (folder / STATE).write_text(state.to_json(), encoding="utf-8")
 
 
 def _compare(run: Run, checkpoint: Checkpoint) -> None:
@@ -124,7 +126,7 @@ def _compare(run: Run, checkpoint: Checkpoint) -> None:
             f"--model {run.config.model}: is not the model that the run of {where} began with; resuming needs it"
             " (its weights are what the KL and frozen parts go by)"
         )
-    saved = yaml.safe_load((where / "resume" / "config.yaml").read_text(encoding="utf-8"))
+    saved = yaml.safe_load((where / SETTINGS).read_text(encoding="utf-8"))
     changed = dict(_differences(saved, asdict(run.config)))
     for name in LASTING:
         if name in changed and not (name.startswith("lora_") and not run.config.use_peft):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast import distributed
-from vtfast.checkpoint import Saver, check_output_dir, prepare_run_folder
+from vtfast.checkpoint import Saver, check_output_dir, find_checkpoint, prepare_run_folder
 from vtfast.checkpoint.logs import completed_step, mark_completed
 from vtfast.checkpoint.rng import seed_all
 from vtfast.checkpoint.state import fingerprint, samples_digest
@@ -35,7 +35,7 @@ from vtfast.packing import check_group
 from vtfast.processor import Processor
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
 from vtfast.report import held_out_table, save_held_out, write_report
-from vtfast.resume import agree_on_checkpoint, held_out_before, put_back, state_of, write_rest
+from vtfast.resume import held_out_before, on_main, put_back, state_of, write_rest
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
 from vtfast.stopping import StopNotice
@@ -60,7 +60,7 @@ class Run:
         self.config = config
         self.ranks = ranks = distributed.start(config)
         seed_all(config.seed)
-        checkpoint = agree_on_checkpoint(config, ranks)
+        checkpoint = on_main(ranks, lambda: find_checkpoint(config))
 
         path = model_path(config.model)
         if config.use_peft and (Path(path) / "adapter_config.json").is_file():
@@ -94,8 +94,7 @@ class Run:
             self.rollout = choose_engine(config, self.policy, self.processor, path, most_images)
             if checkpoint:
                 put_back(self, checkpoint)
-            folder = str(prepare_run_folder(config, checkpoint)) if ranks.is_main else ""
-            self.folder = Path(ranks.from_main(folder))
+            self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
             if ranks.is_main and rendered.exists() and not (self.folder / "data").exists():
                 shutil.move(rendered, self.folder / "data")
         self.done = checkpoint.state.step if checkpoint else 0

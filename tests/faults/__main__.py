@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trials = plan(given.trials, given.seed, [int(ranks) for ranks in given.ranks.split(",")])
     if given.only:
         trials = [trials[int(number)] for number in given.only.split(",")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no trainer outlives the campaign
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # so that no trainer outlives the campaign
     with tempfile.TemporaryDirectory(prefix="vtfast-faults-") as scratch:
         campaign = Campaign(given.keep or Path(scratch))
         results = []

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "resume/checksums.json"
+SETTINGS = "resume/config.yaml"
+STATE = "resume/state.json"
+REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
 
 
 def flush(path: Path) -> None:
@@ -63,31 +66,48 @@ def write_sums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None
 
 
 def damage(folder: Path, only: str | None = None) -> str | None:
-    """What is wrong with a checkpoint, in words; None for a whole one. Reads every byte of it, or of one file."""
+    """What is wrong with a checkpoint, in words; None for a whole one. Reads every byte of it, or `only` one file."""
+    try:
+        expected = _read_sums(folder)
+        for name in (only,) if only else expected:
+            _check(folder, name, *expected[name])
+    except _Damaged as damaged:
+        return str(damaged)
+    return None
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, SHA-256)}"""
     path = folder / CHECKSUMS
     if not path.is_file():
-        return f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
+        raise _Damaged(
+            f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
+        )
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"{CHECKSUMS} is damaged"
-    for name in ("resume/state.json", "resume/config.yaml", "resume/rank-0.safetensors"):
+        raise _Damaged(f"{CHECKSUMS} is damaged") from None
+    for name in REQUIRED:
         if name not in expected:
-            return f"{CHECKSUMS} does not list {name}"
-    for name, (size, digest) in expected.items():
-        if only not in (None, name):
-            continue
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            return f"{CHECKSUMS} names {name}, which is outside"
-        if not file.is_file():
-            return f"{name} is missing"
+            raise _Damaged(f"{CHECKSUMS} does not list {name}")
+    return expected
+
+
+def _check(folder: Path, name: str, size: int, digest: str) -> None:
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise _Damaged(f"{CHECKSUMS} names {name}, which is outside")
+    file = folder / name
+    if not file.is_file():
+        raise _Damaged(f"{name} is missing")
+    try:
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        try:
-            if sha256(file) != digest:
-                return f"{name} is damaged (its checksum is another)"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
+            raise _Damaged(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if sha256(file) != digest:
+            raise _Damaged(f"{name} is damaged (its checksum is another)")
+    except OSError as error:
+        raise _Damaged(f"{name} cannot be read ({error.strerror})") from None

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtfast.checkpoint.files import damage
+from vtfast.checkpoint.files import SETTINGS, damage
 from vtfast.checkpoint.save import STEP, checkpoints
 from vtfast.checkpoint.state import State, read_state
 from vtfast.config import RunConfig
@@ -14,7 +14,6 @@ from vtfast.errors import UserError
 
 log = logging.getLogger("vtfast")
 LAST = "last"
-SETTINGS = "resume/config.yaml"
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,26 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
 
 
 def settings_of(wanted: str, output_dir: str | None) -> Path | None:
-    """The config.yaml of the checkpoint that `--resume_from_checkpoint` means, or of its run; None where there is none
-    yet.
+    """The config.yaml of the checkpoint that `--resume_from_checkpoint` means; of `last` the run's, where no checkpoint
+    has a sound one; None where there is no run yet.
 
-    Only this file is looked at: whether the checkpoint is whole is found out later."""
+    Looks at that file alone: whether all of the checkpoint is whole is found out later."""
     if wanted == LAST:
         run, step = Path(_output_dir(output_dir)), None
     else:
         run, step = _meaning(wanted)
-    problem = None
-    for folder in [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]:
+    candidates = [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]
+    for folder in candidates:
         problem = damage(folder, only=SETTINGS)
         if problem is None:
             return folder / SETTINGS
-    if wanted == LAST:  # all of them may be damaged: a run that starts over is still the same run
+        if step:
+            raise UserError(
+                f"--resume_from_checkpoint {wanted}: {problem}; name another one, or use last"
+            )
+    if wanted == LAST:  # a run that starts over is still the same run
         return run / "config.yaml" if (run / "config.yaml").is_file() else None
-    why = f" ({problem})" if problem else ""
-    raise UserError(
-        f"--resume_from_checkpoint {wanted}: holds no checkpoint that can be resumed{why}"
-    )
+    raise UserError(f"--resume_from_checkpoint {wanted}: holds no checkpoint that can be resumed")
 
 
 def _newest_whole(run: Path, config: RunConfig) -> Checkpoint | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vtfast.errors import UserError
@@ -81,6 +81,10 @@ def restore(module: nn.Module, zero: Any, folder: Path, numbers: list[Mapping[st
     ranks from the masters. Collective. `numbers`: what `scalars` said.
 
     Raises UserError where the files do not hold exactly the weights that are trained here."""
+    if len(numbers) != len(zero.single_partition_of_fp32_groups):
+        raise UserError(
+            f"{folder}: has {len(numbers)} groups of weights, and training has another number"
+        )
     with ExitStack() as stack:
         saved = _Saved(folder, stack)
         _make_state(zero, saved.keys, numbers)
@@ -121,12 +125,15 @@ class _Saved:
         self.pieces: dict[str, list[tuple[int, Any]]] = {}
         """By weight: (first value, open file)."""
         for path in sorted(folder.glob("rank-*.safetensors")):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            places = json.loads(file.metadata()["places"])
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                places = json.loads((file.metadata() or {})["places"])
+                for name, place in places.items():
+                    self.shapes[name] = tuple(map(int, place["shape"]))
+                    self.pieces.setdefault(name, []).append((int(place["start"]), file))
+            except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{path}: is no part of an optimizer ({error!r})") from None
             self.keys |= {key.split("/")[0] for key in file.keys() if "/" in key}  # noqa: SIM118
-            for name, place in places.items():
-                self.shapes[name] = tuple(place["shape"])
-                self.pieces.setdefault(name, []).append((place["start"], file))
 
     def read(self, key: str, piece: Fragment, into: Tensor) -> None:
         """`into` [values] := `key` of the piece, from whichever files hold parts of it."""
@@ -138,7 +145,10 @@ class _Saved:
             )
         found = 0
         for start, file in self.pieces[piece.name]:
-            source = file.get_slice(f"{key}/{piece.name}")
+            try:
+                source = file.get_slice(f"{key}/{piece.name}")
+            except SafetensorError as error:
+                raise UserError(f"{where}: {error}") from None
             first, last = max(piece.start, start), min(piece.stop, start + source.get_shape()[0])
             if first < last:
                 into[first - piece.start : last - piece.start] = source[

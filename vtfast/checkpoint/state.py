@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 
+from vtfast.checkpoint.files import STATE
 from vtfast.data import Sample
 from vtfast.errors import UserError
 
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 FORMAT = 1
 """Of the folder `resume`. A reader that does not know the number does not guess."""
 SAMPLED = 64
@@ -62,7 +65,7 @@ class State:
 
 def read_state(folder: Path) -> State:
     """Of a checkpoint folder. Raises UserError for one that this version cannot read."""
-    path = folder / "resume" / "state.json"
+    path = folder / STATE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -78,8 +81,21 @@ def read_state(folder: Path) -> State:
         if name not in values:
             raise UserError(f"{path}: lacks {name}")
         kind = getattr(hints[name], "__origin__", hints[name])
+        if isinstance(kind, UnionType):
+            kind = dict if values[name] is not None else type(None)
         if isinstance(kind, type) and not isinstance(values[name], kind):
             raise UserError(f"{path}: {name} must be {kind.__name__}")
+    numbers = {
+        "schedule": [values["schedule"].get(key) for key in ("last_epoch", "_step_count")],
+        "counters": [values["counters"].get(key) for key in COUNTERS],
+        "step": [values["step"]],
+        "optimizer": [x for part in values["optimizer"] for x in _values_of(part)],
+    }
+    for name, found in numbers.items():
+        if not all(type(number) in (int, float) and number >= 0 for number in found):
+            raise UserError(f"{path}: {name} lacks a number, or holds something else")
+    if values["before"] is not None and set(values["before"]) != {"scores", "count"}:
+        raise UserError(f"{path}: before must have scores and count")
     return State(**{entry.name: values[entry.name] for entry in fields(State)})
 
 
@@ -95,6 +111,10 @@ def code_versions() -> dict[str, str | None]:
     root = Path(__file__).parents[2]
     versions["commit"] = _commit(root) if (root / ".git").exists() else None
     return versions
+
+
+def _values_of(part: Any) -> list[Any]:
+    return list(part.values()) if isinstance(part, dict) else [part]
 
 
 def _commit(root: Path) -> str | None:
