@@ -84,3 +84,13 @@ def chromium(tmp_path_factory):
     driver = selenium.Chrome(options, selenium.ChromeService(chromedriver))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> dict[str, str]:
+    """Settings of a run on a few rendered questions, for those that need not have the embedded default's 2,048."""
+    from vtfast.synthetic import write_dataset
+
+    folder = tmp_path_factory.mktemp("questions")
+    write_dataset(folder, train=20, val=4, seed=0)
+    return {"data": str(folder / "train.parquet"), "eval_data": str(folder / "val.parquet")}

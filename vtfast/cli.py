@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from vtfast.errors import UserError
+from vtfast.errors import Stopped, UserError
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -27,6 +27,8 @@ COMMANDS = {
 """Each is `vtfast/commands/NAME.py`."""
 BAD_INPUT = 2
 """Exit code of every error that is the input's fault."""
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved: to be started again (EX_TEMPFAIL of sysexits.h)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
             print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return BAD_INPUT
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -8,3 +8,8 @@ class UserError(ValueError):
     row or flag and says what to do next. Anything else that is raised is a bug of ours and keeps
     its traceback.
     """
+
+
+class Stopped(Exception):
+    """A run that was asked to stop (SIGTERM and the like) has saved and ends. The command line prints the message and
+    exits with code 75, by which a scheduler knows that there is more to do."""

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast import distributed
-from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoint
+from vtfast.checkpoint import Saver, check_output_dir, find_checkpoint, prepare_run_folder
+from vtfast.checkpoint.logs import completed_step, mark_completed
+from vtfast.checkpoint.rng import seed_all
+from vtfast.checkpoint.state import fingerprint, samples_digest
 from vtfast.config import RunConfig
 from vtfast.data import Sample
-from vtfast.errors import UserError
+from vtfast.errors import Stopped, UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.groups import Group
 from vtfast.hub import model_path
@@ -32,8 +35,10 @@ from vtfast.packing import check_group
 from vtfast.processor import Processor
 from vtfast.questions import Asker, Question, batches, load_questions, render_synthetic
 from vtfast.report import held_out_table, save_held_out, write_report
+from vtfast.resume import held_out_before, on_main, put_back, state_of, write_rest
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
+from vtfast.stopping import StopNotice
 from vtfast.tracking import Tracker, check_trackers
 
 log = logging.getLogger("vtfast")
@@ -54,7 +59,8 @@ class Run:
         check_trackers(config.report_to)
         self.config = config
         self.ranks = ranks = distributed.start(config)
-        torch.manual_seed(config.seed)
+        seed_all(config.seed)
+        checkpoint = on_main(ranks, lambda: find_checkpoint(config))
 
         path = model_path(config.model)
         if config.use_peft and (Path(path) / "adapter_config.json").is_file():
@@ -67,6 +73,7 @@ class Run:
         self.policy = load_model(
             path, config.dtype, str(ranks.device), config.freeze, config.attn_implementation
         )
+        self.base = fingerprint(self.policy.module)
         if config.use_liger_kernel and ranks.device.type == "cuda":
             use_liger(self.policy)
         if config.use_peft:
@@ -79,17 +86,29 @@ class Run:
             rendered = render_synthetic(config, Path(scratch) / "data")
             samples = load_questions(config, self.asker, rendered)
             self.train_samples = self.trainable(samples["train"])
+            self.samples_digest = samples_digest(self.train_samples)
             self.held_out_samples = samples.get("val", [])
             config.max_steps = self.max_steps()
             self.engine = distributed.zero2_engine(config, objective)
             most_images = max(len(s.images) for part in samples.values() for s in part)
             self.rollout = choose_engine(config, self.policy, self.processor, path, most_images)
-            folder = str(create_run_folder(config)) if ranks.is_main else ""
-            self.folder = Path(ranks.from_main(folder))
-            if ranks.is_main and rendered.exists():
+            if checkpoint:
+                put_back(self, checkpoint)
+            self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
+            if ranks.is_main and rendered.exists() and not (self.folder / "data").exists():
                 shutil.move(rendered, self.folder / "data")
-        if ranks.is_main:
-            (self.folder / "config.yaml").write_text(config.to_yaml())
+        self.done = checkpoint.state.step if checkpoint else 0
+        """Optimizer steps."""
+        self.before = held_out_before(checkpoint.state) if checkpoint else None
+        self.trackers = checkpoint.trackers(self.folder) if checkpoint else {}
+        self.tracker: Tracker | None = None
+        self.stop = StopNotice(self.folder)
+        self.saver = Saver(
+            self.folder / "checkpoints", ranks, background=config.async_save,
+            keep=config.save_total_limit, stop_on_error=config.on_save_error == "stop",
+        )  # fmt: skip
+        self.saver.last = self.done or None
+        if ranks.is_main and not checkpoint:
             self.list_skipped(self.asker.skipped)
         self.asker.skipped = []
 
@@ -121,6 +140,13 @@ class Run:
         """Those that a step can use, told before the first one. Their prompts fit already."""
         return samples
 
+    def carried(self) -> dict:
+        """What a checkpoint is to keep beside weights, optimizer and step; JSON's values."""
+        return {}
+
+    def carry(self, carried: dict) -> None:
+        """Take up what `carried` gave, when a checkpoint is resumed."""
+
     def graded(self, response: str) -> str:
         """What of a held-out response goes to the rewards."""
         return response
@@ -133,49 +159,111 @@ class Run:
         return distributed.prompts_per_rank(self.config) * self.ranks.size
 
     def run(self) -> Path:
-        """Train for `max_steps`, judge before and after, and return the run folder."""
+        """Train up to `max_steps`, judge before and after, and return the run folder.
+
+        Raises Stopped when a signal ended it early; what was done by then is saved."""
         config, ranks = self.config, self.ranks
+        if completed_step(self.folder) >= config.max_steps:
+            log.info("%s: is complete (%d steps)", self.folder, self.done)
+            return self.folder
         log.info(
-            "%s: %d questions (%d held out), %d prompts a step, %d steps, %d rank(s) on %s",
+            "%s: %d questions (%d held out), %d prompts a step, %d steps%s, %d rank(s) on %s",
             self.folder, len(self.train_samples), len(self.held_out_samples), self.prompts_per_step,
-            config.max_steps, ranks.size, ranks.device.type,
+            config.max_steps, f" of which {self.done} are done" if self.done else "", ranks.size, ranks.device.type,
         )  # fmt: skip
-        before = self.judge()
-        tracker = Tracker(config, self.folder) if ranks.is_main else None
+        with self.stop.listening():
+            if self.done == 0:
+                self.before = self.judge()
+            if ranks.is_main:
+                self.tracker = Tracker(config, self.folder, self.done, self.trackers)
+            self.rollout.give_up = lambda: self.stop.received
+            try:
+                self.train()
+            except Stopped as asked:
+                raise Stopped(self.save_and_say(asked)) from None
+            finally:
+                self.rollout.give_up = None
+        if self.tracker:
+            self.tracker.close()
+        after = self.judge()
+        if ranks.is_main:
+            self.draw(self.before, after)
+            if self.before and after:
+                save_held_out(self.folder, self.before, after)
+                print(held_out_table(self.before, after))
+            write_report([self.folder])
+            mark_completed(self.folder, self.done)
+            log.info("run folder: %s", self.folder)
+        return self.folder
+
+    def train(self) -> None:
+        """The steps that are left. Raises Stopped, on all ranks, when any of them was asked to stop."""
+        config, ranks = self.config, self.ranks
+        left = range(self.done + 1, config.max_steps + 1)
         bar = tqdm(
-            range(1, config.max_steps + 1),
-            desc=self.method,
-            unit="step",
+            left, desc=self.method, unit="step", initial=self.done, total=config.max_steps,
             disable=not ranks.is_main,
-        )
+        )  # fmt: skip
         questions = batches(
-            self.asker, self.train_samples, range(1, config.max_steps + 1, self.steps_per_batch),
+            self.asker, self.train_samples, [step for step in left if self.asks_anew(step)],
             per_rank=distributed.prompts_per_rank(config), rank=ranks.rank, ranks=ranks.size, seed=config.seed,
             every=self.steps_per_batch,
         )  # fmt: skip
         for step in bar:
-            fresh = (step - 1) % self.steps_per_batch == 0
             began = time.perf_counter()
-            asked = next(questions) if fresh else None
+            asked = next(questions) if self.asks_anew(step) else None
             waited = time.perf_counter() - began
+            if asked is not None:
+                self.heed_stop()
             metrics, rows = self.step(step, asked)
             metrics["time/data"] = waited
-            if tracker:
-                tracker.log(step, metrics, rows)
-                bar.set_postfix_str(self.summary(metrics))
-            if step == config.max_steps or (config.save_steps and step % config.save_steps == 0):
-                self.save(step)
-        if tracker:
-            tracker.close()
-        after = self.judge()
-        if ranks.is_main:
-            self.draw(before, after)
-            if before and after:
-                save_held_out(self.folder, before, after)
-                print(held_out_table(before, after))
-            write_report([self.folder])
-            log.info("run folder: %s", self.folder)
-        return self.folder
+            self.done = step
+            self.log_step(step, metrics, rows)
+            bar.set_postfix_str(self.summary(metrics))
+            self.saver.settle()
+            if self.save_is_due(step):
+                self.save()
+        self.saver.settle(wait=True)
+        self.heed_stop()
+
+    def asks_anew(self, step: int) -> bool:
+        """Whether a step begins with new questions: a place where a run can be gone on with."""
+        return (step - 1) % self.steps_per_batch == 0
+
+    def save_is_due(self, step: int) -> bool:
+        every, batch = self.config.save_steps, self.steps_per_batch
+        if step == self.config.max_steps:
+            return True
+        return bool(every) and self.asks_anew(step + 1) and step // every > (step - batch) // every
+
+    def heed_stop(self) -> None:
+        """Raises Stopped if any rank was asked to stop. Collective; at a place where a step has changed nothing yet."""
+        received = [name for name in self.ranks.gather(self.stop.received) if name]
+        if received:
+            raise Stopped(received[0])
+
+    def log_step(self, step: int, metrics: dict, rows: list[dict]) -> None:
+        """Collective, as a disk that is full is everyone's."""
+        if self.tracker:
+            self.tracker.log(step, metrics, rows)
+        problem = self.ranks.from_main(self.tracker.problem if self.tracker else None)
+        if problem and self.config.on_save_error == "stop":
+            raise UserError(
+                f"step {step}: {problem}; make room and go on with --resume_from_checkpoint last"
+            )
+        if problem and self.ranks.is_main:
+            log.warning("step %d: %s; the run goes on (--on_save_error continue)", step, problem)
+
+    def save_and_say(self, asked: Stopped) -> str:
+        """Save the steps done so far; -> how to go on."""
+        self.saver.settle(wait=True)
+        if self.done and self.done != self.saver.last:
+            self.save()
+            self.saver.settle(wait=True)
+        if self.tracker:
+            self.tracker.close()
+        again = f"--resume_from_checkpoint last --output_dir {self.folder}"
+        return f"stopped by {asked} after step {self.done}; go on with {again}"
 
     def share_out(self, groups: Sequence[Group]) -> Work:
         """The packed rows that this rank trains on."""
@@ -239,8 +327,13 @@ class Run:
         arguments = (self.rollout, self.asker, self.held_out_samples, self.config, self.ranks)
         return held_out(*arguments, graded=self.graded)
 
-    def save(self, step: int) -> None:
-        if self.ranks.is_main:
-            folder = self.folder / "checkpoints" / f"step-{step}"
-            save_checkpoint(folder, self.policy, self.processor, self.config.save_total_limit)
-        self.ranks.barrier()
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far, or begin to. Collective."""
+        state, tracker = state_of(self, self.done), self.tracker
+
+        def rest(folder: Path, weights: dict[str, Tensor]) -> None:
+            if tracker:
+                tracker.flush()  # a checkpoint must not be ahead of the logs
+            write_rest(self, state, folder, weights)
+
+        self.saver.begin(self.done, self.policy.module, self.engine.optimizer, rest)

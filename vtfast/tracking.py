@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,40 @@ from typing import Any
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
 
+log = logging.getLogger("vtfast")
+
 
 class Tracker:
     """Writes each step's metrics and completions into the run folder and to the trackers of `--report_to`."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        done: int = 0,
+        ids: Mapping[str, str] | None = None,
+    ) -> None:
+        """`done`: steps behind which a resumed run goes on. `ids`: by tracker, those under which it was known."""
+        self.problem: str | None = None
+        """Why the newest rows are not on the disk."""
         self.metrics_file = (folder / "metrics.jsonl").open("a")
         self.completions_file = (folder / "completions.jsonl").open("a")
-        self.sinks = [
-            _open_sink(name, config, folder) for name in config.report_to if name != "none"
-        ]
+        known = ids or {}
+        self.sinks = {
+            name: _open_sink(name, config, folder, done, known.get(name))
+            for name in config.report_to
+            if name != "none"
+        }
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """By which a resumed run finds its curves again."""
+        return {name: sink.id for name, sink in self.sinks.items() if sink.id}
+
+    def flush(self) -> None:
+        """Have the disk hold all rows so far. Raises OSError when it cannot."""
+        for file in (self.metrics_file, self.completions_file):
+            os.fsync(file.fileno())
 
     def log(
         self,
@@ -30,30 +56,42 @@ class Tracker:
         metrics: Mapping[str, float | None],
         completions: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Numbers that are not finite or not known are written as null."""
+        """Numbers that are not finite or not known are written as null. What the disk does not take now is kept for the
+        next call, and `problem` says so."""
         finite = {
             key: value if value is not None and math.isfinite(value) else None
             for key, value in metrics.items()
         }
-        self.metrics_file.write(json.dumps(finite) + "\n")
-        self.metrics_file.flush()
-        self.completions_file.writelines(json.dumps(row) + "\n" for row in completions)
-        self.completions_file.flush()
-        for sink in self.sinks:
+        self.problem = None
+        for file, rows in ((self.metrics_file, [finite]), (self.completions_file, completions)):
+            try:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+            except OSError as error:
+                self.problem = f"{file.name}: cannot be written: {error.strerror}"
+        for sink in self.sinks.values():
             sink.log(step, {key: value for key, value in finite.items() if value is not None})
 
     def close(self) -> None:
-        self.metrics_file.close()
-        self.completions_file.close()
-        for sink in self.sinks:
+        for file in (self.metrics_file, self.completions_file):
+            try:
+                file.close()
+            except OSError as error:
+                log.warning(
+                    "%s: the rows of its last steps are lost (%s)", file.name, error.strerror
+                )
+        for sink in self.sinks.values():
             sink.close()
 
 
 class _TensorBoard:
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    id = None
+
+    def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        purge = done + 1 if done else None  # points from there on are of steps that are done anew
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
@@ -66,9 +104,13 @@ class _TensorBoard:
 class _WandbLike:
     """Weights & Biases, and trackio, which has the same calls."""
 
-    def __init__(self, module: Any, config: RunConfig, folder: Path) -> None:
-        self.module = module
-        module.init(project="vtfast", name=folder.name, config=vars(config))
+    def __init__(self, name: str, config: RunConfig, folder: Path, id: str | None) -> None:
+        self.module = importlib.import_module(name)
+        known = {}
+        if id is not None:  # trackio knows runs by their names
+            known = {"resume": "allow", **({"id": id} if name == "wandb" else {})}
+        run = self.module.init(project="vtfast", name=folder.name, config=vars(config), **known)
+        self.id = str(getattr(run, "id", None) or folder.name)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.module.log(dict(metrics), step=step)
@@ -84,7 +126,9 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"--report_to {name}: not installed (pip install {name})")
 
 
-def _open_sink(name: str, config: RunConfig, folder: Path) -> _TensorBoard | _WandbLike:
+def _open_sink(
+    name: str, config: RunConfig, folder: Path, done: int, id: str | None
+) -> _TensorBoard | _WandbLike:
     if name == "tensorboard":
-        return _TensorBoard(config, folder)
-    return _WandbLike(importlib.import_module(name), config, folder)
+        return _TensorBoard(folder, done)
+    return _WandbLike(name, config, folder, id)

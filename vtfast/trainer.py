@@ -29,6 +29,7 @@ from vtfast.reference import Reference
 from vtfast.report import draw_curves
 from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
+from vtfast.rollout.engine import GivenUp
 from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
 from vtfast.sharing import Work
@@ -92,7 +93,9 @@ class Trainer(Run):
             with timer.phase("time/rollout"):
                 skipped = 0
                 if questions is not None:
-                    self.groups = self.answer(questions, step)
+                    with contextlib.suppress(GivenUp):
+                        self.groups = self.answer(questions, step)
+                    self.heed_stop()
                     skipped = self.settle_skipped()
             with timer.phase("time/score"):
                 if questions is not None:

@@ -38,7 +38,14 @@ def read_settings(
         raise UserError(
             "--recipe and --config: give one of them; a --config file stands for itself"
         )
-    config = load_config(flags["recipe"], flags["config"], given, kind)
+    file, resumed = flags["config"], given.get("resume_from_checkpoint")
+    if resumed and not flags["recipe"] and not file:
+        from vtfast.checkpoint import settings_of  # brings torch
+
+        file = settings_of(resumed, given.get("output_dir"))
+        if file:  # the run may have been moved since: where it is, the flags say
+            given = {"output_dir": None} | given
+    config = load_config(flags["recipe"], file, given, kind)
     if flags["dry_run"]:
         print(config.to_yaml(), end="")
         return None

@@ -32,6 +32,7 @@ class Checks:
             "dtype": ("auto", "float32", "bfloat16"),
             "device": ("auto", "cpu", "cuda"),
             "on_bad_sample": ("skip", "error"),
+            "on_save_error": ("stop", "continue"),
             "reward_mode": ("strict", "recipe"),
             "scale_rewards": ("group", "batch", "none"),
             "loss_type": LOSS_TYPES,

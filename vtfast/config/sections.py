@@ -231,10 +231,20 @@ class Output:
     """What is left behind."""
 
     output_dir: str | None = None
-    """Run folder; must be new or empty. None means runs/RECIPE, then runs/RECIPE-2 and so on."""
+    """Run folder; must be new or empty, or a run that is resumed. None means runs/RECIPE, then runs/RECIPE-2 and so
+    on."""
     save_steps: int = 100
-    """Write a checkpoint every N steps and at the end; 0 means at the end only."""
+    """Write a checkpoint every N steps and at the end; 0 means at the end only. With num_iterations above 1 a
+    checkpoint waits for the step before the next answers."""
     save_total_limit: int | None = None
     """Keep only the newest N checkpoints; none keeps all."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    on_save_error: str = "stop"
+    """What a checkpoint or a log that cannot be written (disk full) does: stop the run, or continue it with a warning.
+    The last whole checkpoint stays either way."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint: `last`, the newest whole one in output_dir (if there is none, start), or a path; with
+    a new output_dir the run forks. The checkpoint's settings hold, flags on top, unless a recipe or config is given."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """tensorboard, wandb, trackio, or none."""

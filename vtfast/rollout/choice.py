@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vtfast.config import RunConfig
@@ -14,6 +14,9 @@ from vtfast.rollout.sampling import Completion, Sampling
 
 class Engine(Protocol):
     """What the trainer and evaluations ask of an engine: completions [prompt][sample]."""
+
+    give_up: Callable[[], object] | None
+    """Says whether a rollout is to end at once, with GivenUp; an engine need not ask."""
 
     def generate(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -38,6 +38,10 @@ POLL = {"cpu": 1, "cuda": 16}
 DEFAULT = Sampling()
 BAR_DELAY = 5.0
 """Seconds before a rollout shows its progress bar."""
+
+
+class GivenUp(Exception):
+    """A rollout that nobody waits for any more."""
 
 
 class RolloutEngine:
@@ -79,6 +83,8 @@ class RolloutEngine:
         self.graphs = capturable if graphs is None else graphs
         self.capture, self.poll = capture, poll or POLL[kind]
         self.workspace: Workspace | None = None
+        self.give_up: Callable[[], object] | None = None
+        """Asked every `poll` steps, if set: whether `generate` is to end at once, with GivenUp."""
 
     def generate(
         self,
@@ -91,7 +97,7 @@ class RolloutEngine:
         """`num_generations` completions of each prompt: `result[p][g]`.
 
         `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Raises UserError for a
-        prompt that does not fit into the cache.
+        prompt that does not fit into the cache, GivenUp when `give_up` says so.
         """
         if not prompts:
             return []
@@ -101,6 +107,8 @@ class RolloutEngine:
             run = self.begin(prompts, num_generations, sampling, seed)
             try:
                 while run.advance():
+                    if self.give_up and self.give_up():
+                        raise GivenUp
                     bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
                     bar.update(run.written - bar.n)
                 return run.collect()

@@ -1,0 +1,566 @@
+"""Checkpoints on disk: whole or not there, checked before they are used, and what a run does about the damaged ones."""
+
+import errno
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from test_resume import assert_same_run, build, rows, run, weights
+
+from vtfast.checkpoint import files, save, settings_of
+from vtfast.checkpoint.find import find_checkpoint
+from vtfast.checkpoint.rng import rng_state, set_rng_state
+from vtfast.commands.settings import read_settings
+from vtfast.config import Config, SFTConfig
+from vtfast.errors import Stopped, UserError
+from vtfast.stopping import StopNotice
+
+
+@pytest.fixture(scope="module")
+def sft(questions):
+    """Settings of a supervised run without held-out questions: the quickest kind."""
+    return questions | {"recipe": "tiny-spatial-sft", "eval_data": "none"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, sft):
+    """Four supervised steps, a checkpoint each, that nobody ended."""
+    return run(tmp_path_factory.mktemp("run") / "whole", **sft)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """Of that run, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def step(folder: Path, number: int) -> Path:
+    return folder / "checkpoints" / f"step-{number}"
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "weights cut off": ("model.safetensors", truncate, "bytes instead of"),
+    "a bit of the weights": ("model.safetensors", flip, "is damaged"),
+    "a bit of the optimizer": ("resume/rank-0.safetensors", flip, "is damaged"),
+    "no optimizer": ("resume/rank-0.safetensors", Path.unlink, "is missing"),
+    "a tokenizer file gone": ("tokenizer.json", Path.unlink, "is missing"),
+    "settings edited": ("resume/config.yaml", flip, "is damaged"),
+    "an empty state": ("resume/state.json", lambda path: os.truncate(path, 0), "has 0 bytes"),
+    "sums cut off": ("resume/checksums.json", truncate, "is damaged"),
+    "no sums": ("resume/checksums.json", Path.unlink, "is missing"),
+    "empty sums": ("resume/checksums.json", lambda path: path.write_text("{}"), "does not list"),
+    "a list for sums": ("resume/checksums.json", lambda path: path.write_text("[]"), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_damage_is_named_and_the_one_before_taken(kind, copy, caplog):
+    name, spoil, message = DAMAGE[kind]
+    spoil(step(copy, 4) / name)
+    with caplog.at_level(logging.WARNING, "vtfast"):
+        found = find_checkpoint(config(copy, "last"))
+    assert found.folder == step(copy, 3) and found.state.step == 3
+    assert f"step-4: {name}" in caplog.text and message in caplog.text
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        find_checkpoint(config(copy, str(step(copy, 4))))
+
+
+def config(folder: Path | None, wanted: str) -> SimpleNamespace:
+    folder = None if folder is None else str(folder)
+    return SimpleNamespace(output_dir=folder, resume_from_checkpoint=wanted, max_steps=4)
+
+
+@pytest.mark.parametrize("wanted", ["last", "step-4"])
+def test_damaged_settings_are_not_taken_up(copy, wanted):
+    flip(step(copy, 4) / "resume" / "config.yaml")
+    if wanted == "last":
+        assert settings_of("last", str(copy)) == step(copy, 3) / "resume" / "config.yaml"
+    else:
+        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+            settings_of(str(step(copy, 4)), None)
+
+
+FOREIGN = {
+    "another format": ("format", 2, "has format 2"),
+    "no step": ("step", None, "step must be int"),
+    "a step in words": ("step", "four", "step must be int"),
+    "a step below 0": ("step", -4, "step lacks a number"),
+    "no schedule": ("schedule", {}, "schedule lacks"),
+    "counters of text": ("counters", {"global_steps": "4"}, "counters lacks"),
+    "optimizer of text": ("optimizer", [{"step": "4"}], "optimizer lacks"),
+    "optimizer of lists": ("optimizer", [[4]], "optimizer lacks"),
+    "two groups": ("optimizer", [{"step": 4.0}, {"step": 4.0}], "2 groups of weights"),
+    "held-out in short": ("before", {"scores": {}}, "before must have"),
+    "no samples": ("samples", ..., "lacks samples"),
+}
+
+
+@pytest.mark.parametrize("kind", list(FOREIGN))
+def test_a_state_of_somebody_elses(kind, copy, sft):
+    """Whole by its sums, and not what this version writes."""
+    key, value, message = FOREIGN[kind]
+    path = step(copy, 4) / "resume" / "state.json"
+    state = json.loads(path.read_text()) | {key: value}
+    if value is ...:
+        del state[key]
+    path.write_text(json.dumps(state))
+    sign(step(copy, 4))
+    with pytest.raises(UserError, match=message):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"no tensors"),
+        lambda path: save_file({"a": torch.ones(1)}, path),
+        lambda path: save_file({"a": torch.ones(1)}, path, {"places": "[]"}),
+        lambda path: save_file({"a": torch.ones(1)}, path, {"places": "{}"}),
+        lambda path: save_file({"a": torch.ones(1)}, path, {"places": '{"lm_head": {"start": 0}}'}),
+    ],
+)
+def test_an_optimizer_of_somebody_elses(write, copy, sft):
+    write(step(copy, 4) / "resume" / "rank-0.safetensors")
+    sign(step(copy, 4))
+    with pytest.raises(UserError, match="step-4"):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+def sign(folder: Path) -> None:
+    """Make the sums right again."""
+    (folder / files.CHECKSUMS).unlink()
+    listed = [path for path in folder.rglob("*") if path.is_file()]
+    files.write_sums(folder, [files.sums(folder, listed)])
+
+
+def test_sums_that_point_outside_are_refused(copy):
+    sums = step(copy, 4) / files.CHECKSUMS
+    listed = json.loads(sums.read_text())
+    listed["../../../config.yaml"] = listed["config.json"]
+    sums.write_text(json.dumps(listed))
+    assert "outside" in files.damage(step(copy, 4))
+
+
+@pytest.mark.parametrize("wanted", ["", "checkpoints", "checkpoints/last", "checkpoints/step-4"])
+def test_what_a_path_may_name(copy, wanted):
+    path = str(copy / wanted)
+    assert find_checkpoint(config(None, path)).folder == step(copy, 4)
+    assert settings_of(path, None) == step(copy, 4) / "resume" / "config.yaml"
+
+
+def test_paths_without_a_checkpoint(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for wanted in ("empty", "nowhere"):
+        for look in (
+            lambda path: find_checkpoint(config(None, path)),
+            lambda p: settings_of(p, None),
+        ):
+            with pytest.raises(UserError, match=f"--resume_from_checkpoint .*{wanted}"):
+                look(str(tmp_path / wanted))
+    with pytest.raises(UserError, match="needs --output_dir"):
+        find_checkpoint(config(None, "last"))
+
+
+def test_all_damaged_starts_from_the_beginning(copy, whole, sft, caplog):
+    """One command line starts a run and goes on with it. What was there is moved, not lost."""
+    for number in range(1, 5):
+        flip(step(copy, number) / "model.safetensors")
+    with caplog.at_level(logging.INFO, "vtfast"):
+        run(copy, resume_from_checkpoint="last", **sft)
+    assert "starting from the beginning" in caplog.text
+    assert_same_run(whole, copy)
+    assert steps(copy / "superseded-1") == ["step-1", "step-2", "step-3", "step-4"]
+    assert (copy / "superseded-1" / "metrics.jsonl").read_text() == (
+        whole / "metrics.jsonl"
+    ).read_text()
+
+
+@pytest.mark.parametrize("folder", ["absent", "empty"])
+def test_last_starts_a_run(folder, tmp_path, sft):
+    (tmp_path / "empty").mkdir()
+    run(tmp_path / folder, resume_from_checkpoint="last", max_steps=1, **sft)
+    assert steps(tmp_path / folder) == ["step-1"]
+    written = yaml.safe_load((tmp_path / folder / "config.yaml").read_text())
+    assert written["resume_from_checkpoint"] is None, (
+        "the file starts a run, and does not resume one"
+    )
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, sft):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="no run to go on with"):
+        build(output_dir=str(tmp_path), resume_from_checkpoint="last", **sft)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_older_step_supersedes_the_later_ones(copy, whole, sft):
+    """Rows and checkpoints that are made anew are moved; a torn line is, too."""
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    older = str(step(copy, 2))
+    trainer = build(resume_from_checkpoint=older, **sft)
+    assert trainer.folder == copy and trainer.done == 2
+    aside = copy / "superseded-1"
+    assert steps(copy) == ["step-1", "step-2"] and steps(aside) == ["step-3", "step-4"]
+    assert [row["step"] for row in rows(copy)] == [1, 2]
+    assert (aside / "metrics.jsonl").read_text().endswith('{"step": 5, "lo')
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (aside / "completed.json").is_file() and not (copy / "completed.json").exists()
+    trainer.run()
+    assert_same_run(whole, copy)
+    assert not (copy / "superseded-2").exists()
+
+
+def test_a_fork_leaves_the_run_as_it_was(copy, whole, sft, tmp_path):
+    before = sorted(copy.rglob("*"))
+    fork = run(tmp_path / "fork", resume_from_checkpoint=str(step(copy, 2)), **sft)
+    assert sorted(copy.rglob("*")) == before
+    assert_same_run(whole, fork)
+    assert steps(fork) == ["step-3", "step-4"]
+
+
+def test_a_checkpoint_alone_needs_a_folder_to_go_on_in(copy, whole, sft, tmp_path):
+    alone = shutil.copytree(step(copy, 2), tmp_path / "backup" / "step-2")
+    with pytest.raises(UserError, match="name a new --output_dir"):
+        build(resume_from_checkpoint=str(alone), **sft)
+    assert [path.name for path in (tmp_path / "backup").iterdir()] == ["step-2"]
+    run(tmp_path / "new", resume_from_checkpoint=str(alone), **sft)
+    assert rows(tmp_path / "new") == rows(whole)[2:]
+
+
+def test_a_completed_run_says_so(copy, sft, caplog):
+    report = (copy / "report.html").stat()
+    with caplog.at_level(logging.INFO, "vtfast"):
+        run(copy, resume_from_checkpoint="last", **sft)
+    assert "is complete" in caplog.text and (copy / "report.html").stat() == report
+    run(copy, resume_from_checkpoint="last", max_steps=5, **sft)
+    assert [row["step"] for row in rows(copy)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_was_killed_before_its_report_writes_it(copy, sft):
+    for name in ("completed.json", "report.html"):
+        (copy / name).unlink()
+    run(copy, resume_from_checkpoint="last", **sft)
+    assert (copy / "report.html").is_file() and len(rows(copy)) == 4
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"freeze": "vision"}, "--freeze .*cannot change"),
+        ({"use_peft": True}, "--use_peft .*cannot change"),
+        ({"model": "random"}, "is not the model that the run of .* began with"),
+    ],
+)
+def test_what_cannot_change(settings, message, copy, sft, random_path):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    if "model" in settings:
+        settings = {"model": str(random_path)}
+    with pytest.raises(UserError, match=message):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft | settings)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_what_changes_is_said(copy, sft, caplog):
+    changes = {"learning_rate": 5e-4, "seed": 5, "per_device_train_batch_size": 2, "max_steps": 5}
+    with caplog.at_level(logging.INFO, "vtfast"):
+        trainer = build(resume_from_checkpoint=str(copy), **sft | changes)
+    said = {record.getMessage(): record.levelname for record in caplog.records}
+    assert said["--learning_rate: 0.0005, was 0.001 in step-4"] == "INFO"
+    loud = [text for text, level in said.items() if level == "WARNING"]
+    assert (
+        sum(
+            text.startswith(("--seed: 5, was 0", "--per_device_train_batch_size: 2, was 3"))
+            for text in loud
+        )
+        == 2
+    )
+    assert any(text.startswith("2 prompts a step on 1 rank(s), were 3 on 1") for text in loud)
+    (group,) = trainer.engine.optimizer.param_groups
+    assert group["lr"] == pytest.approx(5e-4 / 3), "4 of 5 steps are done, 2 of them warm-up"
+
+
+def test_the_settings_come_from_the_checkpoint(copy):
+    flags = ["--resume_from_checkpoint", "last", "--output_dir", str(copy), "--max_steps", "7"]
+    settings = read_settings(flags, SFTConfig, prog="", description="")
+    assert (settings.max_steps, settings.warmup_steps, settings.recipe) == (
+        7,
+        2,
+        "tiny-spatial-sft",
+    )
+    settings = read_settings(
+        ["--resume_from_checkpoint", str(copy)], SFTConfig, prog="", description=""
+    )
+    assert settings.output_dir is None and settings.max_steps == 4, "the run goes on where it lies"
+    settings = read_settings(
+        ["--recipe", "tiny-spatial", *flags[:4]], Config, prog="", description=""
+    )
+    assert settings.max_steps == 120, "as given"
+
+
+# Writing
+
+
+def test_nothing_is_unpickled(copy, sft, monkeypatch):
+    for module, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (torch, "load"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("pickle"))
+    build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+def test_old_checkpoints_go_and_the_newest_stay(tmp_path, sft):
+    run(tmp_path / "run", save_total_limit=2, **sft)
+    assert steps(tmp_path / "run") == ["step-3", "step-4"]
+
+
+def test_writing_beside_training_writes_the_same(tmp_path, whole, sft, monkeypatch):
+    """The first checkpoint is still being written while the second step changes the weights."""
+    second_step_done, write = threading.Event(), save.save_file
+
+    def slow(*arguments, **options):
+        assert second_step_done.wait(60)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(save, "save_file", slow)
+    trainer = build(output_dir=str(tmp_path / "run"), async_save=True, **sft)
+    one_step = trainer.step
+
+    def step_and_tell(number, asked):
+        result = one_step(number, asked)
+        if number == 2:
+            assert steps(tmp_path / "run") == [".step-1.partial"]
+            second_step_done.set()
+        return result
+
+    trainer.step = step_and_tell
+    trainer.run()
+    assert_same_run(whole, tmp_path / "run")
+    for number in range(1, 5):
+        for name, value in weights(whole, number).items():
+            assert value.equal(weights(tmp_path / "run", number)[name])
+        assert files.damage(step(tmp_path / "run", number)) is None
+
+
+def full(at: int):
+    """`save_file` on a disk that is full at step `at`, half of the file written."""
+    calls, write = [], save.save_file
+
+    def save_file(tensors, path, **options):
+        calls.append(path)
+        write(tensors, path, **options)
+        if len(calls) == at:
+            truncate(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    return save_file
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(
+    background, tmp_path, sft, monkeypatch
+):
+    monkeypatch.setattr(save, "save_file", full(at=3))
+    trainer = build(output_dir=str(tmp_path / "run"), async_save=background, **sft)
+    with pytest.raises(
+        UserError, match=r"step-3: cannot be written: .*No space left.*step-2 is intact"
+    ):
+        trainer.run()
+    assert steps(tmp_path / "run") == ["step-1", "step-2"]
+    assert files.damage(step(tmp_path / "run", 2)) is None
+
+
+def test_a_full_disk_need_not_stop_the_run(tmp_path, whole, sft, monkeypatch, caplog):
+    monkeypatch.setattr(save, "save_file", full(at=3))
+    run(tmp_path / "run", on_save_error="continue", **sft)
+    assert steps(tmp_path / "run") == ["step-1", "step-2", "step-4"]
+    assert "the run goes on" in caplog.text
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("answer", ["stop", "continue"])
+def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
+    """The kernel's own full device, at step 2."""
+    trainer = build(output_dir=str(tmp_path / "run"), on_save_error=answer, **sft)
+    log_step = trainer.log_step
+
+    def fill(number, *rest):
+        if number == 2:
+            trainer.tracker.metrics_file = Path("/dev/full").open("a")  # noqa: SIM115
+        log_step(number, *rest)
+
+    trainer.log_step = fill
+    if answer == "stop":
+        with pytest.raises(UserError, match="step 2: /dev/full: cannot be written: No space left"):
+            trainer.run()
+        assert steps(tmp_path / "run") == ["step-1"]
+    else:
+        trainer.run()
+        assert (
+            "step 4: /dev/full" in caplog.text
+            and "the rows of its last steps are lost" in caplog.text
+        )
+        assert steps(tmp_path / "run") == ["step-1"], "no checkpoint is ahead of its logs"
+
+
+def test_a_mistake_of_ours_is_no_full_disk(tmp_path, sft, monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(save, "save_file", broken)
+    trainer = build(output_dir=str(tmp_path / "run"), on_save_error="continue", **sft)
+    with pytest.raises(TypeError, match="a bug"):
+        trainer.run()
+
+
+def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
+    """The kernel refuses to let any file grow beyond 300 kB: the optimizer's does not fit."""
+    script = (
+        "import resource, sys\n"
+        "from vtfast import run\n"
+        "start = run.Saver.begin\n"
+        "def begin(self, step, *rest):\n"
+        "    if step == 2:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "    start(self, step, *rest)\n"
+        "run.Saver.begin = begin\n"
+        "from vtfast.cli import main\n"
+        "sys.exit(main(['sft', *sys.argv[1:]]))\n"
+    )
+    flags = {"max_steps": 3, "save_steps": 1, "eval_data": "none", "report_to": "none"} | questions | {
+        "eval_data": "none", "output_dir": tmp_path / "run", "per_device_train_batch_size": 2
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "step-2: cannot be written" in done.stderr and "step-1 is intact" in done.stderr
+    assert steps(tmp_path / "run") == ["step-1"] and files.damage(step(tmp_path / "run", 1)) is None
+
+
+# Being asked to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questions):
+    """Nothing of the step in hand is kept, and the whole run's numbers follow when it is resumed."""
+    settings = questions | {"eval_data": "none", "save_steps": 0}
+    run(tmp_path / "whole", **settings)
+    trainer = build(output_dir=str(tmp_path / "run"), **settings)
+    begin, calls = trainer.rollout.begin, []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return begin(*arguments)
+
+    trainer.rollout.begin = signalled
+    with pytest.raises(
+        Stopped, match=rf"stopped by {number.name} after step 2; go on with .*last --output_dir"
+    ):
+        trainer.run()
+    assert signal.getsignal(number) not in (trainer.stop._notice,), "the handlers are put back"
+    assert steps(tmp_path / "run") == ["step-2"] and not trainer.stop.file.exists()
+    run(tmp_path / "run", resume_from_checkpoint="last", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_signal_in_the_update_lets_the_step_end(tmp_path, sft):
+    trainer = build(output_dir=str(tmp_path / "run"), **sft | {"save_steps": 0})
+    optimize = trainer.optimize
+
+    def signalled(passes):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return optimize(passes)
+
+    trainer.optimize = signalled
+    with pytest.raises(Stopped, match="after step 1"):
+        trainer.run()
+    assert steps(tmp_path / "run") == ["step-1"]
+
+
+def test_two_interrupts_are_one_too_many(tmp_path):
+    notice = StopNotice(tmp_path)
+    with pytest.raises(KeyboardInterrupt), notice.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert notice.received == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_other_ranks_hear_of_a_signal(tmp_path):
+    ours, theirs = StopNotice(tmp_path), StopNotice(tmp_path)
+    with ours.listening():
+        assert theirs.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ours.received == "SIGTERM" and theirs.received == "a signal to another rank"
+
+
+# Small things
+
+
+def test_random_numbers_go_on():
+    import random
+
+    import numpy as np
+
+    random.gauss(0, 1), np.random.standard_normal()  # each keeps a second number back
+    state = rng_state()
+
+    def draw():
+        return (
+            random.gauss(0, 1),
+            np.random.standard_normal(),
+            torch.rand(1).item(),
+            random.random(),
+        )
+
+    first = draw()
+    assert draw() != first
+    set_rng_state(state)
+    assert draw() == first
+
+
+def test_tied_weights_are_copied_once():
+    weight = torch.ones(2)
+    copied = save.copies({"a": weight, "b": weight, "c": torch.ones(2)})
+    assert copied["a"] is copied["b"] is not copied["c"]
+    weight.zero_()
+    assert copied["a"].sum() == 2

@@ -1,0 +1,202 @@
+"""A run that is ended anywhere and resumed is the run that was never ended: the same numbers, the same weights, bit for
+bit."""
+
+import importlib.machinery
+import json
+import logging
+import random
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import mixed_rows
+
+from vtfast.config import Config, SFTConfig, load_config
+from vtfast.sft import SFTTrainer
+from vtfast.trainer import Trainer
+
+SHORT = {
+    "max_steps": 4, "eval_samples": 4, "num_generations": 4, "max_completion_length": 12, "report_to": "none",
+    "per_device_train_batch_size": 3, "save_steps": 1, "warmup_steps": 2,
+}  # fmt: skip
+SHORT_SFT = {
+    name: value for name, value in SHORT.items() if name not in ("num_generations",)
+} | {"recipe": "tiny-spatial-sft"}  # fmt: skip
+UNEQUAL = ("time/", "tokens_per_second", "memory_", "mfu")
+"""Numbers that two runs of the same have different ones of."""
+
+
+def noisy_reward(completion: str, sample) -> float:
+    """A reward of a user's own that rolls dice."""
+    return random.random() + np.random.random() + torch.rand(()).item()
+
+
+class Killed(Exception):
+    pass
+
+
+def build(**settings):
+    if settings.get("recipe", "").endswith("-sft"):
+        settings = SHORT_SFT | settings
+        recipe = settings.pop("recipe")
+        return SFTTrainer(load_config(recipe, overrides=settings, kind=SFTConfig))
+    return Trainer(load_config(overrides=SHORT | settings, kind=Config))
+
+
+def run(folder: Path, kill_at: int | None = None, **settings) -> Path:
+    """A run in this process. `kill_at`: ends in the middle of that step, weights already changed."""
+    trainer = build(output_dir=str(folder), **settings)
+    if kill_at is not None:
+        whole_step = trainer.step
+
+        def step(number, questions):
+            result = whole_step(number, questions)
+            if number == kill_at:
+                raise Killed
+            return result
+
+        trainer.step = step
+        with pytest.raises(Killed):
+            trainer.run()
+    else:
+        trainer.run()
+    return folder
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    (path,) = (folder / "checkpoints" / f"step-{step}").glob("*model.safetensors")
+    return load_file(path)
+
+
+def assert_same_run(one: Path, other: Path, step: int = 4) -> None:
+    assert rows(one) == rows(other)
+    assert rows(one, "completions.jsonl") == rows(other, "completions.jsonl")
+    assert unequal(weights(one, step), weights(other, step)) == []
+    resume = Path("checkpoints") / f"step-{step}" / "resume" / "rank-0.safetensors"
+    assert unequal(load_file(one / resume), load_file(other / resume)) == []
+
+
+def unequal(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    assert expected.keys() == found.keys()
+    return [name for name, value in expected.items() if not value.equal(found[name])]
+
+
+KINDS = {
+    "plain": {},
+    "reference": {"beta": 0.04},
+    "twice": {"num_iterations": 2, "beta": 0.04, "learning_rate": 1e-2},
+    "lora": {"use_peft": True, "lora_r": 2, "beta": 0.04},
+    "frozen": {"freeze": "vision,embeddings", "weight_decay": 0.1},
+    "bf16": {"dtype": "bfloat16", "lr_scheduler_type": "cosine"},
+    "passes": {"token_budget": 150, "gradient_checkpointing": True},
+    "dice": {"reward_funcs": "test_resume:noisy_reward", "reward_workers": 0},
+    "sft": {"recipe": "tiny-spatial-sft"},
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path, questions):
+    settings = questions | KINDS[kind]
+    run(tmp_path / "whole", **settings)
+    run(tmp_path / "killed", kill_at=3, **settings)
+    assert len(rows(tmp_path / "killed")) == 2
+    run(tmp_path / "killed", resume_from_checkpoint="last", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_prompts_of_many_lengths(tmp_path):
+    """What the rollout keeps between steps is larger in the run that nobody ended."""
+    settings = {
+        "data": str(mixed_rows(tmp_path / "mixed.parquet")), "eval_data": "none", "reward_funcs": "length",
+        "template": "r1-zero",
+    }  # fmt: skip
+    run(tmp_path / "whole", **settings)
+    run(tmp_path / "killed", kill_at=4, **settings)
+    run(tmp_path / "killed", resume_from_checkpoint="last", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_checkpoints_wait_for_the_end_of_a_batch_of_answers(tmp_path, questions, caplog):
+    """Answers are not saved, so a run goes on only where it asks anew; its last step is saved wherever it falls."""
+    settings = questions | {
+        "num_iterations": 2,
+        "save_steps": 3,
+        "max_steps": 7,
+        "eval_data": "none",
+    }
+    run(tmp_path / "run", **settings)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["step-4", "step-6", "step-7"]
+    with caplog.at_level(logging.WARNING, "vtfast"):
+        trainer = build(
+            output_dir=str(tmp_path / "run"),
+            resume_from_checkpoint="last",
+            **settings | {"max_steps": 8},
+        )
+    assert trainer.done == 6
+    assert "step-7: was saved between two uses of the same answers" in caplog.text
+
+
+def test_what_a_kind_of_training_carries_comes_back(tmp_path, questions):
+    settings = questions | {"eval_data": "none", "recipe": "tiny-spatial-sft", "max_steps": 1}
+    trainer = build(output_dir=str(tmp_path / "run"), **settings)
+    trainer.carried = lambda: {"skipped_in_a_row": 2}
+    trainer.run()
+    taken = []
+    type(trainer).carry, before = lambda self, carried: taken.append(carried), type(trainer).carry
+    try:
+        build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **settings)
+    finally:
+        type(trainer).carry = before
+    assert taken == [{"skipped_in_a_row": 2}]
+
+
+class Curves(ModuleType):
+    """In place of wandb."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.inits: list[dict] = []
+        self.steps: list[int] = []
+
+    def init(self, **arguments):
+        self.inits.append(arguments)
+        return SimpleNamespace(id=arguments.get("id", f"new-{len(self.inits)}"))
+
+    def log(self, values, step):
+        self.steps.append(step)
+
+    def finish(self):
+        pass
+
+
+def test_curves_go_on_where_they_were(tmp_path, questions, monkeypatch):
+    """Weights & Biases under the run's id, TensorBoard without the points of steps that are done anew."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = Curves()
+    monkeypatch.setitem(sys.modules, "wandb", curves)
+    curves.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    settings = questions | {
+        "eval_data": "none", "recipe": "tiny-spatial-sft", "report_to": "wandb,tensorboard", "save_steps": 2,
+    }  # fmt: skip
+    run(tmp_path / "run", kill_at=4, **settings)
+    run(tmp_path / "run", resume_from_checkpoint="last", **settings)
+    fork = str(tmp_path / "run" / "checkpoints" / "step-2")
+    build(output_dir=str(tmp_path / "fork"), resume_from_checkpoint=fork, **settings).run()
+    first, second, forked = curves.inits
+    assert "id" not in first and (second["id"], second["resume"]) == ("new-1", "allow")
+    assert "id" not in forked, "a fork has curves of its own"
+    assert curves.steps == [1, 2, 3, 3, 4, 3, 4]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]

@@ -1,0 +1,113 @@
+"""Files that are there for good once they are named: flushed, checked, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS = "resume/checksums.json"
+SETTINGS = "resume/config.yaml"
+STATE = "resume/state.json"
+REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at once: a reader, or a machine that goes down, finds the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    partial.rename(path)
+    flush(path.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder. It loses its name first, so that half of it is never taken for the whole."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    if folder != doomed and folder.exists():
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sums(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """{name in `folder`: {"size": bytes, "sha256": hex digest}}"""
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(files)
+    }
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None:
+    """The checkpoint's last file, from what each rank says of the files that it wrote."""
+    merged = {name: entry for part in parts for name, entry in part.items()}
+    write_text(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
+
+
+def damage(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, in words; None for a whole one. Reads every byte of it, or `only` one file."""
+    try:
+        expected = _read_sums(folder)
+        for name in (only,) if only else expected:
+            _check(folder, name, *expected[name])
+    except _Damaged as damaged:
+        return str(damaged)
+    return None
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, SHA-256)}"""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        raise _Damaged(
+            f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
+        )
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise _Damaged(f"{CHECKSUMS} is damaged") from None
+    for name in REQUIRED:
+        if name not in expected:
+            raise _Damaged(f"{CHECKSUMS} does not list {name}")
+    return expected
+
+
+def _check(folder: Path, name: str, size: int, digest: str) -> None:
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise _Damaged(f"{CHECKSUMS} names {name}, which is outside")
+    file = folder / name
+    if not file.is_file():
+        raise _Damaged(f"{name} is missing")
+    try:
+        if file.stat().st_size != size:
+            raise _Damaged(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if sha256(file) != digest:
+            raise _Damaged(f"{name} is damaged (its checksum is another)")
+    except OSError as error:
+        raise _Damaged(f"{name} cannot be read ({error.strerror})") from None

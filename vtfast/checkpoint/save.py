@@ -1,0 +1,200 @@
+"""Writing a checkpoint: every rank its part, into a folder that gets its name when all of it is on the disk.
+
+    begin     rank 0 makes `.step-N.partial`; every rank takes hold of its tensors and starts to write
+    settle    the ranks tell each other how far they are; when all have written, rank 0 renames the folder
+
+Writing goes on in a thread. With `async_save` the tensors are copies and training goes on; without it the same path is
+waited for at once, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vtfast.checkpoint.files import flush, remove, sums, write_sums
+from vtfast.checkpoint.optimizer import fragments, to_tensors
+from vtfast.checkpoint.rng import rng_state
+from vtfast.distributed import Ranks
+from vtfast.errors import UserError
+
+log = logging.getLogger("vtfast")
+STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of its part of a checkpoint."""
+
+    problem: str | None
+    """Why it could not be written."""
+    sums: dict[str, dict[str, Any]]
+
+
+class Saver:
+    """The checkpoints of a run. `begin` and `settle` are collective."""
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, *, background: bool = False, keep: int | None = None,
+        stop_on_error: bool = True,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            folder: the run's `checkpoints`.
+            background: write while training goes on.
+            keep: checkpoints to keep, the newest ones; None: all.
+            stop_on_error: whether a checkpoint that cannot be written ends the run.
+        """
+        self.folder, self.ranks, self.background, self.keep = folder, ranks, background, keep
+        self.stop_on_error = stop_on_error
+        self.last: int | None = None
+        """Newest step that has been saved."""
+        self.pending: tuple[int, Future[Report]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def begin(
+        self, step: int, module: nn.Module, zero: Any, write_rest: Callable[[Path, Any], None]
+    ) -> None:
+        """Start to write step N, or write it.
+
+        Args:
+            module: the policy's Hugging Face model. `zero`: `engine.optimizer` of DeepSpeed.
+            write_rest: called on rank 0 with the folder and the model's state dict, to write all that is not a
+                rank's own.
+        """
+        self.settle(wait=True)
+        partial = self.folder / f".step-{step}.partial"
+        problem = _attempt(lambda: _make(partial)) if self.ranks.is_main else None
+        if problem := self.ranks.from_main(problem):
+            self._failed(step, problem)
+            return
+        tensors, places = to_tensors(list(fragments(module, zero)))
+        weights = model_weights(module) if self.ranks.is_main else {}
+        if self.background:
+            tensors, weights = copies(tensors), copies(weights)
+        rank, is_main = self.ranks.rank, self.ranks.is_main
+        own = partial / "resume" / f"rank-{rank}.safetensors"
+        tensors |= rng_state()
+
+        def write() -> Report:
+            written: dict[str, dict[str, Any]] = {}
+
+            def parts() -> None:
+                own.parent.mkdir(parents=True, exist_ok=True)  # a network disk may show it late
+                save_file(tensors, own, metadata=places)
+                files = [own]
+                if is_main:
+                    write_rest(partial, weights)
+                    others = (p for p in partial.rglob("*") if p.is_file())
+                    files += [p for p in others if not p.match("resume/rank-*.safetensors")]
+                for path in files:
+                    flush(path)
+                written.update(sums(partial, files))
+
+            return Report(_attempt(parts), written)
+
+        self.pending = step, self._thread.submit(write)
+        if not self.background:
+            self.settle(wait=True)
+
+    def settle(self, wait: bool = False) -> None:
+        """Name the checkpoint that is being written, if all ranks are done with it. `wait` until they are."""
+        if self.pending is None:
+            return
+        step, future = self.pending
+        reports = self.ranks.gather(future.result() if wait or future.done() else None)
+        if None in reports:
+            return
+        self.pending = None
+        problems = [
+            f"{report.problem} (rank {rank})" if self.ranks.size > 1 else report.problem
+            for rank, report in enumerate(reports)
+            if report.problem
+        ]
+        problem = problems[0] if problems else None
+        if self.ranks.is_main:
+            partial = self.folder / f".step-{step}.partial"
+            problem = problem or _attempt(lambda: self._name(partial, step, reports))
+            if problem:
+                shutil.rmtree(partial, ignore_errors=True)  # the disk may be gone altogether
+        if problem := self.ranks.from_main(problem):
+            self._failed(step, problem)
+            return
+        self.last = step
+        if self.ranks.is_main and (problem := _attempt(self._drop_old)):
+            log.warning("checkpoints: old ones cannot be removed (%s)", problem)
+
+    def _name(self, partial: Path, step: int, reports: list[Report]) -> None:
+        write_sums(partial, (report.sums for report in reports))
+        for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+            flush(folder)
+        partial.rename(self.folder / f"step-{step}")
+        flush(self.folder)
+
+    def _drop_old(self) -> None:
+        if self.keep is not None:
+            for _, folder in checkpoints(self.folder)[self.keep :]:
+                remove(folder)
+
+    def _failed(self, step: int, problem: str) -> None:
+        kept = "none has been written yet" if self.last is None else f"step-{self.last} is intact"
+        text = f"{self.folder / f'step-{step}'}: cannot be written: {problem}; the last checkpoint: {kept}"
+        if self.stop_on_error:
+            raise UserError(
+                f"{text}. Make room and go on with --resume_from_checkpoint last"
+                " (--on_save_error continue would have gone on without it)"
+            )
+        if self.ranks.is_main:
+            log.warning("%s; the run goes on (--on_save_error continue)", text)
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's checkpoints, newest first; whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [(STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def model_weights(module: nn.Module) -> dict[str, Tensor]:
+    """What `save_pretrained` writes: the state dict, or of a model with LoRA that of the adapters."""
+    weights = module.state_dict()
+    if getattr(module, "_hf_peft_config_loaded", False):
+        return {name: value for name, value in weights.items() if "lora_" in name}
+    return weights
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In CPU memory. Names that stand for one tensor (tied weights) stand for one copy."""
+    made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    result = {}
+    for name, value in tensors.items():
+        key = value.data_ptr(), tuple(value.shape)
+        if key not in made:
+            made[key] = value.detach().to("cpu", copy=True)
+        result[name] = made[key]
+    return result
+
+
+def _make(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "resume").mkdir(parents=True)
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    """What the disk has against it, in words; None if it was done."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error).strip() or type(error).__name__
+    return None
