@@ -6,8 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from vtfast.commands.parser import Parser
-from vtfast.config import RunConfig, field_help, field_names, load_config, recipe_names
-from vtfast.errors import UserError
+from vtfast.config import (
+    RunConfig,
+    SettingsError,
+    field_help,
+    field_names,
+    load_config,
+    recipe_names,
+)
 
 
 def read_settings(
@@ -32,13 +38,19 @@ def read_settings(
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     for name in names:
         parser.add_argument(f"--{name}", metavar="X", help=help_of[name].replace("%", "%%"))
-    flags = vars(parser.parse_args(arguments))
+    options, problems = parser.parse_known(arguments)
+    flags = vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
     if flags["recipe"] and flags["config"]:
-        raise UserError(
+        problems.append(
             "--recipe and --config: give one of them; a --config file stands for itself"
         )
-    config = load_config(flags["recipe"], flags["config"], given, kind)
+    try:
+        config = load_config(flags["recipe"], flags["config"], given, kind)
+    except SettingsError as error:
+        raise SettingsError(problems + error.problems) from None
+    if problems:
+        raise SettingsError(problems)
     if flags["dry_run"]:
         print(config.to_yaml(), end="")
         return None
