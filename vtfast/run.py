@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast import distributed
-from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoint
+from vtfast.checkpoint import create_run_folder, save_checkpoint
 from vtfast.config import RunConfig
 from vtfast.data import Sample
 from vtfast.errors import UserError
@@ -34,7 +34,7 @@ from vtfast.questions import Asker, Question, batches, load_questions, render_sy
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
-from vtfast.tracking import Tracker, check_trackers
+from vtfast.tracking import Tracker
 
 log = logging.getLogger("vtfast")
 
@@ -50,18 +50,11 @@ class Run:
     """Whether groups whose advantages are all 0 are left out of the update."""
 
     def __init__(self, config: RunConfig) -> None:
-        check_output_dir(config)
-        check_trackers(config.report_to)
         self.config = config
         self.ranks = ranks = distributed.start(config)
         torch.manual_seed(config.seed)
 
         path = model_path(config.model)
-        if config.use_peft and (Path(path) / "adapter_config.json").is_file():
-            raise UserError(
-                f"--model {config.model}: holds LoRA adapters already, and new ones would not know them; save the"
-                " merged model first (vtfast.model.load_model(folder).module.save_pretrained(new folder))"
-            )
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
         self.asker = Asker(config, self.processor)
         self.policy = load_model(

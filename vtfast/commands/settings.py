@@ -33,8 +33,13 @@ def read_settings(
         "--config", metavar="FILE", help="a YAML file of settings instead of a recipe"
     )
     parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="print the resolved settings and stop"
-    )
+        "--dry_run", "--dry-run", action="store_true",
+        help="print the resolved settings, and as comments behind them an estimate of memory and steps; then stop",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu_memory_gb", metavar="X",
+        help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
+    )  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     for name in names:
         parser.add_argument(f"--{name}", metavar="X", help=help_of[name].replace("%", "%%"))
@@ -53,5 +58,19 @@ def read_settings(
         raise SettingsError(problems)
     if flags["dry_run"]:
         print(config.to_yaml(), end="")
+        _print_outlook(config, flags["gpu_memory_gb"])
         return None
     return config
+
+
+def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
+    """What a run with these settings would take, and what would stop it here: as YAML comments, so that the output of a
+    dry run is a settings file."""
+    from vtfast.estimate import estimate
+    from vtfast.preflight import find_problems
+
+    lines = list(estimate(config, gpu_memory_gb))
+    lines += [f"warning: {warning}" for warning in config.warnings()]
+    said = "\n".join(lines)
+    lines += [f"would stop here: {p}" for p in find_problems(config) if p not in said]
+    print("\n".join(["#", *(f"# {line}".rstrip() for line in lines)]))

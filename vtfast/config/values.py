@@ -41,7 +41,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _list(value: Any, hint: type) -> list:
-    if value is None:
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
         return []
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
