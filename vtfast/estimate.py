@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 from vtfast.blueprint import blueprint, read_model_config
 from vtfast.config import RunConfig, SFTConfig
@@ -18,6 +17,7 @@ from vtfast.data.files import find_files
 from vtfast.distributed import prompts_per_rank
 from vtfast.errors import UserError
 from vtfast.memory import Load, Memory, Part, load_of, memory_of, parts_of
+from vtfast.model import Policy
 from vtfast.questions import SYNTHETIC, SYNTHETIC_TRAIN
 
 GB = 1e9
@@ -82,8 +82,7 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
     """Lines of text. What cannot be known (a model that is out of reach) is said, and the rest follows."""
     device, ranks = find_device(config, gpu_memory_gb), ranks_of(config)
     try:
-        model = read_model_config(config.model)
-        policy = blueprint(model, config, dtype_of(config, device.kind))
+        policy = blueprint(read_model_config(config.model), config, dtype_of(config, device.kind))
     except UserError as error:
         yield f"No estimate of the memory: {error}"
         yield from _batch(config, load_of(config, has_images=True), ranks)
@@ -100,7 +99,7 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
     yield from _parameters(parts_of(policy))
     yield ""
     yield from _memory(memory, load, config)
-    yield from _verdict(memory, model, config, device, ranks)
+    yield from _verdict(memory, policy, config, device, ranks)
     yield ""
     yield from _batch(config, load, ranks)
 
@@ -154,25 +153,23 @@ def _memory(memory: Memory, load: Load, config: RunConfig) -> Iterator[str]:
 
 
 def _verdict(
-    memory: Memory, model: PreTrainedConfig, config: RunConfig, device: Device, ranks: int
+    memory: Memory, policy: Policy, config: RunConfig, device: Device, ranks: int
 ) -> Iterator[str]:
     spare = device.bytes - memory.peak
     if spare < 0:
         yield f"fits: no, {_gb(-spare)} GB above {_gb(device.bytes)}"
-        yield f"      {advice(model, config, device, ranks)}"
+        yield f"      {advice(policy, config, device, ranks)}"
     elif spare < TIGHT * device.bytes:
         yield f"fits: tight, {_gb(spare)} GB to spare of {_gb(device.bytes)}"
     else:
         yield f"fits: yes, {_gb(spare)} GB to spare of {_gb(device.bytes)}"
 
 
-def advice(model: PreTrainedConfig, config: RunConfig, device: Device, ranks: int) -> str:
+def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str:
     """What to change first so that it fits: one setting if one will do, else several, else more ranks."""
 
     def fits(changed: RunConfig, count: int = ranks) -> bool:
-        policy = blueprint(model, changed, dtype_of(changed, device.kind))
-        memory = memory_of(policy, changed, count, device.kind, device.bytes)
-        return memory.peak <= device.bytes
+        return memory_of(policy, changed, count, device.kind, device.bytes).peak <= device.bytes
 
     together: dict[str, object] = {}
     for name, value in _remedies(config):

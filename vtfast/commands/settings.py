@@ -72,5 +72,7 @@ def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
     lines = list(estimate(config, gpu_memory_gb))
     lines += [f"warning: {warning}" for warning in config.warnings()]
     said = "\n".join(lines)
-    lines += [f"would stop here: {p}" for p in find_problems(config) if p not in said]
+    lines += [
+        f"would stop here: {p}" for p in find_problems(config) if p.partition(": ")[2] not in said
+    ]
     print("\n".join(["#", *(f"# {line}".rstrip() for line in lines)]))
