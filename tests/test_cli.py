@@ -85,6 +85,34 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(flags, message, broken, cap
     assert sorted(broken.rglob("*")) == before, "a failed start must leave no folder behind"
 
 
+def test_mistakes_of_all_kinds_are_told_at_once(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("lerning_rate: 1\nmax_steps: 0\n")
+    flags = [
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        "--recipe",
+        "x",
+        "--bta",
+        "1",
+        "--beta=much",
+        "stray",
+    ]
+    assert main(["train", *flags]) == 2
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == f"error: {len(lines)} problems:"
+    told = [
+        "--bta: unknown flag; did you mean --beta?",
+        "stray: does not belong to any flag",
+        "--recipe and --config: give one of them",
+        f"{tmp_path / 'mine.yaml'}:1: lerning_rate: unknown",
+        "--beta much: must be a finite number",
+        f"{tmp_path / 'mine.yaml'}:2: --max_steps 0",
+    ]
+    assert len(lines) == len(told)
+    for line, start in zip(lines, told, strict=True):
+        assert line.startswith(f"  {start}")
+
+
 def test_train_py_exits_with_2(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--no_such_flag", "1"],

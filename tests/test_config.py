@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from vtfast.config import LOSS_TYPES, Config, field_help, load_config, recipe_names
+from vtfast.config import LOSS_TYPES, Config, SFTConfig, field_help, load_config, recipe_names
 from vtfast.errors import UserError
 
 # arXiv 2503.05132, Table 2, and the authors' run_grpo_SAT.sh (defaults of its TRL 0.14 and transformers 4.49 included).
@@ -108,11 +108,46 @@ def test_every_field_has_a_docstring():
         ({"reward_weights": "1,2,3"}, "3 weights for 2 rewards"),
         ({"max_pixels": 100}, "smaller than --min_pixels"),
         ({"report_to": "excel"}, "tensorboard"),
+        ({"max_steps": True}, "--max_steps True: must be a whole number"),
+        ({"max_steps": "8.0"}, "--max_steps 8.0: must be a whole number; write 8"),
+        ({"model": None}, "--model None: must be text"),
+        ({"seed": -1}, "--seed -1: must not be negative"),
+        ({"seed": 2**32}, "of at most 4294967295"),
+        ({"freeze": [["vision"]]}, "must be a flat list"),
+        ({"loss_type": "sapo", "delta": 2}, "--delta: --loss_type sapo does not know it"),
+        ({"loss_type": "vespo", "epsilon": 0.1}, "--epsilon: --loss_type vespo does not know it"),
+        ({"lora_r": 8}, "--lora_r: says nothing without --use_peft true"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "says nothing without --use_vllm true"),
+        ({"vllm_importance_sampling_mode": "token_mask"}, "without --vllm_importance_sampling_cor"),
+        ({"use_vllm": True, "rollout_max_rows": 8}, "says nothing with --use_vllm true"),
+        ({"min_pixels": 10**6, "max_pixels": 10**7}, "the smallest image takes 1278 tokens"),
+        ({"reward_funcs": "accuracy,format,accuracy"}, "--reward_funcs accuracy: is named twice"),
+        ({"question_types": ""}, "--question_types: name at least one"),
+        ({"recipe": "../elsewhere"}, "must not hold slashes"),
     ],
 )
 def test_a_mistake_is_named_with_what_would_do(overrides, message):
     with pytest.raises(UserError, match=message):
         load_config(overrides=overrides)
+
+
+def test_a_setting_is_refused_only_where_it_is_silenced():
+    """The same settings beside the switch or the loss that hears them."""
+    load_config(overrides={"loss_type": "luspo", "delta": 2, "epsilon_high": 0.1})
+    load_config(overrides={"loss_type": "cispo", "epsilon_high": 5})
+    load_config(overrides={"use_peft": True, "lora_r": 8})
+    load_config(overrides={"use_vllm": True, "vllm_gpu_memory_utilization": 0.5})
+    load_config(overrides={"min_pixels": 28 * 28 * 100, "max_prompt_length": 103})
+    load_config(overrides={"seed": 2**32 - 1})
+    with pytest.raises(UserError, match="--max_prompt_length 102: the smallest image takes 102"):
+        load_config(overrides={"min_pixels": 28 * 28 * 100, "max_prompt_length": 102})
+
+
+def test_what_may_not_be_meant_is_a_warning():
+    assert load_config(overrides={"warmup_steps": 5, "max_steps": 6}).warnings() == []
+    (warning,) = load_config(overrides={"warmup_steps": 5, "max_steps": 5}).warnings()
+    assert "--warmup_steps 5: the learning rate does not reach its peak" in warning
+    assert load_config("tiny-spatial-sft", kind=SFTConfig).warnings() == []  # max_steps: none
 
 
 def test_all_impossible_settings_are_named_at_once():

@@ -10,7 +10,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
-from vtfast.model import _freeze, embed_patches, load_model
+from vtfast.model import embed_patches, freeze_parts, load_model
 from vtfast.reference import Reference
 from vtfast.scoring import completion_logprobs
 
@@ -50,7 +50,7 @@ def test_freeze_covers_exactly_its_parts(random_path, freeze):
 def test_freeze_covers_an_untied_head(random_path, part):
     policy = load_model(random_path)
     policy.module.lm_head.weight = torch.nn.Parameter(policy.head.detach().clone())  # as the 7B's
-    _freeze(policy, [part])
+    freeze_parts(policy, [part])
     assert not policy.head.requires_grad
 
 

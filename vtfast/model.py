@@ -230,7 +230,7 @@ def load_model(
     weights = ("*.safetensors", "*.safetensors.index.json")
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in weights):
         raise UserError(f"--model {path}: the folder has no *.safetensors weights")
-    base = _base_of(folder)
+    base = base_of(folder)
     try:
         family = AutoConfig.from_pretrained(base).model_type
         if family in FAMILIES:
@@ -250,7 +250,7 @@ def load_model(
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     backend = choose_backend(attn_implementation, device, dtypes[dtype])
     policy = Policy(module.to(device).eval(), eos_ids, backend)
-    _freeze(policy, [freeze] if isinstance(freeze, str) else freeze)
+    freeze_parts(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy
 
 
@@ -264,7 +264,7 @@ def embed_patches(self: nn.Module, patches: Tensor) -> Tensor:
     return linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
 
 
-def _base_of(folder: Path) -> str:
+def base_of(folder: Path) -> str:
     """The folder itself, or the base model that its LoRA adapters name."""
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
@@ -297,7 +297,8 @@ def merged_weights(module: nn.Module) -> dict[str, Tensor]:
     return module.state_dict()
 
 
-def _freeze(policy: Policy, parts: Sequence[str]) -> None:
+def freeze_parts(policy: Policy, parts: Sequence[str]) -> None:
+    """Raises UserError for a part that the model has not."""
     language, visual = policy.language_model, policy.visual
     members = {
         "language": [language, policy.module.lm_head],

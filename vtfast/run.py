@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast import distributed
-from vtfast.checkpoint import Saver, check_output_dir, find_checkpoint, prepare_run_folder
+from vtfast.checkpoint import Saver, find_checkpoint, prepare_run_folder
 from vtfast.checkpoint.logs import completed_step, mark_completed
 from vtfast.checkpoint.rng import seed_all
 from vtfast.checkpoint.state import fingerprint, samples_digest
@@ -39,7 +39,7 @@ from vtfast.resume import held_out_before, on_main, put_back, state_of, write_re
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
 from vtfast.stopping import StopNotice
-from vtfast.tracking import Tracker, check_trackers
+from vtfast.tracking import Tracker
 
 log = logging.getLogger("vtfast")
 
@@ -55,19 +55,12 @@ class Run:
     """Whether groups whose advantages are all 0 are left out of the update."""
 
     def __init__(self, config: RunConfig) -> None:
-        check_output_dir(config)
-        check_trackers(config.report_to)
         self.config = config
         self.ranks = ranks = distributed.start(config)
         seed_all(config.seed)
         checkpoint = on_main(ranks, lambda: find_checkpoint(config))
 
         path = model_path(config.model)
-        if config.use_peft and (Path(path) / "adapter_config.json").is_file():
-            raise UserError(
-                f"--model {config.model}: holds LoRA adapters already, and new ones would not know them; save the"
-                " merged model first (vtfast.model.load_model(folder).module.save_pretrained(new folder))"
-            )
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
         self.asker = Asker(config, self.processor)
         self.policy = load_model(

@@ -30,6 +30,7 @@ from vtfast.metrics import Timer, memory_gb, mfu
 from vtfast.model import Policy
 from vtfast.objective import blank_pack
 from vtfast.packing import IGNORED, Pack
+from vtfast.preflight import check_start
 from vtfast.processor import Processor, Prompt
 from vtfast.questions import Question
 from vtfast.rollout import Completion
@@ -102,6 +103,7 @@ class SFTTrainer(Run):
     method = "SFT"
 
     def __init__(self, config: SFTConfig) -> None:
+        check_start(config)
         self.target_text = load_target(config.target)
         super().__init__(config)
 

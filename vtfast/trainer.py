@@ -23,6 +23,7 @@ from vtfast.flops import update_flops
 from vtfast.groups import Group, completion_rows, reward
 from vtfast.metrics import Timer, memory_gb, mfu, step_metrics, summary
 from vtfast.objective import SUMS, Objective, loss_spec
+from vtfast.preflight import check_start
 from vtfast.prompts import response_prefix
 from vtfast.questions import Question
 from vtfast.reference import Reference
@@ -43,6 +44,7 @@ class Trainer(Run):
     method = "GRPO"
 
     def __init__(self, config: Config) -> None:
+        check_start(config)
         self.scorer = Scorer(
             config.reward_funcs, config.reward_mode,
             workers=config.reward_workers, timeout=config.reward_timeout,

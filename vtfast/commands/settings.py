@@ -6,8 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from vtfast.commands.parser import Parser
-from vtfast.config import RunConfig, field_help, field_names, load_config, recipe_names
-from vtfast.errors import UserError
+from vtfast.config import (
+    RunConfig,
+    SettingsError,
+    field_help,
+    field_names,
+    load_config,
+    recipe_names,
+)
 
 
 def read_settings(
@@ -27,15 +33,21 @@ def read_settings(
         "--config", metavar="FILE", help="a YAML file of settings instead of a recipe"
     )
     parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="print the resolved settings and stop"
-    )
+        "--dry_run", "--dry-run", action="store_true",
+        help="print the resolved settings, and as comments behind them an estimate of memory and steps; then stop",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu_memory_gb", metavar="X",
+        help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
+    )  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     for name in names:
         parser.add_argument(f"--{name}", metavar="X", help=help_of[name].replace("%", "%%"))
-    flags = vars(parser.parse_args(arguments))
+    options, problems = parser.parse_known(arguments)
+    flags = vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
     if flags["recipe"] and flags["config"]:
-        raise UserError(
+        problems.append(
             "--recipe and --config: give one of them; a --config file stands for itself"
         )
     file, resumed = flags["config"], given.get("resume_from_checkpoint")
@@ -45,8 +57,29 @@ def read_settings(
         file = settings_of(resumed, given.get("output_dir"))
         if file:  # the run may have been moved since: where it is, the flags say
             given = {"output_dir": None} | given
-    config = load_config(flags["recipe"], file, given, kind)
+    try:
+        config = load_config(flags["recipe"], file, given, kind)
+    except SettingsError as error:
+        raise SettingsError(problems + error.problems) from None
+    if problems:
+        raise SettingsError(problems)
     if flags["dry_run"]:
         print(config.to_yaml(), end="")
+        _print_outlook(config, flags["gpu_memory_gb"])
         return None
     return config
+
+
+def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
+    """What a run with these settings would take, and what would stop it here: as YAML comments, so that the output of a
+    dry run is a settings file."""
+    from vtfast.estimate import estimate
+    from vtfast.preflight import find_problems
+
+    lines = list(estimate(config, gpu_memory_gb))
+    lines += [f"warning: {warning}" for warning in config.warnings()]
+    said = "\n".join(lines)
+    lines += [
+        f"would stop here: {p}" for p in find_problems(config) if p.partition(": ")[2] not in said
+    ]
+    print("\n".join(["#", *(f"# {line}".rstrip() for line in lines)]))

@@ -6,6 +6,7 @@ Names are TRL's where TRL has one. The text under a field is its help; `train.py
 called `*-sft` are `vtfast sft`'s.
 """
 
+from vtfast.config.problems import SettingsError
 from vtfast.config.recipes import RECIPES, field_help, field_names, load_config, recipe_names
 from vtfast.config.runs import FREEZABLE, LOSS_TYPES, Config, RunConfig, SFTConfig
 
@@ -16,6 +17,7 @@ __all__ = [
     "Config",
     "RunConfig",
     "SFTConfig",
+    "SettingsError",
     "field_help",
     "field_names",
     "load_config",

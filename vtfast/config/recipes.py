@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-import yaml
-
+from vtfast.config.files import Given, read_settings_file
+from vtfast.config.problems import SettingsError, nearest, shown
 from vtfast.config.runs import Config, RunConfig, SFTConfig
+from vtfast.config.values import BadValue, convert
 from vtfast.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -50,86 +49,79 @@ def load_config(
     """Settings of `kind`: a recipe of this package (the embedded default where None), or a YAML `file` instead of it,
     with `overrides` (flags, as text or values) on top.
 
-    Raises UserError for an unknown recipe, an unreadable file, an unknown key (naming the nearest valid one) or a
-    value of the wrong type.
+    Raises SettingsError, a UserError that names at once everything that is wrong: an unknown recipe, an unreadable
+    file, unknown keys (each with the nearest valid one), values of the wrong type, impossible values and combinations.
     """
-    if file is None:
-        recipe = recipe or kind.recipe
-        known = recipe_names(kind)
-        if recipe not in known:
-            raise UserError(f"--recipe {recipe}: unknown{_nearest(recipe, known)}")
-        file, name = RECIPES / f"{recipe}.yaml", recipe
-    else:
+    problems: list[str] = []
+    flags = {str(key): Given(value) for key, value in (overrides or {}).items()}
+    recipe = recipe or kind.recipe
+    below: dict[str, Given] | None = None
+    if file is not None:
         name = Path(file).stem
-    values = {"recipe": name, **_read_recipe(Path(file), kind), **(overrides or {})}
+        below = _read_recipe(Path(file), kind, problems)
+    elif recipe in recipe_names(kind):
+        name = recipe
+        below = _read_recipe(RECIPES / f"{recipe}.yaml", kind, problems)
+    else:
+        problems.append(f"--recipe {shown(recipe)}: unknown{nearest(recipe, recipe_names(kind))}")
+    given = flags if below is None else {"recipe": Given(name), **below, **flags}
+    config = _settings(given, kind, problems, whole=below is not None)
+    if problems:
+        raise SettingsError(problems)
+    return config
+
+
+def _settings(
+    given: Mapping[str, Given], kind: type[RunConfig], problems: list[str], whole: bool
+) -> RunConfig | None:
+    """The settings; None if something is wrong with them, which goes to `problems`.
+
+    `whole`: `given` is all that was said. If it is not, a rule is passed over that looks at anything else: what is
+    there in its place is no one's choice."""
     hints = get_type_hints(kind)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        where = "flag --" if overrides and unknown[0] in overrides else f"{file}: key "
-        raise UserError(f"{where}{unknown[0]}: unknown{_nearest(unknown[0], list(hints))}")
-    return kind(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+    values = {}
+    for key, said in given.items():
+        if key not in hints:
+            # A file's keys have no dashes; a flag's message is that of an unknown flag.
+            dashes = "" if said.where else "--"
+            close = nearest(key, list(hints), dashes)
+            problems.append(f"{said.where}{dashes}{shown(key)}: unknown{close}")
+            continue
+        try:
+            values[key] = convert(said.value, hints[key])
+        except BadValue as error:
+            problems.append(f"{said.where}--{key} {error}")
+    refused = given.keys() - values.keys()
+    try:
+        return kind(**values)
+    except SettingsError as error:
+        for problem in error.problems:
+            about = [name for name in re.findall(r"--(\w+)", problem) if name in hints]
+            if refused.isdisjoint(about) and (whole or given.keys() >= set(about)):
+                where = next((given[name].where for name in about if name in given), "")
+                problems.append(where + problem)
+    return None
 
 
-def _read_recipe(path: Path, kind: type[RunConfig], above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings in a file, on top of those of the shipped recipe that its `base:` names, if it names one."""
-    values = _read_yaml(path)
-    base = values.pop("base", None)
-    if base is None:
+def _read_recipe(
+    path: Path, kind: type[RunConfig], problems: list[str], above: tuple[Path, ...] = ()
+) -> dict[str, Given] | None:
+    """The settings in a file, on top of those of the shipped recipe that its `base:` names, if it names one. None if
+    they cannot be had."""
+    try:
+        values = read_settings_file(path, problems)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+    if "base" not in values:
         return values
-    if base not in recipe_names(kind):
-        raise UserError(f"{path}: base: {base}: unknown{_nearest(str(base), recipe_names(kind))}")
+    base, names = values.pop("base").value, recipe_names(kind)
     below = RECIPES / f"{base}.yaml"
+    if base not in names:
+        problems.append(f"{path}: base: {shown(base)}: unknown{nearest(str(base), names)}")
+        return None
     if below in (path, *above):
-        raise UserError(f"{path}: base: {base}: leads back to itself")
-    return {**_read_recipe(below, kind, (path, *above)), **values}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: must be a mapping of settings to values")
-    return values
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(sorted(valid))}"
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type. Text is read as the command line means it: "none", "true", "a,b"."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        return _convert(name, value, next(part for part in arguments if part is not NoneType))
-    if origin is list:
-        if value is None or (
-            isinstance(value, str) and value.lower() == "none" and name == "freeze"
-        ):
-            return []
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise UserError(f"--{name} {value}: must be a list, such as a,b")
-        return [_convert(name, item, arguments[0]) for item in items if item != ""]
-    if hint is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() not in known:
-            raise UserError(f"--{name} {value}: must be true or false")
-        return known[str(value).lower()]
-    try:
-        number = hint(value)
-        whole = hint is not int or isinstance(value, str) or value == number
-        if isinstance(value, bool) or not whole or (hint is float and not math.isfinite(number)):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"--{name} {value}: must be {_TYPE_NAMES[hint]}") from None
-    return number
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "text"}
+        problems.append(f"{path}: base: {base}: leads back to itself")
+        return None
+    lower = _read_recipe(below, kind, problems, (path, *above))
+    return None if lower is None else {**lower, **values}

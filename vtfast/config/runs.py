@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 
 import yaml
 
+from vtfast.config.combinations import impossible_combinations, odd_combinations
+from vtfast.config.problems import SettingsError
 from vtfast.config.sections import GRPO, SFT, Optimizer, Output, Rollout, Task
-from vtfast.errors import UserError
 
 TOKEN_LEVEL = ("cispo", "sapo", "vespo")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -24,7 +25,7 @@ class Checks:
     def __post_init__(self) -> None:
         problems = list(self._problems())
         if problems:
-            raise UserError("; ".join(problems))
+            raise SettingsError(problems)
 
     def _problems(self):
         """All impossible settings at once, each with the values that would do."""
@@ -68,6 +69,7 @@ class Checks:
             "epsilon",
             "sampler_drift_warning",
             "reward_workers",
+            "seed",
         ):
             if getattr(self, name, 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
@@ -91,6 +93,11 @@ class Checks:
             yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             yield f"--vllm_gpu_memory_utilization {self.vllm_gpu_memory_utilization}: must be above 0 and at most 1"
+        yield from impossible_combinations(self)
+
+    def warnings(self) -> list[str]:
+        """What these settings say and their user may not have meant."""
+        return list(odd_combinations(self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)
@@ -127,7 +134,7 @@ class Config(Checks, Output, Optimizer, Rollout, GRPO, Task):
             yield f"--vllm_importance_sampling_clip_min {low}: above --vllm_importance_sampling_clip_max {high}"
         if not self.reward_funcs:
             yield "--reward_funcs: name at least one reward"
-        elif self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+        elif self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             yield (
                 f"--reward_weights: {len(self.reward_weights)} weights for "
                 f"{len(self.reward_funcs)} rewards ({', '.join(self.reward_funcs)})"
