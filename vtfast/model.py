@@ -254,6 +254,23 @@ def load_model(
     return policy
 
 
+def skeleton(path: str | Path, dtype: torch.dtype, freeze: Sequence[str] = ()) -> Policy:
+    """The policy of a checkpoint folder without its weights: names, sizes and what is trained, for counting work.
+
+    Raises UserError where the folder has no config.json of one of FAMILIES."""
+    try:
+        config = AutoConfig.from_pretrained(_base_of(Path(path)))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: has no model's config.json ({_first_line(error)})") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{path}: a {config.model_type} model, and none of {', '.join(FAMILIES)}")
+    with torch.device("meta"):
+        module = FAMILIES[config.model_type](config).to(dtype)
+    policy = Policy(module.eval(), (), "sdpa")
+    _freeze(policy, freeze)
+    return policy
+
+
 def embed_patches(self: nn.Module, patches: Tensor) -> Tensor:
     """In place of `forward` of a tower's patch embedding: [K, values of a patch] -> [K, E].
 

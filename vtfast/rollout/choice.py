@@ -15,6 +15,9 @@ from vtfast.rollout.sampling import Completion, Sampling
 class Engine(Protocol):
     """What the trainer and evaluations ask of an engine: completions [prompt][sample]."""
 
+    seconds: dict[str, float]
+    """Of the last call, by part: "prefill" and "decode"; empty where the engine does not tell them apart."""
+
     def generate(
         self,
         prompts: Sequence[Prompt],

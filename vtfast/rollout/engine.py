@@ -79,6 +79,8 @@ class RolloutEngine:
         self.graphs = capturable if graphs is None else graphs
         self.capture, self.poll = capture, poll or POLL[kind]
         self.workspace: Workspace | None = None
+        self.seconds: dict[str, float] = {}
+        """Of the last call: spent on prefill and on decode."""
 
     def generate(
         self,
@@ -93,6 +95,7 @@ class RolloutEngine:
         `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Raises UserError for a
         prompt that does not fit into the cache.
         """
+        self.seconds = {}
         if not prompts:
             return []
         bar = tqdm(total=len(prompts) * num_generations * sampling.max_new_tokens, desc="rollout", unit="token",
@@ -103,6 +106,7 @@ class RolloutEngine:
                 while run.advance():
                     bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
                     bar.update(run.written - bar.n)
+                self.seconds = run.seconds
                 return run.collect()
             finally:
                 bar.close()
