@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
@@ -264,6 +265,11 @@ def skeleton(path: str | Path, dtype: torch.dtype, freeze: Sequence[str] = ()) -
         raise UserError(f"{path}: has no model's config.json ({_first_line(error)})") from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{path}: a {config.model_type} model, and none of {', '.join(FAMILIES)}")
+    return skeleton_of(config, dtype, freeze)
+
+
+def skeleton_of(config: PreTrainedConfig, dtype: torch.dtype, freeze: Sequence[str] = ()) -> Policy:
+    """`skeleton` of a configuration at hand."""
     with torch.device("meta"):
         module = FAMILIES[config.model_type](config).to(dtype)
     policy = Policy(module.eval(), (), "sdpa")

@@ -177,7 +177,7 @@ def prefill_floor(weights: Weights, rates: Rates, groups: Sequence[Size]) -> Flo
     if not groups:
         return Floor()
     config = weights.policy.module.config
-    flops = sum(forward_flops(config, g.prompt, [], g.patches).total for g in groups)
+    flops = sum(group._replace(lengths=[]).flops(config).total for group in groups)
     flops += 2.0 * weights.head * len(groups)
     tokens = sum(group.prompt for group in groups)
     rows = -(-tokens // PREFILL_TOKENS)
@@ -252,7 +252,8 @@ def step_floors(
     for a further step on the same answers (`num_iterations`)."""
     ranks = len(everyone)
     sizes = [size for mine in everyone for size in mine]
-    passes = passes_of(weights.policy.module.config, sizes, config.tokens_per_pass, ranks)
+    costs = [size.flops(weights.policy.module.config).total for size in sizes]
+    passes = passes_of(sizes, costs, config.tokens_per_pass, ranks)
     floors: dict[str, Floor] = defaultdict(Floor)
     if fresh:
         prefill = [prefill_floor(weights, rates, mine) for mine in everyone]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from vtfast.distributed import Ranks
-from vtfast.flops import forward_flops
+from vtfast.flops import Flops, forward_flops
 from vtfast.groups import Batch, Group
 from vtfast.model import Policy
 from vtfast.packing import Part, plan, split
@@ -51,6 +51,10 @@ class Size(NamedTuple):
         trained = bool((group.advantage != 0).any()) or not skip_without_signal
         return cls(len(prompt.ids), group.lengths, prompt.patches, trained)
 
+    def flops(self, config: PreTrainedConfig) -> Flops:
+        """Of a forward."""
+        return forward_flops(config, self.prompt, self.lengths, self.patches)
+
 
 def share_out(
     groups: Sequence[Group],
@@ -65,10 +69,8 @@ def share_out(
     everyone = ranks.gather([Size.of(group, skip_without_signal) for group in groups])
     sizes = [size for part in everyone for size in part]
     owners = [rank for rank, part in enumerate(everyone) for _ in part]
-    passes = [
-        settle(bins, owners)
-        for bins in passes_of(policy.module.config, sizes, token_budget, ranks.size)
-    ]
+    costs = [size.flops(policy.module.config).total for size in sizes]
+    passes = [settle(bins, owners) for bins in passes_of(sizes, costs, token_budget, ranks.size)]
     first = sum(len(part) for part in everyone[: ranks.rank])
     here = _exchange(dict(enumerate(groups, first)), passes, owners, ranks, ask)
     return Work(
@@ -80,21 +82,15 @@ def share_out(
 
 
 def passes_of(
-    config: PreTrainedConfig, sizes: Sequence[Size], token_budget: int, ranks: int
+    sizes: Sequence[Size], costs: Sequence[float], token_budget: int, ranks: int
 ) -> list[list[list[Part]]]:
     """The update of these groups, cut into passes: result[pass][bin], a bin for each rank; `Part.group` counts
     `sizes`."""
     parts = [
         part
-        for number, size in enumerate(sizes)
+        for number, (size, cost) in enumerate(zip(sizes, costs, strict=True))
         if size.trained
-        for part in split(
-            number,
-            size.prompt,
-            size.lengths,
-            forward_flops(config, size.prompt, size.lengths, size.patches).total,
-            token_budget,
-        )
+        for part in split(number, size.prompt, size.lengths, cost, token_budget)
     ]
     return plan(parts, token_budget, ranks)
 
