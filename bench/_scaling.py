@@ -107,13 +107,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Shares:
-    """An update shared out, in forward FLOPs."""
+    """How an update is shared out."""
 
     passes: float
-    dearest: float
-    """The dearest bin of every pass, added up."""
-    even: float
-    """All work over the ranks."""
+    imbalance: float
+    """What the dearest bins of all passes cost, over what bins of one size would; 1 for one GPU."""
 
 
 class Model:
@@ -149,27 +147,24 @@ class Model:
 
     def predict(self, gpus: int, prompts: int) -> Prediction:
         """`prompts`: of the whole step."""
-        measured, one = self.measured, self.shares(1, self.measured.prompts)
-        here = self.shares(gpus, prompts)
-        base = float(self.pool(measured.prompts).mean())
-        scale = (measured.rollout - measured.host) / base
+        measured, share = self.measured, self.shares(gpus, prompts)
+        each = prompts / gpus / measured.prompts
+        score, update = measured.score * each, self.compute * each
+        scale = (measured.rollout - measured.host) / float(self.pool(measured.prompts).mean())
         average, slowest = self.rollouts(gpus, prompts)
-        compute = self.compute * here.dearest / one.dearest
-        score = measured.score * here.dearest / one.dearest
-        idle = 1 - here.even / here.dearest
         p20, p50, p80 = (slowest.quantile(q) - slowest.mean for q in (0.2, 0.5, 0.8))
         return Prediction(
             gpus,
             prompts,
-            rollout=average * scale + measured.host * prompts / gpus / measured.prompts,
-            score=score * (1 - idle),
-            update=compute * (1 - idle),
+            rollout=average * scale + measured.host * each,
+            score=score,
+            update=update,
             optimizer=self.optimizer(gpus),
-            waiting=(slowest.mean - average) * scale + (score + compute) * idle,
-            reduce=self.reduce(gpus, here.passes, compute),
+            waiting=(slowest.mean - average) * scale + (score + update) * (share.imbalance - 1),
+            reduce=self.reduce(gpus, share.passes, update * share.imbalance),
             gather=self.cluster.all_gather(gpus, self.bytes),
             rest=measured.rest,
-            passes=here.passes,
+            passes=share.passes,
             tokens=prompts * self.tokens_a_prompt,
             spread=(p20 * scale, p50 * scale, p80 * scale),
         )
@@ -216,7 +211,7 @@ class Model:
         """Means over a few steps; fewer of large ones, which vary less."""
         rounds = max(1, min(16, 512 // prompts))
         work, rng = self.work, np.random.default_rng([self.seed, prompts, 1])
-        passes, dearest, even = [], [], []
+        passes, imbalance = [], []
         for _ in range(rounds):
             drawn = rng.integers(len(work.groups), size=prompts)
             groups, costs = ([values[i] for i in drawn] for values in (work.groups, self.costs))
@@ -224,10 +219,10 @@ class Model:
                 [sum(part.cost for part in bin) for bin in bins]
                 for bins in passes_of(groups, costs, work.token_budget, gpus)
             ]
+            total = sum(map(sum, bins))
             passes.append(len(bins))
-            dearest.append(sum(map(max, bins)))
-            even.append(sum(map(sum, bins)) / gpus)
-        return Shares(*(float(np.mean(values)) for values in (passes, dearest, even)))
+            imbalance.append(sum(map(max, bins)) * gpus / total if total else 1.0)
+        return Shares(float(np.mean(passes)), float(np.mean(imbalance)))
 
     @property
     def compute(self) -> float:
