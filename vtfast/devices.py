@@ -126,13 +126,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rates_of(policy_dtype: torch.dtype, ranks: Ranks, measure: bool) -> Rates | None:
+def rates_of(dtype: torch.dtype, ranks: Ranks, measure: bool) -> Rates | None:
     """Measured, or the data sheet's; None where the device has none. Collective if `measure`.
 
     The network between machines is no property of the device: over several of them only a measured link is known."""
     if measure:
-        return measured(policy_dtype, ranks)
+        return measured(dtype, ranks)
     if ranks.device.type != "cuda":
         return None
     one_machine = 1 < ranks.size <= torch.cuda.device_count()
-    return data_sheet(torch.cuda.get_device_name(ranks.device), policy_dtype, link=one_machine)
+    return data_sheet(torch.cuda.get_device_name(ranks.device), dtype, link=one_machine)
