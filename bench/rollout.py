@@ -37,7 +37,7 @@ from vtfast.model import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.attention import BACKENDS
 from vtfast.rollout.loop import Rollout
-from vtfast.rollout.workspace import cache_shape
+from vtfast.roofline import Weights
 
 GOALS = {"mid": 1 / 2.5, "tiny": 1 / 1.5, "Qwen2-VL-2B": 1 / 20}  # our time / generate's
 
@@ -140,12 +140,7 @@ def share_of_floor(policy: Policy, cached_tokens: float, seconds_a_step: float) 
     bandwidth = peak(PEAK_BANDWIDTH, policy.device)
     if bandwidth is None:
         return None
-    layers, heads, head_dim = cache_shape(policy)
-    weights = {p.data_ptr(): p for p in (*policy.language_model.parameters(), policy.head)}
-    size = policy.head.element_size()
-    read = sum(p.numel() for p in weights.values()) * size
-    read += cached_tokens * 2 * layers * heads * head_dim * size
-    return read / bandwidth / seconds_a_step
+    return Weights.of(policy).decode_bytes(cached_tokens) / bandwidth / seconds_a_step
 
 
 def kernels_a_layer(run: Rollout, policy: Policy) -> float:

@@ -83,22 +83,32 @@ def update_flops(
     it), a frozen vision tower 1, or none if it ran before, in a rollout (`tower_ran`).
     `prompt_targets`: tokens of prompts that meet the head besides the completions.
     """
-    module = policy.module
+    total = 2.0 * prompt_targets * policy.head.numel() * _passes_of(policy)[1]
+    for batch in batches:
+        for part in batch.parts:
+            group = batch.groups[part.group]
+            prompt = group.question.prompt
+            lengths = [group.lengths[i] for i in part.members]
+            total += part_flops(policy, len(prompt.ids), lengths, prompt.patches, tower_ran)
+    return total
+
+
+def part_flops(
+    policy: Policy, prompt: int, lengths: Sequence[int], patches: Sequence[int], tower_ran: bool
+) -> float:
+    """Of `update_flops`, one prompt with some of its completions. The policy's weights are not looked at, only their
+    names, sizes and which are trained."""
+    trunk, head = _passes_of(policy)
+    vision = 3 if not policy.tower_is_frozen else 0 if tower_ran else 1
+    flops = forward_flops(policy.module.config, prompt, lengths, patches)
+    return trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision
+
+
+def _passes_of(policy: Policy) -> tuple[int, int]:
+    """Forwards that trunk and head count for."""
 
     def factor(part: nn.Module) -> int:
         weights = (p for name, p in part.named_parameters() if "lora_" not in name)
         return 3 if any(p.requires_grad for p in weights) else 2
 
-    trunk, head = factor(policy.language_model.layers), factor(module.lm_head)
-    vision = 3 if not policy.tower_is_frozen else 0 if tower_ran else 1
-    total = 2.0 * prompt_targets * policy.head.numel() * head
-    for batch in batches:
-        for part in batch.parts:
-            group = batch.groups[part.group]
-            prompt = group.question.prompt
-            patches = [] if prompt.grid is None else prompt.grid.prod(-1).tolist()
-            lengths = [group.lengths[i] for i in part.members]
-            flops = forward_flops(module.config, len(prompt.ids), lengths, patches)
-            total += trunk * flops.trunk + 3 * flops.attention + head * flops.head
-            total += vision * flops.vision
-    return total
+    return factor(policy.language_model.layers), factor(policy.module.lm_head)

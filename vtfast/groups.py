@@ -123,6 +123,8 @@ def completion_rows(step: int, groups: Sequence[Group], reward_names: Sequence[s
             "failed": group.failures[g],
             "advantage": float(group.advantage[g]),
             "length": len(group.completions[g].tokens),
+            "prompt_length": len(group.question.prompt.ids),
+            "patches": group.question.prompt.patches,
             "finish_reason": group.completions[g].finish_reason,
         }
         for group in groups

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from vtfast.devices import DEVICES, listed
 from vtfast.distributed import Ranks
 from vtfast.groups import Group
 from vtfast.objective import SUMS
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by a part of the device's name (data sheets)."""
-PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
-"""Bytes/s of the memory, likewise (SXM modules)."""
+PEAK_FLOPS = {words: sheet.bf16 for words, sheet in DEVICES.items()}
+"""Dense bf16 FLOP/s by words of the device's name."""
+PEAK_BANDWIDTH = {words: sheet.bandwidth for words, sheet in DEVICES.items()}
+"""Bytes/s of the memory, likewise."""
 
 
 class Timer:
@@ -51,8 +52,7 @@ def peak(rates: Mapping[str, float], device: torch.device) -> float | None:
     """The rate of this device; None for the CPU and for devices that are not listed."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in rates.items() if part in name), None)
+    return listed(rates, torch.cuda.get_device_name(device))
 
 
 def step_metrics(

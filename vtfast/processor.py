@@ -62,6 +62,11 @@ class Prompt:
         """Completion token j sits at position P + rope_delta + j on all three axes."""
         return int(self.positions.max()) + 1 - self.ids.shape[0]
 
+    @property
+    def patches(self) -> list[int]:
+        """Of each image."""
+        return [] if self.grid is None else self.grid.prod(-1).tolist()
+
 
 class Processor:
     """Tokenizer and image processor of a checkpoint; a text model's has no image processor."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
 
 from vtfast.distributed import Ranks
-from vtfast.flops import forward_flops
+from vtfast.flops import Flops, forward_flops
 from vtfast.groups import Batch, Group
 from vtfast.model import Policy
 from vtfast.packing import Part, plan, split
@@ -30,6 +33,29 @@ class Work:
     """Share of all groups that no rank trains on, since nothing can be learned from them."""
 
 
+class Size(NamedTuple):
+    """A group as far as work is concerned."""
+
+    prompt: int
+    """Tokens."""
+    lengths: list[int]
+    """Tokens of each completion."""
+    patches: list[int]
+    """Of each image."""
+    trained: bool = True
+    """False: left out of the update, since nothing can be learned from it."""
+
+    @classmethod
+    def of(cls, group: Group, skip_without_signal: bool) -> Size:
+        prompt = group.question.prompt
+        trained = bool((group.advantage != 0).any()) or not skip_without_signal
+        return cls(len(prompt.ids), group.lengths, prompt.patches, trained)
+
+    def flops(self, config: PreTrainedConfig) -> Flops:
+        """Of a forward."""
+        return forward_flops(config, self.prompt, self.lengths, self.patches)
+
+
 def share_out(
     groups: Sequence[Group],
     ranks: Ranks,
@@ -40,37 +66,33 @@ def share_out(
 ) -> Work:
     """Collective. `ask`: index of a sample -> its question. `skip_without_signal`: leave out groups whose advantages
     are all 0; exact where nothing but the advantage makes a gradient (beta = 0)."""
-    config = policy.module.config
-    mine = []  # (prompt tokens, completion lengths, patches an image, has signal)
-    for group in groups:
-        prompt = group.question.prompt
-        patches = [] if prompt.grid is None else prompt.grid.prod(-1).tolist()
-        signal = bool((group.advantage != 0).any()) or not skip_without_signal
-        mine.append((len(prompt.ids), group.lengths, patches, signal))
-    everyone = ranks.gather(mine)
-    sizes = [entry for part in everyone for entry in part]
+    everyone = ranks.gather([Size.of(group, skip_without_signal) for group in groups])
+    sizes = [size for part in everyone for size in part]
     owners = [rank for rank, part in enumerate(everyone) for _ in part]
-    parts = [
-        part
-        for number, (prompt, lengths, patches, signal) in enumerate(sizes)
-        if signal
-        for part in split(
-            number,
-            prompt,
-            lengths,
-            forward_flops(config, prompt, lengths, patches).total,
-            token_budget,
-        )
-    ]
-    passes = [settle(bins, owners) for bins in plan(parts, token_budget, ranks.size)]
+    costs = [size.flops(policy.module.config).total for size in sizes]
+    passes = [settle(bins, owners) for bins in passes_of(sizes, costs, token_budget, ranks.size)]
     first = sum(len(part) for part in everyone[: ranks.rank])
     here = _exchange(dict(enumerate(groups, first)), passes, owners, ranks, ask)
     return Work(
         [Batch(bins[ranks.rank], here, policy) for bins in passes],
-        num_sequences=sum(len(lengths) for _, lengths, _, _ in sizes),
-        num_tokens=sum(sum(lengths) for _, lengths, _, _ in sizes),
-        skipped=sum(not signal for *_, signal in sizes) / max(1, len(sizes)),
+        num_sequences=sum(len(size.lengths) for size in sizes),
+        num_tokens=sum(sum(size.lengths) for size in sizes),
+        skipped=sum(not size.trained for size in sizes) / max(1, len(sizes)),
     )
+
+
+def passes_of(
+    sizes: Sequence[Size], costs: Sequence[float], token_budget: int, ranks: int
+) -> list[list[list[Part]]]:
+    """The update of these groups, cut into passes: result[pass][bin], a bin for each rank; `Part.group` counts
+    `sizes`."""
+    parts = [
+        part
+        for number, (size, cost) in enumerate(zip(sizes, costs, strict=True))
+        if size.trained
+        for part in split(number, size.prompt, size.lengths, cost, token_budget)
+    ]
+    return plan(parts, token_budget, ranks)
 
 
 def settle(bins: Sequence[list[Part]], owners: Sequence[int]) -> list[list[Part]]:

@@ -31,6 +31,7 @@ from vtfast.report import draw_curves
 from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
 from vtfast.rollout.engine import GivenUp
+from vtfast.roofline import Roofline
 from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
 from vtfast.sharing import Work
@@ -56,6 +57,7 @@ class Trainer(Run):
         self.groups: list[Group] = []
         self.work = Work([], 0, 0, 0.0)
         super().__init__(config)
+        self.roofline = Roofline(config, self.policy, self.ranks)
 
     def objective(self) -> Objective:
         config = self.config
@@ -125,15 +127,22 @@ class Trainer(Run):
             "learning_rate": learning_rate,
             **timer.seconds,
             "time/step": seconds,
+            **self.rollout_seconds(questions),
             "tokens_per_second": answered["num_tokens"] / seconds,
             "mfu": mfu(flops, timer.seconds["time/update"], self.ranks.device),
             "memory_gb": memory_gb(self.ranks.device),
         }
+        metrics |= self.roofline.metrics(step, self.groups, metrics)
         if questions is None:
             return metrics, []
         mine = completion_rows(step, self.groups, config.reward_funcs)
-        rows = [row for part in self.ranks.gather(mine) for row in part]
-        return metrics, rows
+        parts = enumerate(self.ranks.gather(mine))
+        return metrics, [{**row, "rank": rank} for rank, part in parts for row in part]
+
+    def rollout_seconds(self, questions: Sequence[Question] | None) -> dict[str, float]:
+        """This rank's prefill and decode; nothing where the step had no rollout or the engine does not tell."""
+        seconds = {} if questions is None else self.rollout.seconds
+        return {f"rollout/{part}_seconds": value for part, value in seconds.items()}
 
     def answer(self, questions: Sequence[Question], step: int) -> list[Group]:
         """G sampled answers to each question, with their rewards. What cannot be trained on is left out and listed."""

@@ -42,6 +42,7 @@ class Checks:
             "vllm_importance_sampling_mode": SAMPLER_MODES,
             "attn_implementation": ATTENTION,
             "rollout_attention": DECODE_ATTENTION,
+            "roofline_rates": ("data_sheet", "measured"),
         }
         for name, allowed in choices.items():
             if getattr(self, name, allowed[0]) not in allowed:
@@ -70,6 +71,7 @@ class Checks:
             "sampler_drift_warning",
             "reward_workers",
             "seed",
+            "roofline_steps",
         ):
             if getattr(self, name, 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"

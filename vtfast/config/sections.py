@@ -153,6 +153,13 @@ class GRPO:
     vllm_importance_sampling_clip_min: float | None = None
     """Lower bound of that weight; none means no bound."""
 
+    # What it says of its speed
+    roofline_steps: int = 10
+    """Say every N steps how near to the device's limits each phase runs (vtfast/roofline.py); 0 means never."""
+    roofline_rates: str = "data_sheet"
+    """The limits: data_sheet (A100, H100, H200; nothing is said of other devices) or measured (a matmul and a copy on
+    the device at hand, before the first step)."""
+
 
 @dataclass
 class Rollout:

@@ -17,6 +17,8 @@ class Engine(Protocol):
 
     give_up: Callable[[], object] | None
     """Says whether a rollout is to end at once, with GivenUp; an engine need not ask."""
+    seconds: dict[str, float]
+    """Of the last call, by part: "prefill" and "decode"; empty where the engine does not tell them apart."""
 
     def generate(
         self,

@@ -85,6 +85,8 @@ class RolloutEngine:
         self.workspace: Workspace | None = None
         self.give_up: Callable[[], object] | None = None
         """Asked every `poll` steps, if set: whether `generate` is to end at once, with GivenUp."""
+        self.seconds: dict[str, float] = {}
+        """Of the last call: spent on prefill and on decode."""
 
     def generate(
         self,
@@ -99,6 +101,7 @@ class RolloutEngine:
         `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Raises UserError for a
         prompt that does not fit into the cache, GivenUp when `give_up` says so.
         """
+        self.seconds = {}
         if not prompts:
             return []
         bar = tqdm(total=len(prompts) * num_generations * sampling.max_new_tokens, desc="rollout", unit="token",
@@ -111,6 +114,7 @@ class RolloutEngine:
                         raise GivenUp
                     bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
                     bar.update(run.written - bar.n)
+                self.seconds = run.seconds
                 return run.collect()
             finally:
                 bar.close()

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,8 @@ class Rollout:
         self.lengths = [0] * count
         self.stopped = [False] * count
         self.written = 0
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        """Spent so far."""
         self.checked = False
         """Whether the ops have looked at the arguments that these rows make."""
         self.memory: dict | None = {} if work.graphs is None else None
@@ -85,14 +88,23 @@ class Rollout:
     def advance(self) -> bool:
         """Some tokens for every live row, new rows among them. False when all are done."""
         if self.places:
-            self.decode()
-            self.retire()
+            with self.clock("decode"):
+                self.decode()
+                self.retire()
         admitted = self.admit()
         if admitted:
-            for part in admitted:
-                self.prefill(part)
-            self.retire()
+            with self.clock("prefill"):
+                for part in admitted:
+                    self.prefill(part)
+                self.retire()
         return bool(self.places or self.waiting)
+
+    @contextlib.contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add to `seconds`. `retire`, at the end of each part, has waited for the device anyway."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
 
     def decode(self) -> None:
         live, graphs = len(self.places), self.work.graphs

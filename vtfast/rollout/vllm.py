@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -31,6 +32,8 @@ from vtfast.rollout.sampling import Completion, Sampling
 
 class VLLMEngine:
     """`generate` as in `RolloutEngine`."""
+
+    seconds: ClassVar[dict[str, float]] = {}  # prefill and decode are mixed in vLLM
 
     def __init__(
         self,

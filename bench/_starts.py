@@ -1,0 +1,182 @@
+"""Where `bench scale` starts from: a run folder, rows of the benches, or floors over a stated efficiency."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench._recorded import Recorded
+from bench._scaling import Measured, Work
+from bench._workload import MID, TINY, TWO_B, Shape, model_config
+from vtfast.devices import DEVICES, Rates, data_sheet
+from vtfast.errors import UserError
+from vtfast.model import skeleton_of
+from vtfast.roofline import (
+    PHASES,
+    Weights,
+    decode_floor,
+    optimizer_floor,
+    pass_floor,
+    phase_seconds,
+    prefill_floor,
+)
+from vtfast.sharing import Size
+
+EFFICIENCY = (0.6, 0.4)
+"""Shares of the floor's speed of rollout and update where nothing is measured: what `bench rollout` and `bench update`
+aim at on a GPU."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the model starts from."""
+
+    source: str
+    """In words."""
+    work: Work
+    measured: Measured
+    rates: Rates
+    is_estimate: bool = False
+
+
+def from_run(run: Recorded) -> Start:
+    if run.ranks > 1:
+        raise UserError(
+            f"{run.name}: measured on {run.ranks} ranks, whose waiting is in every phase; run a few steps on one"
+        )
+    if run.config.num_iterations > 1:
+        raise UserError(f"{run.name}: --num_iterations above 1 is not modelled")
+    steps = run.settled
+    times = [phase_seconds(step.metrics) for step in steps]
+    mean = {
+        name: float(np.mean([time.get(name, 0.0) for time in times])) for name in (*PHASES, "step")
+    }
+    split = [time["prefill"] + time["decode"] for time in times if "decode" in time]
+    groups = [group for step in steps for group in step.everyone[0]]
+    if not any(group.trained for group in groups):
+        raise UserError(f"{run.name}: no group had a signal, so no update was measured")
+    return Start(
+        f"{run.name}, means of steps {steps[0].number} to {steps[-1].number}",
+        Work(run.weights, groups, run.config.tokens_per_pass, run.config.rollout_max_rows),
+        Measured(
+            round(len(groups) / len(steps)),
+            **{name: mean[name] for name in PHASES},
+            rest=mean["step"] - sum(mean[name] for name in PHASES),
+            host=mean["rollout"] - float(np.mean(split)) if split else 0.0,
+        ),
+        run.rates,
+    )
+
+
+def from_rows(files: Sequence[Path], device: str | None) -> Start:
+    """The newest pair of a rollout and an update of one shape on one device."""
+    rows: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; rows are in bench/results")
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                kind = row.get("op"), row.get("peer"), row.get("metric")
+                if kind in (("rollout", "ours", "ms"), ("update", "ours", "ms")):
+                    key = row["shape"], row["device"], row["dtype"]
+                    rows.setdefault(key, {})[row["op"]] = row
+    pairs = {key: pair for key, pair in rows.items() if len(pair) == 2}
+    if not pairs:
+        names = ", ".join(map(str, files))
+        raise UserError(
+            f"{names}: no shape with rows of `ours` in ms for both op rollout and op update"
+        )
+    key = max(pairs, key=lambda key: min(row["date"] for row in pairs[key].values()))
+    shape, where, dtype = parse_shape(key[0]), key[1], getattr(torch, key[2])
+    groups = sizes_of(shape)
+    weights = Weights.of(skeleton_of(model_config(shape.model), dtype))
+    seconds = {op: float(row["p50"]) / 1e3 for op, row in pairs[key].items()}
+    return Start(
+        f"rows of {key[0]}, {where}, medians",
+        Work(weights, groups, sum(group.prompt + sum(group.lengths) for group in groups)),
+        Measured(len(groups), seconds["rollout"], 0.0, seconds["update"]),
+        known_rates(device or where, dtype),
+    )
+
+
+def parse_shape(text: str) -> Shape:
+    """Of a bench's row. Raises UserError for one that no bench makes."""
+    found = re.fullmatch(r"(\S+) prompts=\S+ G=(\d+) completion=(\d+)", text)
+    for base in (MID, TINY, TWO_B):
+        if found and base.model == found[1]:
+            shape = replace(base, G=int(found[2]), completion=int(found[3]))
+            if str(shape) == text:
+                return shape
+    raise UserError(f"{text}: not a shape of the benches")
+
+
+def sizes_of(shape: Shape) -> list[Size]:
+    return [
+        Size(text + rows * columns // 4, [shape.completion] * shape.G, [rows * columns])
+        for text, (rows, columns) in zip(shape.text, shape.grids, strict=True)
+    ]
+
+
+def estimate(
+    model: str, device: str, prompts: int, lengths: str, efficiency: tuple[float, float], seed: int
+) -> Start:
+    """A step of `prompts` prompts (an image of 2,048 patches and 100 tokens of text, G = 8) from floors alone."""
+    rates = known_rates(device, torch.bfloat16)
+    weights = Weights.of(skeleton_of(model_config(model), torch.bfloat16))
+    rng = np.random.default_rng(seed)
+    prompt, G = 100 + 2048 // 4, 8
+    groups = [Size(prompt, draw(lengths, G, rng), [2048]) for _ in range(512)]
+    budget = prompt + max(sum(group.lengths) for group in groups)
+    held = [groups[i : i + prompts] for i in range(0, len(groups) - prompts + 1, prompts)]
+    rollouts = [
+        (prefill_floor(weights, rates, mine) + decode_floor(weights, rates, mine)).seconds
+        for mine in held
+    ]
+    updates = [sum(pass_floor(weights, rates, [group]).seconds for group in mine) for mine in held]
+    work = Work(weights, groups, budget)
+    optimizer = optimizer_floor(weights, rates).seconds
+    said = f"rollouts at {efficiency[0]:.0%}, updates at {efficiency[1]:.0%} of the floor's speed"
+    return Start(
+        f"floors of {model} on {device}, {said}, completions {lengths}",
+        work,
+        Measured(
+            prompts,
+            rollout=float(np.mean(rollouts)) / efficiency[0],
+            score=0.0,
+            update=float(np.mean(updates)) / efficiency[1] + optimizer,
+        ),
+        rates,
+        is_estimate=True,
+    )
+
+
+def draw(lengths: str, count: int, rng: np.random.Generator) -> list[int]:
+    """Lengths from `fixed:N`, `uniform:LOW:HIGH` or `exponential:MEAN`, at least one token each."""
+    kind, *numbers = lengths.split(":")
+    try:
+        values = [float(number) for number in numbers]
+        found = {
+            ("fixed", 1): lambda n: np.full(count, n),
+            ("uniform", 2): lambda low, high: rng.uniform(low, high, count),
+            ("exponential", 1): lambda mean: rng.exponential(mean, count),
+        }[kind, len(values)](*values)
+        return [max(1, round(value)) for value in found]
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(
+            f"--lengths {lengths}: must be fixed:N, uniform:LOW:HIGH or exponential:MEAN"
+        ) from None
+
+
+def known_rates(device: str, dtype: torch.dtype) -> Rates:
+    rates = data_sheet(device, dtype)
+    if rates is None:
+        raise UserError(
+            f"device {device}: not listed; name one with --device: {', '.join(DEVICES)}"
+        )
+    return rates
