@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -51,13 +52,19 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: str
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    limits: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
-    """Seconds of every run in each round; every other round goes backwards, so that no one always comes first."""
+    """Seconds of every run in each round; every other round goes backwards, so that no one always comes first.
+
+    `limits`: rounds in which a slow run takes part, if not in all: the first ones."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
-            times[name].append(seconds(runs[name], device))
+            if index < limits.get(name, rounds):
+                times[name].append(seconds(runs[name], device))
     return times
 
 
