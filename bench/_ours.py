@@ -37,7 +37,7 @@ class Ours:
             "adam_epsilon": task.optimizer.adam_epsilon,
             "max_grad_norm": task.optimizer.max_grad_norm,
             "lr_scheduler_type": "constant",
-            "sampler_drift_warning": float("inf"),  # planted answers were not sampled
+            "sampler_drift_warning": 1e9,  # planted answers were not sampled
             "warmup_steps": 0,
             "output_dir": str(task.folder / f"ours-{id(self)}"),
             "report_to": ["none"],

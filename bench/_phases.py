@@ -42,7 +42,8 @@ class Phases:
         self._turn()
         self._open.append(name)
         try:
-            yield
+            with torch.profiler.record_function(name):  # for `bench profile`
+                yield
         finally:
             self._turn()
             self._open.pop()

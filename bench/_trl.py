@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from datasets import Dataset, Image, List
 from transformers import (
+    PrinterCallback,
     ProcessorMixin,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
@@ -106,6 +107,7 @@ class TRL:
                 processing_class=Processing(parts.image_processor, parts.tokenizer, TEMPLATE),
                 callbacks=[self.turnstile],
             )
+        trainer.remove_callback(PrinterCallback)
         self.module = trainer.model
         if task.answers:
             flat = [list(ids) for group in task.answers for ids in group]

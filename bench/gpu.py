@@ -4,10 +4,13 @@
     kernels   the head's kernels beside TRL, Liger and plain PyTorch, and three bare matmuls
     rollout   whole rollouts beside generate, decode steps beside the memory's limit
     update    the packed update beside plain Hugging Face code and TRL
+    step      a whole optimizer step beside TRL's trainer and the original recipe's structure
+    profile   a trace of one step, and its costliest kernels
 
 Each step is a process of its own, stopped when the box is full. Its log and its rows go to DIR; one that ended well is
 not run again by a later call with the same DIR. DIR/summary.md is one page.
-A bare checkout will do: torch, triton and transformers are needed, and what else is missing is named.
+A bare checkout will do: torch, triton and transformers are needed, and what else is missing is named. Without
+DeepSpeed, on which the trainer stands, `step` and `profile` end badly.
 `--rehearse` runs the same on the CPU, at sizes that take minutes and show nothing but that everything starts.
 """
 
@@ -27,6 +30,8 @@ from pathlib import Path
 from bench._harness import ROOT
 
 PYTHON = sys.executable
+OUT = "{out}"
+"""In a command: the folder of the results."""
 WANTED = ("deepspeed", "liger_kernel", "trl", "datasets", "flash_attn", "peft", "pytest")
 
 
@@ -52,12 +57,22 @@ STEPS = (
     Step(
         "rollout",
         ("-m", "bench", "rollout", "--no-tests", "--rounds", "5"),
-        ("-m", "bench", "rollout", "--no-tests", "--rounds", "1"),
+        ("-m", "bench", "rollout", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
     ),
     Step(
         "update",
         ("-m", "bench", "update", "--no-tests", "--rounds", "5"),
-        ("-m", "bench", "update", "--no-tests", "--rounds", "1"),
+        ("-m", "bench", "update", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
+    ),
+    Step(
+        "step",
+        ("-m", "bench", "step", "--no-tests", "--rounds", "3"),
+        ("-m", "bench", "step", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
+    ),
+    Step(
+        "profile",
+        ("-m", "bench", "profile", "--out", OUT),
+        ("-m", "bench", "profile", "--out", OUT, "--size", "rehearsal"),
     ),
 )  # fmt: skip
 
@@ -76,7 +91,8 @@ def environment(links: Path, out: Path) -> dict[str, str]:
 
 def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bool) -> dict:
     """One step -> {"name", "seconds", "ended": "well" | "badly" | "stopped"}."""
-    command = [PYTHON, *(step.rehearsal if rehearse else step.command)]
+    words = step.rehearsal if rehearse else step.command
+    command = [PYTHON, *(str(out.absolute()) if word == OUT else word for word in words)]
     began, log = time.perf_counter(), out / f"{step.name}.log"
     with log.open("w") as file:
         try:
