@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-gpu lint aot bench
+.PHONY: setup demo test test-slow test-gpu lint aot bench rehearse
 
 setup: $(STAMP)
 
@@ -39,3 +39,6 @@ aot: setup # every Triton kernel compiles for sm_80, sm_90 and sm_100, without s
 
 bench: setup
 	$(BIN)/python -m bench kernels
+
+rehearse: setup # every step of a GPU day, tiny, on the CPU
+	$(BIN)/python -m bench gpu --rehearse --out "$$(mktemp -d)"

@@ -275,6 +275,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include Liger")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--tokens", type=int, nargs="+", help="only these sizes")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, metavar=("N", "V", "D"), help="this one instead"
+    )
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -287,7 +290,7 @@ def main(argv: list[str]) -> int:
         devices.append(("cuda", GPU_BENCH))
     ok = True
     for device, shapes in devices:
-        for shape in shapes:
+        for shape in [Shape(*options.shape)] if options.shape else shapes:
             if not options.tokens or shape.N in options.tokens:
                 ok &= compare(shape, device, options.rounds, options.slow_rounds, options.threads)
     if not torch.cuda.is_available():

@@ -62,19 +62,21 @@ class Contestant(Protocol):
 
 
 @contextlib.contextmanager
-def seats(task: Task) -> Iterator[dict[str, tuple[Contestant, Phases]]]:
-    """All contestants that can be had here. Raises ImportError if that is not even ours."""
+def seats(task: Task) -> Iterator[tuple[dict[str, tuple[Contestant, Phases]], dict[str, str]]]:
+    """-> all contestants that can be had here, and of the others why not. Without ours there is nothing to compare."""
     players: dict[str, tuple[Contestant, Phases]] = {}
+    absent: dict[str, str] = {}
     try:
         for name in CONTESTANTS:
             phases = Phases(device=task.device)
             try:
                 players[name] = contestant(name)(task, phases), phases
-            except ImportError as error:
+            except Exception as error:  # a peer that cannot run must not stop the others
                 if name == "ours":
                     raise
-                print(f"  {name}: not installed ({error})")
-        yield players
+                absent[name] = "not installed" if isinstance(error, ImportError) else "failed"
+                print(f"  {name}: {absent[name]} ({type(error).__name__}: {str(error)[:200]})")
+        yield players, absent
     finally:
         for player, _ in players.values():
             player.close()
@@ -95,7 +97,7 @@ def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
     moves: dict[str, dict[str, Tensor]] = {}
     with make_task(shape, device, threads, torch.float32) as task:
         planted = replace(task, optimizer=PROPORTIONAL, answers=planted_answers(shape))
-        with seats(planted) as players:
+        with seats(planted) as (players, _):
             for name, (player, _) in players.items():
                 before = weights(player.module)
                 player.step()
@@ -129,21 +131,25 @@ def agree(shape: Shape, device: str, threads: int) -> bool:
 
 def measure(
     shape: Shape, device: str, rounds: int, slow_rounds: int, threads: int
-) -> dict[str, Phases]:
-    """Phases of every step of alternated rounds. `original` takes part in the first `slow_rounds` alone, cold: the
-    check has run its code, and on a GPU one of its steps is a minute."""
+) -> tuple[dict[str, Phases], dict[str, str]]:
+    """-> phases of every step of alternated rounds, and why some peers have none.
+
+    `original` takes part in the first `slow_rounds` alone, cold: the check has run its code, and on a GPU one of its
+    steps is a minute."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with make_task(shape, device, threads, dtype) as task, seats(task) as players:
+    with make_task(shape, device, threads, dtype) as task, seats(task) as (players, absent):
         for name, (player, phases) in players.items():
             if name != "original":
                 player.step()
                 phases.steps.clear()
         steps = {name: player.step for name, (player, _) in players.items()}
         alternate(steps, rounds, device, limits={"original": slow_rounds})
-        return {name: phases for name, (_, phases) in players.items()}
+        return {name: phases for name, (_, phases) in players.items()}, absent
 
 
-def report(shape: Shape, device: str, measured: Mapping[str, Phases]) -> bool:
+def report(
+    shape: Shape, device: str, measured: Mapping[str, Phases], absent: Mapping[str, str]
+) -> bool:
     """Tables, rows of step.csv; whether the goals are met."""
     times = {name: phases.totals() for name, phases in measured.items()}
     print(f"\nstep, {shape}, {device_name(device)}, {len(times['ours'])} rounds")
@@ -166,8 +172,7 @@ def report(shape: Shape, device: str, measured: Mapping[str, Phases]) -> bool:
         for phase in PHASES:
             values = [step.get(phase, 0.0) for step in phases.steps]
             rows.append(_row(shape, device, name, f"{phase} ms", values))
-    for name in CONTESTANTS.keys() - measured.keys():
-        rows.append(_row(shape, device, name, "not installed", ()))
+    rows += [_row(shape, device, name, reason, ()) for name, reason in absent.items()]
     append("step.csv", rows)
     return met
 
@@ -258,7 +263,10 @@ def main(argv: list[str]) -> int:
         if not agree(MID if size == "2B" else shape, options.device, options.threads):
             return 1
         arguments = shape, options.device, options.rounds, slow_rounds, options.threads
-        measured[str(shape)] = result = measure(*arguments)
-        met.append(report(shape, options.device, result))
+        measured[str(shape)], absent = measure(*arguments)
+        met.append(report(shape, options.device, measured[str(shape)], absent))
+    if importlib.util.find_spec("matplotlib"):
         picture(measured, options.device, RESULTS / "step.png")
+    else:
+        print("no picture: matplotlib is not installed")
     return 0 if all(met) else 1
