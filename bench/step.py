@@ -88,30 +88,32 @@ def contestant(name: str) -> type[Contestant]:
 
 
 def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
-    """How far each peer's weights end from ours after two steps on the same answers.
+    """How far each peer's weights end from ours after two steps on the same answers (`distance`).
 
-    The first step sees no KL, since the policy is the reference still; the second sees all of the loss. The largest
-    difference of a weight tensor over how far it moved; a tensor that hardly moves counts as one of average movement.
-    """
+    The first step sees no KL, since the policy is the reference still; the second sees all of the loss."""
     shape = replace(shape, completion=CHECKED_TOKENS)
     moves: dict[str, dict[str, Tensor]] = {}
     with make_task(shape, device, threads, torch.float32) as task:
         planted = replace(task, optimizer=PROPORTIONAL, answers=planted_answers(shape))
-        with seats(planted) as (players, _):
+        exact = torch.backends.cudnn.flags(
+            enabled=True, allow_tf32=False
+        )  # patches are a convolution to the peers
+        with exact, seats(planted) as (players, _):
             for name, (player, _) in players.items():
                 before = weights(player.module)
                 player.step()
                 player.step()
                 moves[name] = {key: w - before[key] for key, w in weights(player.module).items()}
     ours = moves.pop("ours")
-    average = sum(float(move.norm()) for move in ours.values()) / len(ours)
-    return {
-        name: max(
-            float((ours[key] - move).norm()) / max(float(move.norm()), average)
-            for key, move in theirs.items()
-        )
-        for name, theirs in moves.items()
-    }
+    return {name: distance(ours, theirs) for name, theirs in moves.items()}
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest difference of a weight tensor's movement over its size; a tensor that hardly moves counts as one of
+    average movement. NaN if anything is."""
+    sizes = torch.stack([move.norm() for move in theirs.values()])
+    apart = torch.stack([(ours[name] - move).norm() for name, move in theirs.items()])
+    return float((apart / sizes.clamp(min=sizes.mean())).max())
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -123,9 +125,9 @@ def agree(shape: Shape, device: str, threads: int) -> bool:
     apart = disagreements(shape, device, threads)
     for name, value in apart.items():
         print(f"  ours and {name}: weights differ by {value:.1e} of their movement in two steps")
-    if all(value <= TOLERANCE for value in apart.values()):
+    if apart and all(value <= TOLERANCE for value in apart.values()):
         return True
-    print("  they do not compute the same: no numbers")
+    print("  they do not compute the same: no numbers" if apart else "  no peer: no numbers")
     return False
 
 

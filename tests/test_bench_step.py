@@ -185,6 +185,24 @@ def test_all_learn_the_same(missing, monkeypatch, results, capsys):
         assert row["peer"] == "trl" and row["p50"] == ""
 
 
+def test_distance_is_the_worst_tensors():
+    ours = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0, 0.1])}
+    assert step.distance(ours, ours) == 0
+    theirs = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0, 0.0])}
+    assert step.distance(ours, theirs) == pytest.approx(0.5 / (9 + 4.5**2) ** 0.5)
+    theirs["b"] = torch.tensor(
+        [0.0, 1.0]
+    )  # an average tensor's worth of movement, nearly all of it wrong
+    assert step.distance(ours, theirs) == pytest.approx(0.9 / (1 + (9 + 4.5**2) ** 0.5) * 2)
+    theirs["a"][0] = float("nan")
+    assert not step.distance(ours, theirs) <= step.TOLERANCE
+
+
+def test_without_a_peer_nothing_is_reported(monkeypatch):
+    monkeypatch.setattr(step, "disagreements", lambda *_: {})
+    assert not step.agree(REHEARSAL, "cpu", 1)
+
+
 def wrong_advantage(trainer):
     compare = trainer.compare
 
