@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-gpu lint aot bench docs
+.PHONY: setup demo test test-slow test-gpu lint aot bench docs rehearse
 
 setup: $(STAMP)
 
@@ -42,3 +42,6 @@ docs: setup # into docs/site; shown by `python -m http.server -d docs/site`
 
 bench: setup
 	$(BIN)/python -m bench kernels
+
+rehearse: setup # every step of a GPU day, tiny, on the CPU
+	$(BIN)/python -m bench gpu --rehearse --out "$$(mktemp -d)"

@@ -1,15 +1,34 @@
-"""`python -m bench NAME [options]`: run bench/NAME.py."""
+"""`python -m bench NAME [options]`: run bench/NAME.py. Without a name: what there is."""
 
+import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 
+FOLDER = Path(__file__).parent
+
+
+def benches() -> dict[str, str]:
+    """Name -> what it says of itself in its first line. Nothing is imported: some need what is not installed."""
+    files = (path for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+    lines = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in sorted(files)}
+    return {name: text.split("\n")[0].split(": ", 1)[1] for name, text in lines.items()}
+
 
 def main(argv: list[str]) -> int:
-    names = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_"))
-    if not argv or argv[0] not in names:
-        print(f"usage: python -m bench {{{','.join(names)}}} [options]", file=sys.stderr)
+    names = benches()
+    if not argv:
+        print("usage: python -m bench NAME [options]")
+        for name, line in names.items():
+            print(f"  {name:<10}{line}")
+        return 0
+    if argv[0] not in names:
+        print(f"bench {argv[0]}: unknown; there are {', '.join(names)}", file=sys.stderr)
         return 2
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # as `vtfast` has it; read when torch is imported
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
 
 

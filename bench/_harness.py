@@ -1,8 +1,13 @@
-"""What the benches share: clocks, alternated rounds, memory of a fresh process, rows of results/*.csv."""
+"""What the benches share: clocks, alternated rounds, memory of a fresh process, rows of results/*.csv.
+
+On CUDA every timed run starts with a cold L2 cache, and the SM clock is read while it runs.
+"""
 
 from __future__ import annotations
 
 import csv
+import ctypes
+import functools
 import json
 import os
 import random
@@ -14,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -21,9 +27,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(os.environ.get("VTFAST_RESULTS", Path(__file__).parent / "results"))
 COLUMNS = (
     "op", "peer", "shape", "dtype", "metric", "p20", "p50", "p80", "ratio", "ratio_low", "ratio_high", "share",
-    "device", "versions", "commit", "date",
+    "device", "versions", "commit", "date", "clocks",
 )  # fmt: skip
-"""`ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor or peak."""
+"""Of every file. `ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor
+or peak, where one is known. `clocks`: the SM clock in MHz, median over the runs that a row comes from; empty on the
+CPU. A `metric` of "not installed" or "failed" says why a peer has no numbers."""
 
 
 def tests_pass(*tests: Path) -> bool:
@@ -36,28 +44,73 @@ def tests_pass(*tests: Path) -> bool:
     return False
 
 
+_clocks: list[int] = []
+"""MHz of the timed runs since the last rows were written."""
+
+
 def seconds(run: Callable[[], object], device: str) -> float:
+    """Of one run, by the device's own events on CUDA."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush_l2()
         torch.cuda.synchronize()
         start.record()
         run()
         end.record()
+        clock = sm_clock()  # before the wait: the device is at work, or was a moment ago
         torch.cuda.synchronize()
+        if clock is not None:
+            _clocks.append(clock)
         return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
 
 
+def flush_l2() -> None:
+    """Fill the L2 cache with zeros, twice over, so that no run finds what the one before has left."""
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    torch.empty(2 * size, dtype=torch.int8, device="cuda").zero_()
+
+
+def sm_clock() -> int | None:
+    """MHz of the current device at this moment; None where the driver's library is missing or does not say."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
+    handle, clock, of_sm = ctypes.c_void_p(), ctypes.c_uint(), 1
+    if nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
+        return None
+    if nvml.nvmlDeviceGetClockInfo(handle, of_sm, ctypes.byref(clock)):
+        return None
+    return clock.value
+
+
+@functools.cache
+def _nvml() -> ctypes.CDLL | None:
+    """The library behind nvidia-smi. It comes with the driver, its Python package does not."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    return library if library.nvmlInit_v2() == 0 else None
+
+
 def alternate(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: str
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    limits: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
-    """Seconds of every run in each round; every other round goes backwards, so that no one always comes first."""
+    """Seconds of every run in each round; every other round goes backwards, so that no one always comes first.
+
+    `limits`: rounds in which a slow run takes part, if not in all: the first ones."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
-            times[name].append(seconds(runs[name], device))
+            if index < limits.get(name, rounds):
+                times[name].append(seconds(runs[name], device))
     return times
 
 
@@ -121,15 +174,28 @@ def commit() -> str:
 
 
 def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Add rows to results/`file`; absent columns stay empty, numbers get four digits."""
+    """Add rows to results/`file`; absent columns stay empty, numbers get four digits.
+
+    ValueError for a column that is not of the schema, and for a file of another schema."""
     path = RESULTS / file
     RESULTS.mkdir(exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as old:
+            header = tuple(next(csv.reader(old), ()))
+        if header != COLUMNS:
+            raise ValueError(
+                f"{path}: its columns are {', '.join(header)}, not bench._harness.COLUMNS"
+            )
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    common = {"commit": commit(), "date": stamp}
+    if _clocks:
+        common["clocks"] = round(statistics.median(_clocks))
+        _clocks.clear()
     with path.open("a", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, restval="")
         if new:
             writer.writeheader()
         for row in rows:
             numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**numbers, "commit": commit(), "date": stamp})
+            writer.writerow({**numbers, **common})

@@ -61,6 +61,10 @@ MODELS = {
 MID = Shape("mid", (50, 60, 70, 80), ((20, 20), (24, 24), (26, 26), (28, 28)), 64)
 TINY = replace(MID, model="tiny")
 TWO_B = Shape("Qwen2-VL-2B", (100, 100), ((32, 64), (32, 64)), 200)
+REHEARSAL = Shape("tiny", (20, 24), ((8, 8), (12, 8)), 4, G=2)
+"""Shows nothing but that everything runs."""
+SIZES = {"rehearsal": REHEARSAL, "tiny": TINY, "mid": MID, "2B": TWO_B}
+"""By the names of `--sizes`."""
 
 
 def model_config(name: str) -> Qwen2VLConfig:

@@ -4,10 +4,13 @@
     kernels   the head's kernels beside TRL, Liger and plain PyTorch, and three bare matmuls
     rollout   whole rollouts beside generate, decode steps beside the memory's limit
     update    the packed update beside plain Hugging Face code and TRL
+    step      a whole optimizer step beside TRL's trainer and the original recipe's structure
+    profile   a trace of one step, and its costliest kernels
 
 Each step is a process of its own, stopped when the box is full. Its log and its rows go to DIR; one that ended well is
 not run again by a later call with the same DIR. DIR/summary.md is one page.
-A bare checkout will do: torch, triton and transformers are needed, and what else is missing is named.
+A bare checkout will do: torch, triton and transformers are needed, what else is missing is named, and a step that
+cannot do without it is left out.
 `--rehearse` runs the same on the CPU, at sizes that take minutes and show nothing but that everything starts.
 """
 
@@ -27,6 +30,8 @@ from pathlib import Path
 from bench._harness import ROOT
 
 PYTHON = sys.executable
+OUT = "{out}"
+"""In a command: the folder of the results."""
 WANTED = ("deepspeed", "liger_kernel", "trl", "datasets", "flash_attn", "peft", "pytest")
 
 
@@ -36,6 +41,11 @@ class Step:
     command: tuple[str, ...]
     rehearsal: tuple[str, ...]
     """The command on a CPU."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it cannot run."""
+
+    def lacks(self) -> list[str]:
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 STEPS = (
@@ -43,21 +53,34 @@ STEPS = (
         "tests",
         ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/test_gpu.py"),
         ("-m", "pytest", "-q", "tests/kernels/test_decode_layers.py", "tests/test_rollout_graphs.py", "-k", "rows"),
+        needs=("pytest",),
     ),
     Step(
         "kernels",
         ("-m", "bench", "kernels", "--no-tests", "--tokens", "5600", "45000"),
-        ("-m", "bench", "kernels", "--no-tests", "--tokens", "2048", "--rounds", "1", "--slow-rounds", "0"),
+        ("-m", "bench", "kernels", "--no-tests", "--shape", "512", "2048", "64", "--rounds", "1"),
     ),
     Step(
         "rollout",
         ("-m", "bench", "rollout", "--no-tests", "--rounds", "5"),
-        ("-m", "bench", "rollout", "--no-tests", "--rounds", "1"),
+        ("-m", "bench", "rollout", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
     ),
     Step(
         "update",
         ("-m", "bench", "update", "--no-tests", "--rounds", "5"),
-        ("-m", "bench", "update", "--no-tests", "--rounds", "1"),
+        ("-m", "bench", "update", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
+    ),
+    Step(
+        "step",
+        ("-m", "bench", "step", "--no-tests", "--rounds", "3"),
+        ("-m", "bench", "step", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
+        needs=("deepspeed",),
+    ),
+    Step(
+        "profile",
+        ("-m", "bench", "profile", "--out", OUT),
+        ("-m", "bench", "profile", "--out", OUT, "--size", "rehearsal"),
+        needs=("deepspeed",),
     ),
 )  # fmt: skip
 
@@ -76,7 +99,8 @@ def environment(links: Path, out: Path) -> dict[str, str]:
 
 def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bool) -> dict:
     """One step -> {"name", "seconds", "ended": "well" | "badly" | "stopped"}."""
-    command = [PYTHON, *(step.rehearsal if rehearse else step.command)]
+    words = step.rehearsal if rehearse else step.command
+    command = [PYTHON, *(str(out.absolute()) if word == OUT else word for word in words)]
     began, log = time.perf_counter(), out / f"{step.name}.log"
     with log.open("w") as file:
         try:
@@ -93,15 +117,20 @@ def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bo
 def summary(done: dict[str, dict], out: Path, device: str) -> str:
     lines = [f"# {device}", "", "| step | ended | seconds |", "|---|---|---|"]
     for step in STEPS:
-        entry = done.get(step.name, {"ended": "not yet run", "seconds": ""})
+        never = f"needs {', '.join(step.lacks())}" if step.lacks() else "not yet run"
+        entry = done.get(step.name, {"ended": never, "seconds": ""})
         lines.append(f"| {step.name} | {entry['ended']} | {entry['seconds']} |")
     missing = [name for name in WANTED if importlib.util.find_spec(name) is None]
     lines += ["", f"not installed: {', '.join(missing) or 'nothing'}", ""]
     for step in STEPS:
         log = out / f"{step.name}.log"
         if log.exists():
-            lines += [f"## {step.name}", "", "```", *log.read_text().splitlines()[-40:], "```", ""]
+            lines += [f"## {step.name}", "", "```", *_tail(log, 40), "```", ""]
     return "\n".join(lines)
+
+
+def _tail(log: Path, lines: int) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-lines:]
 
 
 def main(argv: list[str]) -> int:
@@ -124,13 +153,19 @@ def main(argv: list[str]) -> int:
         env = environment(Path(links), options.out)
         for step in STEPS:
             left = ends - time.perf_counter()
-            if done.get(step.name, {}).get("ended") == "well" or left < 10:
+            if step.lacks() or done.get(step.name, {}).get("ended") == "well" or left < 10:
                 continue
             print(f"{step.name} ({left / 60:.1f} minutes left) ...", flush=True)
             done[step.name] = run(step, options.out, left, env, options.rehearse)
             print(f"  ended {done[step.name]['ended']}, {done[step.name]['seconds']} s", flush=True)
+            if done[step.name]["ended"] != "well":
+                print(*_tail(options.out / f"{step.name}.log", 15), sep="\n")
             state.write_text(json.dumps(done, indent=1) + "\n")
             (options.out / "summary.md").write_text(summary(done, options.out, device) + "\n")
-    remaining = [step.name for step in STEPS if done.get(step.name, {}).get("ended") != "well"]
+    remaining = [
+        step.name
+        for step in STEPS
+        if done.get(step.name, {}).get("ended") != "well" and not step.lacks()
+    ]
     print(f"remaining: {', '.join(remaining) or 'nothing'}; {options.out / 'summary.md'}")
     return 1 if remaining else 0

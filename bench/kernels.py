@@ -168,7 +168,7 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
     if device == "cuda":
         runs["three matmuls"] = three_matmuls(inputs)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    losses = {}
+    losses, rows = {}, []
     for name in list(runs):
         try:
             runs[name]()  # warm-up
@@ -178,6 +178,8 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
             if name == "ours":
                 raise
             del runs[name], times[name]
+            absent = "not installed" if isinstance(error, ImportError) else "failed"
+            rows.append(_row(shape, device, name, absent))
             print(f"  {name}: failed, {type(error).__name__}: {str(error).split(chr(10))[0]}")
     for index in range(rounds):
         order = list(runs) if index % 2 == 0 else list(runs)[::-1]
@@ -211,7 +213,8 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
             "|d_hidden|",
         )
     )
-    ok, rows = True, []
+    ok = True
+    floor = quantiles(times["three matmuls"])[1] if device == "cuda" else None
     for name, t in times.items():
         if not t:
             continue
@@ -224,6 +227,8 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
         norm = f"{losses[name]:.6g}" if name != "three matmuls" else ""
         print(row.format(name, f"{p20:.1f}", f"{p50:.1f}", f"{p80:.1f}", rate, verdict, mb, norm))
         paired = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+        if floor is not None:
+            paired["share"] = floor / (p50 / 1e3)
         rows.append(_row(shape, device, name, "ms", p20, p50, p80) | paired)
         if name in memory:
             rows.append(_row(shape, device, name, "growth_mb", *[memory[name]] * 3))
@@ -256,7 +261,7 @@ def _row(shape: Shape, device: str, provider: str, metric: str, *values: float) 
         "shape": str(shape),
         "dtype": "bfloat16" if device == "cuda" else "float32",
         "metric": metric,
-        **dict(zip(("p20", "p50", "p80"), values, strict=True)),
+        **dict(zip(("p20", "p50", "p80"), values, strict=False)),
         "device": device_name(device),
         "versions": versions("torch", "triton", "trl", "liger-kernel"),
     }
@@ -270,6 +275,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include Liger")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--tokens", type=int, nargs="+", help="only these sizes")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, metavar=("N", "V", "D"), help="this one instead"
+    )
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -282,7 +290,7 @@ def main(argv: list[str]) -> int:
         devices.append(("cuda", GPU_BENCH))
     ok = True
     for device, shapes in devices:
-        for shape in shapes:
+        for shape in [Shape(*options.shape)] if options.shape else shapes:
             if not options.tokens or shape.N in options.tokens:
                 ok &= compare(shape, device, options.rounds, options.slow_rounds, options.threads)
     if not torch.cuda.is_available():

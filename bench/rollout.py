@@ -30,7 +30,7 @@ from bench._harness import (
     tests_pass,
     versions,
 )  # fmt: skip
-from bench._workload import MID, TINY, TWO_B, Shape, Workload
+from bench._workload import SIZES, Shape, Workload
 from vtfast.attention import choose_backend
 from vtfast.metrics import PEAK_BANDWIDTH, peak
 from vtfast.model import Policy
@@ -203,6 +203,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench rollout", description=__doc__.split("\n")[0]
     )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny and mid; 2B on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,7 +218,8 @@ def main(argv: list[str]) -> int:
         *(ROOT / "tests" / f"test_{x}.py" for x in ("rollout", "rollout_graphs"))
     ):
         return 1
-    shapes = [TINY, MID] if options.device == "cpu" else [TWO_B]
+    names = options.sizes or (["tiny", "mid"] if options.device == "cpu" else ["2B"])
+    shapes = [SIZES[name] for name in names]
     met = [compare(shape, options.device, options.rounds) for shape in shapes]
     met.append(decode_steps(shapes[-1], options.device, options.rounds, options.attention))
     return 0 if all(met) else 1

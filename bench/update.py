@@ -33,7 +33,7 @@ from bench._harness import (
     tests_pass,
     versions,
 )
-from bench._workload import MID, TWO_B, Shape, Workload
+from bench._workload import MID, SIZES, TWO_B, Shape, Workload
 from vtfast.attention import choose_backend
 from vtfast.flops import update_flops
 from vtfast.groups import Batch, Group
@@ -286,6 +286,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench update", description=__doc__.split("\n")[0]
     )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, help="mid; on a GPU 2B, 200 and 700 tokens"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument(
@@ -299,5 +302,7 @@ def main(argv: list[str]) -> int:
     ):
         return 1
     shapes = CPU_SHAPES if options.device == "cpu" else GPU_SHAPES
+    if options.sizes:
+        shapes = [SIZES[name] for name in options.sizes]
     met = [compare(shape, options.device, options.rounds, options.threads) for shape in shapes]
     return 0 if all(met) else 1

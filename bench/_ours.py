@@ -1,0 +1,84 @@
+"""Our side of `bench step`: `vtfast.trainer.Trainer` as `vtfast train` makes it, fed by its own questions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from bench._phases import Phases
+from bench._task import BETA, MAX_PIXELS, Task
+from vtfast.config import load_config
+from vtfast.questions import batches
+from vtfast.rollout import Completion
+from vtfast.trainer import Trainer
+
+
+class Ours:
+    """A step is what `Run.run` does for one: take the next questions (encoded while the step before ran), and step."""
+
+    def __init__(self, task: Task, phases: Phases) -> None:
+        self.phases, prompts = phases, len(task.questions)
+        settings = {
+            "model": str(task.checkpoint),
+            "data": str(task.folder / "questions.jsonl"),
+            "template": str(task.folder / "template.txt"),
+            "eval_data": None,
+            "device": task.device,
+            "dtype": str(task.dtype).removeprefix("torch."),
+            "cpu_threads": task.threads,
+            "max_pixels": MAX_PIXELS,
+            "num_generations": task.shape.G,
+            "max_completion_length": task.shape.completion,
+            "per_device_train_batch_size": prompts,
+            "beta": BETA,
+            "reward_funcs": ["bench._task:variety"],
+            "reward_workers": 0,
+            "learning_rate": task.optimizer.learning_rate,
+            "adam_epsilon": task.optimizer.adam_epsilon,
+            "max_grad_norm": task.optimizer.max_grad_norm,
+            "lr_scheduler_type": "constant",
+            "sampler_drift_warning": 1e9,  # planted answers were not sampled
+            "warmup_steps": 0,
+            "output_dir": str(task.folder / f"ours-{id(self)}"),
+            "report_to": ["none"],
+        }
+        self.trainer = trainer = Trainer(load_config("tiny-spatial", overrides=settings))
+        trainer.policy.eos_ids = ()  # the tokenizer's end mark is a token like any other: lengths are fixed
+        self.module = trainer.policy.module
+        if task.answers:
+            trainer.rollout = Planted(
+                dict(zip(map(task.text, range(prompts)), task.answers, strict=True))
+            )
+        self.numbers = itertools.count(1)
+        self.questions = batches(
+            trainer.asker, trainer.train_samples, range(1, 1_000_000),
+            per_rank=prompts, rank=0, ranks=1, seed=0,
+        )  # fmt: skip
+        phases.watch(trainer.rollout, "generate", "rollout")
+        phases.watch(trainer.scorer, "score", "rewards")
+        phases.watch(trainer, "score_old", "reference")
+        phases.watch(trainer, "update", "update")
+        phases.watch(trainer.engine, "step", "optimizer")
+
+    def step(self) -> None:
+        with self.phases.step():
+            with self.phases.phase("data"):
+                asked = next(self.questions)
+            self.trainer.step(next(self.numbers), asked)
+
+    def close(self) -> None:
+        self.questions.close()
+        self.trainer.scorer.close()
+
+
+class Planted:
+    """An engine that answers what it was told to, by the prompt's text."""
+
+    def __init__(self, answers: dict[str, Sequence[Sequence[int]]]) -> None:
+        self.answers = answers
+
+    def generate(self, prompts, num_generations=1, *_, **__) -> list[list[Completion]]:
+        return [
+            [Completion(list(ids), [0.0] * len(ids), "length") for ids in self.answers[prompt.text]]
+            for prompt in prompts
+        ]

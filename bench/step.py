@@ -1,0 +1,274 @@
+"""`python -m bench step`: one whole optimizer step beside TRL's GRPOTrainer and the original recipe's structure.
+
+Every contestant samples G answers of a fixed length to the same prompts with an image, rewards and compares them,
+scores the reference model (KL weight 0.04), and updates the same weights with AdamW.
+    ours       `vtfast.trainer.Trainer` (_ours.py)
+    trl        `trl.GRPOTrainer.train()`, generation by transformers (_trl.py)
+    original   what VisualThinker-R1-Zero's code does: G generates of batch 1, padding, whole logits (_original.py)
+Before anything is timed the tests pass, and two steps on planted answers move the weights of all alike (fp32).
+On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/step.csv, and results/step.png
+shows where the time of each went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from bench._harness import (
+    RESULTS,
+    ROOT,
+    alternate,
+    append,
+    device_name,
+    paired_ratio,
+    quantiles,
+    tests_pass,
+    versions,
+)
+from bench._phases import Phases
+from bench._task import Optimizer, Task, make_task, planted_answers
+from bench._workload import MID, SIZES, Shape
+
+PHASES = ("data", "rollout", "rewards", "reference", "update", "optimizer", "rest")
+"""`data`: images and text to tensors. `update`: forward and backward. `rest`: advantages, metrics, bookkeeping."""
+CONTESTANTS = {"ours": "_ours:Ours", "trl": "_trl:TRL", "original": "_original:Original"}
+GOALS = {"mid": {"trl": 1 / 3, "original": 1 / 8}}
+"""On the CPU, our time / theirs, by model."""
+PROPORTIONAL = Optimizer(learning_rate=0.3, adam_epsilon=1.0, max_grad_norm=0.0)
+"""AdamW whose update is the gradient itself, so that weights tell what the gradients were."""
+CHECKED_TOKENS = 8
+TOLERANCE = 1e-4
+
+
+class Contestant(Protocol):
+    """Built from (task, phases). `step` counts itself in its phases."""
+
+    module: nn.Module
+
+    def step(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def seats(task: Task) -> Iterator[tuple[dict[str, tuple[Contestant, Phases]], dict[str, str]]]:
+    """-> all contestants that can be had here, and of the others why not. Without ours there is nothing to compare."""
+    players: dict[str, tuple[Contestant, Phases]] = {}
+    absent: dict[str, str] = {}
+    try:
+        for name in CONTESTANTS:
+            phases = Phases(device=task.device)
+            try:
+                players[name] = contestant(name)(task, phases), phases
+            except Exception as error:  # a peer that cannot run must not stop the others
+                if name == "ours":
+                    raise
+                absent[name] = "not installed" if isinstance(error, ImportError) else "failed"
+                print(f"  {name}: {absent[name]} ({type(error).__name__}: {str(error)[:200]})")
+        yield players, absent
+    finally:
+        for player, _ in players.values():
+            player.close()
+
+
+def contestant(name: str) -> type[Contestant]:
+    module, kind = CONTESTANTS[name].split(":")
+    return getattr(importlib.import_module(f"bench.{module}"), kind)
+
+
+def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
+    """How far each peer's weights end from ours after two steps on the same answers (`distance`).
+
+    The first step sees no KL, since the policy is the reference still; the second sees all of the loss."""
+    shape = replace(shape, completion=CHECKED_TOKENS)
+    moves: dict[str, dict[str, Tensor]] = {}
+    with make_task(shape, device, threads, torch.float32) as task:
+        planted = replace(task, optimizer=PROPORTIONAL, answers=planted_answers(shape))
+        exact = torch.backends.cudnn.flags(
+            enabled=True, allow_tf32=False
+        )  # patches are a convolution to the peers
+        with exact, seats(planted) as (players, _):
+            for name, (player, _) in players.items():
+                before = weights(player.module)
+                player.step()
+                player.step()
+                moves[name] = {key: w - before[key] for key, w in weights(player.module).items()}
+    ours = moves.pop("ours")
+    return {name: distance(ours, theirs) for name, theirs in moves.items()}
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest difference of a weight tensor's movement over its size; a tensor that hardly moves counts as one of
+    average movement. NaN if anything is."""
+    sizes = torch.stack([move.norm() for move in theirs.values()])
+    apart = torch.stack([(ours[name] - move).norm() for name, move in theirs.items()])
+    return float((apart / sizes.clamp(min=sizes.mean())).max())
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def agree(shape: Shape, device: str, threads: int) -> bool:
+    """Whether all that can be had here learn the same; says what differs."""
+    apart = disagreements(shape, device, threads)
+    for name, value in apart.items():
+        print(f"  ours and {name}: weights differ by {value:.1e} of their movement in two steps")
+    if apart and all(value <= TOLERANCE for value in apart.values()):
+        return True
+    print("  they do not compute the same: no numbers" if apart else "  no peer: no numbers")
+    return False
+
+
+def measure(
+    shape: Shape, device: str, rounds: int, slow_rounds: int, threads: int
+) -> tuple[dict[str, Phases], dict[str, str]]:
+    """-> phases of every step of alternated rounds, and why some peers have none.
+
+    `original` takes part in the first `slow_rounds` alone, cold: the check has run its code, and on a GPU one of its
+    steps is a minute."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with make_task(shape, device, threads, dtype) as task, seats(task) as (players, absent):
+        for name, (player, phases) in players.items():
+            if name != "original":
+                player.step()
+                phases.steps.clear()
+        steps = {name: player.step for name, (player, _) in players.items()}
+        alternate(steps, rounds, device, limits={"original": slow_rounds})
+        return {name: phases for name, (_, phases) in players.items()}, absent
+
+
+def report(
+    shape: Shape, device: str, measured: Mapping[str, Phases], absent: Mapping[str, str]
+) -> bool:
+    """Tables, rows of step.csv; whether the goals are met."""
+    times = {name: phases.totals() for name, phases in measured.items()}
+    print(f"\nstep, {shape}, {device_name(device)}, {len(times['ours'])} rounds")
+    print(f"  {'':<10}{'p20 s':>9}{'p50 s':>9}{'p80 s':>9}{'ours / it':>24}{'goal':>8}")
+    goals = GOALS.get(shape.model, {}) if device == "cpu" else {}
+    rows, met = [], True
+    for name, values in times.items():
+        ratio, low, high = paired_ratio(times["ours"][: len(values)], values)
+        cells = "".join(f"{value:>9.3f}" for value in quantiles(values))
+        goal, shown = goals.get(name), f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+        verdict = "" if goal is None else f"{goal:.3f}, {'met' if ratio <= goal else 'NOT met'}"
+        met &= goal is None or ratio <= goal
+        print(f"  {name:<10}{cells}{shown:>24}   {verdict}")
+        paired = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+        rows.append(_row(shape, device, name, "ms", values) | paired)
+    print("\n  seconds by phase (medians)\n  " + " " * 10 + "".join(f"{p:>11}" for p in PHASES))
+    for name, phases in measured.items():
+        medians = phases.medians(PHASES)
+        print(f"  {name:<10}" + "".join(f"{medians[phase]:>11.3f}" for phase in PHASES))
+        for phase in PHASES:
+            values = [step.get(phase, 0.0) for step in phases.steps]
+            rows.append(_row(shape, device, name, f"{phase} ms", values))
+    rows += [_row(shape, device, name, reason, ()) for name, reason in absent.items()]
+    append("step.csv", rows)
+    return met
+
+
+def picture(measured: Mapping[str, Mapping[str, Phases]], device: str, path: Path) -> None:
+    """A bar a contestant and a part of it a phase, one panel a size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        len(measured), figsize=(9, 0.8 + 1.6 * len(measured)), squeeze=False
+    )
+    for panel, (title, contestants) in zip(panels[:, 0], measured.items(), strict=True):
+        names, left = list(contestants), [0.0] * len(contestants)
+        medians = [phases.medians(PHASES) for phases in contestants.values()]
+        for number, phase in enumerate(PHASES):
+            widths = [each[phase] for each in medians]
+            panel.barh(names, widths, left=left, label=phase, color=f"C{number}", height=0.7)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for row, total in enumerate(left):
+            panel.text(total, row, f" {total / left[0]:.1f}x", va="center", fontsize=8)
+        panel.invert_yaxis()
+        panel.margins(x=0.08)
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel(f"seconds a step, {device_name(device)}")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(PHASES), loc="upper center", frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def quiet() -> None:
+    """Progress bars and deprecations of the peers hide the tables."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if importlib.util.find_spec("datasets"):
+        importlib.import_module("datasets").disable_progress_bars()
+
+
+def _row(
+    shape: Shape, device: str, peer: str, metric: str, seconds: Sequence[float]
+) -> dict[str, object]:
+    values = [1e3 * value for value in quantiles(seconds)] if seconds else []
+    return {
+        "op": "step",
+        "peer": peer,
+        "shape": str(shape),
+        "dtype": "bfloat16" if device == "cuda" else "float32",
+        "metric": metric,
+        **dict(zip(("p20", "p50", "p80"), values, strict=False)),
+        "device": device_name(device),
+        "versions": versions("torch", "transformers", "trl", "deepspeed", "flash-attn"),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench step", description=__doc__.split("\n")[0]
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny and mid; 2B on a GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--slow-rounds", type=int, help="rounds that include the original; all, or 1 on a GPU"
+    )
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
+    parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
+    options = parser.parse_args(argv)
+    on_gpu = options.device == "cuda"
+    sizes = options.sizes or (["2B"] if on_gpu else ["tiny", "mid"])
+    slow_rounds = options.slow_rounds or (1 if on_gpu else options.rounds)
+    torch.set_num_threads(options.threads)
+    quiet()
+    tests = (ROOT / "tests" / f"test_{x}.py" for x in ("step", "scoring", "rollout"))
+    if not options.no_tests and not tests_pass(*tests):
+        return 1
+    measured, met = {}, []
+    for size in sizes:
+        shape = SIZES[size]
+        # bf16 rounds too much to tell a wrong gradient from a right one: on a GPU the check is made small, in fp32.
+        if not agree(MID if size == "2B" else shape, options.device, options.threads):
+            return 1
+        arguments = shape, options.device, options.rounds, slow_rounds, options.threads
+        measured[str(shape)], absent = measure(*arguments)
+        met.append(report(shape, options.device, measured[str(shape)], absent))
+    if importlib.util.find_spec("matplotlib"):
+        picture(measured, options.device, RESULTS / "step.png")
+    else:
+        print("no picture: matplotlib is not installed")
+    return 0 if all(met) else 1
