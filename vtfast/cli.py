@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from vtfast.errors import UserError
+from vtfast.errors import RankError, UserError
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return module.run(arguments[1:])
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+        alone = isinstance(error, RankError)
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
             print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

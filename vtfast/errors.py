@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
     row or flag and says what to do next. Anything else that is raised is a bug of ours and keeps
     its traceback.
     """
+
+
+class RankError(UserError):
+    """One that a single rank meets: it is printed by that rank, since no other knows of it."""

@@ -23,7 +23,9 @@ from vtfast.config import RunConfig
 from vtfast.data import Sample
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
-from vtfast.groups import Group
+from vtfast.gradients import drop_gradients
+from vtfast.groups import Batch, Group
+from vtfast.health import Keeper
 from vtfast.hub import model_path
 from vtfast.liger import use_liger
 from vtfast.lora import add_lora
@@ -34,6 +36,7 @@ from vtfast.questions import Asker, Question, batches, load_questions, render_sy
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
+from vtfast.token_budget import TokenBudget
 from vtfast.tracking import Tracker, check_trackers
 
 log = logging.getLogger("vtfast")
@@ -86,12 +89,16 @@ class Run:
             self.rollout = choose_engine(config, self.policy, self.processor, path, most_images)
             folder = str(create_run_folder(config)) if ranks.is_main else ""
             self.folder = Path(ranks.from_main(folder))
+            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks)
+            self.keeper = Keeper(self.engine, ranks, self.folder, config.max_nonfinite_steps)
             if ranks.is_main and rendered.exists():
                 shutil.move(rendered, self.folder / "data")
         if ranks.is_main:
             (self.folder / "config.yaml").write_text(config.to_yaml())
             self.list_skipped(self.asker.skipped)
         self.asker.skipped = []
+        self.at_step = 0
+        """The optimizer step that is under way; for what is written down of it."""
 
     # What a kind of training says of itself
 
@@ -184,28 +191,42 @@ class Run:
             self.ranks,
             self.policy,
             lambda index: self.asker.ask(self.train_samples[index], index),
-            self.config.tokens_per_pass,
+            self.budget.tokens,
             skip_without_signal=self.skips_groups_without_signal,
         )
 
-    def optimize(self, passes: Sequence[Sequence]) -> tuple[list[Tensor], float, float]:
-        """Forward and backward of every pass, then the optimizer step.
+    def optimize(self, work: Work, *counts: int) -> tuple[list[Tensor], float, float]:
+        """All passes, then the optimizer step, unless a loss or gradient is not finite. Collective.
 
-        `passes`: arguments of the objective. -> ([what it returned, stacked over the passes], gradient norm, learning
-        rate of the step)."""
+        `work` is cut again, in place, where a pass does not fit into memory. `counts`: what the objective is given
+        beside a batch. -> ([what it returned, stacked over the passes], gradient norm, nan where the step was left
+        out, learning rate of the step)."""
         learning_rate = self.engine.get_lr()[0]
-        results = []
         self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
-        for number, arguments in enumerate(passes, 1):
-            self.engine.set_gradient_accumulation_boundary(number == len(passes))
-            loss, *rest = self.engine(*arguments)
-            # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be summed.
-            self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
-            results.append((loss.detach(), *rest))
-        self.engine.step()
+        results = self.budget.fit(
+            work,
+            lambda: self.accumulate(work.batches, counts),
+            undo=lambda: drop_gradients(self.engine),
+            step=self.at_step,
+        )
         self.engine.eval()
         stacked = [torch.stack(values) for values in zip(*results, strict=True)]
-        return stacked, float(self.engine.get_global_grad_norm()), learning_rate
+        grad_norm = self.keeper.step(self.at_step, work.batches, stacked[0])
+        return stacked, grad_norm, learning_rate
+
+    def accumulate(self, batches: Sequence[Batch], counts: Sequence[int]) -> list[tuple]:
+        """Forward and backward of every pass -> what the objective returned, the loss detached."""
+        results = []
+        for number, batch in enumerate(batches, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            with self.budget.together():
+                loss, *rest = self.engine(batch, *counts)
+            with self.budget.alone(batch, self.at_step):
+                # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be
+                # summed.
+                self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+            results.append((loss.detach(), *rest))
+        return results
 
     def usable(self, question: Question, tokens: Sequence[Sequence[int]], step: int) -> bool:
         """Whether a question with these answers can be trained on; if not, the asker writes down why."""
