@@ -4,10 +4,12 @@ import functools
 import json
 import math
 import statistics
+import subprocess
 
 import pytest
 import torch
 from make_trainer import asked, assert_same, make, state
+from test_trainer import ROOT, SHORT, environment
 
 from vtfast.config import load_config
 from vtfast.errors import UserError
@@ -250,3 +252,51 @@ def test_dropped_gradients_leave_nothing(tmp_path):
         norms.append(float(trainer.engine.optimizer.scaled_global_norm()))
         drop_gradients(trainer.engine)
     assert norms[0] == norms[1] == norms[2] > 0
+
+
+SCRIPT = """
+import sys
+from vtfast import distributed, objective
+
+forward, calls = objective.Objective.forward, []
+def poisoned(self, *arguments):
+    loss, *rest = forward(self, *arguments)
+    calls.append(1)
+    if distributed.dist.get_rank() == 1 and len(calls) == 2:
+        loss = loss + float("inf")
+    return loss, *rest
+objective.Objective.forward = poisoned
+
+from vtfast.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_out_a_step_that_one_finds_fault_with(tmp_path):
+    """Its gradients are finite, so that nothing but the agreement tells the other rank."""
+    script, folder = tmp_path / "poisoned.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "29648",
+        str(script),
+        *SHORT,
+    ]
+    command += ["--per_device_train_batch_size", "4", "--eval_data", "none", "--output_dir", folder]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment(), cwd=ROOT,
+        timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step_left_out"] for line in lines] == [0, 1, 0]
+    assert [line["loss"] is None for line in lines] == [False, True, False]
+    assert lines[2]["learning_rate"] == lines[1]["learning_rate"] > lines[0]["learning_rate"]
+    (line,) = (folder / "nonfinite.jsonl").read_text().splitlines()
+    passes = json.loads(line)["passes"]
+    assert [(one["rank"], one["loss"] == "inf") for one in passes] == [(0, False), (1, True)]
+    assert all(one["rows"] for one in passes)
