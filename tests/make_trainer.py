@@ -1,17 +1,21 @@
 """A GRPO trainer of the embedded default that steps in a second, and everything that a step moves."""
 
+import pytest
 import torch
 
+from vtfast import questions
 from vtfast.config import load_config
 from vtfast.questions import batches
 from vtfast.trainer import Trainer
 
 
 def make(folder, **overrides):
-    few = {"eval_samples": 4, "warmup_steps": 2, "max_steps": 6, "max_completion_length": 20}
+    few = {"eval_data": "none", "warmup_steps": 2, "max_steps": 6, "max_completion_length": 20}
     few |= {"per_device_train_batch_size": 4, "num_generations": 4, "learning_rate": 1e-3}
     settings = {"output_dir": str(folder), "token_budget": 200, **few}
-    return Trainer(load_config(overrides=settings | overrides))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(questions, "SYNTHETIC_TRAIN", 48)
+        return Trainer(load_config(overrides=settings | overrides))
 
 
 def asked(trainer, steps):
