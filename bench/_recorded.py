@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from vtfast.blueprint import read_model_config, skeleton
 from vtfast.config import Config, load_config
 from vtfast.devices import DEVICES, Rates, data_sheet
 from vtfast.errors import UserError
 from vtfast.hub import model_path
 from vtfast.lora import add_lora
-from vtfast.model import skeleton
 from vtfast.report.run_folder import JsonLines, read_runs
 from vtfast.roofline import Weights
 from vtfast.sharing import Size
@@ -67,7 +67,7 @@ def read_recorded(folder: Path, device: str | None = None, dtype: str | None = N
     )
     model = str(checkpoints[-1].parent) if checkpoints else model_path(config.model)
     precision = _dtype(folder, config, run.metrics, dtype)
-    policy = skeleton(model, precision, [] if config.use_peft else config.freeze)
+    policy = skeleton(read_model_config(model), precision, [] if config.use_peft else config.freeze)
     if config.use_peft:
         add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
     groups = _groups(folder, config)

@@ -14,9 +14,9 @@ import torch
 from bench._recorded import Recorded
 from bench._scaling import Measured, Work
 from bench._workload import MID, TINY, TWO_B, Shape, model_config
+from vtfast.blueprint import skeleton
 from vtfast.devices import DEVICES, Rates, data_sheet
 from vtfast.errors import UserError
-from vtfast.model import skeleton_of
 from vtfast.roofline import (
     PHASES,
     Weights,
@@ -95,7 +95,7 @@ def from_rows(files: Sequence[Path], device: str | None) -> Start:
     key = max(pairs, key=lambda key: min(row["date"] for row in pairs[key].values()))
     shape, where, dtype = parse_shape(key[0]), key[1], getattr(torch, key[2])
     groups = sizes_of(shape)
-    weights = Weights.of(skeleton_of(model_config(shape.model), dtype))
+    weights = Weights.of(skeleton(model_config(shape.model), dtype))
     seconds = {op: float(row["p50"]) / 1e3 for op, row in pairs[key].items()}
     return Start(
         f"rows of {key[0]}, {where}, medians",
@@ -128,7 +128,7 @@ def estimate(
 ) -> Start:
     """A step of `prompts` prompts (an image of 2,048 patches and 100 tokens of text, G = 8) from floors alone."""
     rates = known_rates(device, torch.bfloat16)
-    weights = Weights.of(skeleton_of(model_config(model), torch.bfloat16))
+    weights = Weights.of(skeleton(model_config(model), torch.bfloat16))
     rng = np.random.default_rng(seed)
     prompt, G = 100 + 2048 // 4, 8
     groups = [Size(prompt, draw(lengths, G, rng), [2048]) for _ in range(512)]

@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import roofline as bench
 from bench._recorded import read_recorded
 from bench._workload import model_config
+from vtfast.blueprint import read_model_config, skeleton
 from vtfast.config import load_config
 from vtfast.devices import Rates, data_sheet, measured
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
 from vtfast.flops import update_flops
 from vtfast.groups import Batch, Group
-from vtfast.model import load_model, skeleton
+from vtfast.model import load_model
 from vtfast.packing import Part
 from vtfast.questions import Question
 from vtfast.rollout import Completion, RolloutEngine, Sampling
@@ -51,7 +52,7 @@ H100 = data_sheet("NVIDIA H100 80GB HBM3", torch.bfloat16, link=True)
 def two_b(tmp_path_factory):
     folder = tmp_path_factory.mktemp("2b")
     model_config("Qwen2-VL-2B").save_pretrained(folder)
-    return Weights.of(skeleton(folder, torch.bfloat16))
+    return Weights.of(skeleton(read_model_config(folder), torch.bfloat16))
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +61,17 @@ def tiny(base_path):
 
 
 def test_a_skeleton_has_the_models_own_sizes(base_path, tiny):
-    without = Weights.of(skeleton(base_path, torch.float32))
+    without = Weights.of(skeleton(read_model_config(base_path), torch.float32))
     assert vars(without) | {"policy": None} == vars(tiny) | {"policy": None}
     module = tiny.policy.module
     assert tiny.trained == sum(p.numel() for p in module.parameters())
-    frozen = Weights.of(skeleton(base_path, torch.float32, ["vision"]))
+    frozen = Weights.of(skeleton(read_model_config(base_path), torch.float32, ["vision"]))
     assert 0 < frozen.trained < tiny.trained and frozen.policy.tower_is_frozen
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no model's config\.json"):
-        skeleton(tmp_path, torch.float32)
+        skeleton(read_model_config(tmp_path), torch.float32)
 
 
 def test_decode_bytes_of_qwen2_vl_2b(two_b):
@@ -199,7 +200,7 @@ def test_bytes_of_an_update(two_b, base_path):
     expected = 2 * weights + 2 * two_b.trained
     assert pass_floor(two_b, BYTES, sizes).memory == pytest.approx(expected, rel=1e-3)
     assert optimizer_floor(two_b, BYTES, 4).memory == two_b.trained * 30 / 4
-    fp32 = Weights.of(skeleton(base_path, torch.float32))
+    fp32 = Weights.of(skeleton(read_model_config(base_path), torch.float32))
     assert optimizer_floor(fp32, BYTES).memory == fp32.trained * 28
 
 
@@ -211,7 +212,12 @@ def test_an_image_of_a_trained_tower_is_seen_by_every_scorer(two_b, tmp_path):
     )
     assert tower(two_b) == pytest.approx(400 * 2 * 0.66e9, rel=0.15)
     model_config("Qwen2-VL-2B").save_pretrained(tmp_path)
-    assert tower(Weights.of(skeleton(tmp_path, torch.bfloat16, ["vision", "merger"]))) == 0
+    assert (
+        tower(
+            Weights.of(skeleton(read_model_config(tmp_path), torch.bfloat16, ["vision", "merger"]))
+        )
+        == 0
+    )
 
 
 def test_link(two_b):

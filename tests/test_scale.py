@@ -17,10 +17,10 @@ from bench._recorded import read_recorded
 from bench._scaling import Choices, Measured, Model, Slowest, Work, first_above, reduce_dominates
 from bench._starts import draw, estimate, from_rows, from_run, parse_shape, sizes_of
 from bench._workload import MID, TWO_B, Workload, model_config
+from vtfast.blueprint import skeleton
 from vtfast.config import load_config
 from vtfast.devices import data_sheet
 from vtfast.errors import UserError
-from vtfast.model import skeleton_of
 from vtfast.roofline import Weights
 from vtfast.sharing import Size
 from vtfast.trainer import Trainer
@@ -32,7 +32,7 @@ GPUS = (1, 2, 4, 8, 16, 64, 256)
 
 @pytest.fixture(scope="module")
 def weights():
-    return Weights.of(skeleton_of(model_config("Qwen2-VL-2B"), torch.bfloat16))
+    return Weights.of(skeleton(model_config("Qwen2-VL-2B"), torch.bfloat16))
 
 
 def model_of(weights, groups, measured=None, cluster=FABRIC, budget=10_000, **choices):

@@ -448,14 +448,6 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
         trainer.step(2, questions)
 
 
-def test_a_step_with_no_usable_question_stops(make):
-    trainer, questions = make()
-    trainer.config.max_prompt_length = 5
-    with pytest.raises(UserError, match="none of this step's questions could be used; skipped"):
-        trainer.step(1, questions)
-    assert len((trainer.folder / "skipped.jsonl").read_text().splitlines()) == len(questions)
-
-
 def test_every_step_samples_anew_and_repeatably(make):
     trainer, questions = make()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +20,19 @@ def blueprint(model: PreTrainedConfig, config: RunConfig, dtype: torch.dtype) ->
 
     Raises UserError for a part or a layer that the model has not, and where nothing is left to train.
     """
-    with torch.device("meta"):
-        policy = Policy(FAMILIES[model.model_type](model).to(dtype), ())
-    freeze_parts(policy, config.freeze)
+    policy = skeleton(model, dtype, config.freeze)
     if config.use_peft:
         add_adapters(policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
     if not any(parameter.requires_grad for parameter in policy.module.parameters()):
         raise UserError(f"--freeze {','.join(config.freeze)}: nothing is left to train")
+    return policy
+
+
+def skeleton(model: PreTrainedConfig, dtype: torch.dtype, freeze: Sequence[str] = ()) -> Policy:
+    """The same without adapters: names, sizes and what is trained, for counting work."""
+    with torch.device("meta"):
+        policy = Policy(FAMILIES[model.model_type](model).to(dtype).eval(), ())
+    freeze_parts(policy, freeze)
     return policy
 
 

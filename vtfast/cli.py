@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from vtfast.errors import Stopped, UserError
+from vtfast.errors import RankError, Stopped, UserError
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return module.run(arguments[1:])
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+        alone = isinstance(error, RankError)
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
             print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return BAD_INPUT
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(ValueError):
@@ -13,3 +13,7 @@ class UserError(ValueError):
 class Stopped(Exception):
     """A run that was asked to stop (SIGTERM and the like) has saved and ends. The command line prints the message and
     exits with code 75, by which a scheduler knows that there is more to do."""
+
+
+class RankError(UserError):
+    """One that a single rank meets: it is printed by that rank, since no other knows of it."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import psutil
 import torch
+from torch import Tensor
 
 from vtfast.devices import DEVICES, listed
 from vtfast.distributed import Ranks
@@ -42,6 +44,16 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def process_metrics(device: torch.device) -> dict[str, float]:
+    """What this process holds: its peak, and for long runs what must not grow from step to step."""
+    process = psutil.Process()
+    return {
+        "memory_gb": memory_gb(device),
+        "resident_gb": process.memory_info().rss / 1e9,
+        "open_files": process.num_fds(),
+    }
+
+
 def mfu(flops: float, seconds: float, device: torch.device) -> float | None:
     """Share of the device's dense bf16 peak that `flops` useful operations reach; None where the peak is not known."""
     rate = peak(PEAK_FLOPS, device)
@@ -60,7 +72,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """What the answers of a step were like. `sums`: this rank's result of the update.
 
-    Means over tokens are None when no token was scored, since no group had a signal.
+    Means over tokens are None when no token was scored, since no group had a signal; those over answers are when no
+    question could be used.
     """
     parts = ranks.gather(
         {
@@ -72,33 +85,50 @@ def step_metrics(
             "sums": dict(sums),
         }
     )
-    total = torch.stack([row for part in parts for row in part["total"]])  # [questions, G]
-    rewards = torch.stack(
-        [row for part in parts for row in part["rewards"]]
+    total = _stacked(row for part in parts for row in part["total"])  # [questions, G]
+    rewards = _stacked(
+        row for part in parts for row in part["rewards"]
     )  # [questions, functions, G]
     lengths = [length for part in parts for length in part["lengths"]]
     clipped = [flag for part in parts for flag in part["clipped"]]
     summed = {key: sum(part["sums"][key] for part in parts) for key in sums}
     scored = summed["scored_tokens"]
-    spread = total.std(dim=1) if total.shape[1] > 1 else torch.zeros(len(total))
-    return {
-        "reward": float(total.mean()),
-        "reward_std": float(spread.mean()),
-        **{f"rewards/{name}": float(rewards[:, i].mean()) for i, name in enumerate(reward_names)},
+    spread = None if total is None else total.std(dim=1)  # [questions]
+    metrics = {"reward": _mean(total), "reward_std": _mean(spread)}
+    for i, name in enumerate(reward_names):
+        of_all = None if rewards is None else rewards[:, i]
+        metrics[f"rewards/{name}"] = _mean(of_all)
+        metrics[f"rewards/{name}/std"] = None if of_all is None else float(of_all.std())
+    return metrics | {
         "rewards/failed": sum(part["failed"] for part in parts),
-        "frac_reward_zero_std": float((spread == 0).float().mean()),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/clipped_ratio": sum(clipped) / len(clipped),
+        "frac_reward_zero_std": None if spread is None else _mean(spread == 0),
+        "completions/mean_length": sum(lengths) / len(lengths) if lengths else None,
+        "completions/clipped_ratio": sum(clipped) / len(clipped) if clipped else None,
         **{key: summed[key] / scored if scored else None for key in SUMS},
         "sampler_drift_max": max(part["sums"]["sampler_drift_max"] for part in parts),
-        "loss": summed["loss"],
+        "loss": summed["loss"] if lengths else None,
         "num_tokens": sum(lengths),
     }
 
 
+def _stacked(rows: Iterable[Tensor]) -> Tensor | None:
+    rows = list(rows)
+    return torch.stack(rows) if rows else None
+
+
+def _mean(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.float().mean())
+
+
 def summary(metrics: Mapping[str, float]) -> str:
     """The few numbers beside the progress bar."""
-    rewards = [key for key in metrics if key.startswith("rewards/") and key != "rewards/failed"]
+    if metrics["reward"] is None:
+        return "no question could be used"
+    rewards = [
+        key
+        for key in metrics
+        if key.startswith("rewards/") and not key.endswith(("/failed", "/std"))
+    ]
     parts = [f"reward {metrics['reward']:.2f}"]
     parts += [f"{key.removeprefix('rewards/')} {metrics[key]:.2f}" for key in rewards]
     parts += [f"length {metrics['completions/mean_length']:.0f}"]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
@@ -252,28 +251,6 @@ def load_model(
     backend = choose_backend(attn_implementation, device, dtypes[dtype])
     policy = Policy(module.to(device).eval(), eos_ids, backend)
     freeze_parts(policy, [freeze] if isinstance(freeze, str) else freeze)
-    return policy
-
-
-def skeleton(path: str | Path, dtype: torch.dtype, freeze: Sequence[str] = ()) -> Policy:
-    """The policy of a checkpoint folder without its weights: names, sizes and what is trained, for counting work.
-
-    Raises UserError where the folder has no config.json of one of FAMILIES."""
-    try:
-        config = AutoConfig.from_pretrained(_base_of(Path(path)))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: has no model's config.json ({_first_line(error)})") from None
-    if config.model_type not in FAMILIES:
-        raise UserError(f"{path}: a {config.model_type} model, and none of {', '.join(FAMILIES)}")
-    return skeleton_of(config, dtype, freeze)
-
-
-def skeleton_of(config: PreTrainedConfig, dtype: torch.dtype, freeze: Sequence[str] = ()) -> Policy:
-    """`skeleton` of a configuration at hand."""
-    with torch.device("meta"):
-        module = FAMILIES[config.model_type](config).to(dtype)
-    policy = Policy(module.eval(), (), "sdpa")
-    _freeze(policy, freeze)
     return policy
 
 

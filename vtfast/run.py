@@ -26,7 +26,9 @@ from vtfast.config import RunConfig
 from vtfast.data import Sample
 from vtfast.errors import Stopped, UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
-from vtfast.groups import Group
+from vtfast.gradients import drop_gradients
+from vtfast.groups import Batch, Group
+from vtfast.health import Health, Keeper
 from vtfast.hub import model_path
 from vtfast.liger import use_liger
 from vtfast.lora import add_lora
@@ -39,6 +41,7 @@ from vtfast.resume import held_out_before, on_main, put_back, state_of, write_re
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
 from vtfast.stopping import StopNotice
+from vtfast.token_budget import TokenBudget
 from vtfast.tracking import Tracker
 
 log = logging.getLogger("vtfast")
@@ -71,6 +74,7 @@ class Run:
             use_liger(self.policy)
         if config.use_peft:
             add_lora(self.policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
+        self.health = Health()
         objective = self.objective()
         if config.gradient_checkpointing:
             self.policy.module.gradient_checkpointing_enable({"use_reentrant": False})
@@ -88,6 +92,9 @@ class Run:
             if checkpoint:
                 put_back(self, checkpoint)
             self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
+            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks)
+            most = config.max_nonfinite_steps
+            self.keeper = Keeper(self.engine, ranks, self.folder, most, self.health)
             if ranks.is_main and rendered.exists() and not (self.folder / "data").exists():
                 shutil.move(rendered, self.folder / "data")
         self.done = checkpoint.state.step if checkpoint else 0
@@ -104,6 +111,8 @@ class Run:
         if ranks.is_main and not checkpoint:
             self.list_skipped(self.asker.skipped)
         self.asker.skipped = []
+        self.at_step = 0
+        """The optimizer step that is under way; for what is written down of it."""
 
     # What a kind of training says of itself
 
@@ -135,10 +144,11 @@ class Run:
 
     def carried(self) -> dict:
         """What a checkpoint is to keep beside weights, optimizer and step; JSON's values."""
-        return {}
+        return {"health": self.keeper.health.to_dict()}
 
     def carry(self, carried: dict) -> None:
         """Take up what `carried` gave, when a checkpoint is resumed."""
+        self.health = Health.from_dict(carried["health"])
 
     def graded(self, response: str) -> str:
         """What of a held-out response goes to the rewards."""
@@ -265,28 +275,42 @@ class Run:
             self.ranks,
             self.policy,
             lambda index: self.asker.ask(self.train_samples[index], index),
-            self.config.tokens_per_pass,
+            self.budget.tokens,
             skip_without_signal=self.skips_groups_without_signal,
         )
 
-    def optimize(self, passes: Sequence[Sequence]) -> tuple[list[Tensor], float, float]:
-        """Forward and backward of every pass, then the optimizer step.
+    def optimize(self, work: Work, *counts: int) -> tuple[list[Tensor], float, float]:
+        """All passes, then the optimizer step, unless a loss or gradient is not finite. Collective.
 
-        `passes`: arguments of the objective. -> ([what it returned, stacked over the passes], gradient norm, learning
-        rate of the step)."""
+        `work` is cut again, in place, where a pass does not fit into memory. `counts`: what the objective is given
+        beside a batch. -> ([what it returned, stacked over the passes], gradient norm, nan where the step was left
+        out, learning rate of the step)."""
         learning_rate = self.engine.get_lr()[0]
-        results = []
         self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
-        for number, arguments in enumerate(passes, 1):
-            self.engine.set_gradient_accumulation_boundary(number == len(passes))
-            loss, *rest = self.engine(*arguments)
-            # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be summed.
-            self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
-            results.append((loss.detach(), *rest))
-        self.engine.step()
+        results = self.budget.fit(
+            work,
+            lambda: self.accumulate(work.batches, counts),
+            undo=lambda: drop_gradients(self.engine),
+            step=self.at_step,
+        )
         self.engine.eval()
         stacked = [torch.stack(values) for values in zip(*results, strict=True)]
-        return stacked, float(self.engine.get_global_grad_norm()), learning_rate
+        grad_norm = self.keeper.step(self.at_step, work.batches, stacked[0])
+        return stacked, grad_norm, learning_rate
+
+    def accumulate(self, batches: Sequence[Batch], counts: Sequence[int]) -> list[tuple]:
+        """Forward and backward of every pass -> what the objective returned, the loss detached."""
+        results = []
+        for number, batch in enumerate(batches, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            with self.budget.together():
+                loss, *rest = self.engine(batch, *counts)
+            with self.budget.alone(batch, self.at_step):
+                # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be
+                # summed.
+                self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+            results.append((loss.detach(), *rest))
+        return results
 
     def usable(self, question: Question, tokens: Sequence[Sequence[int]], step: int) -> bool:
         """Whether a question with these answers can be trained on; if not, the asker writes down why."""

@@ -26,7 +26,7 @@ from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
 from vtfast.gather import RowGather
 from vtfast.groups import Batch, Group
-from vtfast.metrics import Timer, memory_gb, mfu
+from vtfast.metrics import Timer, mfu, process_metrics
 from vtfast.model import Policy
 from vtfast.objective import blank_pack
 from vtfast.packing import IGNORED, Pack
@@ -133,7 +133,7 @@ class SFTTrainer(Run):
 
     def step(self, step: int, questions: Sequence[Question]) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, no completions). Collective. `questions`: this rank's."""
-        timer, began = Timer(), time.perf_counter()
+        timer, began, self.at_step = Timer(), time.perf_counter(), step
         with timer.phase("time/pack"):
             groups = self.with_targets(questions, step)
             skipped = self.settle_skipped()
@@ -142,8 +142,7 @@ class SFTTrainer(Run):
                 raise UserError("none of this step's samples could be used; skipped.jsonl says why")
             work = self.share_out(groups)
         with timer.phase("time/update"):
-            passes = [(batch, num_targets) for batch in work.batches]
-            (losses, sums), grad_norm, learning_rate = self.optimize(passes)
+            (losses, sums), grad_norm, learning_rate = self.optimize(work, num_targets)
         seconds = time.perf_counter() - began
 
         parts = [(batch.groups[part.group], part) for batch in work.batches for part in batch.parts]
@@ -168,7 +167,9 @@ class SFTTrainer(Run):
             "time/step": seconds,
             "tokens_per_second": num_tokens / seconds,
             "mfu": mfu(flops, timer.seconds["time/update"], self.ranks.device),
-            "memory_gb": memory_gb(self.ranks.device),
+            **self.keeper.health.metrics(),
+            "token_budget": self.budget.tokens,
+            **process_metrics(self.ranks.device),
         }, []
 
     def with_targets(self, questions: Sequence[Question], step: int) -> list[Group]:

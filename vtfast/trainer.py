@@ -7,8 +7,9 @@ Shapes: S sequences (completions) of this rank in the step, N their tokens, G co
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from vtfast_kernels.group_advantage import group_advantage
 
 from vtfast.config import Config
-from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
 from vtfast.groups import Group, completion_rows, reward
-from vtfast.metrics import Timer, memory_gb, mfu, step_metrics, summary
+from vtfast.health import warn
+from vtfast.metrics import Timer, mfu, process_metrics, step_metrics, summary
+from vtfast.model import Policy
 from vtfast.objective import SUMS, Objective, loss_spec
 from vtfast.preflight import check_start
 from vtfast.prompts import response_prefix
@@ -36,7 +38,8 @@ from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
 from vtfast.sharing import Work
 
-log = logging.getLogger("vtfast")
+NOTHING = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
+"""The sums of a step in which no question could be used."""
 
 
 class Trainer(Run):
@@ -92,7 +95,7 @@ class Trainer(Run):
         `questions`: this rank's; None goes on with the answers of the step before (`num_iterations`).
         """
         config, timer = self.config, Timer()
-        began = time.perf_counter()
+        began, self.at_step = time.perf_counter(), step
         with self.policy.images.open():
             with timer.phase("time/rollout"):
                 skipped = 0
@@ -111,12 +114,7 @@ class Trainer(Run):
         seconds = time.perf_counter() - began
         answered = step_metrics(self.groups, sums, config.reward_funcs, self.ranks)
         flops = update_flops(self.policy, self.work.batches)
-        drift = answered["sampler_drift"]
-        if drift is not None and drift > config.sampler_drift_warning and self.ranks.is_main:
-            log.warning(
-                "step %d: sampled and trained log-probs differ by %.3g on average, %.3g at most",
-                step, drift, answered["sampler_drift_max"],
-            )  # fmt: skip
+        warn(self.keeper.health, step, answered, config)
         metrics = {
             "step": step,
             **answered,
@@ -130,7 +128,9 @@ class Trainer(Run):
             **self.rollout_seconds(questions),
             "tokens_per_second": answered["num_tokens"] / seconds,
             "mfu": mfu(flops, timer.seconds["time/update"], self.ranks.device),
-            "memory_gb": memory_gb(self.ranks.device),
+            **self.keeper.health.metrics(),
+            "token_budget": self.budget.tokens,
+            **process_metrics(self.ranks.device),
         }
         metrics |= self.roofline.metrics(step, self.groups, metrics)
         if questions is None:
@@ -160,6 +160,9 @@ class Trainer(Run):
         for question, answers in zip(questions, completions, strict=True):
             if not self.usable(question, [answer.tokens for answer in answers], step):
                 continue
+            if not all(math.isfinite(x) for answer in answers for x in answer.logprobs):
+                self.asker.skip(question.sample, "the sampler's log-probs are not finite", step)
+                continue
             texts = [prefix + self.processor.decode(answer.tokens) for answer in answers]
             groups.append(Group(question, answers, texts))
         reward(groups, self.scorer, prefix, progress=self.ranks.is_main)
@@ -173,7 +176,7 @@ class Trainer(Run):
         totals = self.ranks.gather([group.total for group in groups])
         everyone = [total for part in totals for total in part]
         if not everyone:
-            raise UserError("none of this step's questions could be used; skipped.jsonl says why")
+            return
         G = self.config.num_generations
         advantage = group_advantage(torch.cat(everyone), G, scale=self.config.scale_rewards)
         first = sum(len(part) for part in totals[: self.ranks.rank])
@@ -181,7 +184,6 @@ class Trainer(Run):
         for group, values in zip(groups, mine, strict=True):
             group.advantage = values
 
-    @torch.no_grad()
     def score_old(self, work: Work) -> None:
         """Log-probs before the update: the reference model's for the KL, the policy's own if it is updated twice."""
         scorers = []
@@ -191,15 +193,24 @@ class Trainer(Run):
             scorers.append(("old", contextlib.nullcontext(self.policy)))
         for whose, at_hand in scorers:
             with at_hand as policy:
-                for batch in work.batches:
-                    if batch.parts:
-                        logps = packed_logprobs(policy, batch.pack, self.config.temperature)
-                        batch.write(whose, logps)
+                score = functools.partial(self.score, policy, whose, work)
+                self.budget.fit(work, score, step=self.at_step)
+
+    @torch.no_grad()
+    def score(self, policy: Policy, whose: str, work: Work) -> None:
+        with self.budget.together():
+            for batch in work.batches:
+                if batch.parts:
+                    batch.write(whose, packed_logprobs(policy, batch.pack, self.config.temperature))
 
     def update(self, work: Work) -> tuple[dict[str, float], float, float]:
         """Forward, backward and the optimizer step -> (sums over this rank's tokens, gradient norm, learning rate)."""
-        passes = [(batch, work.num_sequences, work.num_tokens) for batch in work.batches]
-        (losses, sums, drift), grad_norm, learning_rate = self.optimize(passes)
+        if work.num_sequences == 0:
+            self.keeper.empty(self.at_step)
+            return NOTHING, math.nan, self.engine.get_lr()[0]
+        (losses, sums, drift), grad_norm, learning_rate = self.optimize(
+            work, work.num_sequences, work.num_tokens
+        )
         lengths = [group.lengths[i] for batch in work.batches for group, i in batch.sequences]
         result = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
         result["loss"] = float(losses.sum())

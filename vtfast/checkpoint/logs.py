@@ -15,7 +15,7 @@ from vtfast.checkpoint.files import flush, write_text
 from vtfast.checkpoint.save import checkpoints
 
 log = logging.getLogger("vtfast")
-LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl")
+LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl", "nonfinite.jsonl")
 SUPERSEDED = "superseded-"
 COMPLETED = "completed.json"
 """Written last: the run has been judged and reported."""

@@ -56,7 +56,7 @@ class Checks:
         for name in (
             "num_generations", "max_completion_length", "max_prompt_length", "max_steps", "min_pixels",
             "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples", "num_iterations", "lora_r",
-            "lora_alpha", "rollout_max_rows",
+            "lora_alpha", "rollout_max_rows", "max_nonfinite_steps",
         ):  # fmt: skip
             if getattr(self, name, None) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
@@ -69,6 +69,8 @@ class Checks:
             "max_grad_norm",
             "epsilon",
             "sampler_drift_warning",
+            "kl_warning",
+            "entropy_warning",
             "reward_workers",
             "seed",
             "roofline_steps",

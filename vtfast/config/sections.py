@@ -111,7 +111,12 @@ class GRPO:
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the answer so far become less likely."""
     sampler_drift_warning: float = 0.1
-    """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average."""
+    """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average. This and the
+    next two are said once, when a step leaves the bound, and again only after one that kept to it."""
+    kl_warning: float = 1.0
+    """Warn when the policy is further than this from the reference model, in nats a token (beta > 0)."""
+    entropy_warning: float = 0.01
+    """Warn when the mean entropy of a token falls below this, in nats: the answers to a question are then all alike."""
 
     # What is good
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
@@ -220,6 +225,9 @@ class Optimizer:
     """Global gradient norm is clipped to this; 0 switches it off."""
     max_steps: int = 200
     """Optimizer steps."""
+    max_nonfinite_steps: int = 3
+    """Stop after so many steps in a row that had to be left out: a loss or gradient was not finite, or no question
+    could be used. nonfinite.jsonl lists them; fewer are counted, and training goes on as if they had not been."""
     per_device_train_batch_size: int = 1
     """Prompts of one rank in a pass (their G completions come with them)."""
     gradient_accumulation_steps: int = 1

@@ -98,7 +98,7 @@ def reward_charts(runs: Sequence[Run]) -> list[Chart]:
         for run in runs
         for row in run.metrics[-1:]
         for key in row
-        if key.startswith("rewards/") and key != "rewards/failed"
+        if key.startswith("rewards/") and not key.endswith(("/failed", "/std"))
     )
     names = {"total": "reward", **{key.removeprefix("rewards/"): key for key in keys}}
     return _quantity(runs, "Reward", "", names)

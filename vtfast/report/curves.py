@@ -44,7 +44,11 @@ def draw_curves(folder: Path, before: HeldOut | None, after: HeldOut | None) -> 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
 
     rewards = axes[0, 0]
-    for key in (key for key in steps[0] if key.startswith("rewards/") and key != "rewards/failed"):
+    for key in (
+        key
+        for key in steps[0]
+        if key.startswith("rewards/") and not key.endswith(("/failed", "/std"))
+    ):
         rewards.plot(x, [line[key] for line in steps], label=key.removeprefix("rewards/"))
     rewards.set(title="Reward in training", xlabel="step", ylim=(0, None))
     rewards.legend()

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from vtfast.errors import UserError
+from vtfast.errors import RankError, UserError
 from vtfast.model import Policy
+from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
 from vtfast.processor import Processor, Prompt
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.cache import pages_needed
@@ -87,6 +88,8 @@ class RolloutEngine:
         """Asked every `poll` steps, if set: whether `generate` is to end at once, with GivenUp."""
         self.seconds: dict[str, float] = {}
         """Of the last call: spent on prefill and on decode."""
+        self.max_pages: int | None = None
+        """Of the cache, once the memory has not done for more."""
 
     def generate(
         self,
@@ -98,12 +101,31 @@ class RolloutEngine:
     ) -> list[list[Completion]]:
         """`num_generations` completions of each prompt: `result[p][g]`.
 
-        `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Raises UserError for a
-        prompt that does not fit into the cache, GivenUp when `give_up` says so.
+        `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Where the memory does not
+        do, fewer rows are admitted at once, from then on, and the call starts again: its result is the same. Raises
+        UserError for a prompt that does not fit into the cache, and when one group alone is too much for the memory;
+        GivenUp when `give_up` says so.
         """
         self.seconds = {}
         if not prompts:
             return []
+        while True:
+            try:
+                return self._generate(prompts, num_generations, sampling, seed, progress)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = in_short(error)
+            self._admit_fewer(prompts, num_generations, sampling.max_new_tokens, reason)
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        progress: bool,
+    ) -> list[list[Completion]]:
         bar = tqdm(total=len(prompts) * num_generations * sampling.max_new_tokens, desc="rollout", unit="token",
                    delay=BAR_DELAY, leave=False, disable=not progress)  # fmt: skip
         with self._plain():
@@ -141,6 +163,28 @@ class RolloutEngine:
                 max_rows=self.max_rows, poll=self.poll, processor=self.processor,
             )  # fmt: skip
 
+    def _admit_fewer(self, prompts: Sequence[Prompt], group: int, new: int, reason: str) -> None:
+        """Let go of everything, and halve rows in flight and cache. One group is the least there is."""
+        held, self.workspace = self.workspace, None
+        pages = None if held is None else held.cache.pages
+        del held
+        free_memory()
+        least = max(self._pages(prompts, group, new))
+        if pages is None:
+            wanted = self._size(prompts, group, new).cache_pages
+            pages = self._cache_pages(wanted, PAGE[self.policy.device.type], least)
+        rows = min(len(prompts) * group, max(self.max_rows, group))
+        if rows <= group and pages <= least:
+            raise RankError(
+                f"rollout: out of memory ({reason}) with the {group} completions of one prompt in flight; lower"
+                " --num_generations, --max_completion_length, --max_prompt_length or --max_pixels"
+            )
+        self.max_rows, self.max_pages = max(rows // 2, group), max(pages // 2, least)
+        log.warning(
+            "rollout: out of memory (%s); rows in flight %d -> %d, cache pages %d -> %d, the same prompts again",
+            reason, rows, self.max_rows, pages, self.max_pages,
+        )  # fmt: skip
+
     @contextlib.contextmanager
     def _plain(self) -> Iterator[None]:
         """Without gradients, and without what the caller may be in: buffers outlive a call, so they must be ordinary
@@ -158,15 +202,17 @@ class RolloutEngine:
         ):
             log.info("rollout: the weights have moved; what knew their addresses is made anew")
             self.workspace = work = None
-        size = self._size(prompts, group, new)
+        size, least = self._size(prompts, group, new), max(self._pages(prompts, group, new))
         if work is not None and (
-            not size.fits_into(work.size) or work.eos_ids != tuple(policy.eos_ids)
+            not size.fits_into(work.size)
+            or (self.max_pages is not None and work.cache.pages < least)
+            or work.eos_ids != tuple(policy.eos_ids)
         ):
             size = size.and_also(work.size)
             self.workspace = work = None  # its memory first
         if work is None:
             page = PAGE[policy.device.type]
-            pages = self._cache_pages(size.cache_pages, page)
+            pages = self._cache_pages(size.cache_pages, page, least)
             work = Workspace(
                 policy, size, pages, page, self.attention, self.capture, self.graphs
             )  # fmt: skip
@@ -177,8 +223,7 @@ class RolloutEngine:
     def _size(self, prompts: Sequence[Prompt], group: int, new: int) -> Size:
         """What these prompts need, with as many groups in flight as `max_rows` lets."""
         page = PAGE[self.policy.device.type]
-        pages = (pages_needed(page, len(prompt.ids), new) for prompt in prompts)
-        needs = sorted((shared + group * own for shared, own in pages), reverse=True)
+        needs = sorted(self._pages(prompts, group, new), reverse=True)
         longest = max(len(prompt.ids) for prompt in prompts) + new
         in_flight = min(len(prompts) * group, max(self.max_rows, group))
         return Size(
@@ -192,13 +237,22 @@ class RolloutEngine:
             positions=-(-longest // page) * page,
         )
 
-    def _cache_pages(self, wanted: int, page: int) -> int:
+    def _pages(self, prompts: Sequence[Prompt], group: int, new: int) -> list[int]:
+        """Cache pages that each prompt needs together with its completions."""
+        page = PAGE[self.policy.device.type]
+        pages = (pages_needed(page, len(prompt.ids), new) for prompt in prompts)
+        return [shared + group * own for shared, own in pages]
+
+    def _cache_pages(self, wanted: int, page: int, least: int) -> int:
+        """`least`: what the largest group needs, to which running out of memory does not reduce the cache."""
+        most = max(least, self.max_pages) if self.max_pages is not None else None
         if self.cache_tokens is not None:
-            return -(-self.cache_tokens // page)
+            return _at_most(-(-self.cache_tokens // page), most)
         device = self.policy.device
         layers, heads, head_dim = cache_shape(self.policy)
         bytes_a_page = 2 * layers * page * heads * head_dim * self.policy.head.element_size()
         room = int(CACHE_SHARE[device.type] * _free_memory(device)) // bytes_a_page
+        wanted = _at_most(wanted, most)
         if room < wanted:
             log.info(
                 "rollout: memory for %d cache pages of the %d wanted; prompts will wait",
@@ -206,6 +260,10 @@ class RolloutEngine:
                 wanted,
             )
         return min(wanted, max(room, 1))
+
+
+def _at_most(number: int, most: int | None) -> int:
+    return number if most is None else min(number, most)
 
 
 def _free_memory(device: torch.device) -> int:
