@@ -35,6 +35,7 @@ setup(
         "vtfast.config",
         "vtfast.data",
         "vtfast.evaluate",
+        "vtfast.heartbeat",
         "vtfast.report",
         "vtfast.rewards",
         "vtfast.rollout",

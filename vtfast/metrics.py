@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from vtfast import heartbeat
 from vtfast.distributed import Ranks
 from vtfast.groups import Group
 from vtfast.objective import SUMS
@@ -27,6 +28,7 @@ class Timer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        heartbeat.beat(name.removeprefix("time/"))
         start = time.perf_counter()
         yield
         if torch.cuda.is_available() and torch.cuda.is_initialized():

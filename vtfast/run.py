@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vtfast import distributed
+from vtfast import distributed, heartbeat
 from vtfast.checkpoint import check_output_dir, create_run_folder, save_checkpoint
 from vtfast.config import RunConfig
 from vtfast.data import Sample
@@ -154,6 +154,7 @@ class Run:
             every=self.steps_per_batch,
         )  # fmt: skip
         for step in bar:
+            heartbeat.beat("data", step)
             fresh = (step - 1) % self.steps_per_batch == 0
             began = time.perf_counter()
             asked = next(questions) if fresh else None
@@ -168,6 +169,7 @@ class Run:
         if tracker:
             tracker.close()
         after = self.judge()
+        heartbeat.leave()
         if ranks.is_main:
             self.draw(before, after)
             if before and after:
@@ -197,6 +199,7 @@ class Run:
         results = []
         self.engine.train()  # gradient checkpointing works in training mode alone; there is no dropout
         for number, arguments in enumerate(passes, 1):
+            heartbeat.beat()
             self.engine.set_gradient_accumulation_boundary(number == len(passes))
             loss, *rest = self.engine(*arguments)
             # ZeRO averages gradients over ranks; the loss is already a share of the global mean, so it is to be summed.
@@ -236,9 +239,11 @@ class Run:
     def judge(self) -> HeldOut | None:
         if not self.held_out_samples:
             return None
+        heartbeat.beat("held-out questions")
         arguments = (self.rollout, self.asker, self.held_out_samples, self.config, self.ranks)
         return held_out(*arguments, graded=self.graded)
 
+    @heartbeat.patient("saving")
     def save(self, step: int) -> None:
         if self.ranks.is_main:
             folder = self.folder / "checkpoints" / f"step-{step}"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from vtfast_kernels.group_advantage import group_advantage
 
+from vtfast import heartbeat
 from vtfast.config import Config
 from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut
@@ -178,6 +179,7 @@ class Trainer(Run):
         for whose, at_hand in scorers:
             with at_hand as policy:
                 for batch in work.batches:
+                    heartbeat.beat()
                     if batch.parts:
                         logps = packed_logprobs(policy, batch.pack, self.config.temperature)
                         batch.write(whose, logps)

@@ -22,6 +22,12 @@ class Task:
     """float32, bfloat16, or auto: bfloat16 on CUDA and float32 on the CPU."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    ddp_timeout: int = 1800
+    """Seconds that a rank waits for the others in a collective before the run fails."""
+    rank_timeout: float = 600.0
+    """Seconds without progress after which a rank counts as hung and the run ends, naming it; 0: never, and a rank's
+    death is no business of the others. Progress is a step of decoding, a reward's score, a pass of the update; loading,
+    saving and vLLM's rollouts may take as long as they like. Lower it to what your slowest reward needs."""
     cpu_threads: int | None = None
     """Threads of each rank on the CPU; none shares the cores out among the ranks."""
     gradient_checkpointing: bool = False

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from vtfast import heartbeat
 from vtfast.errors import UserError
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
@@ -101,6 +102,7 @@ class RolloutEngine:
             run = self.begin(prompts, num_generations, sampling, seed)
             try:
                 while run.advance():
+                    heartbeat.beat()
                     bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
                     bar.update(run.written - bar.n)
                 return run.collect()
