@@ -20,6 +20,7 @@ from torch import nn
 
 from vtfast import heartbeat
 from vtfast.config import RunConfig
+from vtfast.determinism import make_deterministic
 from vtfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def start(config: RunConfig) -> Ranks:
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+    if config.deterministic:
+        make_deterministic(cuda)
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -91,7 +94,9 @@ def start(config: RunConfig) -> Ranks:
         torch.device("cuda", local) if cuda else torch.device("cpu"),
     )
     if not cuda:
-        _tune_cpu(config.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.size))
+        # Written down with the settings: sums are cut by threads, so another number gives other bits.
+        config.cpu_threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.size)
+        _tune_cpu(config.cpu_threads)
     if ranks.size > 1 and config.rank_timeout:
         _watch(ranks, config.rank_timeout)
     if config.num_processes not in (None, ranks.size) and ranks.is_main:

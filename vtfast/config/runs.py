@@ -89,6 +89,8 @@ class Checks:
             yield "--freeze: says nothing with --use_peft, which trains adapters alone; choose one of the two"
         if 0 < self.rank_timeout <= getattr(self, "reward_timeout", 0):
             yield f"--rank_timeout {self.rank_timeout:g}: must be above --reward_timeout {self.reward_timeout:g}"
+        if self.deterministic and self.use_vllm:
+            yield "--deterministic true: vLLM does not promise the same bits twice; leave out --use_vllm"
         if self.max_pixels < self.min_pixels:
             yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
         if not 0 < self.vllm_gpu_memory_utilization <= 1:

@@ -229,7 +229,14 @@ class Optimizer:
     num_processes: int | None = None
     """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
     seed: int = 0
-    """Seed of the data order, the rendered questions and the sampling."""
+    """Seed of the data order, the order of options, the rendered questions, the sampling (with the step, the prompt and
+    the number of the answer) and LoRA's adapters. Nothing else is random: models are never initialised here."""
+    deterministic: bool = False
+    """Bitwise equal runs from the same settings, machine, packages and number of ranks: metrics but for times, speeds
+    and memory, completions and weights. The CPU gives them anyway (cpu_threads counts as a setting); on CUDA this takes
+    the ordered way of every library, which is slower in the backward pass of attention and of embeddings, and any
+    operation without one is an error that names it. A reward that runs into reward_timeout, or is random itself, is
+    beyond it."""
 
 
 @dataclass

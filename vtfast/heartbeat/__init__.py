@@ -42,23 +42,23 @@ def start(members: list[Member], rank: int, limit: float, door: Door, address: t
 
 def beat(phase: str | None = None, step: int | None = None) -> None:
     """The main thread got on: a new phase or step, or one more piece of the phase. Costs next to nothing."""
+    _state.beats += 1
     if step is not None:
         _state.step = step
     if phase is not None:
-        _state.phase, _state.patient = phase, False
-    _state.beats += 1
+        _enter(phase, patient=False)
 
 
 @contextlib.contextmanager
 def patient(phase: str) -> Iterator[None]:
     """In here nobody expects progress: one long call that cannot report any. Also a decorator."""
     before = _state.phase, _state.patient
-    _state.phase, _state.patient = phase, True
+    _enter(phase, patient=True)
     try:
         yield
     finally:
-        _state.phase, _state.patient = before
-        beat()
+        _state.beats += 1
+        _enter(*before)
 
 
 @contextlib.contextmanager
@@ -70,6 +70,12 @@ def waiting() -> Iterator[None]:
     finally:
         _state.waiting = False
         beat()
+
+
+def _enter(phase: str, patient: bool) -> None:
+    _state.phase, _state.patient = phase, patient
+    if _watch is not None:
+        _watch.wake()  # who dies now dies in this phase, not in the one last reported
 
 
 def fail(reason: str, code: int) -> None:

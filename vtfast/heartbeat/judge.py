@@ -96,11 +96,10 @@ class Judge:
         row = self.rows[rank]
         if row.left:
             return None
-        ago = f"last heard {self.now - row.heard:.0f} s ago"
-        if unreachable:
-            ago = f"{unreachable}; {ago}"
-        fate = "cannot be reached any more" if unreachable else "died"
-        return Verdict(rank, f"{self.members[rank]} {fate} in {row.state}; {ago}", RANK_LOST)
+        fate = f"cannot be reached any more ({unreachable})" if unreachable else "died"
+        ago = f"{self.now - row.heard:.0f} s ago"
+        message = f"{self.members[rank]} {fate}; last heard {ago} in {row.state}"
+        return Verdict(rank, message, RANK_LOST)
 
     def overdue(self) -> Verdict | None:
         """The ranks that hang, if any does: those that are not heard before those that are heard and do not get on.
@@ -111,7 +110,7 @@ class Judge:
         silent = {r: self.now - row.heard for r, row in rows.items() if self._over(row.heard)}
         if silent:
             lines = [
-                f"{self.members[r]} has not been heard for {silent[r]:.0f} s (--rank_timeout {self.limit:g}),"
+                f"{self.members[r]} has not been heard for {silent[r]:.0f} s (--rank_timeout {self.limit:g}); it was"
                 f" in {rows[r].state}"
                 for r in sorted(silent, key=silent.get, reverse=True)
             ]

@@ -42,6 +42,7 @@ class Watch:
         """Set when the verdict is known, or this rank has left."""
         self.selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
         self.selector.register(self._woken, selectors.EVENT_READ)
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -50,16 +51,21 @@ class Watch:
 
     # For the main thread
 
+    def wake(self) -> None:
+        """Let the thread report at once."""
+        with contextlib.suppress(BlockingIOError):  # it has many such calls to answer already
+            self._wake.send(b"!")
+
     def fail(self, reason: str, code: int) -> None:
         judge = Judge(self.members, float("inf"))
         judge.report(self.rank, self.report())
         self.failure = judge.failed(self.rank, _first_line(reason), code)
-        self._wake.send(b"!")
+        self.wake()
         self.over.wait(ANSWER_LIMIT)  # the thread ends the process where another rank is to blame
 
     def leave(self) -> None:
         self.leaving = True
-        self._wake.send(b"!")
+        self.wake()
         self.thread.join(ANSWER_LIMIT)
 
     # For the thread
@@ -77,9 +83,10 @@ class Watch:
             self.judge.now += min(now - last, 3 * self.interval)
             last = now
             if self._woken in ready:
-                self._woken.recv(64)
+                self._woken.recv(4096)
+                due = now
             self.read([line for line in ready if line is not self._woken])
-            if now >= due or self.failure or self.leaving:
+            if now >= due:
                 due = now + self.interval
                 self.tick()
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from vtfast import heartbeat
+from vtfast.determinism import fixed
 from vtfast.errors import UserError
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
@@ -189,6 +190,7 @@ class RolloutEngine:
         layers, heads, head_dim = cache_shape(self.policy)
         bytes_a_page = 2 * layers * page * heads * head_dim * self.policy.head.element_size()
         room = int(CACHE_SHARE[device.type] * _free_memory(device)) // bytes_a_page
+        fixed(wanted, room, "cache pages", "--rollout_cache_tokens")
         if room < wanted:
             log.info(
                 "rollout: memory for %d cache pages of the %d wanted; prompts will wait",
