@@ -4,6 +4,7 @@ process behind. What the heartbeat itself does is tried in test_heartbeat.py."""
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ PLANT = """
 import os, signal, sys, time
 import torch
 from vtfast import run, trainer
-where, who, what = os.environ["PLANT"].split()
+where, who, what = os.environ["PLANT"].split(maxsplit=2)
 def strike(rank):
     if rank.ranks.rank == int(who) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         print(f"struck at {time.time()}", flush=True)
@@ -54,18 +55,23 @@ def launch(tmp_path: Path, plant: str, *flags: str, launcher: list[str]) -> tupl
     script = tmp_path / "planted.py"
     script.write_text(PLANT)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*launcher, str(script), *FLAGS, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PLANT": plant}, cwd=tmp_path, timeout=600,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PLANT": plant}, cwd=tmp_path, start_new_session=True,
     )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=600)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     ended = time.time()
     left = [p for p in psutil.process_iter(["cmdline"]) if str(script) in (p.info["cmdline"] or [])]
-    for process in left:
-        process.kill()
+    for orphan in left:
+        orphan.kill()
     assert not left
-    struck = re.search(r"struck at ([\d.]+)", done.stdout)
-    assert struck, done.stdout[-3000:]
-    return done.returncode, done.stdout, ended - float(struck[1])
+    struck = re.search(r"struck at ([\d.]+)", said)
+    assert struck, said[-3000:]
+    return process.returncode, said, ended - float(struck[1])
 
 
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "29651"]
@@ -75,8 +81,7 @@ GRACE = 45
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("where", ["rollout", "update"])
+@pytest.mark.parametrize(("where", "rank"), [("rollout", 0), ("update", 1)])
 def test_a_killed_rank(tmp_path, rank, where):
     code, said, seconds = launch(tmp_path, f"{where} {rank} {KILL}", launcher=DEEPSPEED)
     assert code != 0 and seconds < GRACE
@@ -149,7 +154,7 @@ def test_torchrun_starts_lost_ranks_again(tmp_path):
     assert yaml.safe_load((last / "config.yaml").read_text())["rank_timeout"] == LIMIT
 
 
-def test_the_settings(tmp_path):
+def test_the_settings():
     config = load_config()
     assert (config.ddp_timeout, config.rank_timeout) == (1800, 600)
     for wrong, message in {

@@ -65,13 +65,13 @@ class _Row:
 
 
 class Judge:
-    """Reads the reports of the ranks in `members`.
+    """Reads the reports of the ranks in `members`. `now` is its clock, in seconds, which its owner sets."""
 
-    `limit`: seconds without progress, or without a report, after which a rank counts as hung; infinite for never.
-    """
-
-    def __init__(self, members: list[Member], limit: float, now: float = 0.0) -> None:
-        self.limit, self.now = limit, now
+    def __init__(self, members: list[Member], limit: float, grace: float = 0.0) -> None:
+        """`limit`: seconds without progress, or without a report, after which a rank counts as hung; `grace`: more of
+        them, for one who is to leave the word to another."""
+        self.limit, self.grace = limit, grace
+        self.now = now = 0.0
         self.members = {member.rank: member for member in members}
         self.rows = {member.rank: _Row(State(), now, now) for member in members}
 
@@ -133,4 +133,4 @@ class Judge:
         return Verdict(blamed[0], "; ".join(lines), RANK_LOST)
 
     def _over(self, since: float) -> bool:
-        return self.now - since > self.limit
+        return self.now - since > self.limit + self.grace

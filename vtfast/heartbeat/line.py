@@ -53,6 +53,10 @@ class Line:
             arrived = self.socket.recv(LONGEST)
         except ConnectionResetError:
             arrived = b""
+        except TimeoutError as error:
+            if error.errno is None:  # the socket's own limit: nothing was there after all
+                return []
+            raise
         if not arrived:
             raise EOFError
         *lines, self.buffer = (self.buffer + arrived).split(b"\n")

@@ -141,9 +141,10 @@ class Hub(Watch):
             if self.over.is_set():
                 return
             if line is self.door:
-                guest = self.door.accept()
-                self.guests.append(guest)
-                self.selector.register(guest, selectors.EVENT_READ)
+                with contextlib.suppress(OSError):  # gone again already
+                    guest = self.door.accept()
+                    self.guests.append(guest)
+                    self.selector.register(guest, selectors.EVENT_READ)
                 continue
             try:
                 messages = line.receive()
@@ -163,6 +164,8 @@ class Hub(Watch):
                 self._drop(line)
             return
         rank = next((r for r, known in self.lines.items() if known is line), None)
+        if rank is None:  # the rest of what a stranger said
+            return
         if "state" in message:
             self.judge.report(rank, State(**message["state"]))
         elif "failure" in message:
@@ -238,7 +241,7 @@ class Spoke(Watch):
         self, members: list[Member], rank: int, state: State, limit: float, address: tuple
     ) -> None:
         super().__init__(members, rank, state, limit)
-        self.judge = Judge(members[:1], limit + 3 * INTERVAL)  # rank 0 judges itself first
+        self.judge = Judge(members[:1], limit, grace=3 * INTERVAL)  # rank 0 judges itself first
         self.line = connect(address, rank)
         self.told = False
         self.selector.register(self.line, selectors.EVENT_READ)
@@ -285,9 +288,8 @@ class Spoke(Watch):
 
 
 def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")[
-        :500
-    ]
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[0][:500]
 
 
 def _where(thread: int) -> str:
