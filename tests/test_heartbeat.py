@@ -253,6 +253,14 @@ def test_a_killed_rank_ends_the_others_at_once():
         assert elsewhere == words and silent == ""  # one voice a machine
 
 
+def test_a_rank_is_named_in_the_phase_that_it_died_in():
+    """Which began after its last regular report."""
+    dies = "time.sleep(1.3)\nheartbeat.beat('update', 18)\ntime.sleep(0.3)\nos.kill(os.getpid(), 9)"
+    with Party(WAIT, dies) as party:
+        ((_, words),) = party.ends(1)
+        assert words.endswith("in step 18, update")
+
+
 def test_rank_0_may_be_the_one_that_dies():
     with Party(WORK, WAIT, WAIT) as party:
         party.settle()
@@ -314,8 +322,8 @@ def test_a_failing_rank_tells_the_others_why(failing):
         assert [code for code, _ in ends] == [1 if r == failing else RANK_LOST for r in range(3)]
         assert "Traceback" in ends[failing][1]
         line = f"error: rank {failing} (host {'abb'[failing]}, pid {party.ranks[failing].pid}) failed in step 17,"
-        other = 1 - failing
-        assert ends[other][1] == f"{line} rollout: MemoryError: CUDA out of memory"
+        assert ends[2][1] == "", "one voice a machine, and a traceback is one"
+        assert ends[1 - failing][1] == f"{line} rollout: MemoryError: CUDA out of memory"
 
 
 def test_an_exception_that_follows_from_a_death_gives_way_to_it():
@@ -328,6 +336,18 @@ def test_an_exception_that_follows_from_a_death_gives_way_to_it():
         (zero, words), (one, silent) = party.ends(2)
         assert zero == one == RANK_LOST and silent == ""
         assert "rank 2" in words and "died" in words and "Traceback" not in words
+
+
+def test_a_reason_outlives_its_rank():
+    """The launcher may kill the failing rank before rank 0 has made up its mind."""
+    fails = (
+        "import threading\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()\n"
+        "heartbeat.fail('KeyError: x', heartbeat.RANK_LOST)"
+    )
+    with Party(WAIT, fails) as party:
+        ((code, words),) = party.ends(1)
+        assert code == RANK_LOST and words.endswith("failed in step 17, rollout: KeyError: x")
 
 
 def test_bad_input_that_all_ranks_find_is_said_in_their_own_words():

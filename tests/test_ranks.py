@@ -95,7 +95,7 @@ def test_a_stopped_rank(tmp_path, rank):
     stop = f"rollout {rank} os.kill(os.getpid(), signal.SIGSTOP)"
     code, said, seconds = launch(tmp_path, stop, launcher=DEEPSPEED)
     assert code == RANK_LOST and LIMIT <= seconds < 2 * LIMIT + GRACE
-    assert f"rank {rank} (host" in said and f"has not been heard for {LIMIT}" in said[-3000:]
+    assert re.search(rf"error: rank {rank} \(host .* has not been heard for \d\d s", said)
 
 
 @pytest.mark.slow

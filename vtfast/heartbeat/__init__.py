@@ -94,7 +94,6 @@ def leave() -> None:
 
 
 def _at_exit() -> None:
-    if (
-        getattr(sys, "last_value", None) is None
-    ):  # an exception that nobody caught is no way to leave
+    uncaught = getattr(sys, "last_value", None)
+    if uncaught is None:
         leave()

@@ -81,7 +81,7 @@ class Judge:
         if (state.beats, state.phase, state.step) != (before.beats, before.phase, before.step):
             row.progressed = self.now
         elif before.waiting or before.patient:
-            row.progressed = self.now  # its time begins when the wait is over
+            row.progressed = self.now  # no progress is expected; its time begins when that is over
         row.state, row.heard = state, self.now
 
     def leave(self, rank: int) -> None:
@@ -115,11 +115,7 @@ class Judge:
                 for r in sorted(silent, key=silent.get, reverse=True)
             ]
             return Verdict(max(silent, key=silent.get), "; ".join(lines), RANK_LOST)
-        still = {
-            rank: self.now - row.progressed
-            for rank, row in rows.items()
-            if not (row.state.waiting or row.state.patient)
-        }
+        still = {rank: self.now - row.progressed for rank, row in rows.items()}
         if not any(self._over(rows[rank].progressed) for rank in still):
             return None
         blamed = [
