@@ -35,6 +35,7 @@ setup(
         "vtfast.config",
         "vtfast.data",
         "vtfast.evaluate",
+        "vtfast.heartbeat",
         "vtfast.integrations",
         "vtfast.migrate",
         "vtfast.report",

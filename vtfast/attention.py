@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vtfast.backends import choose
+from vtfast.determinism import flash_options
 from vtfast.errors import UserError
 from vtfast.gather import RowGather
 
@@ -241,6 +242,7 @@ def _flash_attn(function: Callable, query, key, value, layout, scale, window) ->
         softmax_scale=scale,
         causal=layout.causal,
         window_size=_window(layout, window),
+        **flash_options(function),
     )
     return out[0] if isinstance(out, tuple) else out
 

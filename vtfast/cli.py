@@ -13,7 +13,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from vtfast import heartbeat
 from vtfast.errors import RankError, Stopped, UserError
+from vtfast.heartbeat import RANK_LOST
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -26,9 +28,12 @@ COMMANDS = {
 }
 """Each is `vtfast/commands/NAME.py`."""
 BAD_INPUT = 2
-"""Exit code of every error that is the input's fault."""
+"""Exit code of every error that is the input's fault. `RANK_LOST` (4) is that of a rank which ends because another one
+died, failed or hung."""
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: to be started again (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,18 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"vtfast.commands.{command.replace('-', '_')}")
         return module.run(arguments[1:])
     except UserError as error:
+        heartbeat.fail(str(error), BAD_INPUT)
         rank = int(os.environ.get("RANK", 0))
         alone = isinstance(error, RankError)
         if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
             print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
         return BAD_INPUT
     except Stopped as stopped:
+        heartbeat.leave()
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
+        heartbeat.fail("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        heartbeat.fail(f"{type(error).__name__}: {error}", RANK_LOST)
+        raise
 
 
 def _prepare() -> None:

@@ -9,14 +9,18 @@ import atexit
 import ctypes
 import logging
 import os
+import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from vtfast import heartbeat
 from vtfast.config import RunConfig
+from vtfast.determinism import make_deterministic
 from vtfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +47,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with heartbeat.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def from_main(self, value: T) -> T:
@@ -51,12 +56,14 @@ class Ranks:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with heartbeat.waiting():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with heartbeat.waiting():
+                dist.barrier()
 
 
 def start(config: RunConfig) -> Ranks:
@@ -64,6 +71,8 @@ def start(config: RunConfig) -> Ranks:
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+    if config.deterministic:
+        make_deterministic(cuda)
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -76,7 +85,8 @@ def start(config: RunConfig) -> Ranks:
         if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        limit = timedelta(seconds=config.ddp_timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
         atexit.register(dist.destroy_process_group)  # not earlier: DeepSpeed keeps hold of it
     ranks = Ranks(
         dist.get_rank(),
@@ -84,7 +94,11 @@ def start(config: RunConfig) -> Ranks:
         torch.device("cuda", local) if cuda else torch.device("cpu"),
     )
     if not cuda:
-        _tune_cpu(config.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.size))
+        # Written down with the settings: sums are cut by threads, so another number gives other bits.
+        config.cpu_threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.size)
+        _tune_cpu(config.cpu_threads)
+    if ranks.size > 1 and config.rank_timeout:
+        _watch(ranks, config.rank_timeout)
     if config.num_processes not in (None, ranks.size) and ranks.is_main:
         log.warning(
             "recipe %s was written for %d ranks and runs on %d: %d prompts a step instead of %d"
@@ -93,6 +107,18 @@ def start(config: RunConfig) -> Ranks:
             prompts_per_rank(config) * ranks.size, prompts_per_rank(config) * config.num_processes,
         )  # fmt: skip
     return ranks
+
+
+def _watch(ranks: Ranks, limit: float) -> None:
+    """The heartbeat of all ranks. Collective."""
+    on_this_machine = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    door = None
+    if ranks.is_main:
+        local = on_this_machine == str(ranks.size)
+        door = heartbeat.Door(os.environ["MASTER_ADDR"], local=local)
+    address = ranks.from_main(door and door.address)
+    members = ranks.gather(heartbeat.Member(ranks.rank, socket.gethostname(), os.getpid()))
+    heartbeat.start(members, ranks.rank, limit, door, address)
 
 
 def _tune_cpu(threads: int) -> None:

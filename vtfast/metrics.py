@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from vtfast import heartbeat
 from vtfast.devices import DEVICES, listed
 from vtfast.distributed import Ranks
 from vtfast.groups import Group
@@ -30,6 +31,7 @@ class Timer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        heartbeat.beat(name.removeprefix("time/"))
         start = time.perf_counter()
         yield
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vtfast import distributed
+from vtfast import distributed, heartbeat
 from vtfast.checkpoint import Saver, find_checkpoint, prepare_run_folder
 from vtfast.checkpoint.logs import completed_step, mark_completed
 from vtfast.checkpoint.rng import seed_all
@@ -168,6 +168,7 @@ class Run:
         config, ranks = self.config, self.ranks
         if completed_step(self.folder) >= config.max_steps:
             log.info("%s: is complete (%d steps)", self.folder, self.done)
+            heartbeat.leave()
             return self.folder
         log.info(
             "%s: %d questions (%d held out), %d prompts a step, %d steps%s, %d rank(s) on %s",
@@ -189,6 +190,7 @@ class Run:
         if self.tracker:
             self.tracker.close()
         after = self.judge()
+        heartbeat.leave()
         if ranks.is_main:
             self.draw(self.before, after)
             if self.before and after:
@@ -213,6 +215,7 @@ class Run:
             every=self.steps_per_batch,
         )  # fmt: skip
         for step in bar:
+            heartbeat.beat("data", step)
             began = time.perf_counter()
             asked = next(questions) if self.asks_anew(step) else None
             waited = time.perf_counter() - began
@@ -226,7 +229,8 @@ class Run:
             self.saver.settle()
             if self.save_is_due(step):
                 self.save()
-        self.saver.settle(wait=True)
+        with heartbeat.patient("saving"):
+            self.saver.settle(wait=True)
         self.heed_stop()
 
     def asks_anew(self, step: int) -> bool:
@@ -257,6 +261,7 @@ class Run:
         if problem and self.ranks.is_main:
             log.warning("step %d: %s; the run goes on (--on_save_error continue)", step, problem)
 
+    @heartbeat.patient("saving")
     def save_and_say(self, asked: Stopped) -> str:
         """Save the steps done so far; -> how to go on."""
         self.saver.settle(wait=True)
@@ -302,6 +307,7 @@ class Run:
         """Forward and backward of every pass -> what the objective returned, the loss detached."""
         results = []
         for number, batch in enumerate(batches, 1):
+            heartbeat.beat()
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
             with self.budget.together():
                 loss, *rest = self.engine(batch, *counts)
@@ -341,9 +347,11 @@ class Run:
     def judge(self) -> HeldOut | None:
         if not self.held_out_samples:
             return None
+        heartbeat.beat("held-out questions")
         arguments = (self.rollout, self.asker, self.held_out_samples, self.config, self.ranks)
         return held_out(*arguments, graded=self.graded)
 
+    @heartbeat.patient("saving")
     def save(self) -> None:
         """Write a checkpoint of the steps done so far, or begin to. Collective."""
         state, tracker = state_of(self, self.done), self.tracker

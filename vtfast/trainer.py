@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from vtfast_kernels.group_advantage import group_advantage
 
+from vtfast import heartbeat
 from vtfast.config import Config
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
@@ -200,6 +201,7 @@ class Trainer(Run):
     def score(self, policy: Policy, whose: str, work: Work) -> None:
         with self.budget.together():
             for batch in work.batches:
+                heartbeat.beat()
                 if batch.parts:
                     batch.write(whose, packed_logprobs(policy, batch.pack, self.config.temperature))
 

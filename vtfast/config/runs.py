@@ -56,7 +56,7 @@ class Checks:
         for name in (
             "num_generations", "max_completion_length", "max_prompt_length", "max_steps", "min_pixels",
             "per_device_train_batch_size", "gradient_accumulation_steps", "eval_samples", "num_iterations", "lora_r",
-            "lora_alpha", "rollout_max_rows", "max_nonfinite_steps",
+            "lora_alpha", "rollout_max_rows", "max_nonfinite_steps", "ddp_timeout",
         ):  # fmt: skip
             if getattr(self, name, None) is not None and getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: must be at least 1"
@@ -74,6 +74,7 @@ class Checks:
             "reward_workers",
             "seed",
             "roofline_steps",
+            "rank_timeout",
         ):
             if getattr(self, name, 0) < 0:
                 yield f"--{name} {getattr(self, name)}: must not be negative"
@@ -93,6 +94,10 @@ class Checks:
             yield "--lora_target_modules: name at least one linear layer"
         if self.use_peft and self.freeze:
             yield "--freeze: says nothing with --use_peft, which trains adapters alone; choose one of the two"
+        if 0 < self.rank_timeout <= getattr(self, "reward_timeout", 0):
+            yield f"--rank_timeout {self.rank_timeout:g}: must be above --reward_timeout {self.reward_timeout:g}"
+        if self.deterministic and self.use_vllm:
+            yield "--deterministic true: vLLM does not promise the same bits twice; leave out --use_vllm"
         if self.max_pixels < self.min_pixels:
             yield f"--max_pixels {self.max_pixels}: smaller than --min_pixels {self.min_pixels}"
         if not 0 < self.vllm_gpu_memory_utilization <= 1:

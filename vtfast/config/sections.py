@@ -22,6 +22,12 @@ class Task:
     """float32, bfloat16, or auto: bfloat16 on CUDA and float32 on the CPU."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    ddp_timeout: int = 1800
+    """Seconds that a rank waits for the others in a collective before the run fails."""
+    rank_timeout: float = 600.0
+    """Seconds without progress after which a rank counts as hung and the run ends, naming it; 0: never, and a rank's
+    death is no business of the others. Progress is a step of decoding, a reward's score, a pass of the update; loading,
+    saving and vLLM's rollouts may take as long as they like. Lower it to what your slowest reward needs."""
     cpu_threads: int | None = None
     """Threads of each rank on the CPU; none shares the cores out among the ranks."""
     gradient_checkpointing: bool = False
@@ -238,7 +244,14 @@ class Optimizer:
     num_processes: int | None = None
     """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
     seed: int = 0
-    """Seed of the data order, the rendered questions and the sampling."""
+    """Seed of the data order, the order of options, the rendered questions, the sampling (with the step, the prompt and
+    the number of the answer) and LoRA's adapters. Nothing else is random: models are never initialised here."""
+    deterministic: bool = False
+    """Bitwise equal runs from the same settings, machine, packages and number of ranks: metrics but for times, speeds
+    and memory, completions and weights. The CPU gives them anyway (cpu_threads counts as a setting); on CUDA this takes
+    the ordered way of every library, which is slower in the backward pass of attention and of embeddings, and any
+    operation without one is an error that names it. A reward that runs into reward_timeout, or is random itself, is
+    beyond it."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from vtfast import heartbeat
 from vtfast.data import Sample
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
@@ -33,6 +34,7 @@ BATCH_SIZE = 64
 T = TypeVar("T")
 
 
+@heartbeat.patient("loading the questions")
 def evaluate(
     policy: Policy,
     bench: str = "cvbench",
@@ -95,6 +97,7 @@ def evaluate(
     bar = tqdm(
         total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show
     )  # fmt: skip
+    heartbeat.beat(bench)
     with bar:
         for encoded in _batches(left, batch_size, ranks, asker.encode):
             rows = _together(

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vtfast import heartbeat
 from vtfast.rewards import get_reward
 from vtfast.rewards.calling import Response, Reward, Score, call, failed
 
@@ -58,6 +59,7 @@ class Pool:
             while None in scores:
                 self._hand_out(jobs, waiting, scores)
                 self._collect(waiting, scores)
+                heartbeat.beat()
                 bar.update(len(jobs) - scores.count(None) - bar.n)
         except BaseException:
             self.close()  # what is still running belongs to nobody

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from vtfast import heartbeat
 from vtfast.rewards import get_reward, recipe, strict
 from vtfast.rewards.calling import Response, Score, call
 from vtfast.rewards.pool import Pool
@@ -50,6 +51,7 @@ class Scorer:
         for row, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
             table.append([])
             for column, response in enumerate(responses):
+                heartbeat.beat()
                 if self.pool and self._needs_pool(name, response.sample):
                     jobs.append((name, replace(response, sample=_portable(name, response.sample))))
                     places.append((row, column))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from vtfast import heartbeat
+from vtfast.determinism import fixed
 from vtfast.errors import RankError, UserError
 from vtfast.model import Policy
 from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
@@ -132,6 +134,7 @@ class RolloutEngine:
             run = self.begin(prompts, num_generations, sampling, seed)
             try:
                 while run.advance():
+                    heartbeat.beat()
                     if self.give_up and self.give_up():
                         raise GivenUp
                     bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
@@ -253,6 +256,7 @@ class RolloutEngine:
         bytes_a_page = 2 * layers * page * heads * head_dim * self.policy.head.element_size()
         room = int(CACHE_SHARE[device.type] * _free_memory(device)) // bytes_a_page
         wanted = _at_most(wanted, most)
+        fixed(wanted, room, "cache pages", "--rollout_cache_tokens")
         if room < wanted:
             log.info(
                 "rollout: memory for %d cache pages of the %d wanted; prompts will wait",

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vtfast import heartbeat
 from vtfast.errors import UserError
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
@@ -83,6 +84,7 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
     @torch.no_grad()
+    @heartbeat.patient("vLLM's rollout")
     def generate(
         self,
         prompts: Sequence[Prompt],
