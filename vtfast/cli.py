@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 from vtfast.errors import UserError
+from vtfast.terminal import Formatter, message
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
-            print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+            text = message(error) + (f" (rank {rank})" if rank else "")
+            print(f"error: {text}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare() -> None:
     """Before torch is imported: how threads wait, and who speaks. Our own log on rank 0, of the libraries errors."""
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.basicConfig(level=logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Formatter("%(message)s"))
     logging.getLogger("vtfast").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     # OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

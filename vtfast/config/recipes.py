@@ -13,10 +13,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from vtfast.config.runs import Config, RunConfig, SFTConfig
 from vtfast.errors import UserError
+from vtfast.files import read_mapping
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -86,14 +85,9 @@ def _read_recipe(path: Path, kind: type[RunConfig], above: tuple[Path, ...] = ()
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: must be a mapping of settings to values")
-    return values
+        return read_mapping(path)
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:

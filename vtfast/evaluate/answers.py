@@ -20,6 +20,7 @@ from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item, Judged
 from vtfast.evaluate.scorer import LETTERS
 from vtfast.evaluate.scores import get_benchmark, judge, summarise
+from vtfast.files import write_whole
 
 log = logging.getLogger("vtfast")
 Row = dict[str, Any]
@@ -194,9 +195,7 @@ def _mend(path: Path, rows: Sequence[Row], judged: Sequence[Judged]) -> None:
         changed |= now != {name: row[name] for name in now}
         row.update(now)
     if changed:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -227,6 +226,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all: readers may come at any time."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

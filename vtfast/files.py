@@ -1,0 +1,78 @@
+"""Files of run folders: written whole or not at all, never through a link, and never outside of their folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vtfast.errors import UserError
+
+LARGEST_SETTINGS = 1_000_000
+"""Bytes of a YAML file of settings, which is a page: a parser in Python takes minutes for more."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `path` beside it and rename: a reader never meets half of it, and a link in its place is replaced and not
+    followed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("x", encoding="utf-8", newline="\n") as file:  # "x" follows no link
+            file.write(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_inside(root: Path, *paths: Path) -> None:
+    """Raises UserError for a path that leads out of `root` by a link: a run folder that came from elsewhere may hold
+    links to anything that its reader can write."""
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(
+                f"{path}: leads to {path.resolve()}, outside of {root}. Remove the link, or choose another --output_dir"
+            )
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of settings. Plain values alone: no tags that make objects, and no aliases, which would let a page
+    of text stand for gigabytes.
+
+    Raises:
+        UserError: not a regular file, not readable, or not a mapping with texts for names.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
+    try:
+        if path.stat().st_size > LARGEST_SETTINGS:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, and settings have a page")
+        values = _PlainLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read (not UTF-8 text: {error.reason})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except (ValueError, TypeError, OverflowError) as error:  # a date that is none, 5,000 digits
+        raise UserError(f"{path}: not valid YAML ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML (too deeply nested)") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping of settings to values")
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: the name {key!r} is no text")
+    return values
+
+
+class _PlainLoader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor}: write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
