@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 
 from vtfast.errors import UserError
 
+LARGEST_JSON = 50_000_000
+"""Bytes of a JSON file: a tokenizer's is the largest, with some ten million."""
 LARGEST_SETTINGS = 1_000_000
 """Bytes of a YAML file of settings, which is a page: a parser in Python takes minutes for more."""
 
@@ -65,6 +68,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
     for key in values:
         if not isinstance(key, str):
             raise UserError(f"{path}: the name {key!r} is no text")
+    return values
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping. Raises UserError for anything else."""
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{file}: cannot be read ({reason})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a mapping is wanted, not {type(values).__name__}")
     return values
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
@@ -230,9 +229,10 @@ def load_model(
         raise UserError(f"dtype {dtype}: must be one of {', '.join(dtypes)}")
     folder = Path(model_path(path))
     base = _base_of(folder) if folder.is_dir() else str(folder)
+    # A stranger's values meet transformers' code: anything may come of it.
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except Exception as error:  # a stranger's values meet transformers' code: anything may come
+    except Exception as error:
         raise UserError(f"--model {path}: config.json: {_first_line(error)}") from None
     if config.model_type not in FAMILIES:
         raise UserError(
@@ -246,7 +246,7 @@ def load_model(
         if base != str(folder):
             adapted, _ = _from_pretrained(family, str(folder), dtypes[dtype])
             module.load_state_dict(merged_weights(adapted))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")

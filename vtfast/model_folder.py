@@ -11,15 +11,13 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vtfast.errors import UserError
+from vtfast.files import read_json
 
-LARGEST_JSON = 50_000_000
-"""Bytes of a JSON file that describes a model; a tokenizer's is the largest, with some ten million."""
 MOST = {
     "num_hidden_layers": 1000,
     "depth": 1000,
@@ -158,20 +156,6 @@ def check_header(file: Path) -> int:
     ) as error:
         raise UserError(f"{file}: damaged ({error}); copy or download it again") from None
     return count
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A mapping. Raises UserError naming the file."""
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{file}: cannot be read ({reason})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: a mapping is wanted, not {type(values).__name__}")
-    return values
 
 
 def check_config(folder: Path) -> None:

@@ -9,7 +9,6 @@ Shapes: P prompt tokens (image tokens counted), I images, K patches of 14 x 14 p
 
 import functools
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 
 from vtfast.errors import UserError
+from vtfast.files import read_json
 from vtfast.hub import model_path
 from vtfast.images import MAX_PIXELS, MAX_RATIO, ImageError, Source, load_image
 
@@ -364,12 +364,7 @@ def _eos_ids(path: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     from transformers.utils.hub import cached_file
 
     file = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    try:
-        eos = (
-            json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id") if file else None
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+    eos = read_json(Path(file)).get("eos_token_id") if file else None
     if eos is None:
         eos = tokenizer.eos_token_id
     if eos is None:

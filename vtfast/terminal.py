@@ -24,9 +24,10 @@ def printable(text: object) -> str:
 
 
 def message(text: object) -> str:
-    """`printable` text of an error: one line, and not longer than a person would read."""
+    """`printable` text of an error: one line, without its middle where that is longer than a person would read."""
     text = printable(" ".join(str(text).split("\n")))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
 
 
 def show(text: object) -> None:

@@ -10,12 +10,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtfast.data.columns import RECOGNISED, Columns, keys
 from vtfast.data.rows import BadRow
 from vtfast.errors import UserError
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCH_ROWS = 64  # SAT_train.parquet is one row group of 5 GB: never more than this at once
 KINDS = (".parquet", ".jsonl", ".json")  # of files; a folder is read by the first that it holds
@@ -145,8 +148,9 @@ def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[dict[str, A
 
 def parquet_batches(
     file: DataFile, wanted: Callable[[list[str]], list[str]]
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of a parquet file in small batches. `wanted`: names of its columns -> those to read, or a UserError."""
+) -> Iterator[list[Any]]:
+    """Rows of a parquet file in small batches; one that has no value in Python is a BadRow. `wanted`: names of its
+    columns -> those to read, or a UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,12 +159,26 @@ def parquet_batches(
         with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
             columns = wanted(table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield batch.to_pylist()
+                yield _values(batch)
     except UserError:
         raise
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{file.name}: not a readable parquet file ({reason})") from error
+
+
+def _values(batch: "pa.RecordBatch") -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # texts that are no UTF-8, dates beyond the year 9999
+        return [_value(batch.slice(row, 1)) for row in range(len(batch))]
+
+
+def _value(row: "pa.RecordBatch") -> Any:
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return BadRow(f"has a value that cannot be read ({error})")
 
 
 def _jsonl_rows(file: DataFile) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item, Judged
 from vtfast.evaluate.scorer import LETTERS
 from vtfast.evaluate.scores import get_benchmark, judge, summarise
-from vtfast.files import write_whole
+from vtfast.files import read_json, write_whole
 
 log = logging.getLogger("vtfast")
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ class AnswerFile:
             ) from error
         path, settings_path = folder / f"{bench}.jsonl", folder / "settings.json"
         rows, whole = read_answers(path)
-        known = read_json(settings_path)
+        known = _read_json(settings_path)
         if rows:
             _check_same(path, known.get(bench, {}), settings)
         else:
@@ -141,7 +141,7 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
                 raise ValueError("a second answer to the same question")
             if item.gold >= len(item.options) or not isinstance(row["response"], str):
                 raise ValueError("no such option, or a response that is no text")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: damaged ({error}). Remove the line, or the file"
             ) from error
@@ -177,13 +177,13 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
     rows, _ = read_answers(folder / f"{bench}.jsonl")
     judged = judge_rows(bench, rows)
     _mend(folder / f"{bench}.jsonl", rows, judged)
-    settings = read_json(folder / "settings.json").get(bench, {})
+    settings = _read_json(folder / "settings.json").get(bench, {})
     about = {"model": model, "step": step} | {
         name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
     }
     scores = scores_of(bench, rows, judged) | about
     path = folder / "scores.json"
-    write_json(path, read_json(path) | {bench: scores})
+    write_json(path, _read_json(path) | {bench: scores})
     return scores
 
 
@@ -213,15 +213,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A mapping from a JSON file; empty where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a mapping is wanted")
-    return value
+    return read_json(path) if path.exists() else {}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -26,8 +26,10 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
     index = 0
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
         for in_file, row in enumerate(read_rows(file, benchmark.columns)):
+            where = f"{file.name}, row {in_file}"
+            if isinstance(row, BadRow):
+                raise UserError(f"{where}: {row}")
             if benchmark.use(row):
-                where = f"{file.name}, row {in_file}"
                 try:
                     item = benchmark.read(row, index)
                     if not item.images:
