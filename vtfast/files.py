@@ -1,4 +1,4 @@
-"""Files of run folders: written whole or not at all, never through a link, and never outside of their folder."""
+"""Files and paths that others chose: read with a limit, written whole or not at all, never outside of their folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,44 @@ from vtfast.errors import UserError
 
 LARGEST_JSON = 50_000_000
 """Bytes of a JSON file: a tokenizer's is the largest, with some ten million."""
-LARGEST_SETTINGS = 1_000_000
-"""Bytes of a YAML file of settings, which is a page: a parser in Python takes minutes for more."""
+LARGEST_TEXT = 1_000_000
+"""Bytes of settings or of a template, which are a page: a YAML parser in Python takes minutes for more."""
+
+
+def expand(path: str | Path) -> Path:
+    """A path that a user gave, `~` resolved. It need not exist. Raises UserError for one that cannot."""
+    try:
+        expanded = Path(path).expanduser()
+        os.stat(expanded)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long, a loop of links, no permission to look
+        raise UserError(f"{shortened(path)}: cannot be used ({error.strerror})") from None
+    except (ValueError, RuntimeError) as error:  # a NUL byte; no such user
+        raise UserError(f"{shortened(path)}: cannot be used ({error})") from None
+    return expanded
+
+
+def shortened(text: object, longest: int = 200) -> str:
+    """Text for a message, without its middle where it is too long to be what it should be."""
+    text = str(text)
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def read_text(path: Path) -> str:
+    """A small text file. Raises UserError where it is no regular file (a pipe would wait for ever), larger than
+    LARGEST_TEXT, or no UTF-8."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    try:
+        if path.stat().st_size > LARGEST_TEXT:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, more than {LARGEST_TEXT}")
+        return path.read_bytes().decode().replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read (not UTF-8 text: {error.reason})") from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -47,16 +83,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a regular file, not readable, or not a mapping with texts for names.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
+    text = read_text(path)
     try:
-        if path.stat().st_size > LARGEST_SETTINGS:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, and settings have a page")
-        values = _PlainLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read (not UTF-8 text: {error.reason})") from None
+        values = _PlainLoader(text).get_single_data()
+    except (
+        yaml.MarkedYAMLError
+    ) as error:  # its own text quotes the file, which may be a link to another
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path}: not valid YAML ({where}{error.problem})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     except (ValueError, TypeError, OverflowError) as error:  # a date that is none, 5,000 digits

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from vtfast.errors import UserError
+from vtfast.files import shortened
 
 MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as RGB
 MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
@@ -70,12 +71,12 @@ def check_file(source: Source | str) -> None:
         try:
             status = os.stat(source)  # follows links
         except FileNotFoundError:
-            raise ImageError(f"no such file: {_shown(source)}") from None
+            raise ImageError(f"no such file: {shortened(source)}") from None
         except (OSError, ValueError) as error:  # too long a name, a NUL byte in it, no permission
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ImageError(f"no usable path: {_shown(source)} ({reason})") from None
+            raise ImageError(f"no usable path: {shortened(source)} ({reason})") from None
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"not a regular file: {_shown(source)}")
+            raise ImageError(f"not a regular file: {shortened(source)}")
         size = status.st_size
     if not size:  # what /proc holds calls itself empty too
         raise ImageError("empty file")
@@ -136,12 +137,6 @@ class Images(Sequence[Image.Image]):
 
     def __repr__(self) -> str:
         return f"Images({len(self)})"
-
-
-def _shown(path: Path | str) -> str:
-    """A path as text, without the middle of one that is no path."""
-    text = str(path)
-    return text if len(text) <= 200 else f"{text[:100]}...{text[-80:]}"
 
 
 def _short(error: Exception) -> str:

@@ -7,6 +7,7 @@ as the weights bear it out: numbers that would fill the memory or build a millio
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -131,18 +132,15 @@ def check_header(file: Path) -> int:
             if length > min(size - 8, 100_000_000):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(opened.read(length))
-        ends = [0]
-        count = 0
+        ends, count = [0], 0
         for name, tensor in header.items():
             if name != "__metadata__":
                 start, end = tensor["data_offsets"]
-                if not 0 <= start <= end:
+                whole = all(type(n) is int and n >= 0 for n in (start, end, *tensor["shape"]))
+                if not whole or start > end:
                     raise ValueError(f"{name} lies nowhere")
                 ends.append(end)
-                elements = 1
-                for side in tensor["shape"]:
-                    elements *= int(side)
-                count += elements
+                count += math.prod(tensor["shape"])
         if 8 + length + max(ends) != size:
             raise ValueError(f"{size} bytes, and {8 + length + max(ends)} are wanted")
     except (

@@ -34,6 +34,7 @@ from vtfast.questions import Asker, Question, batches, load_questions, render_sy
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
+from vtfast.terminal import show
 from vtfast.tracking import Tracker, check_trackers
 
 log = logging.getLogger("vtfast")
@@ -172,7 +173,7 @@ class Run:
             self.draw(before, after)
             if before and after:
                 save_held_out(self.folder, before, after)
-                print(held_out_table(before, after))
+                show(held_out_table(before, after))
             write_report([self.folder])
             log.info("run folder: %s", self.folder)
         return self.folder

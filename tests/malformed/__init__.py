@@ -4,9 +4,9 @@
     skipped    a row was left out, and its number told
     refused    a UserError of one line that names the file, row or flag
 
-Never another exception, never a hang, never a file half written. `python -m tests.malformed [FACTOR]` tries every kind and
-prints how many inputs of each ended how; `tests/test_malformed.py` does so in the test suite. A kind of input is a line in
-`KINDS`: a strategy that draws inputs and a function that enters one. The draws are the same each time.
+Never another exception, never a hang, never a file half written. `python -m tests.malformed [FACTOR]` tries every kind
+and prints how many inputs of each ended how; `tests/test_malformed.py` does so in the test suite. A kind of input is a
+line in `KINDS`: a strategy that draws inputs and a function that enters one. The draws are the same each time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hypothesis.strategies import SearchStrategy
 from vtfast.errors import UserError
 from vtfast.terminal import message
 
-SECONDS = 30
+SECONDS = 120
 """For one input: far more than any needs, on a machine that does other things too."""
 MEMORY = 2 << 30
 """Bytes by which one input may raise the most memory that the process ever had."""

@@ -36,7 +36,8 @@ def model(changes: tuple[str, bytes | None], folder: Path) -> str:
     return WORKS
 
 
-def _file(name: str, contents: st.SearchStrategy[bytes | None]) -> st.SearchStrategy[tuple[str, bytes | None]]:  # fmt: skip
+def _file(name: str, contents: st.SearchStrategy[bytes]) -> st.SearchStrategy:
+    """(name of the file, its bytes; None where it is missing)."""
     return st.tuples(st.just(name), contents | contents | contents | st.none())
 
 
@@ -71,14 +72,19 @@ SAFETENSORS = _file(
         st.integers(0, len(WEIGHTS)).map(lambda length: WEIGHTS[:length]),
     ),
 )
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": str(BASE), "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}  # fmt: skip
+ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": str(BASE),
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj"],
+}
 
 
 def adapter(data: bytes, folder: Path) -> str:
     from vtfast.model import load_model
 
-    link_all(BASE, folder / "model")
-    (folder / "model" / "model.safetensors").unlink()
+    (folder / "model").mkdir()
     (folder / "model" / "adapter_model.safetensors").write_bytes(_adapter_weights())
     (folder / "model" / "adapter_config.json").write_bytes(data)
     load_model(folder / "model")

@@ -12,8 +12,8 @@ from make_benchmarks import cvbench_row, vsr_row, write_cvbench, write_vsr
 from make_runs import completion_row, metrics_row, write_run
 
 from malformed import WORKS, Kind, command
-from malformed.data import ARRAYS, BASE, _parquet, processor
 from malformed.configs import SETTINGS
+from malformed.data import ARRAYS, BASE, _parquet, processor
 from malformed.values import damage, json_bytes
 
 

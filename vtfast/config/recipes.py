@@ -123,6 +123,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"--{name} {value}: must be {_TYPE_NAMES[hint]}") from None
+    if hint is str and "\0" in number:
+        raise UserError(f"--{name}: holds a NUL character, which no name or path has")
     return number
 
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from vtfast.data.columns import RECOGNISED, Columns, keys
 from vtfast.data.rows import BadRow
 from vtfast.errors import UserError
+from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 64  # SAT_train.parquet is one row group of 5 GB: never more than this at once
+LONGEST_LINE = 50_000_000  # bytes of a JSON row, which holds texts and paths and no pixels
 KINDS = (".parquet", ".jsonl", ".json")  # of files; a folder is read by the first that it holds
 _SAME_SPLIT = {"val": "validation", "validation": "val"}
 
@@ -49,7 +51,7 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     Raises:
         UserError: no such source, or no or several answers to which files the split means.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     if not path.exists():
         if not is_hub_id(source):
             raise UserError(
@@ -185,8 +187,13 @@ def _jsonl_rows(file: DataFile) -> Iterator[Any]:
     try:
         opened = file.open()
         with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as lines:
-            for line in lines:
-                if line.strip():
+            while line := lines.readline(LONGEST_LINE):
+                rest = line
+                while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+                    rest = lines.readline(LONGEST_LINE)
+                if rest is not line:
+                    yield BadRow(f"a line of more than {LONGEST_LINE} bytes")
+                elif line.strip():
                     yield _json_line(line)
     except OSError as error:
         raise UserError(f"{file.name}: not a readable JSONL file ({error})") from error

@@ -16,6 +16,7 @@ from PIL import Image
 from vtfast.data.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
 from vtfast.data.kinds import question_kind
 from vtfast.errors import UserError
+from vtfast.files import shortened
 from vtfast.images import Images, Source, check_image
 
 
@@ -223,7 +224,7 @@ def _placed(name: str, folder: Path | None) -> Path:
     A relative path starts from the data file's folder or from the one above it, and stays in there. An absolute one is
     taken as it is. Data from the hub hold their images themselves: there a path would be one of this machine's files.
     """
-    shown = name if len(name) <= 200 else f"{name[:100]}...{name[-80:]}"
+    shown = shortened(name)
     if re.match(r"\w[\w+.-]*://|data:", name):  # http://, s3://, data:image/png;base64
         raise BadRow(f"{shown} is a link, and images are not fetched: give a file, or its bytes")
     if folder is None:

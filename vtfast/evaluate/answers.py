@@ -84,7 +84,7 @@ class AnswerFile:
         rows, whole = read_answers(path)
         known = _read_json(settings_path)
         if rows:
-            _check_same(path, known.get(bench, {}), settings)
+            _check_same(path, _settings_of(folder, bench), settings)
         else:
             write_json(settings_path, known | {bench: dict(settings)})
         if path.exists() and whole < path.stat().st_size:
@@ -136,11 +136,12 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
             break
         try:
             row = json.loads(line)
+            _check_types(row)
             item = item_of(row)
             if item.index in rows:
                 raise ValueError("a second answer to the same question")
-            if item.gold >= len(item.options) or not isinstance(row["response"], str):
-                raise ValueError("no such option, or a response that is no text")
+            if item.gold >= len(item.options):
+                raise ValueError("no such option")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: damaged ({error}). Remove the line, or the file"
@@ -148,6 +149,24 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
         rows[row["index"]] = row
         whole += len(line)
     return list(rows.values()), whole
+
+
+TYPES = {
+    "index": int, "task": str, "source": str, "question": str, "options": list, "gold": str, "images": str,
+    "response": str, "correct": bool, "strict_correct": bool, "tokens": int, "finish_reason": str,
+}  # fmt: skip
+"""Of the values of a row."""
+
+
+def _check_types(row: Any) -> None:
+    """Raises ValueError for a row that `make_row` would not have made."""
+    if not isinstance(row, dict):
+        raise ValueError(f"not a row of named values but {type(row).__name__}")
+    for name, kind in TYPES.items():
+        if type(row.get(name)) is not kind:
+            raise ValueError(f"{name}: {_short(row.get(name))} is no {kind.__name__}")
+    if not all(isinstance(option, str) for option in row["options"]):
+        raise ValueError(f"options: {_short(row['options'])} are not all texts")
 
 
 def judge_rows(bench: str, rows: Sequence[Row]) -> list[Judged]:
@@ -177,7 +196,7 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
     rows, _ = read_answers(folder / f"{bench}.jsonl")
     judged = judge_rows(bench, rows)
     _mend(folder / f"{bench}.jsonl", rows, judged)
-    settings = _read_json(folder / "settings.json").get(bench, {})
+    settings = _settings_of(folder, bench)
     about = {"model": model, "step": step} | {
         name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
     }
@@ -196,6 +215,15 @@ def _mend(path: Path, rows: Sequence[Row], judged: Sequence[Judged]) -> None:
         row.update(now)
     if changed:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _settings_of(folder: Path, bench: str) -> dict[str, Any]:
+    """What the answers to a benchmark came about under; empty where that is not known."""
+    path = folder / "settings.json"
+    settings = _read_json(path).get(bench, {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: {bench}: a mapping is wanted, not {_short(settings)}")
+    return settings
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

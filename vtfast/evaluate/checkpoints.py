@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.errors import UserError
-from vtfast.files import read_mapping
+from vtfast.files import expand, read_mapping
 from vtfast.hub import ASSETS
 from vtfast.prompts import load_template
 
@@ -39,7 +39,7 @@ def find_checkpoint(model: str) -> Checkpoint:
     Raises:
         UserError: a run without checkpoints, or whose config.yaml cannot be read.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if not path.exists() and (ASSETS / model).is_dir():
         return Checkpoint(str(ASSETS / model), model, Path())
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():

@@ -147,8 +147,8 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         return read_mapping(path)
-    except UserError as error:
-        notes.append(f"config.yaml cannot be read: {str(error).removeprefix(f'{path}: ')}.")
+    except UserError:
+        notes.append("config.yaml cannot be read.")
         return {}
 
 
