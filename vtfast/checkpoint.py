@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
+from vtfast.files import expand
 from vtfast.model import Policy
 from vtfast.processor import Processor
 
@@ -16,7 +17,7 @@ def check_output_dir(config: RunConfig) -> None:
     """Raises UserError when `--output_dir` is a file, holds something already, or cannot be made."""
     if config.output_dir is None:
         return
-    folder = Path(config.output_dir)
+    folder = expand(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"--output_dir {folder}: exists and is not empty; a run is never written over"
@@ -29,7 +30,7 @@ def check_output_dir(config: RunConfig) -> None:
 def create_run_folder(config: RunConfig) -> Path:
     """The folder of `--output_dir`, or the first of runs/RECIPE, runs/RECIPE-2, ... that is free."""
     if config.output_dir is not None:
-        folder = Path(config.output_dir)
+        folder = expand(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     number = 1

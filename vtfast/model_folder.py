@@ -54,8 +54,8 @@ ADAPTER_REFUSED = {
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError for a checkpoint folder with other weights than whole safetensors files of its own, or with a
-    configuration that asks for more than weights."""
+    """Raises UserError for a checkpoint folder with other weights than safetensors files of its own, or with a
+    configuration that asks for more than weights. `check_size` looks at the weights."""
     if is_adapter(folder):
         base_of(folder)
         weights = folder / "adapter_model.safetensors"
@@ -63,9 +63,8 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{folder}: has LoRA adapters, but no {weights.name}{_pickles(folder)}")
         check_header(weights)
         return
+    weight_files(folder)
     check_config(folder)
-    for file in weight_files(folder):
-        check_header(file)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -176,8 +175,9 @@ def check_config(folder: Path) -> None:
 
 
 def check_size(family: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> None:
-    """Raises UserError where `config` describes no model, or one so much larger than the folder's weights that making
-    it would be the harm. Builds the model without memory for its weights."""
+    """Raises UserError for damaged weights, and where `config` describes no model, or one so much larger than the
+    weights that making it would be the harm. Builds the model without memory for its weights."""
+    there = sum(check_header(file) for file in weight_files(folder))
     try:
         with torch.device("meta"):
             wanted = sum(parameter.numel() for parameter in family(config).parameters())
@@ -186,7 +186,6 @@ def check_size(family: type[PreTrainedModel], config: PreTrainedConfig, folder: 
         raise UserError(
             f"{folder}/config.json: describes no {family.__name__} ({type(error).__name__}: {reason})"
         ) from None
-    there = sum(check_header(file) for file in weight_files(folder))
     if wanted > 2 * there + 100_000_000:
         raise UserError(
             f"{folder}/config.json: describes a model of {wanted} weights, and the files hold {there}"
