@@ -12,7 +12,7 @@ from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.hub import model_path
 from vtfast.lora import add_adapters
-from vtfast.model import FAMILIES, Policy, base_of, freeze_parts
+from vtfast.model import FAMILIES, Policy, freeze_parts, full_model
 
 
 def blueprint(model: PreTrainedConfig, config: RunConfig, dtype: torch.dtype) -> Policy:
@@ -43,7 +43,7 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
     """
     folder = model_path(path)
     try:
-        model = AutoConfig.from_pretrained(base_of(Path(folder)))
+        model = AutoConfig.from_pretrained(full_model(Path(folder)), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--model {path}: its config.json cannot be used ({reason})") from None

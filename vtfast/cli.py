@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from vtfast import heartbeat
 from vtfast.errors import RankError, Stopped, UserError
 from vtfast.heartbeat import RANK_LOST
+from vtfast.terminal import Formatter, message
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = int(os.environ.get("RANK", 0))
         alone = isinstance(error, RankError)
         if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
-            print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+            text = message(error) + (f" (rank {rank})" if rank else "")
+            print(f"error: {text}", file=sys.stderr)
         return BAD_INPUT
     except Stopped as stopped:
         heartbeat.leave()
@@ -80,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare() -> None:
     """Before torch is imported: how threads wait, and who speaks. Our own log on rank 0, of the libraries errors."""
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.basicConfig(level=logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Formatter("%(message)s"))
     logging.getLogger("vtfast").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     # OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from vtfast.errors import UserError
+from vtfast.files import expand
 
 ASSETS = Path(__file__).parent / "assets"
 Kind = Literal["dataset", "model"]
@@ -61,7 +62,7 @@ def model_path(path: str | Path) -> str:
     Raises:
         UserError: neither a folder nor a reachable hub id.
     """
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if folder.is_dir():
         return str(folder)
     if Path(path).name == str(path) and (ASSETS / path).is_dir():

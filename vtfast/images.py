@@ -2,9 +2,15 @@
 
 15,000 images of 512 x 512 are 12 GB as pixels and 0.5 GB as JPEG, so only the encoded form stays in
 memory.
+
+An image comes from anywhere, so little is taken on trust. Only FORMATS are looked at, whatever a file is called: every
+decoder more is one more to be attacked, and some start other programs. Sizes are checked by what the header says,
+before a pixel is decoded. A path must be that of a regular file: a device never ends, and a pipe waits for ever.
 """
 
 import io
+import os
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,9 +18,12 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from vtfast.errors import UserError
+from vtfast.files import shortened
 
 MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as RGB
 MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
+MAX_BYTES = 400_000_000  # encoded: more than MAX_PIXELS take without compression
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of several frames, the first
 Source = bytes | Path | Image.Image
 
 
@@ -31,16 +40,16 @@ def open_image(source: Source | str) -> Image.Image:
     if isinstance(source, Image.Image):
         image = source
     else:
+        check_file(source)
         try:
             with warnings.catch_warnings():  # the size check below says it better
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        except FileNotFoundError:
-            raise ImageError(f"no such file: {source}") from None
+                file = io.BytesIO(source) if isinstance(source, bytes) else source
+                image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError:
             raise ImageError(f"image of more than {MAX_PIXELS} pixels") from None
         except UnidentifiedImageError:  # its message is the address of our buffer
-            raise ImageError("not an image of any known format") from None
+            raise ImageError(f"not an image of any known format ({', '.join(FORMATS)})") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
             raise ImageError(f"not a readable image ({_short(error)})") from error
     width, height = image.size
@@ -51,6 +60,28 @@ def open_image(source: Source | str) -> Image.Image:
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ImageError(f"image of {width} x {height} pixels: aspect ratio above {MAX_RATIO}")
     return image
+
+
+def check_file(source: Source | str) -> None:
+    """Raises ImageError for a path that is not that of a regular file with something in it, and for more encoded bytes
+    than any allowed image has."""
+    if isinstance(source, bytes):
+        size = len(source)
+    else:
+        try:
+            status = os.stat(source)  # follows links
+        except FileNotFoundError:
+            raise ImageError(f"no such file: {shortened(source)}") from None
+        except (OSError, ValueError) as error:  # too long a name, a NUL byte in it, no permission
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ImageError(f"no usable path: {shortened(source)} ({reason})") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"not a regular file: {shortened(source)}")
+        size = status.st_size
+    if not size:  # what /proc holds calls itself empty too
+        raise ImageError("empty file")
+    if size > MAX_BYTES:
+        raise ImageError(f"{size} bytes, more than {MAX_BYTES}")
 
 
 def load_image(source: Source | str) -> Image.Image:

@@ -9,14 +9,13 @@ that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it)
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
@@ -32,10 +31,12 @@ from vtfast.attention import LANGUAGE, VISION, Layout, TowerLayouts, choose_back
 from vtfast.config import FREEZABLE
 from vtfast.errors import UserError
 from vtfast.hub import model_path
+from vtfast.model_folder import base_of, check_folder, check_size, is_adapter
 from vtfast.packing import Completions, Pack
 from vtfast.processor import Prompt
 from vtfast.tiny_model import build_tiny_model
 
+log = logging.getLogger("vtfast")
 __all__ = ["Policy", "build_tiny_model", "load_model"]
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
@@ -227,23 +228,26 @@ def load_model(
     if dtype not in dtypes:
         raise UserError(f"dtype {dtype}: must be one of {', '.join(dtypes)}")
     folder = Path(model_path(path))
-    weights = ("*.safetensors", "*.safetensors.index.json")
-    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in weights):
-        raise UserError(f"--model {path}: the folder has no *.safetensors weights")
-    base = base_of(folder)
+    base = full_model(folder)
+    # A stranger's values meet transformers' code: anything may come of it.
     try:
-        family = AutoConfig.from_pretrained(base).model_type
-        if family in FAMILIES:
-            module, missing = _from_pretrained(FAMILIES[family], base, dtypes[dtype])
-            if base != str(folder):
-                adapted, _ = _from_pretrained(FAMILIES[family], str(folder), dtypes[dtype])
-                module.load_state_dict(merged_weights(adapted))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
-    if family not in FAMILIES:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"--model {path}: config.json: {_first_line(error)}") from None
+    if config.model_type not in FAMILIES:
         raise UserError(
-            f"--model {path}: is a {family} model; those of {', '.join(FAMILIES)} can be trained"
+            f"--model {path}: is a {config.model_type} model; those of {', '.join(FAMILIES)} can be trained"
         )
+    family = FAMILIES[config.model_type]
+    if Path(base).is_dir():
+        check_size(family, config, Path(base))
+    try:
+        module, missing = _from_pretrained(family, base, dtypes[dtype])
+        if base != str(folder):
+            adapted, _ = _from_pretrained(family, str(folder), dtypes[dtype])
+            module.load_state_dict(merged_weights(adapted))
+    except Exception as error:
+        raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
     eos = module.generation_config.eos_token_id
@@ -264,12 +268,19 @@ def embed_patches(self: nn.Module, patches: Tensor) -> Tensor:
     return linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
 
 
-def base_of(folder: Path) -> str:
-    """The folder itself, or the base model that its LoRA adapters name."""
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
+def full_model(folder: Path) -> str:
+    """The folder itself, or the base model that its LoRA adapters name, said aloud: another model than the user named
+    is read then. Both hold nothing but weights."""
+    if not folder.is_dir():
+        return str(folder)  # a hub id
+    check_folder(folder)
+    if not is_adapter(folder):
         return str(folder)
-    return json.loads(adapter.read_text())["base_model_name_or_path"]
+    base = model_path(base_of(folder))
+    log.info("%s holds LoRA adapters; the base model that they name is loaded: %s", folder, base)
+    if Path(base).is_dir():
+        check_folder(Path(base))
+    return base
 
 
 def _from_pretrained(
@@ -277,7 +288,12 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, list[str]]:
     """-> model, names of weights that the folder lacks."""
     module, report = family.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return module, sorted(report["missing_keys"])
 

@@ -9,7 +9,6 @@ Shapes: P prompt tokens (image tokens counted), I images, K patches of 14 x 14 p
 
 import functools
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ import torch
 from PIL import Image
 
 from vtfast.errors import UserError
+from vtfast.files import read_json
 from vtfast.hub import model_path
-from vtfast.images import MAX_RATIO, ImageError, Source, load_image
+from vtfast.images import MAX_PIXELS, MAX_RATIO, ImageError, Source, load_image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,22 +107,33 @@ class Processor:
         )
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             if is_text_model(path):
                 return cls(tokenizer, None, _eos_ids(path, tokenizer))
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (
+            BaseException
+        ) as error:  # strangers' files meet libraries: anything may come, a panic of Rust too
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"cannot read the tokenizer and image processor of {path}: {reason} A model folder "
                 "holds tokenizer.json, tokenizer_config.json and preprocessor_config.json beside "
                 "its weights"
             ) from error
+        check_preprocessing(image_processor, path)
         size = image_processor.size
         low = size["shortest_edge"] if min_pixels is None else min_pixels
         high = size["longest_edge"] if max_pixels is None else max_pixels
         if not 0 < low <= high:
             raise UserError(f"min_pixels {low} and max_pixels {high}: 0 < min <= max is needed")
+        if low > MAX_PIXELS:
+            raise UserError(
+                f"min_pixels {low}: images would be enlarged beyond {MAX_PIXELS} pixels"
+            )
         image_processor.size = {"shortest_edge": low, "longest_edge": high}
         _resizer()  # chosen, and said in the log, before any work starts
         return cls(tokenizer, image_processor, _eos_ids(path, tokenizer))
@@ -223,6 +234,33 @@ class Processor:
                 raise UserError(f"{which}: {error}") from error
         out = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
         return out["pixel_values"].float(), out["image_grid_thw"].long()
+
+
+def check_preprocessing(processor: "Qwen2VLImageProcessorPil", path: str | Path) -> None:
+    """Raises UserError for a preprocessor_config.json whose numbers an image cannot be made into patches with."""
+
+    def wrong(name: str, value: object) -> UserError:
+        return UserError(f"{path}/preprocessor_config.json: {name}: {value!r:.80} cannot be used")
+
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
+        value = getattr(processor, name, None)
+        if type(value) is not int or not 0 < value <= 64:
+            raise wrong(name, value)
+    for name in ("shortest_edge", "longest_edge"):
+        value = processor.size[name] if name in (processor.size or ()) else None
+        if type(value) is not int:
+            raise wrong(f"size.{name}", value)
+    numbers = {
+        "image_mean": processor.image_mean,
+        "image_std": processor.image_std,
+        "rescale_factor": [processor.rescale_factor],
+    }
+    for name, values in numbers.items():
+        known = isinstance(values, list | tuple) and len(values) == (3 if "image" in name else 1)
+        if not known or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
+            raise wrong(name, values)
+    if 0 in processor.image_std:
+        raise wrong("image_std", processor.image_std)
 
 
 def is_text_model(path: str | Path) -> bool:
@@ -332,17 +370,15 @@ def _eos_ids(path: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     from transformers.utils.hub import cached_file
 
     file = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    try:
-        eos = (
-            json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id") if file else None
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+    eos = read_json(Path(file)).get("eos_token_id") if file else None
     if eos is None:
         eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError(f"{path} names no end token: set eos_token_id in generation_config.json")
-    return [eos] if isinstance(eos, int) else list(eos)
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(token) is int and 0 <= token < len(tokenizer) for token in ids):
+        raise UserError(f"{path}/generation_config.json: eos_token_id: {eos!r:.80} is no token")
+    return ids
 
 
 def _key(ids: torch.Tensor, pixels: torch.Tensor | None, grid: torch.Tensor | None) -> int:

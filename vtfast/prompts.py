@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtfast.errors import UserError
+from vtfast.files import expand, read_text
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
@@ -56,7 +57,7 @@ def load_template(name_or_path: str | Path) -> str:
     """
     name = str(name_or_path)
     looks_like_path = name.endswith(".txt") or "/" in name or "\\" in name
-    path = Path(name).expanduser() if looks_like_path else TEMPLATES / f"{name}.txt"
+    path = expand(name) if looks_like_path else TEMPLATES / f"{name}.txt"
     if not looks_like_path and name not in template_names():
         near = difflib.get_close_matches(name, template_names(), n=1, cutoff=0.0)
         raise UserError(
@@ -64,9 +65,9 @@ def load_template(name_or_path: str | Path) -> str:
             f"Templates: {', '.join(template_names())}, or the path of a .txt file"
         )
     try:
-        text = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt template {path}: {error}") from error
+        text = read_text(path).removesuffix("\n")
+    except UserError as error:
+        raise UserError(f"cannot read the prompt template {error}") from None
     if "{question}" not in text:
         raise UserError(f"the prompt template {path} lacks {{question}}: write it where it goes")
     return text

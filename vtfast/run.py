@@ -41,6 +41,7 @@ from vtfast.resume import held_out_before, on_main, put_back, state_of, write_re
 from vtfast.rollout.choice import choose_engine
 from vtfast.sharing import Work, share_out
 from vtfast.stopping import StopNotice
+from vtfast.terminal import show
 from vtfast.token_budget import TokenBudget
 from vtfast.tracking import Tracker
 
@@ -195,7 +196,7 @@ class Run:
             self.draw(self.before, after)
             if self.before and after:
                 save_held_out(self.folder, self.before, after)
-                print(held_out_table(self.before, after))
+                show(held_out_table(self.before, after))
             write_report([self.folder])
             mark_completed(self.folder, self.done)
             log.info("run folder: %s", self.folder)

@@ -6,10 +6,9 @@ data are refused when it is loaded.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vtfast.data import Sample
 from vtfast.errors import UserError
+from vtfast.files import expand, read_text
 from vtfast.processor import Processor
 from vtfast.prompts import response_prefix
 
@@ -24,9 +23,9 @@ def load_target(text_or_path: str) -> str:
     text = text_or_path
     if text.endswith(".txt"):
         try:
-            text = Path(text).expanduser().read_bytes().decode().replace("\r\n", "\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--target {text_or_path}: cannot be read ({error})") from None
+            text = read_text(expand(text))
+        except UserError as error:
+            raise UserError(f"--target {error}") from None
         text = text.removesuffix("\n")
     if SLOT not in text:
         raise UserError(f"--target {text_or_path}: lacks {SLOT}; write it where the answer goes")

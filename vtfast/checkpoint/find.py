@@ -11,6 +11,7 @@ from vtfast.checkpoint.save import STEP, checkpoints
 from vtfast.checkpoint.state import State, read_state
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
+from vtfast.files import expand
 
 log = logging.getLogger("vtfast")
 LAST = "last"
@@ -47,7 +48,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if wanted is None:
         return None
     if wanted == LAST:
-        found = _newest_whole(Path(_output_dir(config.output_dir)).resolve(), config)
+        found = _newest_whole(_output_dir(config.output_dir).resolve(), config)
         if found is None:
             log.info(
                 "%s: no checkpoint to go on from; starting from the beginning", config.output_dir
@@ -72,7 +73,7 @@ def settings_of(wanted: str, output_dir: str | None) -> Path | None:
 
     Looks at that file alone: whether all of the checkpoint is whole is found out later."""
     if wanted == LAST:
-        run, step = Path(_output_dir(output_dir)), None
+        run, step = _output_dir(output_dir), None
     else:
         run, step = _meaning(wanted)
     candidates = [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]
@@ -109,7 +110,7 @@ def _midway(folder: Path, config: RunConfig) -> str | None:
 
 def _meaning(wanted: str) -> tuple[Path, Path | None]:
     """-> (run folder, step folder or None for its newest)"""
-    path = Path(wanted).expanduser()
+    path = expand(wanted)
     if path.name == LAST and not path.exists():
         path = path.parent
     path = path.resolve()
@@ -120,7 +121,7 @@ def _meaning(wanted: str) -> tuple[Path, Path | None]:
     return (path.parent if path.name == "checkpoints" else path), None
 
 
-def _output_dir(output_dir: str | None) -> str:
+def _output_dir(output_dir: str | None) -> Path:
     if output_dir is None:
         raise UserError("--resume_from_checkpoint last: needs --output_dir, the run to go on with")
-    return output_dir
+    return expand(output_dir)

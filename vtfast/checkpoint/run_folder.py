@@ -11,6 +11,7 @@ from vtfast.checkpoint.find import LAST, Checkpoint
 from vtfast.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, set_aside
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
+from vtfast.files import expand
 from vtfast.stopping import STOP_FILE
 
 
@@ -19,7 +20,7 @@ def check_output_dir(config: RunConfig) -> None:
     made."""
     if config.output_dir is None:
         return
-    folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    folder, wanted = expand(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file")
     if folder.is_dir() and _holds_something(folder):
@@ -47,7 +48,7 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
         folder = _new_folder(config)
         if _holds_something(folder):
             set_aside(folder)
-    elif config.output_dir is not None and Path(config.output_dir).resolve() != checkpoint.run:
+    elif config.output_dir is not None and expand(config.output_dir).resolve() != checkpoint.run:
         folder = _new_folder(config)
         if checkpoint.run:
             copy_logs(checkpoint.run, folder, checkpoint.state.step)
@@ -72,7 +73,7 @@ def settings(config: RunConfig) -> str:
 def _new_folder(config: RunConfig) -> Path:
     """The folder of `--output_dir`, or the first of runs/RECIPE, runs/RECIPE-2, ... that is free."""
     if config.output_dir is not None:
-        folder = Path(config.output_dir)
+        folder = expand(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     number = 1

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from vtfast.commands.parser import Parser
 from vtfast.config import field_help, load_config, recipe_names
 from vtfast.errors import UserError
+from vtfast.terminal import show
 
 SETTINGS = (
     "split", "static", "question_types", "question_column", "answer_column", "options_column", "image_column",
@@ -56,5 +57,5 @@ def run(arguments: Sequence[str]) -> int:
     from vtfast.data.inspection import inspect_data
 
     report = inspect_data(config)
-    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if flags["json"] else report)
+    show(json.dumps(report.as_dict(), indent=2) if flags["json"] else report)
     return 0

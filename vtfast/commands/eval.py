@@ -9,6 +9,8 @@ from pathlib import Path
 
 from vtfast.commands.parser import Parser
 from vtfast.errors import UserError
+from vtfast.files import check_inside, expand
+from vtfast.terminal import show
 
 BENCHES = ("cvbench", "blink", "vsr", "sat")
 EXAMPLES = """examples:
@@ -26,16 +28,17 @@ def run(arguments: Sequence[str]) -> int:
     from vtfast.evaluate.table import score_table
 
     checkpoint = find_checkpoint(options.model)
-    home = Path(options.output_dir).expanduser() if options.output_dir else checkpoint.home
+    home = expand(options.output_dir) if options.output_dir else checkpoint.home
     folder = home / "evaluations" / checkpoint.name
+    check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHES))
     scores = {}
     for bench in (
         _rescore(options, folder) if options.rescore else _ask(options, checkpoint, folder)
     ):
         scores[bench] = write_scores(folder, bench, model=options.model, step=checkpoint.step)
     if scores:  # rank 0 alone has some
-        print(score_table(scores))
-        print(f"answers and scores: {folder}")
+        show(score_table(scores))
+        show(f"answers and scores: {folder}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vtfast.commands.parser import Parser
+from vtfast.terminal import show
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -21,5 +22,5 @@ def run(arguments: Sequence[str]) -> int:
 
     from vtfast.report import write_report
 
-    print(write_report(options.runs, options.output))
+    show(write_report(options.runs, options.output))
     return 0

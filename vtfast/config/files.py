@@ -47,6 +47,8 @@ def read_settings_file(path: Path, problems: list[str]) -> dict[str, Given]:
     """
     flag = f"--config {path}"
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for ever
+            raise UserError(f"{flag}: is no regular file; name a YAML file")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:

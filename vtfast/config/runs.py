@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 
 import yaml
@@ -47,6 +48,8 @@ class Checks:
         for name, allowed in choices.items():
             if getattr(self, name, allowed[0]) not in allowed:
                 yield f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}"
+        if not re.fullmatch(r"\w[\w.-]*", self.recipe):  # it names the run's folder under runs/
+            yield f"--recipe {self.recipe}: must be a plain name, such as {type(self).recipe}"
         for part in self.freeze:
             if part not in FREEZABLE:
                 yield f"--freeze {part}: must be among {', '.join(FREEZABLE)}"

@@ -10,14 +10,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtfast.data.columns import RECOGNISED, Columns, keys
 from vtfast.data.rows import BadRow
 from vtfast.errors import UserError
+from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 BATCH_ROWS = 64  # SAT_train.parquet is one row group of 5 GB: never more than this at once
+LONGEST_LINE = 50_000_000  # bytes of a JSON row, which holds texts and paths and no pixels
 KINDS = (".parquet", ".jsonl", ".json")  # of files; a folder is read by the first that it holds
 _SAME_SPLIT = {"val": "validation", "validation": "val"}
 
@@ -46,7 +51,7 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     Raises:
         UserError: no such source, or no or several answers to which files the split means.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     if not path.exists():
         if not is_hub_id(source):
             raise UserError(
@@ -145,8 +150,9 @@ def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[dict[str, A
 
 def parquet_batches(
     file: DataFile, wanted: Callable[[list[str]], list[str]]
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of a parquet file in small batches. `wanted`: names of its columns -> those to read, or a UserError."""
+) -> Iterator[list[Any]]:
+    """Rows of a parquet file in small batches; one that has no value in Python is a BadRow. `wanted`: names of its
+    columns -> those to read, or a UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,7 +161,7 @@ def parquet_batches(
         with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
             columns = wanted(table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield batch.to_pylist()
+                yield _values(batch)
     except UserError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -163,12 +169,31 @@ def parquet_batches(
         raise UserError(f"{file.name}: not a readable parquet file ({reason})") from error
 
 
+def _values(batch: "pa.RecordBatch") -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # texts that are no UTF-8, dates beyond the year 9999
+        return [_value(batch.slice(row, 1)) for row in range(len(batch))]
+
+
+def _value(row: "pa.RecordBatch") -> Any:
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return BadRow(f"has a value that cannot be read ({error})")
+
+
 def _jsonl_rows(file: DataFile) -> Iterator[Any]:
     try:
         opened = file.open()
         with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as lines:
-            for line in lines:
-                if line.strip():
+            while line := lines.readline(LONGEST_LINE):
+                rest = line
+                while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+                    rest = lines.readline(LONGEST_LINE)
+                if rest is not line:
+                    yield BadRow(f"a line of more than {LONGEST_LINE} bytes")
+                elif line.strip():
                     yield _json_line(line)
     except OSError as error:
         raise UserError(f"{file.name}: not a readable JSONL file ({error})") from error

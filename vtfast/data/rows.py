@@ -4,6 +4,7 @@ Nothing is guessed: a row either has a question, an answer and images that decod
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from PIL import Image
 from vtfast.data.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
 from vtfast.data.kinds import question_kind
 from vtfast.errors import UserError
+from vtfast.files import shortened
 from vtfast.images import Images, Source, check_image
 
 
@@ -40,6 +42,10 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.kind = self.kind or question_kind(self.question)
+
+
+LONGEST_TEXT = 1_000_000
+"""Characters of one text: far more than any prompt, and little enough to tokenize before that is known."""
 
 
 class BadRow(UserError):
@@ -131,6 +137,10 @@ def _text(value: Any, name: str) -> str:
         raise BadRow(f"the {name} is not text but {type(value).__name__}")
     if not value.strip():
         raise BadRow(f"empty {name}")
+    if len(value) > LONGEST_TEXT:
+        raise BadRow(f"the {name} has {len(value)} characters, more than {LONGEST_TEXT}")
+    if re.search("[\ud800-\udfff]", value):
+        raise BadRow(f"the {name} holds half of a character (a lone surrogate)")
     mark = re.search(r"<\|\w+\|>", value)
     if mark:  # the tokenizer would take it for the real thing
         raise BadRow(f"the {name} holds the special token {mark[0]}")
@@ -154,7 +164,7 @@ def _options(values: Any, *, required: bool) -> list[str]:
 def _answer(value: Any, options: Sequence[str]) -> str:
     """The bare answer, one of the options if there are any."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise BadRow(f"the answer is {value}")
         value = str(value)
         if not options:
@@ -205,10 +215,27 @@ def _source(item: Any, folder: Path | None) -> Source:
         return item
     if not isinstance(item, str | Path) or not str(item):
         raise BadRow("empty" if item is None or not item else f"{type(item).__name__} is no image")
-    if folder is None and not Path(item).is_absolute():
-        raise BadRow(f"{item} is a path, and the data set has no folder")
-    tried = [base / item for base in ([folder, folder.parent] if folder else [Path()])]
-    return next((path for path in tried if path.is_file()), tried[0])
+    return _placed(str(item), folder)
+
+
+def _placed(name: str, folder: Path | None) -> Path:
+    """The file that a path in the data means.
+
+    A relative path starts from the data file's folder or from the one above it, and stays in there. An absolute one is
+    taken as it is. Data from the hub hold their images themselves: there a path would be one of this machine's files.
+    """
+    shown = shortened(name)
+    if re.match(r"\w[\w+.-]*://|data:", name):  # http://, s3://, data:image/png;base64
+        raise BadRow(f"{shown} is a link, and images are not fetched: give a file, or its bytes")
+    if folder is None:
+        raise BadRow(f"{shown} is a path, and the data set has no folder")
+    if os.path.isabs(name):
+        return Path(name)
+    top = os.path.abspath(folder.parent)
+    if os.path.commonpath([top, os.path.abspath(folder / name)]) != top:
+        raise BadRow(f"{shown} leads out of {top}, where the data are: give an absolute path")
+    tried = [folder / name, folder.parent / name]
+    return next((path for path in tried if os.path.exists(path)), tried[0])
 
 
 # VisualThinker's user text: "<image> Answer in natural language. Q Choose between … options: a or b"

@@ -20,6 +20,7 @@ from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item, Judged
 from vtfast.evaluate.scorer import LETTERS
 from vtfast.evaluate.scores import get_benchmark, judge, summarise
+from vtfast.files import read_json, write_whole
 
 log = logging.getLogger("vtfast")
 Row = dict[str, Any]
@@ -81,9 +82,9 @@ class AnswerFile:
             ) from error
         path, settings_path = folder / f"{bench}.jsonl", folder / "settings.json"
         rows, whole = read_answers(path)
-        known = read_json(settings_path)
+        known = _read_json(settings_path)
         if rows:
-            _check_same(path, known.get(bench, {}), settings)
+            _check_same(path, _settings_of(folder, bench), settings)
         else:
             write_json(settings_path, known | {bench: dict(settings)})
         if path.exists() and whole < path.stat().st_size:
@@ -135,18 +136,37 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
             break
         try:
             row = json.loads(line)
+            _check_types(row)
             item = item_of(row)
             if item.index in rows:
                 raise ValueError("a second answer to the same question")
-            if item.gold >= len(item.options) or not isinstance(row["response"], str):
-                raise ValueError("no such option, or a response that is no text")
-        except (ValueError, KeyError, TypeError) as error:
+            if item.gold >= len(item.options):
+                raise ValueError("no such option")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: damaged ({error}). Remove the line, or the file"
             ) from error
         rows[row["index"]] = row
         whole += len(line)
     return list(rows.values()), whole
+
+
+TYPES = {
+    "index": int, "task": str, "source": str, "question": str, "options": list, "gold": str, "images": str,
+    "response": str, "correct": bool, "strict_correct": bool, "tokens": int, "finish_reason": str,
+}  # fmt: skip
+"""Of the values of a row."""
+
+
+def _check_types(row: Any) -> None:
+    """Raises ValueError for a row that `make_row` would not have made."""
+    if not isinstance(row, dict):
+        raise ValueError(f"not a row of named values but {type(row).__name__}")
+    for name, kind in TYPES.items():
+        if type(row.get(name)) is not kind:
+            raise ValueError(f"{name}: {_short(row.get(name))} is no {kind.__name__}")
+    if not all(isinstance(option, str) for option in row["options"]):
+        raise ValueError(f"options: {_short(row['options'])} are not all texts")
 
 
 def judge_rows(bench: str, rows: Sequence[Row]) -> list[Judged]:
@@ -176,13 +196,13 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
     rows, _ = read_answers(folder / f"{bench}.jsonl")
     judged = judge_rows(bench, rows)
     _mend(folder / f"{bench}.jsonl", rows, judged)
-    settings = read_json(folder / "settings.json").get(bench, {})
+    settings = _settings_of(folder, bench)
     about = {"model": model, "step": step} | {
         name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
     }
     scores = scores_of(bench, rows, judged) | about
     path = folder / "scores.json"
-    write_json(path, read_json(path) | {bench: scores})
+    write_json(path, _read_json(path) | {bench: scores})
     return scores
 
 
@@ -194,9 +214,16 @@ def _mend(path: Path, rows: Sequence[Row], judged: Sequence[Judged]) -> None:
         changed |= now != {name: row[name] for name in now}
         row.update(now)
     if changed:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _settings_of(folder: Path, bench: str) -> dict[str, Any]:
+    """What the answers to a benchmark came about under; empty where that is not known."""
+    path = folder / "settings.json"
+    settings = _read_json(path).get(bench, {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: {bench}: a mapping is wanted, not {_short(settings)}")
+    return settings
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -214,19 +241,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A mapping from a JSON file; empty where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a mapping is wanted")
-    return value
+    return read_json(path) if path.exists() else {}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all: readers may come at any time."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vtfast.errors import UserError
+from vtfast.files import expand, read_mapping
 from vtfast.hub import ASSETS
 from vtfast.prompts import load_template
 
@@ -40,7 +39,7 @@ def find_checkpoint(model: str) -> Checkpoint:
     Raises:
         UserError: a run without checkpoints, or whose config.yaml cannot be read.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if not path.exists() and (ASSETS / model).is_dir():
         return Checkpoint(str(ASSETS / model), model, Path())
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
@@ -69,12 +68,14 @@ def _is_model(path: Path) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(values, dict) or not values:
+    """The settings of a run, which may be another person's: those that an evaluation goes by have their types."""
+    values = read_mapping(path)
+    if not values:
         raise UserError(f"{path}: is no run's config.yaml")
+    kinds = {"template": str, "literal_image": bool, "min_pixels": int, "max_pixels": int}
+    for name, kind in kinds.items():
+        if values.get(name) is not None and type(values[name]) is not kind:
+            raise UserError(f"{path}: {name}: {values[name]!r} is no {kind.__name__}")
     return values
 
 

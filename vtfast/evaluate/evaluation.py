@@ -22,6 +22,7 @@ from vtfast.evaluate.answers import AnswerFile, Row, make_row, scores_of
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.evaluate.files import load_items
 from vtfast.evaluate.scores import get_benchmark
+from vtfast.files import expand
 from vtfast.images import ImageError, Images, check_image
 from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
@@ -80,8 +81,10 @@ def evaluate(
     processor = processor or Processor.from_pretrained(policy.module.name_or_path)
     asker = _Asker(policy, processor, str(template), literal_image, max_completion_length)
     items = list(itertools.islice(load_items(benchmark, data), limit))
+    if not items:
+        raise UserError(f"{data or benchmark.hub_id}: has no questions of {benchmark.title}")
     if bench == "vsr":
-        folder = None if image_folder is None else Path(image_folder).expanduser()
+        folder = None if image_folder is None else expand(image_folder)
         if fetch_images:
             _on_main(ranks, lambda: vsr_images.fetch(items, folder))
         items = vsr_images.locate(items, folder)

@@ -13,6 +13,7 @@ from vtfast.data import BadRow
 from vtfast.data.files import DataFile, parquet_batches
 from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item
+from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
 
 
@@ -26,8 +27,10 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
     index = 0
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
         for in_file, row in enumerate(read_rows(file, benchmark.columns)):
+            where = f"{file.name}, row {in_file}"
+            if isinstance(row, BadRow):
+                raise UserError(f"{where}: {row}")
             if benchmark.use(row):
-                where = f"{file.name}, row {in_file}"
                 try:
                     item = benchmark.read(row, index)
                     if not item.images:
@@ -51,7 +54,7 @@ def _placed(image: bytes | Path, folder: Path | None) -> bytes | Path:
 def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
     """The files of a source that the benchmark is made of, in the order of their names."""
     hint = f"(--data {benchmark.name}=PATH gives a local file or folder)"
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_file():
         if path.suffix not in (".parquet", ".jsonl"):
             raise UserError(f"{source}: unknown kind of file, .parquet or .jsonl is wanted {hint}")

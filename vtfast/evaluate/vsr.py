@@ -26,7 +26,7 @@ def read(row: Mapping[str, Any], index: int) -> Item:
     if label not in (0, 1):
         raise BadRow(f"label is {label!r}, and 0 or 1 is wanted")
     name, link = row.get("image"), row.get("image_link")
-    if isinstance(name, str) and name != Path(name).name:
+    if isinstance(name, str) and (name != Path(name).name or name == ".." or len(name) > 200):
         raise BadRow(f"image is {name!r}, and a file name is wanted")
     return Item(
         index=index,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,7 @@ from string import Template
 from typing import Any
 
 from vtfast.errors import UserError
+from vtfast.files import write_whole
 from vtfast.report import charts, tables
 from vtfast.report.completions import CHARACTERS, SHOWN, Completions, read_completions
 from vtfast.report.reflection import PATTERN, THRESHOLD, WORDS, first_step, in_words
@@ -39,7 +39,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     try:
         runs = read_runs(folders)
         found = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
-        _write_whole(path, render(content(runs, found)))
+        write_whole(path, render(content(runs, found)))
     except OSError as error:  # permissions, a full disk
         raise UserError(f"{error.filename}: {error.strerror}; no report was written") from error
     return path
@@ -133,13 +133,3 @@ def embed(data: Any) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Beside it and renamed: a reader never meets half a page."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, "utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vtfast.errors import UserError
+from vtfast.files import read_mapping
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOut
@@ -147,13 +146,10 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("config.yaml is missing.")
         return {}
     try:
-        config = yaml.safe_load(path.read_text("utf-8", "replace"))
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
-        config = None
-    if not isinstance(config, dict):
+        return read_mapping(path)
+    except UserError:
         notes.append("config.yaml cannot be read.")
         return {}
-    return {str(key): value for key, value in config.items()}
 
 
 def _read_evaluations(folder: Path, notes: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
