@@ -44,4 +44,4 @@ bench: setup
 	$(BIN)/python -m bench kernels
 
 rehearse: setup # every step of a GPU day, tiny, on the CPU
-	$(BIN)/python -m bench gpu --rehearse --out "$$(mktemp -d)"
+	$(BIN)/python -m bench gpu --rehearse --minutes 15 --out "$$(mktemp -d)"
