@@ -15,6 +15,7 @@ from vtfast import questions
 from vtfast.config import load_config
 from vtfast.determinism import WANTED, fixed, flash_options, is_deterministic, make_deterministic
 from vtfast.errors import UserError
+from vtfast.tracking import MEASURED
 from vtfast.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,6 @@ SHORT = {
     "per_device_train_batch_size": 4,
     "warmup_steps": 0,
 }
-VARIES = ("time/", "tokens_per_second", "mfu", "memory_gb")
-"""Beginnings of the metrics that say how the machine did."""
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def result(folder: Path) -> tuple[list[dict], str, dict[str, torch.Tensor]]:
     """What a run promises to repeat: metrics, completions, the last weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [
-        {name: x for name, x in line.items() if not name.startswith(VARIES)} for line in lines
+        {name: x for name, x in line.items() if not name.startswith(MEASURED)} for line in lines
     ]
     weights = load_file(folder / "checkpoints" / "step-3" / "model.safetensors")
     return metrics, (folder / "completions.jsonl").read_text(), weights

@@ -17,6 +17,7 @@ from test_trainer import mixed_rows
 
 from vtfast.config import Config, SFTConfig, load_config
 from vtfast.sft import SFTTrainer
+from vtfast.tracking import MEASURED
 from vtfast.trainer import Trainer
 
 SHORT = {
@@ -26,8 +27,6 @@ SHORT = {
 SHORT_SFT = {
     name: value for name, value in SHORT.items() if name not in ("num_generations",)
 } | {"recipe": "tiny-spatial-sft"}  # fmt: skip
-UNEQUAL = ("time/", "tokens_per_second", "memory_", "mfu")
-"""Numbers that two runs of the same have different ones of."""
 
 
 def noisy_reward(completion: str, sample) -> float:
@@ -69,7 +68,7 @@ def run(folder: Path, kill_at: int | None = None, **settings) -> Path:
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

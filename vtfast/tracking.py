@@ -18,6 +18,12 @@ from vtfast.errors import UserError
 log = logging.getLogger("vtfast")
 
 
+MEASURED = (
+    "time/", "rollout/", "roofline/", "tokens_per_second", "mfu", "memory_gb", "resident_gb", "open_files",
+)  # fmt: skip
+"""Beginnings of the metrics that a clock or the machine decides: two equal runs differ in these alone."""
+
+
 class Tracker:
     """Writes each step's metrics and completions into the run folder and to the trackers of `--report_to`."""
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vtfast.tracking import MEASURED
+
 from .damage import CHECKSUMS
 
-VOLATILE = ("time/", "tokens_per_second", "memory_", "resident_gb", "open_files", "mfu")
-"""Beginnings of the metrics that say how a machine fared and not what was trained."""
 MUST_EQUAL = ("completions.jsonl", "skipped.jsonl", "held_out.json")
 
 
@@ -69,7 +69,7 @@ def whole(folder: Path) -> list[int]:
 def metrics(folder: Path) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(VOLATILE)}
+        {key: value for key, value in json.loads(line).items() if not key.startswith(MEASURED)}
         for line in lines
     ]
 
