@@ -50,6 +50,10 @@ def read_settings(
         problems.append(
             "--recipe and --config: give one of them; a --config file stands for itself"
         )
+    if flags["gpu_memory_gb"] and not flags["dry_run"]:
+        problems.append(
+            "--gpu_memory_gb: says nothing without --dry-run; leave it out, or add that"
+        )
     try:
         config = load_config(flags["recipe"], flags["config"], given, kind)
     except SettingsError as error:
