@@ -57,6 +57,10 @@ def read_settings(
         file = settings_of(resumed, given.get("output_dir"))
         if file:  # the run may have been moved since: where it is, the flags say
             given = {"output_dir": None} | given
+    if flags["gpu_memory_gb"] and not flags["dry_run"]:
+        problems.append(
+            "--gpu_memory_gb: says nothing without --dry-run; leave it out, or add that"
+        )
     try:
         config = load_config(flags["recipe"], file, given, kind)
     except SettingsError as error:
