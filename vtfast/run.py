@@ -165,7 +165,8 @@ class Run:
                 tracker.log(step, metrics, rows)
                 bar.set_postfix_str(self.summary(metrics))
             if step == config.max_steps or (config.save_steps and step % config.save_steps == 0):
-                self.save(step)
+                with heartbeat.patient("saving"):
+                    self.save(step)
         if tracker:
             tracker.close()
         after = self.judge()
@@ -243,7 +244,6 @@ class Run:
         arguments = (self.rollout, self.asker, self.held_out_samples, self.config, self.ranks)
         return held_out(*arguments, graded=self.graded)
 
-    @heartbeat.patient("saving")
     def save(self, step: int) -> None:
         if self.ranks.is_main:
             folder = self.folder / "checkpoints" / f"step-{step}"
