@@ -86,6 +86,8 @@ def start(config: RunConfig) -> Ranks:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         limit = timedelta(seconds=config.ddp_timeout)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            _start_again(backend, limit, torch.device("cuda", local) if cuda else None)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
         atexit.register(dist.destroy_process_group)  # not earlier: DeepSpeed keeps hold of it
     ranks = Ranks(
@@ -107,6 +109,20 @@ def start(config: RunConfig) -> Ranks:
             prompts_per_rank(config) * ranks.size, prompts_per_rank(config) * config.num_processes,
         )  # fmt: skip
     return ranks
+
+
+def _start_again(backend: str, limit: timedelta, device: torch.device | None) -> None:
+    """The process group of ranks that torchrun has restarted. Its store may still hold the addresses of the ranks
+    before them, to which the new ones would try to connect; so every attempt has keys of its own."""
+    size, attempt = int(os.environ["WORLD_SIZE"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank = int(os.environ["RANK"])
+    store = dist.TCPStore(*address, size, rank == 0 and not hosted_by_agent, timeout=limit)
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=device
+    )
 
 
 def _watch(ranks: Ranks, limit: float) -> None:
