@@ -68,3 +68,21 @@ def write_run(
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def file_name(text: str) -> str:
+    return text.replace("/", "-").replace("\0", "")[:60]
+
+
+def hostile_run(folder: Path, text: str) -> Path:
+    """A run with `text` wherever a run can have one."""
+    settings = {"model": text, "data": text, "reward_funcs": [text], "freeze": [text], text: text}
+    scores = {text: {"total": 0.5, "by_task": {text: 0.5}}, "cvbench": {"total": text}}
+    texts = dict.fromkeys(["question", "answer", "kind", "finish_reason"], text)
+    metrics = [metrics_row(1, **{f"rewards/{text}": 1.0}), metrics_row(2)]
+    completions = [completion_row(1, text, rewards={text: 1.0}, **texts)]
+    run = write_run(folder, metrics, completions, {file_name(text): scores}, **settings)
+    score = {"all": [0.5, 0.5], text: [0.5, 0.5]}
+    part = {"count": 1, "scores": {"sampled": score, "greedy": score}}
+    (run / "held_out.json").write_text(json.dumps({"before": part, "after": part}))
+    return run

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from make_runs import completion_row, metrics_row, write_run
+from make_runs import completion_row, hostile_run, metrics_row, write_run
 
 from vtfast.report import write_report
 
@@ -51,6 +51,7 @@ def pages(tmp_path_factory):
         "one": write_report([one]),
         "three": write_report([one, two, bare], folder / "3.html"),
         "long": write_report([long]),
+        "hostile": write_report([hostile_run(folder / "hostile", HOSTILE), one], folder / "h.html"),
     }
 
 
@@ -313,3 +314,10 @@ def test_it_fits_a_phone_in_light_and_dark(opened, name, scheme):
         "return [...document.querySelectorAll('input, select')].filter((field) => !field.labels.length).length"
     )
     assert unlabelled == 0
+
+
+def test_hostile_text_is_text_wherever_a_run_can_have_some(opened):
+    page = opened("hostile")
+    assert not all_of(page, "img, iframe, object, embed, form[action], a[href^='javascript']")
+    assert len(all_of(page, "script")) == 2 and len(all_of(page, "style")) == 1
+    assert page.execute_script("return document.body.textContent").count("<script>alert(1)") >= 8

@@ -19,7 +19,7 @@ import torch
 import yaml
 from make_benchmarks import cvbench_row, vsr_row, write_cvbench
 from make_files import encoded, picture, png_header, write_jsonl
-from make_runs import completion_row, metrics_row, write_run
+from make_runs import file_name, hostile_run, metrics_row, write_run
 from safetensors.torch import load_file, save_file
 
 import vtfast
@@ -106,7 +106,7 @@ def test_an_index_names_safetensors_of_its_own_folder_alone(checkpoint, tmp_path
     index = checkpoint / "model.safetensors.index.json"
 
     def load(name):
-        index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, name)}))
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
         return load_model(checkpoint)
 
     load("model-1.safetensors")
@@ -176,25 +176,20 @@ def test_adapters_are_weights_and_nothing_else(adapters, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_of_a_checkpoint_never_runs_whatever_stdin_says(checkpoint, tmp_path, file):
-    """transformers asks on the terminal where nothing was said about it."""
+def test_code_of_a_checkpoint_never_runs(checkpoint, tmp_path, file, monkeypatch):
+    """Where nothing was said about it, transformers asks on the terminal: here everybody answers yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     (checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\n")
     auto = {"AutoConfig": "evil.X", "AutoTokenizer": ["evil.X", "evil.X"], "AutoModel": "evil.X"}
     change(checkpoint / file, auto_map=auto, tokenizer_class="X")
     if file == "config.json":
         change(checkpoint / file, model_type="evil")
-    code = (
-        "import sys; from vtfast.model import load_model; from vtfast.data import Processor\n"
-        "for load in (load_model, Processor.from_pretrained):\n"
-        "    try: load(sys.argv[1])\n"
-        "    except ValueError as error: print(type(error).__name__)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint)], input="y\ny\ny\n", capture_output=True, text=True, timeout=120
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "UserError" in done.stdout or file == "tokenizer_config.json"
-    assert not (tmp_path / "proof").exists() and "[y/N]" not in done.stdout + done.stderr
+    for load in (load_model, Processor.from_pretrained):
+        try:
+            load(checkpoint)
+        except UserError:
+            assert load is not load_model or file == "config.json"
+    assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,8 +230,15 @@ def test_a_config_for_more_weights_than_the_files_hold_takes_no_memory(checkpoin
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("patch_size", 0), ("merge_size", "2"), ("image_std", [1, 0, 1]), ("image_mean", [1]), ("size", {}), ("rescale_factor", None)],
-)  # fmt: skip
+    [
+        ("patch_size", 0),
+        ("merge_size", "2"),
+        ("image_std", [1, 0, 1]),
+        ("image_mean", [1]),
+        ("size", {}),
+        ("rescale_factor", None),
+    ],
+)
 def test_a_preprocessor_with_unusable_numbers_is_refused(checkpoint, key, value):
     change(checkpoint / "preprocessor_config.json", **{key: value})
     with pytest.raises(UserError, match=f"{key}|tokenizer and image processor"):
@@ -320,9 +322,7 @@ def test_only_the_first_of_many_frames_is_looked_at():
 def test_other_formats_are_not_even_opened(kind, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     data = encoded(picture(64, 64), kind)
-    with pytest.raises(
-        ImageError, match=f"not an image of any known format \\({', '.join(FORMATS)}\\)"
-    ):
+    with pytest.raises(ImageError, match=r"not an image of any known format$"):
         check_image(data)
 
 
@@ -360,7 +360,7 @@ def test_paths_in_data_are_regular_files_near_them(tmp_path):
         "../../x.png": r"\.\./\.\./x\.png leads out of .*: give an absolute path",
         "http://localhost:1/x.png": "is a link, and images are not fetched",
         "data:image/png;base64," + "A" * 5000: r"data:image/png;base64,A+\.\.\.A+ is a link",
-        "a" * 5000: r"no usable path: a+\.\.\.a+ \(File name too long\)",
+        "a" * 5000: r"no usable path: .*a\.\.\.a+ \(File name too long\)",
         "x\0.png": "no usable path",
     }
     samples = load_samples(rows_with(tmp_path, *refused))
@@ -579,21 +579,9 @@ def test_a_cached_base_needs_no_network(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *names, **_: refuse(None, names))
     run = tmp_path / "run"
-    flags = [
-        "--max_steps",
-        "1",
-        "--eval_samples",
-        "4",
-        "--num_generations",
-        "2",
-        "--max_completion_length",
-        "8",
-        "--report_to",
-        "none",
-    ]
-    assert (
-        main(["train", "--output_dir", str(run), *flags, "--per_device_train_batch_size", "2"]) == 0
-    )
+    flags = {"max_steps": 1, "eval_samples": 4, "num_generations": 2, "max_completion_length": 8}
+    flags |= {"report_to": "none", "per_device_train_batch_size": 2, "output_dir": run}
+    assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
     assert evaluate(run) == 0 and main(["report", str(run)]) == 0
     assert asked == []
 
@@ -617,21 +605,25 @@ def test_what_data_say_does_not_steer_the_terminal(tmp_path, capfd):
         {"question": "Where?", "answer": "x", "image": f"{ESCAPES}.png"},
     ]
     name = ESCAPES.rstrip("\0") + ".jsonl"
-    file = write_jsonl(tmp_path / name, rows)
-    run = [sys.executable, "-m", "vtfast"]
+    file = str(write_jsonl(tmp_path / name, rows))
     for command in (
-        ["data", "inspect", str(file)],
-        ["data", "inspect", str(file), "--json"],
-        ["train", "--data", str(file), "--on_bad_sample", "error"],
-        ["train", "--data", str(tmp_path / "gone" / name)],
+        ["data", "inspect", file],
+        ["data", "inspect", file, "--json"],
+        ["train", "--data", file, "--on_bad_sample", "error"],
+        ["train", "--data", f"{tmp_path}/gone/{name}"],
         ["train", "--template", name],
-        ["eval", "--model", str(tmp_path / name)],
+        ["report", file],
     ):
-        done = subprocess.run([*run, *command], capture_output=True, cwd=tmp_path, timeout=120)
-        text = (done.stdout + done.stderr).decode()
-        assert text and done.returncode in (0, 2)
+        assert main(command) in (0, 2)
+        text = "".join(capfd.readouterr())
         assert not set("\x1b\x07\x9b\u202e\0") & set(text), command
         assert "\\x1b" in text or "\\u001b" in text, command
+
+
+def test_the_log_of_a_command_does_not_steer_the_terminal():
+    code = "import logging; from vtfast import cli; cli._prepare(); logging.getLogger('vtfast').warning('\x1b[2J')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert done.stderr == b"\\x1b[2J\n"
 
 
 # The page
@@ -662,22 +654,8 @@ class Elements(HTMLParser):
         self.reading = False
 
 
-def hostile_run(folder: Path, text: str) -> Path:
-    """A run with `text` wherever a run can have one."""
-    run = write_run(
-        folder, [metrics_row(1, **{f"rewards/{text}": 1.0}), metrics_row(2)],
-        [completion_row(1, text, question=text, answer=text, kind=text, finish_reason=text, rewards={text: 1.0})],
-        {text.replace("/", "-").replace("\0", "")[:60]: {text: {"total": 0.5, "by_task": {text: 0.5}}, "cvbench": {"total": text}}},
-        model=text, data=text, reward_funcs=[text], freeze=[text], **{text: text},
-    )  # fmt: skip
-    score = {"all": [0.5, 0.5], text: [0.5, 0.5]}
-    part = {"count": 1, "scores": {"sampled": score, "greedy": score}}
-    (run / "held_out.json").write_text(json.dumps({"before": part, "after": part}))
-    return run
-
-
 def test_a_page_has_the_same_elements_whatever_is_in_it(tmp_path):
-    hostile = hostile_run(tmp_path / MARKUP.replace("/", "-").replace("\0", "")[:120], MARKUP)
+    hostile = hostile_run(tmp_path / file_name(MARKUP), MARKUP)
     pages = [
         write_report([run]).read_text() for run in (hostile, hostile_run(tmp_path / "tame", "tame"))
     ]
@@ -685,7 +663,7 @@ def test_a_page_has_the_same_elements_whatever_is_in_it(tmp_path):
     assert found.found == tame.found
     assert [tag for tag, _ in found.found].count("script") == 2
     assert json.loads(found.data)["completions"]["rows"][0]["completion"] == MARKUP
-    assert json.loads(found.data)["settings"][0]["rows"][-1]["label"] == MARKUP
+    assert MARKUP in [row["label"] for row in json.loads(found.data)["settings"][0]["rows"]]
     policy = next(
         dict(attributes)
         for tag, attributes in found.found

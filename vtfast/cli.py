@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare() -> None:
     """Before torch is imported: how threads wait, and who speaks. Our own log on rank 0, of the libraries errors."""
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(level=logging.ERROR)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(Formatter("%(message)s"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
     logging.getLogger("vtfast").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     # OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

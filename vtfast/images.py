@@ -49,7 +49,7 @@ def open_image(source: Source | str) -> Image.Image:
         except Image.DecompressionBombError:
             raise ImageError(f"image of more than {MAX_PIXELS} pixels") from None
         except UnidentifiedImageError:  # its message is the address of our buffer
-            raise ImageError(f"not an image of any known format ({', '.join(FORMATS)})") from None
+            raise ImageError("not an image of any known format") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
             raise ImageError(f"not a readable image ({_short(error)})") from error
     width, height = image.size
