@@ -12,6 +12,7 @@ from vtfast import trainer as trainer_module
 from vtfast.distributed import Ranks
 from vtfast.errors import RankError, UserError
 from vtfast.out_of_memory import in_short, is_out_of_memory
+from vtfast.processor import Prompt
 from vtfast.rollout import RolloutEngine, Sampling, loop
 from vtfast.rollout import engine as rollout_engine
 from vtfast.token_budget import TokenBudget, cut_again
@@ -62,22 +63,27 @@ def updated(folder, *, spoilt=None, **settings):
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "dtype"),
+    ("where", "error", "dtype", "bucket"),
     [
-        ("forward", ON_CUDA, "float32"),
-        ("backward", ON_CPU, "float32"),
-        ("backward", OF_PYTHON, "bfloat16"),
+        ("forward", ON_CUDA, "float32", 10**8),
+        ("backward", ON_CPU, "float32", 10**8),
+        ("backward", OF_PYTHON, "bfloat16", 10**8),
+        ("backward", ON_CUDA, "float32", 3000),
     ],
 )
 def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
-    tmp_path, monkeypatch, caplog, where, error, dtype
+    tmp_path, monkeypatch, caplog, where, error, dtype, bucket
 ):
     """Bit for bit what passes of that size make from the beginning: nothing is left of the pass that failed, and of
-    the one before it."""
+    the one before it. `bucket`: elements that ZeRO reduces together; some weights have more than 3000."""
+
+    def disturbed(trainer):
+        trainer.engine.optimizer.reduce_bucket_size = bucket
+        spoil(trainer, where, monkeypatch, error=error)
+
     with caplog.at_level("WARNING", logger="vtfast"):
         tight, work, result = updated(
-            tmp_path / "tight", token_budget=260, dtype=dtype,
-            spoilt=lambda trainer: spoil(trainer, where, monkeypatch, error=error),
+            tmp_path / "tight", token_budget=260, dtype=dtype, spoilt=disturbed
         )  # fmt: skip
     budget = tight.budget.tokens
     assert 80 < budget <= 130
@@ -87,6 +93,8 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
     )
     assert in_short(error) in said
     assert json.loads((tmp_path / "tight" / "memory.json").read_text()) == {"token_budget": budget}
+
+    assert tight.engine.optimizer._backward_active_depth == 0
 
     small, same, expected = updated(tmp_path / "small", token_budget=budget, dtype=dtype)
     assert [batch.parts for batch in work.batches] == [batch.parts for batch in same.batches]
@@ -214,6 +222,7 @@ def test_a_batch_is_cut_into_equally_many_passes_on_all_ranks(tmp_path):
         for batch in cut:
             assert len(batch.pack.ids) == sum(part.tokens for part in batch.parts)
             assert len(batch.pack.ids) <= budget or len(batch.sequences) == 1
+        work.batches[:] = cut  # what was split is split again
     assert len(cut) == len(before), "one completion a pass"
     cut = cut_again(work, 1000, Others(0, 2, torch.device("cpu")))
     assert [bool(batch.parts) for batch in cut] == [True, False, False, False, False]
@@ -250,17 +259,23 @@ def test_a_rollout_that_runs_out_of_memory_admits_fewer_rows(
     assert len(caplog.records) == 2, "later calls are admitted so from the beginning"
 
 
-def test_a_smaller_cache_grows_for_a_longer_prompt(policy, prompts, monkeypatch):
-    """Later calls may have larger groups than the one for which the memory did not do."""
-    engine = RolloutEngine(policy)
-    short = [min(prompts, key=lambda prompt: len(prompt.ids))] * 4
+def text_prompt(length):
+    places = torch.arange(length)
+    return Prompt(places + 5, places.expand(3, -1))
+
+
+def test_a_cache_that_was_halved_grows_for_a_larger_group(policy, monkeypatch):
+    """It was halved to the least of one call, and another may need more."""
+    engine = RolloutEngine(policy, cache_tokens=128)
+    failing = fails_at(1, ON_CUDA, loop.Rollout.decode)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Rollout, "decode", fails_at(1, ON_CUDA, None))
-        with pytest.raises(TypeError):  # the second attempt gets as far as the real one
-            engine.generate(short, 2, SAMPLING)
-    assert engine.max_rows == 4 and engine.max_pages is not None
-    expected = RolloutEngine(policy).generate(prompts, 8, SAMPLING, seed=2)
-    assert tokens(engine.generate(prompts, 8, SAMPLING, seed=2)) == tokens(expected)
+        patch.setattr(loop.Rollout, "decode", lambda self: failing(self))
+        engine.generate([text_prompt(31)] * 4, 2, SAMPLING)
+    before = engine.workspace.cache.pages
+    assert before == 1 + 2 * 2, "one whole page of the prompt, two more a row"
+    expected = RolloutEngine(policy).generate([text_prompt(32)], 2, SAMPLING)
+    assert tokens(engine.generate([text_prompt(32)], 2, SAMPLING)) == tokens(expected)
+    assert engine.workspace.cache.pages == before + 1
 
 
 def test_one_group_is_the_least_of_a_rollout(policy, prompts, monkeypatch):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vtfast.config import Config
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
 from vtfast.gradients import drop_gradients, global_norm, nonfinite_gradients
@@ -68,7 +69,7 @@ class Health:
         return is_out
 
 
-def warn(health: Health, step: int, metrics: Mapping[str, float | None], config) -> None:
+def warn(health: Health, step: int, metrics: Mapping[str, float | None], config: Config) -> None:
     """One warning for each time that a figure of a GRPO step leaves its bounds, and not one a step."""
     figures = {
         "kl": (config.kl_warning, "the policy is {:.3g} nats a token from the reference model"),
@@ -109,7 +110,7 @@ class Keeper:
         self.most_in_a_row = most_in_a_row
         self.health = health or Health()
 
-    def step(self, step: int, batches: list[Batch], losses: Tensor) -> float:
+    def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> float:
         """The optimizer step behind all passes -> gradient norm, nan where it was left out. Collective.
 
         `losses`: one a pass of this rank, in the order of `batches`.
@@ -132,7 +133,12 @@ class Keeper:
         self._leave_out(step, "empty", "none of its questions could be used, see skipped.jsonl")
 
     def _leave_out(
-        self, step: int, kind: str, reason: str, passes: list = (), gradients: list = ()
+        self,
+        step: int,
+        kind: str,
+        reason: str,
+        passes: Sequence[dict] = (),
+        gradients: Sequence[str] = (),
     ) -> None:
         everyone = self.ranks.gather((passes, gradients))
         if self.ranks.is_main:
@@ -156,7 +162,7 @@ class Keeper:
                 " before"
             )
 
-    def _passes(self, batches: list[Batch], losses: Tensor) -> list[dict]:
+    def _passes(self, batches: Sequence[Batch], losses: Tensor) -> list[dict]:
         """What this rank's passes were made of."""
         return [
             {
