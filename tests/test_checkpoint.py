@@ -478,7 +478,13 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
 # Being asked to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT)),
+    ],
+)
 def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questions):
     """Nothing of the step in hand is kept, and the whole run's numbers follow when it is resumed."""
     settings = questions | {"eval_data": "none", "save_steps": 0}
