@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vtfast import cli
 from vtfast.cli import main
 from vtfast.config import field_names
 
@@ -97,3 +98,15 @@ def test_train_py_exits_with_2(tmp_path):
 
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2 and "did you mean train" in capsys.readouterr().err
+
+
+def test_a_stopped_run_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    """A scheduler starts it again with the same command."""
+    from vtfast.commands import train
+
+    def stopped(arguments):
+        raise cli.Stopped("stopped by SIGTERM after step 3")
+
+    monkeypatch.setattr(train, "run", stopped)
+    assert cli.main(["train"]) == cli.STOPPED == 75
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 3\n"

@@ -103,7 +103,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+SLOW = ("reference", "frozen", "passes")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS]
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path, questions):
     settings = questions | KINDS[kind]
     run(tmp_path / "whole", **settings)

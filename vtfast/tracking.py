@@ -47,6 +47,8 @@ class Tracker:
 
     def flush(self) -> None:
         """Have the disk hold all rows so far. Raises OSError when it cannot."""
+        if self.problem:
+            raise OSError(self.problem)
         for file in (self.metrics_file, self.completions_file):
             os.fsync(file.fileno())
 
