@@ -269,6 +269,7 @@ def test_a_start_killed_while_it_sets_a_run_aside_can_be_made_again(run, monkeyp
     (run / "config.yaml").write_text("beta: 0\n")
     (run / "checkpoints" / ".step-4.partial").mkdir()
     (run / ".metrics.jsonl.partial").write_text("half a li")
+    (run / ".stop").touch()
     wanted = type("Config", (), {"output_dir": str(run), "resume_from_checkpoint": "last"})
     rename, moved = Path.rename, []
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vtfast.checkpoint.files import flush, write_text
 from vtfast.checkpoint.save import checkpoints
+from vtfast.stopping import STOP_FILE
 
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl", "nonfinite.jsonl")
@@ -70,11 +71,11 @@ def set_aside(run: Path) -> None:
 
 
 def _clear(run: Path) -> None:
-    """Delete what a save, a removal or a cut that was killed has left half done."""
+    """Delete what a start that was killed has left half done: a save, a removal, a cut, a stop."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
-    for leftover in run.glob(".*.partial"):
-        leftover.unlink()
+    for leftover in (run / STOP_FILE, *run.glob(".*.partial")):
+        leftover.unlink(missing_ok=True)
 
 
 def copy_logs(source: Path, run: Path, step: int) -> None:

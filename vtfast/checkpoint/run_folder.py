@@ -12,7 +12,6 @@ from vtfast.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, set_aside
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.files import expand
-from vtfast.stopping import STOP_FILE
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -59,7 +58,6 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
         raise UserError(
             f"--resume_from_checkpoint {checkpoint.folder}: lies in no run folder; name a new --output_dir"
         )
-    (folder / STOP_FILE).unlink(missing_ok=True)  # of a run that was killed while it stopped
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_text(folder / "config.yaml", settings(config))
     return folder
