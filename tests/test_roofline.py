@@ -164,9 +164,10 @@ def test_flops_of_a_decode_step_are_what_torch_counts(tiny, prompts):
 def test_prefill(two_b):
     groups = [Size(612, [1] * 8, [2048])] * 30
     flops = prefill_floor(two_b, UNIT, groups).seconds / 30
-    assert flops == pytest.approx(
-        3.30e12 + 612 * (2.62e9 + 4 * 306 * 28 * 1536) + 0.467e9, rel=0.05
-    )
+    trunk, attention, one_draw = 612 * 2.62e9, 4 * 612 * 306 * 28 * 1536, 0.467e9
+    assert flops == pytest.approx(3.30e12 + trunk + attention + one_draw, rel=0.05)
+    bare = prefill_floor(two_b, UNIT, [Size(1, [1], [])]).seconds
+    assert bare == pytest.approx(2.62e9 + one_draw, rel=0.01)
     read = prefill_floor(two_b, BYTES, groups).seconds
     weights = 3.087e9 + two_b.tower * 2
     assert read == pytest.approx(

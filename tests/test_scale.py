@@ -150,6 +150,8 @@ def test_parts_of_a_step_by_hand(weights):
     assert hidden.reduce == pytest.approx(4 * FABRIC.all_reduce(16, buckets[-1])), (
         "the last bucket is seen"
     )
+    partly = model.but(choices=Choices(overlap=0.03)).predict(16, 64)
+    assert found.reduce - partly.reduce == pytest.approx(0.03 * found.update * 2 / 3)
     once = model.but(choices=Choices(overlap=0.0, every_pass=False)).predict(16, 64)
     assert once.reduce == pytest.approx(found.reduce / 4)
     scatter = model.but(choices=Choices(0.0, "reduce-scatter")).predict(16, 64)
