@@ -31,6 +31,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "vtfast",
+        "vtfast.checkpoint",
         "vtfast.commands",
         "vtfast.config",
         "vtfast.data",
