@@ -1,0 +1,91 @@
+"""The README is short, its figures are rows of bench/results, and its commands and links exist."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+CITED = re.findall(r"^\|.*\| ([\d.]+) \| (\w+\.csv: .*) \|$", TEXT, re.MULTILINE)
+
+
+def row_of(citation: str) -> dict:
+    """The newest row of `file.csv: op, peer, shape's beginning[, threads], ...`."""
+    name, words = citation.split(": ")
+    op, peer, shape, *rest = words.split(", ")
+    metric = "ms" if "ms" in rest or not set(rest) & {"growth_mb"} else "growth_mb"
+    threads = next((word for word in rest if "threads" in word), "")
+    with (ROOT / "bench" / "results" / name).open() as file:
+        found = [
+            row
+            for row in csv.DictReader(file)
+            if (row["op"], row["peer"], row["metric"]) == (op, peer, metric)
+            and row["shape"].startswith(shape)
+            and threads in row["device"]
+            and row["ratio"]
+        ]
+    assert found, f"{citation}: no such row"
+    return found[-1]
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) < 200
+
+
+@pytest.mark.parametrize(("figure", "citation"), CITED)
+def test_every_figure_is_a_row(figure, citation):
+    assert f"{float(row_of(citation)['ratio']):.2f}" == figure
+
+
+def test_there_are_figures():
+    assert len(CITED) >= 6
+
+
+def test_rows_were_measured_on_a_commit_of_this_project():
+    for _, citation in CITED:
+        row = row_of(citation)
+        assert row["device"] and row["versions"] and row["commit"] and row["date"]
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("http") or (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_of_the_layout_exist():
+    tree = TEXT.split("## Layout")[1].split("```")[1]
+    inside = ROOT
+    for line in tree.strip().splitlines():
+        names = re.split(r"\s{3,}", line.strip())[0].split(" ")
+        inside = ROOT / "vtfast" if line.startswith("  ") else ROOT
+        for name in names:
+            if name.endswith((".py", "/")):
+                assert (inside / name).exists(), name
+
+
+def test_everything_of_the_package_is_in_the_layout():
+    tree = TEXT.split("## Layout")[1].split("```")[1]
+    for path in (ROOT / "vtfast").iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if name not in ("__pycache__/",) and not name.startswith("__"):
+            shim = name == "torchvision_shim.py"
+            assert shim or re.search(rf"(^|\s){re.escape(name)}", tree), (
+                f"{name} is not in the layout"
+            )
+
+
+def test_the_commands_exist():
+    from vtfast.cli import COMMANDS
+    from vtfast.config import field_names
+
+    flags = {*field_names(), "recipe", "config", "dry-run", "gpu_memory_gb"}
+    for command in re.findall(r"^vtfast (\S+)", TEXT, re.MULTILINE):
+        assert command in COMMANDS
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "train.py" in line:
+                after = line.split("#")[0].split("train.py")[1]
+                assert set(re.findall(r"--([\w-]+)", after)) <= flags, line
