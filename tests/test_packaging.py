@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,3 +100,9 @@ def test_the_installed_package_runs_from_anywhere(installed, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert all(path.startswith(str(installed)) for path in where.stdout.split())
+
+
+def test_the_changelog_has_the_version():
+    version = re.search(r'version="([\d.]+)"', (ROOT / "setup.py").read_text())[1]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
