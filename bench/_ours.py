@@ -76,6 +76,8 @@ class Planted:
 
     def __init__(self, answers: dict[str, Sequence[Sequence[int]]]) -> None:
         self.answers = answers
+        self.seconds: dict[str, float] = {}
+        self.give_up = None
 
     def generate(self, prompts, num_generations=1, *_, **__) -> list[list[Completion]]:
         return [

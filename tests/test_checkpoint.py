@@ -516,9 +516,9 @@ def test_a_signal_in_the_update_lets_the_step_end(tmp_path, sft):
     trainer = build(output_dir=str(tmp_path / "run"), **sft | {"save_steps": 0})
     optimize = trainer.optimize
 
-    def signalled(passes):
+    def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return optimize(passes)
+        return optimize(*arguments)
 
     trainer.optimize = signalled
     with pytest.raises(Stopped, match="after step 1"):

@@ -15,10 +15,10 @@ class FusedLossTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")[:, 1:]  # a position predicts the token after it
-        hidden = model.model(**inputs).last_hidden_state[:, :-1]
-        logp = linear_logprob(
-            hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()
-        )  # 0 at -100
+        # Through the model as it is wrapped (DDP, DeepSpeed), but for one position's logits.
+        states = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+        head = self.accelerator.unwrap_model(model).lm_head.weight
+        logp = linear_logprob(states[:, :-1].flatten(0, 1), head, labels.flatten())  # 0 at -100
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return -logp.sum() / count
 
