@@ -629,7 +629,8 @@ def test_the_log_of_a_command_does_not_steer_the_terminal():
 # The page
 
 MARKUP = (
-    "</script><script>owned()</script><img src=x onerror=owned()> <!-- ]]> --> \u2028\u2029 ' \" ` ${owned()} &lt; "
+    "</script><script>owned()</script ></script/><!--<script >owned()"
+    "<img src=x onerror=owned()> <!-- ]]> --> \u2028\u2029 ' \" ` ${owned()} &lt; "
     "javascript:owned() </title></style><svg/onload=owned()> \x00\x1b[2J"
 )
 
@@ -662,6 +663,9 @@ def test_a_page_has_the_same_elements_whatever_is_in_it(tmp_path):
     found, tame = map(Elements, pages)
     assert found.found == tame.found
     assert [tag for tag, _ in found.found].count("script") == 2
+    assert not set("<>&\u2028\u2029") & set(
+        found.data
+    )  # a browser ends a script at `</script ` already
     assert json.loads(found.data)["completions"]["rows"][0]["completion"] == MARKUP
     assert MARKUP in [row["label"] for row in json.loads(found.data)["settings"][0]["rows"]]
     policy = next(

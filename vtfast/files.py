@@ -42,7 +42,8 @@ def read_text(path: Path) -> str:
     """A small text file. Raises UserError where it is no regular file (a pipe would wait for ever), larger than
     LARGEST_TEXT, or no UTF-8."""
     if not path.is_file():
-        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        reason = "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: cannot be read ({reason})")
     try:
         if path.stat().st_size > LARGEST_TEXT:
             raise UserError(f"{path}: {path.stat().st_size} bytes, more than {LARGEST_TEXT}")
