@@ -21,8 +21,8 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	$(BIN)/python train.py $(ARGS)
 
-test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: setup # two processes of one thread each: half the time, and no test waits for another's threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"

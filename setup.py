@@ -53,6 +53,7 @@ setup(
         "lora": ["peft>=0.18"],
         "dev": [
             "pytest",
+            "pytest-xdist",
             "ruff",
             "hypothesis",
             "selenium",
