@@ -270,6 +270,8 @@ def test_a_start_killed_while_it_sets_a_run_aside_can_be_made_again(run, monkeyp
     (run / "checkpoints" / ".step-4.partial").mkdir()
     (run / ".metrics.jsonl.partial").write_text("half a li")
     (run / ".stop").touch()
+    (run / "superseded-1").mkdir()
+    (run / "superseded-1" / ".metrics.jsonl.partial").write_text("")
     wanted = type("Config", (), {"output_dir": str(run), "resume_from_checkpoint": "last"})
     rename, moved = Path.rename, []
 

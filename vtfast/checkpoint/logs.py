@@ -74,7 +74,8 @@ def _clear(run: Path) -> None:
     """Delete what a start that was killed has left half done: a save, a removal, a cut, a stop."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
-    for leftover in (run / STOP_FILE, *run.glob(".*.partial")):
+    partial = (*run.glob(".*.partial"), *run.glob(f"{SUPERSEDED}*/.*.partial"))
+    for leftover in (run / STOP_FILE, *partial):
         leftover.unlink(missing_ok=True)
 
 
