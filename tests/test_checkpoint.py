@@ -264,6 +264,13 @@ def test_a_completed_run_says_so(copy, sft, caplog):
     assert [row["step"] for row in rows(copy)] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_at_home_goes_on(copy, sft, monkeypatch):
+    """`~` in a flag or file that no shell has seen."""
+    monkeypatch.setenv("HOME", str(copy.parent))
+    trainer = build(output_dir=f"~/{copy.name}", resume_from_checkpoint="last", **sft)
+    assert trainer.folder == copy
+
+
 def test_a_run_that_was_killed_before_its_report_writes_it(copy, sft):
     for name in ("completed.json", "report.html"):
         (copy / name).unlink()
