@@ -440,7 +440,10 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
             trainer.run()
         assert steps(tmp_path / "run") == ["step-1"]
     else:
-        trainer.run()
+        with pytest.raises(UserError, match="step-4: the trained weights could not be saved; .*step-1 is"):
+            trainer.run()
+        assert (trainer.folder / "report.html").is_file()
+        assert not (trainer.folder / "completed.json").exists()
         assert (
             "step 4: /dev/full" in caplog.text
             and "the rows of its last steps are lost" in caplog.text
