@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from vtfast.commands.settings import read_settings
 from vtfast.config import Config, SFTConfig
 from vtfast.errors import Stopped, UserError
 from vtfast.stopping import StopNotice
+from vtfast.tracking import Rows, Tracker
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +266,13 @@ def test_a_completed_run_says_so(copy, sft, caplog):
     assert [row["step"] for row in rows(copy)] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_at_home_goes_on(copy, sft, monkeypatch):
+    """`~` in a flag or file that no shell has seen."""
+    monkeypatch.setenv("HOME", str(copy.parent))
+    trainer = build(output_dir=f"~/{copy.name}", resume_from_checkpoint="last", **sft)
+    assert trainer.folder == copy
+
+
 def test_a_run_that_was_killed_before_its_report_writes_it(copy, sft):
     for name in ("completed.json", "report.html"):
         (copy / name).unlink()
@@ -422,7 +431,7 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
 
     def fill(number, *rest):
         if number == 2:
-            trainer.tracker.metrics_file = Path("/dev/full").open("a")  # noqa: SIM115
+            trainer.tracker.metrics_file = Rows(Path("/dev/full"))
         log_step(number, *rest)
 
     trainer.log_step = fill
@@ -431,12 +440,51 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
             trainer.run()
         assert steps(tmp_path / "run") == ["step-1"]
     else:
-        trainer.run()
+        with pytest.raises(UserError, match="step-4: the trained weights could not be saved; .*step-1 is"):
+            trainer.run()
+        assert (trainer.folder / "report.html").is_file()
+        assert not (trainer.folder / "completed.json").exists()
         assert (
             "step 4: /dev/full" in caplog.text
             and "the rows of its last steps are lost" in caplog.text
         )
         assert steps(tmp_path / "run") == ["step-1"], "no checkpoint is ahead of its logs"
+
+
+def test_a_disk_that_has_room_again_gets_all_rows(tmp_path):
+    """The kernel refuses in the middle of a row, twice, and takes up again."""
+    tracker = Tracker(SimpleNamespace(report_to=[]), tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wanted = [{"step": n, "text": "x" * 700} for n in range(1, 5) for _ in range(40)]
+    for number in range(1, 5):
+        try:
+            if number in (2, 3):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (33_000, before[1]))
+            tracker.log(number, {"step": number}, [r for r in wanted if r["step"] == number])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert bool(tracker.problem) == (number in (2, 3))
+        if tracker.problem:
+            with pytest.raises(OSError, match=r"completions\.jsonl: cannot be written"):
+                tracker.flush()
+    tracker.close()
+    lines = (tmp_path / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == wanted
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_tracker_without_room_ends_and_the_run_does_not(tmp_path, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tracker = Tracker(SimpleNamespace(report_to=[]), tmp_path)
+    tracker.sinks["tensorboard"] = SimpleNamespace(id=None, log=full, close=full)
+    tracker.log(1, {"step": 1}, [])
+    tracker.log(2, {"step": 2}, [])
+    tracker.flush()
+    tracker.close()
+    assert caplog.text.count("--report_to tensorboard ends here") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_mistake_of_ours_is_no_full_disk(tmp_path, sft, monkeypatch):

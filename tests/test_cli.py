@@ -1,5 +1,7 @@
 """The command line as a person meets it: help, dry runs, and mistakes that cost one line and exit code 2."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +140,27 @@ def test_a_stopped_run_has_an_exit_code_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(train, "run", stopped)
     assert cli.main(["train"]) == cli.STOPPED == 75
     assert capsys.readouterr().err == "stopped by SIGTERM after step 3\n"
+
+
+def test_a_full_disk_is_no_bug(monkeypatch, capsys):
+    """Wherever it is met: a small file of a step, a plot behind the last one."""
+    from vtfast.commands import train
+
+    def full(arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/curves.png")
+
+    monkeypatch.setattr(train, "run", full)
+    assert cli.main(["train"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: run/curves.png: No space left on device; make room")
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    from vtfast.commands import train
+
+    def missing(arguments):
+        raise FileNotFoundError(errno.ENOENT, "not there", "x")
+
+    monkeypatch.setattr(train, "run", missing)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train"])

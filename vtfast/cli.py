@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that help and mistakes a
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -33,6 +34,8 @@ BAD_INPUT = 2
 died, failed or hung."""
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: to be started again (EX_TEMPFAIL of sysexits.h)."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that takes no more: no bug of ours, wherever it happens."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -58,13 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"vtfast.commands.{command.replace('-', '_')}")
         return module.run(arguments[1:])
     except UserError as error:
-        heartbeat.fail(str(error), BAD_INPUT)
-        rank = int(os.environ.get("RANK", 0))
-        alone = isinstance(error, RankError)
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
-            text = message(error) + (f" (rank {rank})" if rank else "")
-            print(f"error: {text}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(error)
     except Stopped as stopped:
         heartbeat.leave()
         if os.environ.get("RANK", "0") == "0":
@@ -75,8 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            where = f"{error.filename}: " if error.filename else ""
+            return _refuse(RankError(f"{where}{error.strerror}; make room, and start it again"))
         heartbeat.fail(f"{type(error).__name__}: {error}", RANK_LOST)
         raise
+
+
+def _refuse(error: UserError) -> int:
+    heartbeat.fail(str(error), BAD_INPUT)
+    rank = int(os.environ.get("RANK", 0))
+    alone = isinstance(error, RankError)
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+        text = message(error) + (f" (rank {rank})" if rank else "")
+        print(f"error: {text}", file=sys.stderr)
+    return BAD_INPUT
 
 
 def _prepare() -> None:

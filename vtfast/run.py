@@ -198,6 +198,8 @@ class Run:
                 save_held_out(self.folder, self.before, after)
                 show(held_out_table(self.before, after))
             write_report([self.folder])
+        self.saver.insist(self.done)
+        if ranks.is_main:
             mark_completed(self.folder, self.done)
             log.info("run folder: %s", self.folder)
         return self.folder
@@ -272,7 +274,8 @@ class Run:
         if self.tracker:
             self.tracker.close()
         again = f"--resume_from_checkpoint last --output_dir {self.folder}"
-        return f"stopped by {asked} after step {self.done}; go on with {again}"
+        unsaved = "" if self.saver.last == (self.done or None) else f" ({self.saver.kept})"
+        return f"stopped by {asked} after step {self.done}{unsaved}; go on with {again}"
 
     def share_out(self, groups: Sequence[Group]) -> Work:
         """The packed rows that this rank trains on."""

@@ -37,8 +37,8 @@ class Tracker:
         """`done`: steps behind which a resumed run goes on. `ids`: by tracker, those under which it was known."""
         self.problem: str | None = None
         """Why the newest rows are not on the disk."""
-        self.metrics_file = (folder / "metrics.jsonl").open("a")
-        self.completions_file = (folder / "completions.jsonl").open("a")
+        self.metrics_file = Rows(folder / "metrics.jsonl")
+        self.completions_file = Rows(folder / "completions.jsonl")
         known = ids or {}
         self.sinks = {
             name: _open_sink(name, config, folder, done, known.get(name))
@@ -56,7 +56,7 @@ class Tracker:
         if self.problem:
             raise OSError(self.problem)
         for file in (self.metrics_file, self.completions_file):
-            os.fsync(file.fileno())
+            file.flush()
 
     def log(
         self,
@@ -73,23 +73,49 @@ class Tracker:
         self.problem = None
         for file, rows in ((self.metrics_file, [finite]), (self.completions_file, completions)):
             try:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
+                file.write(rows)
             except OSError as error:
-                self.problem = f"{file.name}: cannot be written: {error.strerror}"
-        for sink in self.sinks.values():
-            sink.log(step, {key: value for key, value in finite.items() if value is not None})
+                self.problem = f"{file.path}: cannot be written: {error.strerror}"
+        for name, sink in list(self.sinks.items()):
+            try:
+                sink.log(step, {key: value for key, value in finite.items() if value is not None})
+            except OSError as error:  # its curves are a copy: metrics.jsonl has them
+                log.warning("step %d: --report_to %s ends here (%s)", step, name, error)
+                del self.sinks[name]
 
     def close(self) -> None:
         for file in (self.metrics_file, self.completions_file):
+            file.close()
+        for name, sink in self.sinks.items():
             try:
-                file.close()
+                sink.close()
             except OSError as error:
-                log.warning(
-                    "%s: the rows of its last steps are lost (%s)", file.name, error.strerror
-                )
-        for sink in self.sinks.values():
-            sink.close()
+                log.warning("--report_to %s: its last steps are lost (%s)", name, error)
+
+
+class Rows:
+    """A file that rows are added to. What the disk does not take is kept, in its order, for the next time: Python's own
+    buffers forget it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.left = path, b""
+        self.file = path.open("ab", buffering=0)
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raises OSError when the disk does not take all that there is."""
+        self.left += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        while self.left:
+            self.left = self.left[self.file.write(self.left) :]
+
+    def flush(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        try:
+            self.write([])
+        except OSError as error:
+            log.warning("%s: the rows of its last steps are lost (%s)", self.path, error.strerror)
+        self.file.close()
 
 
 class _TensorBoard:

@@ -52,7 +52,7 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
         if checkpoint.run:
             copy_logs(checkpoint.run, folder, checkpoint.state.step)
     elif checkpoint.run:
-        folder = Path(config.output_dir or checkpoint.run)
+        folder = expand(config.output_dir or checkpoint.run)
         cut_back(folder, checkpoint.state.step)
     else:
         raise UserError(

@@ -146,9 +146,23 @@ class Saver:
             for _, folder in checkpoints(self.folder)[self.keep :]:
                 remove(folder)
 
-    def _failed(self, step: int, problem: str) -> None:
+    def insist(self, step: int) -> None:
+        """Raises UserError if the run's last step is not on the disk: a run that could go on without a checkpoint
+        cannot end without one."""
+        if step and step != self.last:
+            raise UserError(
+                f"{self.folder / f'step-{step}'}: the trained weights could not be saved; {self.kept}. Make room and go"
+                " on with --resume_from_checkpoint last"
+            )
+
+    @property
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
         kept = "none has been written yet" if self.last is None else f"step-{self.last} is intact"
-        text = f"{self.folder / f'step-{step}'}: cannot be written: {problem}; the last checkpoint: {kept}"
+        return f"the last checkpoint: {kept}"
+
+    def _failed(self, step: int, problem: str) -> None:
+        text = f"{self.folder / f'step-{step}'}: cannot be written: {problem}; {self.kept}"
         if self.stop_on_error:
             raise UserError(
                 f"{text}. Make room and go on with --resume_from_checkpoint last"
