@@ -156,6 +156,13 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
 
+def absence(name: str, error: Exception) -> str:
+    """What a peer that raised `error` has in place of numbers; said in the terminal too."""
+    found = "not installed" if isinstance(error, ImportError) else "failed"
+    print(f"  {name}: {found} ({type(error).__name__}: {str(error)[:200]})", flush=True)
+    return found
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
