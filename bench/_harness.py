@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,11 @@ COLUMNS = (
 """Of every file. `ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor
 or peak, where one is known. `clocks`: the SM clock in MHz, median over the runs that a row comes from; empty on the
 CPU. A `metric` of "not installed" or "failed" says why a peer has no numbers."""
+
+
+NO_NUMBERS, GOALS_MISSED = 1, 3
+"""Exit statuses of a bench. What Python ends with after an exception is 1 as well: nothing was reported then. Goals
+that were missed leave all their rows."""
 
 
 def tests_pass(*tests: Path) -> bool:
@@ -115,9 +121,9 @@ def alternate(
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50, p80"""
-    values = sorted(values)
-    return tuple(values[min(len(values) - 1, int(q * len(values)))] for q in (0.2, 0.5, 0.8))
+    """p20, p50, p80, linear between neighbours."""
+    p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return p20, p50, p80
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -150,6 +156,13 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
 
+def absence(name: str, error: Exception) -> str:
+    """What a peer that raised `error` has in place of numbers; said in the terminal too."""
+    found = "not installed" if isinstance(error, ImportError) else "failed"
+    print(f"  {name}: {found} ({type(error).__name__}: {str(error)[:200]})", flush=True)
+    return found
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -167,9 +180,15 @@ def versions(*packages: str) -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-    )
+    """Of the checkout; "unknown" for an export, even one that lies inside another repository, and without git."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+        )
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -178,7 +197,7 @@ def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
 
     ValueError for a column that is not of the schema, and for a file of another schema."""
     path = RESULTS / file
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new:
         with path.open(newline="") as old:

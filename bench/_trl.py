@@ -57,7 +57,9 @@ class TRL:
         self.phases, prompts, n = phases, len(task.questions), task.shape.completion
         parts = Processor.from_pretrained(task.checkpoint, max_pixels=MAX_PIXELS)
         parts.tokenizer.padding_side = "left"  # as TRL loads it
-        has_flash = task.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        has_flash = (  # whose kernels know half precision alone
+            task.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
+        )
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             task.checkpoint, dtype=task.dtype,
             attn_implementation="flash_attention_2" if has_flash else "sdpa",

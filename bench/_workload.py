@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,13 +128,20 @@ class Workload:
         module.set_attn_implementation("sdpa")
         return module
 
-    def padded(self) -> dict[str, Tensor]:
-        """Prompts padded on the left, repeated G times with their images, TRL's names."""
+    def batches(self) -> list[dict[str, Tensor]]:
+        """What other systems take in one pass: everything; on a GPU one prompt's rows, to fit its memory."""
+        count = len(self.prompts)
+        apart = self.device == "cuda"
+        return [self.padded([i]) for i in range(count)] if apart else [self.padded(range(count))]
+
+    def padded(self, members: Sequence[int]) -> dict[str, Tensor]:
+        """These prompts padded on the left, repeated G times with their images, TRL's names."""
         G = self.shape.G
-        prompts = [prompt.ids.flip(0) for prompt in self.prompts]
+        whole = [self.prompts[i] for i in members]
+        prompts = [prompt.ids.flip(0) for prompt in whole]
         ids = pad_sequence(prompts, batch_first=True).flip(1)
         mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True).flip(1)
-        completions = torch.tensor([answer for group in self.tokens for answer in group])
+        completions = torch.tensor([answer for i in members for answer in self.tokens[i]])
         ids, mask = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0)
         kinds = torch.cat([ids == self.config.image_token_id, torch.zeros_like(completions)], 1)
         batch = {
@@ -141,9 +149,9 @@ class Workload:
             "prompt_mask": mask,
             "completion_ids": completions,
             "completion_mask": torch.ones_like(completions),
-            "advantages": self.advantage.flatten(),
-            "pixel_values": torch.cat([p.pixels for p in self.prompts for _ in range(G)]),
-            "image_grid_thw": torch.cat([p.grid for p in self.prompts for _ in range(G)]),
+            "advantages": self.advantage[list(members)].flatten(),
+            "pixel_values": torch.cat([p.pixels for p in whole for _ in range(G)]),
+            "image_grid_thw": torch.cat([p.grid for p in whole for _ in range(G)]),
             "mm_token_type_ids": kinds.long(),
         }
         batch = {name: value.to(self.device) for name, value in batch.items()}

@@ -17,7 +17,7 @@ from bench._ours import Ours
 from bench._phases import Phases
 from bench._task import make_task
 from bench._workload import SIZES
-from bench.step import PHASES, quiet
+from bench.step import quiet
 
 WARM_UP = 2
 KERNELS = 15
@@ -28,7 +28,7 @@ def costliest(recorded: profile, device: str) -> list[tuple[str, int, float, flo
     found = []
     for event in recorded.key_averages():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if event.key in PHASES or on_device != (device == "cuda"):
+        if event.is_user_annotation or on_device != (device == "cuda"):  # phases, optimizer steps
             continue
         time = event.self_device_time_total if on_device else event.self_cpu_time_total
         found.append((event.key, event.count, time / 1e3))

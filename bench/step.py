@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import gc
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +28,11 @@ import transformers
 from torch import Tensor, nn
 
 from bench._harness import (
+    GOALS_MISSED,
+    NO_NUMBERS,
     RESULTS,
     ROOT,
+    absence,
     alternate,
     append,
     device_name,
@@ -74,12 +79,30 @@ def seats(task: Task) -> Iterator[tuple[dict[str, tuple[Contestant, Phases]], di
             except Exception as error:  # a peer that cannot run must not stop the others
                 if name == "ours":
                     raise
-                absent[name] = "not installed" if isinstance(error, ImportError) else "failed"
-                print(f"  {name}: {absent[name]} ({type(error).__name__}: {str(error)[:200]})")
+                absent[name] = absence(name, error)
         yield players, absent
     finally:
         for player, _ in players.values():
             player.close()
+
+
+def take_step(
+    name: str, players: dict[str, tuple[Contestant, Phases]], absent: dict[str, str]
+) -> None:
+    """A peer that fails, for want of memory, say, leaves its seat; so does what it held."""
+    if name in absent:
+        return
+    try:
+        players[name][0].step()
+        return
+    except Exception as error:
+        if name == "ours":
+            raise
+        absent[name] = absence(name, error)
+    player, _ = players.pop(name)
+    player.close()
+    del player
+    gc.collect()
 
 
 def contestant(name: str) -> type[Contestant]:
@@ -98,12 +121,14 @@ def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
         exact = torch.backends.cudnn.flags(
             enabled=True, allow_tf32=False
         )  # patches are a convolution to the peers
-        with exact, seats(planted) as (players, _):
-            for name, (player, _) in players.items():
-                before = weights(player.module)
-                player.step()
-                player.step()
-                moves[name] = {key: w - before[key] for key, w in weights(player.module).items()}
+        with exact, seats(planted) as (players, absent):
+            for name in list(players):
+                before = weights(players[name][0].module)
+                take_step(name, players, absent)
+                take_step(name, players, absent)
+                if name in players:
+                    after = weights(players[name][0].module)
+                    moves[name] = {key: w - before[key] for key, w in after.items()}
     ours = moves.pop("ours")
     return {name: distance(ours, theirs) for name, theirs in moves.items()}
 
@@ -136,15 +161,15 @@ def measure(
 ) -> tuple[dict[str, Phases], dict[str, str]]:
     """-> phases of every step of alternated rounds, and why some peers have none.
 
-    `original` takes part in the first `slow_rounds` alone, cold: the check has run its code, and on a GPU one of its
-    steps is a minute."""
+    Where `original` takes part in the first `slow_rounds` alone it does so cold: the check has run its code, and on a
+    GPU one of its steps is a minute."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with make_task(shape, device, threads, dtype) as task, seats(task) as (players, absent):
-        for name, (player, phases) in players.items():
-            if name != "original":
-                player.step()
+        for name, (_, phases) in list(players.items()):
+            if name != "original" or slow_rounds >= rounds:
+                take_step(name, players, absent)
                 phases.steps.clear()
-        steps = {name: player.step for name, (player, _) in players.items()}
+        steps = {name: functools.partial(take_step, name, players, absent) for name in players}
         alternate(steps, rounds, device, limits={"original": slow_rounds})
         return {name: phases for name, (_, phases) in players.items()}, absent
 
@@ -257,13 +282,13 @@ def main(argv: list[str]) -> int:
     quiet()
     tests = (ROOT / "tests" / f"test_{x}.py" for x in ("step", "scoring", "rollout"))
     if not options.no_tests and not tests_pass(*tests):
-        return 1
+        return NO_NUMBERS
     measured, met = {}, []
     for size in sizes:
         shape = SIZES[size]
         # bf16 rounds too much to tell a wrong gradient from a right one: on a GPU the check is made small, in fp32.
         if not agree(MID if size == "2B" else shape, options.device, options.threads):
-            return 1
+            return NO_NUMBERS
         arguments = shape, options.device, options.rounds, slow_rounds, options.threads
         measured[str(shape)], absent = measure(*arguments)
         met.append(report(shape, options.device, measured[str(shape)], absent))
@@ -271,4 +296,4 @@ def main(argv: list[str]) -> int:
         picture(measured, options.device, RESULTS / "step.png")
     else:
         print("no picture: matplotlib is not installed")
-    return 0 if all(met) else 1
+    return 0 if all(met) else GOALS_MISSED

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,10 @@ from torch import Tensor
 from vtfast_kernels.grpo_loss import GRPOLoss
 
 from bench._harness import (
+    GOALS_MISSED,
+    NO_NUMBERS,
     ROOT,
+    absence,
     alternate,
     append,
     device_name,
@@ -73,10 +77,9 @@ class Ours:
         parts = [Part(number, members, 0, 0.0) for number in self.groups]
         return Batch(parts, self.groups, self.policy)
 
-    def loss(self) -> Tensor:
-        return self.objective(self.batch(), self.sequences, self.tokens)[
-            0
-        ]  # packed in every update
+    def losses(self) -> Iterator[Tensor]:
+        """One a backward pass; their sum is the loss."""
+        yield self.objective(self.batch(), self.sequences, self.tokens)[0]  # packed in every update
 
 
 class Checkpointed(Ours):
@@ -89,10 +92,13 @@ class Checkpointed(Ours):
 
 class HuggingFace:
     def __init__(self, work: Workload) -> None:
-        self.module, self.batch = work.clone(), work.padded()
+        self.module, self.batches = work.clone(), work.batches()
 
-    def loss(self) -> Tensor:
-        batch = self.batch
+    def losses(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            yield self.loss(batch) / len(self.batches)
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         target = batch["completion_ids"]
         logits = self.module(
             input_ids=torch.cat([batch["prompt_ids"], target], 1),
@@ -141,11 +147,12 @@ class TRL:
                 pad_token="<|endoftext|>",
             ),
         )
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.module, self.batch = self.trainer.model.train(), work.padded()
+        self.module, self.batches = self.trainer.model.train(), work.batches()
+        self.trainer.current_gradient_accumulation_steps = len(self.batches)
 
-    def loss(self) -> Tensor:
-        return self.trainer._compute_loss(self.module, self.batch)
+    def losses(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            yield self.trainer._compute_loss(self.module, batch)
 
 
 CPU_SHAPES = [MID]
@@ -159,22 +166,28 @@ def updater(contestant: Ours | HuggingFace | TRL) -> Callable[[], Tensor]:
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     def run() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = contestant.loss()
-        loss.backward()
+        total = backward(contestant)
         optimizer.step()
-        return loss.detach()
+        optimizer.zero_grad(set_to_none=True)
+        return total
 
     return run
+
+
+def backward(contestant: Ours | HuggingFace | TRL) -> Tensor:
+    """-> the loss. Gradients are in the weights."""
+    total = torch.zeros((), device=next(contestant.module.parameters()).device)
+    for loss in contestant.losses():
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def disagreement(ours: Ours, other: HuggingFace | TRL) -> tuple[float, float]:
     """|loss difference|, and the largest relative difference of a parameter's gradient. Gradients are left zeroed."""
     gradients, losses = [], []
     for contestant in (ours, other):
-        loss = contestant.loss()
-        loss.backward()
-        losses.append(float(loss.detach()))
+        losses.append(float(backward(contestant)))
         named = dict(contestant.module.named_parameters())
         gradients.append({name: p.grad.float().clone() for name, p in named.items()})
         contestant.module.zero_grad()
@@ -205,29 +218,42 @@ def memory_growth(name: str, run: Callable[[], Tensor], work: Workload, threads:
 
 def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
     work = Workload(shape, device)
-    players, runs = {}, {}
+    players, runs, rows = {}, {}, []
     tolerance = (
         (1e-5, 1e-3) if device == "cpu" else (5e-2, 0.5)
     )  # bf16 gradients differ by rounding
+
+    def leaves(name: str, error: Exception) -> None:
+        """A peer that cannot run, or does not fit, must not stop the others."""
+        if name == "ours":
+            raise error
+        rows.append(_row(work, name, absence(name, error), ()))
+        players.pop(name, None), runs.pop(name, None)
+
     for name, make in CONTESTANTS.items():
+        gc.collect()  # what a peer that has left held
         try:
             players[name] = make(work)
-        except ImportError as error:
-            print(f"  {name}: not installed ({error})")
-            append("update.csv", [_row(work, name, "not installed", ())])
-            continue
-        if name != "ours":
+            if name == "ours":
+                continue
             apart = disagreement(players["ours"], players[name])
-            agrees = all(x <= limit for x, limit in zip(apart, tolerance, strict=True))
-            print(f"  ours and {name}: loss differs by {apart[0]:.1e}, gradients by {apart[1]:.1e}")
-            if not agrees:
-                print("  they do not compute the same: no numbers")
-                return False
-    runs = {name: updater(player) for name, player in players.items()}
-    for run in runs.values():
-        run()
+        except Exception as error:
+            leaves(name, error)
+            continue
+        agrees = all(x <= limit for x, limit in zip(apart, tolerance, strict=True))
+        print(f"  ours and {name}: loss differs by {apart[0]:.1e}, gradients by {apart[1]:.1e}")
+        if not agrees:
+            raise SystemExit("  they do not compute the same: no numbers")
+    for name in list(players):
+        gc.collect()
+        try:
+            runs[name] = updater(players[name])
+            runs[name]()
+        except Exception as error:
+            leaves(name, error)
     times = alternate(runs, rounds, device)
     memory = {name: memory_growth(name, run, work, threads) for name, run in runs.items()}
+    append("update.csv", rows)
     return report(work, players["ours"], times, memory)
 
 
@@ -300,9 +326,9 @@ def main(argv: list[str]) -> int:
     if not options.no_tests and not tests_pass(
         *(ROOT / "tests" / f"test_{x}.py" for x in ("packing", "scoring"))
     ):
-        return 1
+        return NO_NUMBERS
     shapes = CPU_SHAPES if options.device == "cpu" else GPU_SHAPES
     if options.sizes:
         shapes = [SIZES[name] for name in options.sizes]
     met = [compare(shape, options.device, options.rounds, options.threads) for shape in shapes]
-    return 0 if all(met) else 1
+    return 0 if all(met) else GOALS_MISSED

@@ -169,6 +169,29 @@ def test_prompts_rewards_and_lengths_are_the_same_for_all(task):
     assert list(log["rewards"]["reward"]) == pytest.approx([variety(text) for text in answers])
 
 
+def test_a_peer_that_fails_leaves_and_the_others_go_on(monkeypatch, results, capsys):
+    """In its warm-up, or in a timed round."""
+    from bench import _original
+
+    class Full(_original.Original):
+        steps = 0
+
+        def step(self):
+            Full.steps += 1
+            if Full.steps == limit:
+                raise torch.OutOfMemoryError("planted")
+            super().step()
+
+    monkeypatch.setattr(_original, "Original", Full)
+    monkeypatch.setitem(step.CONTESTANTS, "trl", "_not_there:TRL")
+    for limit in (1, 2):
+        Full.steps = 0
+        measured, absent = step.measure(REHEARSAL, "cpu", 2, 2, 1)
+        assert absent["original"] == "failed" and Full.steps == limit
+        assert list(measured) == ["ours"] and len(measured["ours"].steps) == 2
+    assert "planted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_all_learn_the_same(missing, monkeypatch, results, capsys):
     """And a peer that is not there is a row that says so."""

@@ -7,7 +7,6 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -48,6 +47,8 @@ def memory_gb(device: torch.device) -> float:
 
 def process_metrics(device: torch.device) -> dict[str, float]:
     """What this process holds: its peak, and for long runs what must not grow from step to step."""
+    import psutil  # what needs no such numbers runs without it
+
     process = psutil.Process()
     return {
         "memory_gb": memory_gb(device),
