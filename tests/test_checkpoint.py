@@ -440,7 +440,9 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
             trainer.run()
         assert steps(tmp_path / "run") == ["step-1"]
     else:
-        with pytest.raises(UserError, match="step-4: the trained weights could not be saved; .*step-1 is"):
+        with pytest.raises(
+            UserError, match=r"step-4: the trained weights could not be saved; .*step-1 is"
+        ):
             trainer.run()
         assert (trainer.folder / "report.html").is_file()
         assert not (trainer.folder / "completed.json").exists()

@@ -31,6 +31,7 @@ from vtfast.memory import (
 from vtfast.model import Policy, load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.run import Run
+from vtfast.sharing import Work
 from vtfast.trainer import Trainer
 
 QWEN2_VL_2B = {  # Qwen/Qwen2-VL-2B's config.json
@@ -109,7 +110,7 @@ def test_optimizer_and_gradients_are_the_engines(tmp_path, dtype, monkeypatch):
         real()
 
     monkeypatch.setattr(trainer.engine, "step", step)
-    trainer.optimize([(group_of(trainer), 1, 1)])
+    trainer.optimize(Work([group_of(trainer)], 1, 1, 0.0), 1, 1)
     trainer.scorer.close()
     optimizer = trainer.engine.optimizer
     (master,) = optimizer.single_partition_of_fp32_groups

@@ -286,10 +286,10 @@ def test_a_target_from_a_file(make, tmp_path):
     [
         ({"target": "left"}, r"--target left: lacks \{answer\}"),
         ({"target": "{answer}"}, "which nothing closes"),
-        ({"target": "gone.txt"}, "--target gone.txt: cannot be read"),
+        ({"target": "gone.txt"}, "--target gone.txt: no such file"),
         ({"num_train_epochs": 0}, "--num_train_epochs 0.0: must be above 0"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
-        ({"beta": 0.1}, "flag --beta: unknown"),
+        ({"beta": 0.1}, "--beta: unknown"),
     ],
 )
 def test_a_mistake_is_named_and_leaves_nothing(make, tmp_path, settings, message):
@@ -355,7 +355,8 @@ def test_a_new_end_mark_ends_answers_from_now_on(make, base_path, tmp_path):
     assert trainer.policy.eos_ids == (386,)
     trainer, _ = make(model=tmp_path / "base", template="sft", target="{answer}")
     assert trainer.policy.eos_ids == (386, 388)
-    trainer.save(1)
+    trainer.done = 1
+    trainer.save()
     saved = trainer.folder / "checkpoints" / "step-1"
     assert load_model(saved).eos_ids == (386, 388)
     assert Processor.from_pretrained(saved).eos_ids == [386, 388] == trainer.processor.eos_ids
@@ -450,7 +451,8 @@ def test_a_checkpoint_loads_and_grpo_goes_on_from_it(finished, base_path, tmp_pa
 def test_lora_saves_adapters(make, base_path):
     trainer, asked = make(use_peft=True, lora_r=2)
     trainer.step(1, asked)
-    trainer.save(1)
+    trainer.done = 1
+    trainer.save()
     folder = trainer.folder / "checkpoints" / "step-1"
     assert (folder / "adapter_model.safetensors").is_file()
     moved, base = load_model(folder), load_model(base_path)

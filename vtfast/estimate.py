@@ -16,6 +16,7 @@ from vtfast.config import RunConfig, SFTConfig
 from vtfast.data.files import find_files
 from vtfast.distributed import prompts_per_rank
 from vtfast.errors import UserError
+from vtfast.files import expand
 from vtfast.memory import Load, Memory, Part, load_of, memory_of, parts_of
 from vtfast.model import Policy
 from vtfast.questions import SYNTHETIC, SYNTHETIC_TRAIN
@@ -245,7 +246,7 @@ def count_rows(config: RunConfig) -> int | None:
     """Rows that a run reads at most; None where counting them means reading all, or the hub."""
     if config.data == SYNTHETIC:
         rows = SYNTHETIC_TRAIN
-    elif not Path(config.data).expanduser().exists():
+    elif not expand(config.data).exists():
         return None
     else:
         try:

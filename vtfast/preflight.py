@@ -19,6 +19,7 @@ from vtfast.data import Sample
 from vtfast.data.files import find_files
 from vtfast.errors import UserError
 from vtfast.estimate import dtype_of
+from vtfast.files import expand
 from vtfast.hub import is_hub_id, model_path
 from vtfast.processor import Processor
 from vtfast.prompts import load_template, render
@@ -72,7 +73,7 @@ def _check_data(source: str | None, split: str | None) -> None:
     """What lies on this machine is looked for here; the hub is asked when its rows are read."""
     if source in (None, SYNTHETIC):
         return
-    if Path(source).expanduser().exists() or not is_hub_id(source):
+    if expand(source).exists() or not is_hub_id(source):
         find_files(source, split, stream=True)
 
 

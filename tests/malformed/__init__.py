@@ -83,10 +83,11 @@ def verdict(kind: Kind, given_input: Any) -> str:
         with at_most(SECONDS):
             return kind.enter(given_input, folder)
     except UserError as error:
-        text = message(error)
-        steering = {c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")} - {"\t"}
-        assert not steering, f"steers the terminal: {text!r}"
-        assert NAMED.search(text), f"names nothing: {text}"
+        for problem in getattr(error, "problems", [error]):
+            text = message(problem)
+            kinds = {c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+            assert not kinds - {"\t"}, f"steers the terminal: {text!r}"
+            assert NAMED.search(text), f"names nothing: {text}"
         return REFUSED
     finally:
         left = [path.name for path in folder.rglob("*.partial")]

@@ -30,7 +30,7 @@ def check_output_dir(config: RunConfig) -> None:
             )
         if not _is_run(folder):
             raise UserError(f"--output_dir {folder}: holds something, and no run to go on with")
-        source = Path(wanted).expanduser().resolve()
+        source = expand(wanted).resolve()
         if wanted != LAST and folder.resolve() not in (source, *source.parents):
             raise UserError(
                 f"--output_dir {folder}: holds another run than --resume_from_checkpoint {wanted};"
