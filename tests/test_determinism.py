@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from launchers import deepspeed_launcher
 from safetensors.torch import load_file
 
 from vtfast import questions
@@ -86,7 +87,7 @@ def launch(folder: Path, environment: dict, *flags: str, ranks: int) -> Path:
     """A run under the real launcher, in another environment."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", "29641"]
+        launcher = list(deepspeed_launcher(ranks))
     settings = SHORT | {"per_device_train_batch_size": 4 // ranks, "output_dir": folder}
     settings |= {"deterministic": True, "cpu_threads": 2}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from launchers import deepspeed_launcher
 from make_trainer import asked, assert_same, make, state
 from test_trainer import ROOT, SHORT, environment
 
@@ -278,11 +279,7 @@ def test_two_ranks_leave_out_a_step_that_one_finds_fault_with(tmp_path):
     script, folder = tmp_path / "poisoned.py", tmp_path / "run"
     script.write_text(SCRIPT)
     command = [
-        "deepspeed",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        "29648",
+        *deepspeed_launcher(),
         str(script),
         *SHORT,
     ]

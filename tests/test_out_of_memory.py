@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from launchers import deepspeed_launcher
 from make_trainer import answered, asked, assert_same, make, state
 from test_trainer import ROOT, SHORT, assert_same_run, environment, run
 
@@ -325,7 +326,7 @@ IN_FORWARD = "handles.append(self.policy.language_model.layers[1].register_forwa
 IN_BACKWARD = (
     "handles.append(self.policy.language_model.layers[1].mlp.up_proj.weight.register_hook(once))"
 )
-LAUNCHER = ("deepspeed", "--num_accelerators", "2", "--master_port", "29647")
+LAUNCHER = deepspeed_launcher()
 TWO = ["--per_device_train_batch_size", "4", "--eval_data", "none", "--beta", "0.04"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from launchers import deepspeed_launcher, free_port
 
 from vtfast.cli import BAD_INPUT, RANK_LOST
 from vtfast.config import field_names, load_config
@@ -74,7 +75,7 @@ def launch(tmp_path: Path, plant: str, *flags: str, launcher: list[str]) -> tupl
     return process.returncode, said, ended - float(struck[1])
 
 
-DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "29651"]
+DEEPSPEED = list(deepspeed_launcher())
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 GRACE = 45
 """Seconds that DeepSpeed's launcher takes at most to end a process which does not end by itself."""
@@ -140,7 +141,7 @@ def test_torchrun_starts_lost_ranks_again(tmp_path):
         "--max-restarts",
         "2",
         "--master-port",
-        "29661",
+        str(free_port()),
     ]
     resume = ["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "last"]
     if "resume_from_checkpoint" not in field_names():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launchers import deepspeed_launcher
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_resume import assert_same_run, rows, unequal, weights
@@ -17,7 +18,7 @@ from test_trainer import ROOT, environment
 
 pytestmark = pytest.mark.slow
 
-TWO = ("deepspeed", "--num_accelerators", "2", "--master_port", "29647")
+TWO = deepspeed_launcher()
 FLAGS = [
     "--max_steps", "4", "--eval_data", "none", "--num_generations", "4", "--max_completion_length", "12",
     "--save_steps", "1", "--warmup_steps", "2", "--beta", "0.04", "--report_to", "none",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launchers import deepspeed_launcher
 
 from bench import roofline, scale
 from bench._cluster import HOP, NETWORK_HOP, Cluster, all_gather_bytes, all_reduce_bytes
@@ -344,7 +345,7 @@ def test_two_ranks_send_what_the_model_says(tmp_path):
     }  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["deepspeed", "--num_accelerators", "2", "--master_port", "29647", str(script), json.dumps(settings)],
+        [*deepspeed_launcher(), str(script), json.dumps(settings)],
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

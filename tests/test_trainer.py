@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from launchers import deepspeed_launcher
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
@@ -161,7 +162,7 @@ def test_accumulation_changes_nothing(short_run, tmp_path):
     assert_same_run(short_run[0], tmp_path / "four")
 
 
-LAUNCHER = ("deepspeed", "--num_accelerators", "2", "--master_port", "29631")
+LAUNCHER = deepspeed_launcher()
 
 
 def test_two_ranks_equal_one(short_run, tmp_path):
