@@ -70,7 +70,7 @@ def test_a_skeleton_has_the_models_own_sizes(base_path, tiny):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no model's config\.json"):
+    with pytest.raises(UserError, match=r"its config\.json cannot be used"):
         skeleton(read_model_config(tmp_path), torch.float32)
 
 

@@ -12,7 +12,8 @@ from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.hub import model_path
 from vtfast.lora import add_adapters
-from vtfast.model import FAMILIES, Policy, freeze_parts, full_model
+from vtfast.model import FAMILIES, Policy, freeze_parts
+from vtfast.model_folder import base_of, is_adapter
 
 
 def blueprint(model: PreTrainedConfig, config: RunConfig, dtype: torch.dtype) -> Policy:
@@ -41,9 +42,10 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
 
     Raises UserError where there is none, it cannot be read, or its family or its attention is none of ours.
     """
-    folder = model_path(path)
-    try:
-        model = AutoConfig.from_pretrained(full_model(Path(folder)), trust_remote_code=False)
+    folder = Path(model_path(path))
+    try:  # weights are not asked for: a checkpoint's config.json is enough
+        source = model_path(base_of(folder)) if is_adapter(folder) else folder
+        model = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--model {path}: its config.json cannot be used ({reason})") from None
