@@ -11,7 +11,8 @@ Floors are those of vtfast/roofline.py. With one GPU the prediction is the measu
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -271,11 +272,19 @@ class Slowest:
         return float(self.values[np.searchsorted(self.below, q)])
 
 
+def from_there_on(
+    predictions: Sequence[Prediction], holds: Callable[[Prediction], bool]
+) -> Prediction | None:
+    """The smallest number of GPUs for which it holds, and for all that are shown beyond."""
+    found = list(itertools.takewhile(holds, reversed(predictions)))
+    return found[-1] if found else None
+
+
 def first_above(predictions: Sequence[Prediction], limit: float = 0.25) -> Prediction | None:
-    """The smallest number of GPUs that lose more than `limit` of a step to communication and waiting."""
-    return next((p for p in predictions if p.lost > limit), None)
+    """From where on more than `limit` of a step is lost to communication and waiting."""
+    return from_there_on(predictions, lambda p: p.lost > limit)
 
 
 def reduce_dominates(predictions: Sequence[Prediction]) -> Prediction | None:
-    """The smallest number of GPUs at which gradients are more than half of what is lost."""
-    return next((p for p in predictions if p.reduce > p.waiting + p.gather), None)
+    """From where on gradients are more than half of what is lost."""
+    return from_there_on(predictions, lambda p: p.reduce > p.waiting + p.gather)

@@ -6,10 +6,12 @@ On a GPU the floor is three bare cuBLAS matmuls of the same run. Rows are append
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 
 import torch
+from vtfast_kernels import reference
 from vtfast_kernels.cases import CPU_BENCH, GPU_BENCH, OPS, Shape, linear_grpo_inputs
 from vtfast_kernels.grpo_loss import GRPOLoss
 from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
@@ -19,6 +21,7 @@ from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
     ROOT,
+    absence,
     append,
     device_name,
     growth_in_child,
@@ -33,6 +36,9 @@ from bench._harness import (
 TESTS = ROOT / "tests" / "kernels"
 sys.path.insert(0, str(TESTS))  # the oracles
 GOALS = {"trl": 0.4, "plain": 1.15}  # on the CPU, our time / theirs
+TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}
+"""How far a peer's gradients may be from ours, relative; bf16 rounds more. One that is gets no numbers,
+and if all are none gets any: ours may be what is wrong."""
 MEMORY_GOAL = 1 / 3  # on the CPU, our growth / plain's
 
 
@@ -64,12 +70,17 @@ def contestants(inputs: dict, device: str) -> dict[str, Callable[[], torch.Tenso
     rest = {k: v for k, v in inputs.items() if k not in head}
     hidden, weight, target = head.values()
 
-    def plain(log_softmax=torch.log_softmax):
+    def plain_loss(logp: torch.Tensor) -> torch.Tensor:
+        """TRL's, as that of the peers; without TRL the plain PyTorch that the kernels are tested against."""
+        if importlib.util.find_spec("trl") is None:
+            return reference.grpo_loss(logp, **rest).loss
         from oracles import trl_loss
 
+        return trl_loss(logp, **rest)
+
+    def plain():
         logits = (hidden @ weight.t()).float()
-        log_p = log_softmax(logits, -1)
-        return trl_loss(log_p.gather(1, target[:, None])[:, 0], **rest)
+        return plain_loss(torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0])
 
     def trl():
         from oracles import trl_loss
@@ -97,9 +108,8 @@ def contestants(inputs: dict, device: str) -> dict[str, Callable[[], torch.Tenso
 
     def cut_cross_entropy():
         from cut_cross_entropy import linear_cross_entropy
-        from oracles import trl_loss
 
-        return trl_loss(-linear_cross_entropy(hidden, weight, target, reduction="none"), **rest)
+        return plain_loss(-linear_cross_entropy(hidden, weight, target, reduction="none"))
 
     out = {
         "ours": lambda: linear_grpo_loss(**inputs).loss,
@@ -112,12 +122,8 @@ def contestants(inputs: dict, device: str) -> dict[str, Callable[[], torch.Tenso
             lambda h, w, t: torch.log_softmax((h @ w.t()).float(), -1).gather(1, t[:, None])[:, 0]
         )
 
-        def compiled_plain():
-            from oracles import trl_loss
-
-            return trl_loss(compiled(hidden, weight, target), **rest)
-
-        out |= {"compile": compiled_plain, "liger hopper": liger_hopper}
+        out["compile"] = lambda: plain_loss(compiled(hidden, weight, target))
+        out["liger hopper"] = liger_hopper
         out["cut_cross_entropy"] = cut_cross_entropy
     return out
 
@@ -170,19 +176,30 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
     if device == "cuda":
         runs["three matmuls"] = three_matmuls(inputs)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    losses, rows = {}, []
+    norms, rows, ours = {}, [], None
     for name in list(runs):
         try:
             runs[name]()  # warm-up
-            if name != "three matmuls":
-                losses[name] = float(inputs["hidden"].grad.float().norm())
+            if name == "three matmuls":
+                continue
+            gradients = [inputs[of].grad.float() for of in ("hidden", "weight")]
+            norms[name] = float(gradients[0].norm())
+            ours = gradients if name == "ours" else ours
+            pairs = zip(gradients, ours, strict=True)
+            apart = max(float((theirs - mine).norm() / theirs.norm()) for theirs, mine in pairs)
         except Exception as error:  # a peer that cannot run must not stop the others
             if name == "ours":
                 raise
             del runs[name], times[name]
-            absent = "not installed" if isinstance(error, ImportError) else "failed"
-            rows.append(_row(shape, device, name, absent))
-            print(f"  {name}: failed, {type(error).__name__}: {str(error).split(chr(10))[0]}")
+            rows.append(_row(shape, device, name, absence(name, error)))
+            continue
+        if not apart <= TOLERANCE[device]:
+            del runs[name], times[name], norms[name]
+            rows.append(_row(shape, device, name, "differs"))
+            print(f"  {name}: its gradients differ from ours by {apart:.1e}")
+    if set(norms) <= {"ours"}:
+        raise SystemExit("  no peer computes the same: no numbers")
+    del ours
     for index in range(rounds):
         order = list(runs) if index % 2 == 0 else list(runs)[::-1]
         for name in order:
@@ -216,7 +233,7 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
         )
     )
     ok = True
-    floor = quantiles(times["three matmuls"])[1] if device == "cuda" else None
+    floor = quantiles(times["three matmuls"])[1] if "three matmuls" in times else None
     for name, t in times.items():
         if not t:
             continue
@@ -226,7 +243,7 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
         verdict = f"{ratio:.3f}" + (f" (<= {goal})" if goal else "")
         ok &= goal is None or ratio <= goal
         rate, mb = f"{flops / p50 / 1e9:.3g}", f"{memory[name]:.0f}" if name in memory else ""
-        norm = f"{losses[name]:.6g}" if name != "three matmuls" else ""
+        norm = f"{norms[name]:.6g}" if name in norms else ""
         print(row.format(name, f"{p20:.1f}", f"{p50:.1f}", f"{p80:.1f}", rate, verdict, mb, norm))
         paired = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
         if floor is not None:

@@ -39,6 +39,7 @@ from bench._harness import (
 )
 from bench._workload import MID, SIZES, TWO_B, Shape, Workload
 from vtfast.attention import choose_backend
+from vtfast.devices import listed
 from vtfast.flops import update_flops
 from vtfast.groups import Batch, Group
 from vtfast.metrics import PEAK_FLOPS
@@ -260,7 +261,7 @@ def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
 def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
     flops = update_flops(ours.policy, [ours.batch()])
     name = device_name(work.device)
-    peak = next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    peak = listed(PEAK_FLOPS, name)
     print(f"\nupdate, {work.shape}, {work.dtype}, {name}, {len(times['ours'])} rounds")
     print(
         f"  {'':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}"

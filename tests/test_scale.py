@@ -15,7 +15,16 @@ from launchers import deepspeed_launcher
 from bench import roofline, scale
 from bench._cluster import HOP, NETWORK_HOP, Cluster, all_gather_bytes, all_reduce_bytes
 from bench._recorded import read_recorded
-from bench._scaling import Choices, Measured, Model, Slowest, Work, first_above, reduce_dominates
+from bench._scaling import (
+    Choices,
+    Measured,
+    Model,
+    Prediction,
+    Slowest,
+    Work,
+    first_above,
+    reduce_dominates,
+)
 from bench._starts import draw, estimate, from_rows, from_run, parse_shape, sizes_of
 from bench._workload import MID, TWO_B, Workload, model_config
 from vtfast.blueprint import skeleton
@@ -360,3 +369,19 @@ def test_two_ranks_send_what_the_model_says(tmp_path):
     assert set(roofline.differences(run)) == {1, 2}
     assert max(roofline.differences(run).values()) < 1e-6
     assert all(step.metrics["roofline/link"] > 0 for step in run.steps)
+
+
+def test_from_there_on_means_all_beyond_as_well():
+    """Gradients may be most of a small loss on few GPUs, and nothing beside the waiting on many."""
+
+    def lost(gpus, waiting, reduce):
+        blank = dict.fromkeys(("rollout", "score", "update", "optimizer", "gather", "rest"), 0.1)
+        return Prediction(
+            gpus, 8, waiting=waiting, reduce=reduce, passes=1, tokens=1.0, **blank
+        )  # fmt: skip
+
+    steps = [lost(1, 0.0, 0.0), lost(2, 0.0, 0.3), lost(4, 0.0, 0.0), lost(8, 0.9, 0.0)]
+    assert reduce_dominates(steps) is None
+    assert first_above(steps).gpus == 8
+    assert reduce_dominates(steps[:2]).gpus == 2
+    assert reduce_dominates([]) is None
