@@ -483,7 +483,7 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
         assert steps(tmp_path / "run") == ["step-1"]
     else:
         with pytest.raises(
-            UserError, match="step-4: the trained weights could not be saved; .*step-1 is"
+            UserError, match=r"step-4: the trained weights could not be saved; .*step-1 is"
         ):
             trainer.run()
         assert (trainer.folder / "report.html").is_file()
