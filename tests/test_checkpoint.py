@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, build, rows, run, unequal, weights
 
@@ -67,6 +68,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def relist(path: Path, name: str, size: float) -> None:
+    sums = json.loads(path.read_text()) | {name: {"size": size, "sha256": "x"}}
+    path.write_text(json.dumps(sums))
+
+
 DAMAGE = {
     "weights cut off": ("model.safetensors", truncate, "bytes instead of"),
     "a bit of the weights": ("model.safetensors", flip, "is damaged"),
@@ -78,6 +84,16 @@ DAMAGE = {
     "sums cut off": ("resume/checksums.json", truncate, "is damaged"),
     "no sums": ("resume/checksums.json", Path.unlink, "is missing"),
     "empty sums": ("resume/checksums.json", lambda path: path.write_text("{}"), "does not list"),
+    "sums without end": (
+        "resume/checksums.json",
+        lambda path: path.write_text("[" * 100_000),
+        "is damaged",
+    ),
+    "sums of infinite files": (
+        "resume/checksums.json",
+        lambda path: relist(path, "config.json", 1e999),
+        "is damaged",
+    ),
     "a list for sums": ("resume/checksums.json", lambda path: path.write_text("[]"), "is damaged"),
 }
 
@@ -121,6 +137,9 @@ FOREIGN = {
     "two groups": ("optimizer", [{"step": 4.0}, {"step": 4.0}], "2 groups of weights"),
     "held-out in short": ("before", {"scores": {}}, "before must have"),
     "no samples": ("samples", ..., "lacks samples"),
+    "nothing carried": ("carried", {}, "what it carries is not this version's"),
+    "more carried": ("carried", {"health": {"alarms": [], "mood": 1}}, "what it carries"),
+    "another step": ("step", 3, "is of step 3; give it the name step-3 back"),
 }
 
 
@@ -152,6 +171,29 @@ def test_an_optimizer_of_somebody_elses(write, copy, sft):
     write(step(copy, 4) / "resume" / "rank-0.safetensors")
     sign(step(copy, 4))
     with pytest.raises(UserError, match="step-4"):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+def test_sums_of_a_name_that_no_file_has(copy):
+    relist(step(copy, 4) / files.CHECKSUMS, "a" * 5000, 1)
+    assert "cannot be read (File name too long)" in files.damage(step(copy, 4))
+
+
+def test_a_state_without_end(copy, sft):
+    (step(copy, 4) / "resume" / "state.json").write_text('{"format":' + "[" * 100_000)
+    sign(step(copy, 4))
+    with pytest.raises(UserError, match=r"state\.json: cannot be read"):
+        build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
+
+
+def test_random_numbers_that_are_missing(copy, sft):
+    path = step(copy, 4) / "resume" / "rank-0.safetensors"
+    with safe_open(path, framework="pt") as file:
+        places = file.metadata()
+    kept = {name: value for name, value in load_file(path).items() if name != "random.numpy"}
+    save_file(kept, path, places)
+    sign(step(copy, 4))
+    with pytest.raises(UserError, match=r"step-4: what it carries .*random\.numpy"):
         build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
 
 

@@ -164,12 +164,15 @@ def test_messages_arrive_whole_however_they_are_cut():
 
 
 def test_a_stranger_cannot_harm_rank_0():
-    """Wrong tokens, more lines behind them, no lines at all: the ranks go on."""
+    """Wrong tokens, more lines behind them, JSON without end, no lines at all: the ranks go on."""
     stranger = (
         "from vtfast.heartbeat.line import connect\n"
         "for rank in (1, 99, [], 'x'):\n"
         "    line = connect((*address[:2], 'guess'), rank)\n"
         "    line.send(state={}); line.send(left=True); line.close()\n"
+        "import socket\n"
+        "with socket.create_connection(address[:2]) as deep:\n"
+        "    deep.sendall(b'[' * 60_000 + b'\\n')\n"
         "quiet = connect((*address[:2], 'guess'), 1)\n"
         "time.sleep(1)\n"
     )

@@ -72,12 +72,17 @@ def put_back(run: Run, checkpoint: Checkpoint) -> None:
         group["lr"] = base * rate(schedule.last_epoch)
     for name in COUNTERS:
         setattr(engine, name, state.counters[name])
-    run.carry(state.carried)
     own = files / f"rank-{run.ranks.rank}.safetensors"
-    if own.is_file():  # not if there are more ranks than there were
-        with safe_open(own, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
-            set_rng_state({name: file.get_tensor(name) for name in names})
+    try:
+        run.carry(state.carried)
+        if own.is_file():  # not if there are more ranks than there were
+            with safe_open(own, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
+                set_rng_state({name: file.get_tensor(name) for name in names})
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint.folder}: what it carries is not this version's ({error!r}); name another one"
+        ) from error
 
 
 def state_of(run: Run, step: int) -> State:

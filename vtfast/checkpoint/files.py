@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vtfast.files import shortened
+
 CHECKSUMS = "resume/checksums.json"
 SETTINGS = "resume/config.yaml"
 STATE = "resume/state.json"
@@ -90,7 +92,15 @@ def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ):
         raise _Damaged(f"{CHECKSUMS} is damaged") from None
     for name in REQUIRED:
         if name not in expected:
@@ -102,12 +112,12 @@ def _check(folder: Path, name: str, size: int, digest: str) -> None:
     if ".." in Path(name).parts or Path(name).is_absolute():
         raise _Damaged(f"{CHECKSUMS} names {name}, which is outside")
     file = folder / name
-    if not file.is_file():
-        raise _Damaged(f"{name} is missing")
     try:
+        if not file.is_file():
+            raise _Damaged(f"{name} is missing")
         if file.stat().st_size != size:
             raise _Damaged(f"{name} has {file.stat().st_size} bytes instead of {size}")
         if sha256(file) != digest:
             raise _Damaged(f"{name} is damaged (its checksum is another)")
     except OSError as error:
-        raise _Damaged(f"{name} cannot be read ({error.strerror})") from None
+        raise _Damaged(f"{shortened(name)} cannot be read ({error.strerror})") from None

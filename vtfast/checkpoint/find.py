@@ -64,7 +64,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
         raise UserError(
             f"--resume_from_checkpoint {wanted}: {problem}; name another one, or use last"
         )
-    return Checkpoint(step, read_state(step))
+    return _read(step)
 
 
 def settings_of(wanted: str, output_dir: str | None) -> Path | None:
@@ -95,9 +95,18 @@ def _newest_whole(run: Path, config: RunConfig) -> Checkpoint | None:
         log.info("%s: reading all of it, to see whether it is whole", folder)
         problem = damage(folder) or _midway(folder, config)
         if problem is None:
-            return Checkpoint(folder, read_state(folder))
+            return _read(folder)
         log.warning("%s: %s; taking the one before", folder.name, problem)
     return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    state = read_state(folder)
+    if folder.name != f"step-{state.step}":
+        raise UserError(
+            f"{folder}: is of step {state.step}; give it the name step-{state.step} back"
+        )
+    return Checkpoint(folder, state)
 
 
 def _midway(folder: Path, config: RunConfig) -> str | None:

@@ -64,7 +64,7 @@ class Line:
             raise EOFError
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise EOFError from None
         return [message for message in messages if isinstance(message, dict)]
 

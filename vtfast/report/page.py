@@ -41,7 +41,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         found = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
         write_whole(path, render(content(runs, found)))
     except OSError as error:  # permissions, a full disk
-        raise UserError(f"{error.filename}: {error.strerror}; no report was written") from error
+        raise UserError(
+            f"{error.filename or path}: {error.strerror}; no report was written"
+        ) from error
     return path
 
 
