@@ -54,6 +54,8 @@ setup(
         "dev": [
             "pytest",
             "ruff",
+            "mypy",
+            "types-PyYAML",
             "hypothesis",
             "selenium",
             "mkdocs-material",
