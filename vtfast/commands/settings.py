@@ -67,7 +67,7 @@ def read_settings(
             "--gpu_memory_gb: says nothing without --dry-run; leave it out, or add that"
         )
     try:
-        config = load_config(flags["recipe"], file, given, kind)
+        config = load_config(flags["recipe"], file, given, kind=kind)
     except SettingsError as error:
         raise SettingsError(problems + error.problems) from None
     if problems:

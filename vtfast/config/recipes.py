@@ -49,9 +49,10 @@ def load_config(
 ) -> Config: ...
 @overload
 def load_config(
-    recipe: str | None,
-    file: str | Path | None,
-    overrides: Mapping[str, Any] | None,
+    recipe: str | None = None,
+    file: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
     kind: type[Kind],
 ) -> Kind: ...
 def load_config(

@@ -128,7 +128,7 @@ def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str
         yield from batch
 
 
-def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     try:
         lines = Path(file.open()).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
