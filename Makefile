@@ -9,13 +9,15 @@ STAMP := .venv/.installed
 setup: $(STAMP)
 
 # torch is pinned: an open requirement would fetch several gigabytes of another build. torchvision exists as a CUDA build
-# only and breaks transformers beside a CPU-only torch, so the one that a test looks at is kept off the path.
+# only and breaks transformers beside a CPU-only torch, so the one that a test looks at is kept off the path. mypy follows
+# no editable install, so kernels/ has its installed name once more, as a link.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else \
 	    f"error: Python {v[0]}.{v[1]} found; vtfast needs 3.10 to 3.12 (make PYTHON=python3.11 ...)")'
 	$(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .venv/torchvision torchvision
+	mkdir -p .venv/types && ln -sfn ../../kernels .venv/types/vtfast_kernels
 	@touch $@
 
 demo: setup
@@ -33,6 +35,7 @@ test-gpu: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 aot: setup # every Triton kernel compiles for sm_80, sm_90 and sm_100, without spills, with wgmma on Hopper
 	$(BIN)/python -m bench aot

@@ -55,6 +55,8 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "mypy",
+            "types-PyYAML",
             "hypothesis",
             "selenium",
             "mkdocs-material",

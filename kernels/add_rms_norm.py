@@ -37,7 +37,9 @@ def add_rms_norm_kernel(
     tl.store(out_ptr + at, out.to(x.dtype), mask=here)
 
 
-def check_norm(x: torch.Tensor, delta: torch.Tensor | None, weight, eps: float, impl: str) -> None:
+def check_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str
+) -> None:
     dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
     check_tensor("x", x, (None, None), dtypes, x)
     check_tensor("weight", weight, (x.shape[1],), (x.dtype,), x)

@@ -74,7 +74,7 @@ def specs() -> dict[str, GRPOLoss]:
                 max_completion_length=64,
                 epsilon_high=1.1 if loss_type == "cispo" else 0.28,
             )
-    variations = {
+    variations: dict[str, dict[str, Any]] = {
         "no-kl": {"beta": 0.0},
         "delta": {"delta": 1.3},
         "unbiased-kl": {"use_bias_correction_kl": True},
@@ -101,7 +101,11 @@ def _head(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> tuple:
 
 
 def logprob_inputs(
-    shape: Shape, dtype=torch.float32, device="cpu", seed=0, ignored: float = 0.1
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    ignored: float = 0.1,
 ) -> dict[str, Any]:
     generator, hidden, weight = _head(shape, dtype, device, seed)
     target = torch.randint(shape.V, (shape.N,), generator=generator)
@@ -112,7 +116,7 @@ def logprob_inputs(
     }  # fmt: skip
 
 
-def sequences(N: int, device="cpu", seed=0) -> dict[str, Any]:
+def sequences(N: int, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """About eight sequences of uneven length, one of them empty, one with a single token if N allows."""
     generator = torch.Generator().manual_seed(seed + 1)
     S = max(3, min(8, N))
@@ -123,7 +127,7 @@ def sequences(N: int, device="cpu", seed=0) -> dict[str, Any]:
     return {"sequence_id": sequence_id.to(device), "advantage": advantage.to(device)}
 
 
-def neighbours(logp: torch.Tensor, seed=0) -> dict[str, torch.Tensor]:
+def neighbours(logp: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
     """Log-probs of the other policies, near enough to `logp` for ratios on both sides of a clip."""
     generator = torch.Generator().manual_seed(seed + 2)
     noise = torch.randn(3, len(logp), generator=generator).to(logp.device)
@@ -136,7 +140,11 @@ def neighbours(logp: torch.Tensor, seed=0) -> dict[str, torch.Tensor]:
 
 
 def grpo_inputs(
-    shape: Shape, dtype=torch.float32, device="cpu", seed=0, spec=None
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    spec: GRPOLoss | None = None,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     logp = (torch.randn(shape.N, generator=generator) - 3).to(device)
@@ -150,7 +158,12 @@ def grpo_inputs(
 
 
 def linear_grpo_inputs(
-    shape: Shape, dtype=torch.float32, device="cpu", seed=0, spec=None, ignored: float = 0.1
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    spec: GRPOLoss | None = None,
+    ignored: float = 0.1,
 ) -> dict[str, Any]:
     head = logprob_inputs(shape, dtype, device, seed, ignored)
     spec = spec or GRPOLoss(temperature=TEMPERATURE)
@@ -162,14 +175,18 @@ def linear_grpo_inputs(
     return {**head, **sequences(shape.N, device, seed), **neighbours(logp, seed), "spec": spec}
 
 
-def advantage_inputs(shape: Shape, dtype=torch.float32, device="cpu", seed=0) -> dict[str, Any]:
+def advantage_inputs(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     groups = max(1, shape.N // 7)
     reward = torch.randint(0, 3, (7 * groups,), generator=generator) * 0.1
     return {"reward": reward.to(device), "group_size": 7}
 
 
-def sample_inputs(shape: Shape, dtype=torch.float32, device="cpu", seed=0) -> dict[str, Any]:
+def sample_inputs(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
     _, hidden, weight = _head(shape, dtype, device, seed)
     row = torch.arange(shape.N, device=device)
     return {

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_FLOATS = (*FLOATS, torch.float64)  # float64 is the oracle's dtype
 CHECK_VALUES = os.environ.get("VTFAST_CHECK", "0") == "1"
 IGNORED = -100
+P = ParamSpec("P")
+R = TypeVar("R")
 _trusting = False
 
 
@@ -69,11 +72,11 @@ def tma_ready(*matrices: torch.Tensor) -> bool:
     return half and capability(matrices[0]) >= 90 and aligned
 
 
-def op_scope(function: Callable) -> Callable:
+def op_scope(function: Callable[P, R]) -> Callable[P, R]:
     """Run an op, or its backward, on the device of its tensors and in their precision whatever autocast says."""
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else None
         if not isinstance(first, torch.Tensor):
             values = (*args, *kwargs.values())

@@ -159,7 +159,14 @@ def evaluate_triton(
         )  # fmt: skip
 
 
-def check_loss_inputs(spec, like, sequence_id, advantage, optional, denominators) -> None:
+def check_loss_inputs(
+    spec: GRPOLoss,
+    like: torch.Tensor,
+    sequence_id: torch.Tensor,
+    advantage: torch.Tensor,
+    optional: dict[str, torch.Tensor | None],
+    denominators: dict[str, int | float | torch.Tensor | None],
+) -> None:
     """The checks that `grpo_loss` and `linear_grpo_loss` share; `like` is the [N, ...] tensor."""
     require(isinstance(spec, GRPOLoss), "spec", f"expected a GRPOLoss, got {type(spec).__name__}")
     check_sequences(sequence_id, advantage, like)

@@ -137,7 +137,7 @@ def compact_rows(d: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 class _TorchChunks:
     """The passes over a chunk of tokens, on the CPU."""
 
-    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int):
+    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int) -> None:
         self.hidden, self.weight, self.tokens, self.spec = hidden, weight.float(), tokens, spec
         self.target = target.clamp(min=0)
         self.chunk = Chunk(rows, self.weight, 1.0 / spec.temperature)
@@ -173,7 +173,7 @@ class _TorchChunks:
 class _TritonChunks:
     """The same passes on CUDA."""
 
-    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int):
+    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int) -> None:
         self.hidden, self.weight, self.target = hidden, weight, target
         self.tokens, self.spec, self.inv_temperature = tokens, spec, 1.0 / spec.temperature
         self.coupled = spec.couples_tokens(tokens.sampler is not None)
@@ -232,7 +232,7 @@ def _forward(hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl:
                 hidden, weight, target, temperature=spec.temperature, entropy=True, impl=impl
             )
         chunks.evaluate_all()
-        spans = row_spans(N, rows)
+        spans = list(row_spans(N, rows))
     d_hidden = torch.zeros_like(hidden) if need_hidden else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
     for a, b in spans if need_hidden or need_weight else ():

@@ -276,7 +276,7 @@ _TORCH_TL = types.SimpleNamespace(
 _TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach, "__builtins__": __builtins__}
 
 
-def torch_twin(kernel_function):
+def torch_twin(kernel_function: triton.JITFunction) -> types.FunctionType:
     """The same Python code as the `@triton.jit` function, run on tensors."""
     fn = kernel_function.fn
     twin = types.FunctionType(fn.__code__, _TWINS, fn.__name__)

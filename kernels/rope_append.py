@@ -62,7 +62,15 @@ def rope_append_kernel(
             tl.store(keys_ptr + (slot * K + head - H) * D + lane, turned, mask=here)
 
 
-def check_rope(qkv, cos, sin, slot, keys, values, impl: str) -> None:
+def check_rope(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slot: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    impl: str,
+) -> None:
     dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
     check_tensor("qkv", qkv, (None, None), dtypes, qkv)
     check_tensor("keys", keys, (None, None, None, None), (qkv.dtype,), qkv)

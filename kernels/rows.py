@@ -130,7 +130,7 @@ class Chunk:
     long and its log stalls on MKL's threads. Sums are torch's own, which cascade: the running sum inside
     torch.softmax is off by 1e-5 at V = 152k."""
 
-    def __init__(self, rows: int, weight: torch.Tensor, inv_temperature: float):
+    def __init__(self, rows: int, weight: torch.Tensor, inv_temperature: float) -> None:
         self.weight, self.inv_temperature = weight, inv_temperature
         self.logits = weight.new_empty(rows, weight.shape[0])
         self.exp = torch.empty_like(self.logits)
@@ -150,7 +150,14 @@ class Chunk:
         # e = 0 meets a finite z, so no -inf appears
         return logp, self.log_total - z.mul_(e).sum(1).mul_(LN_2).div_(self.total)
 
-    def dlogits(self, g, target, h=None, entropy=None, rows=None) -> torch.Tensor:
+    def dlogits(
+        self,
+        g: torch.Tensor,
+        target: torch.Tensor,
+        h: torch.Tensor | None = None,
+        entropy: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """g (1_y - p) - h p (log p + H), chained through the temperature, in the `exp` buffer; `rows` picks
         some of the chunk."""
         e, total = self.exp[: len(g)], self.total

@@ -20,6 +20,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -300,7 +301,7 @@ def language_attention(
     sliding_window: int | None = None,
     layout: Layout | None = None,
     store: Callable[[int, Tensor, Tensor], None] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, d] -> [1, T, H, d].
 
@@ -343,7 +344,7 @@ def vision_attention(
     scaling: float | None = None,
     layout: Layout | TowerLayouts | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The vision tower's: patches of an image, or of a window, see each other. query [1, H, T, d] -> [1, T, H, d]."""
     if layout is None:  # the tower was entered by the model's own forward

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -171,7 +172,7 @@ def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str
     def fits(changed: RunConfig, count: int = ranks) -> bool:
         return memory_of(policy, changed, count, device.kind, device.bytes).peak <= device.bytes
 
-    together: dict[str, object] = {}
+    together: dict[str, Any] = {}
     for name, value in _remedies(config):
         alone = dataclasses.replace(config, **{name: value})
         if fits(alone):
@@ -191,7 +192,7 @@ def _flag(name: str, value: object) -> str:
     return f"--{name} {str(value).lower()}"
 
 
-def _remedies(config: RunConfig) -> Iterator[tuple[str, object]]:
+def _remedies(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Settings that lower memory and leave the result as it is, the cheapest in time first."""
     shortest = config.max_prompt_length + config.max_completion_length
     if config.tokens_per_pass > shortest:
@@ -206,7 +207,7 @@ def _remedies(config: RunConfig) -> Iterator[tuple[str, object]]:
         yield "vllm_enable_sleep_mode", True
 
 
-def _largest(config: RunConfig, name: str, least: object, fits) -> object:
+def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig], bool]) -> Any:
     """A token budget as large as it may be, in two digits; other remedies have one value."""
     if name != "token_budget":
         return least

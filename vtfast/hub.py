@@ -7,7 +7,7 @@ run downloaded is used.
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from vtfast.errors import UserError
 from vtfast.files import expand
@@ -73,7 +73,7 @@ def model_path(path: str | Path) -> str:
     return str(found) if isinstance(found, Path) else str(path)
 
 
-def open_dataset_file(repo: str, name: str, commit: str, *, download: bool):
+def open_dataset_file(repo: str, name: str, commit: str, *, download: bool) -> str | BinaryIO:
     """A file of a data set: the path of its downloaded copy, or a file object that streams it.
 
     Args:

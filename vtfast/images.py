@@ -14,6 +14,7 @@ import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias, overload
 
 from PIL import Image, UnidentifiedImageError
 
@@ -24,7 +25,7 @@ MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as R
 MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
 MAX_BYTES = 400_000_000  # encoded: more than MAX_PIXELS take without compression
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of several frames, the first
-Source = bytes | Path | Image.Image
+Source: TypeAlias = bytes | Path | Image.Image
 
 
 class ImageError(UserError):
@@ -130,7 +131,11 @@ class Images(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self._sources)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Images": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | Images":
         if isinstance(index, slice):
             return Images(self._sources[index])
         return load_image(self._sources[index])

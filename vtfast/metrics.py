@@ -6,6 +6,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +73,13 @@ def peak(rates: Mapping[str, float], device: torch.device) -> float | None:
 
 def step_metrics(
     groups: Sequence[Group], sums: Mapping[str, float], reward_names: Sequence[str], ranks: Ranks
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """What the answers of a step were like. `sums`: this rank's result of the update.
 
     Means over tokens are None when no token was scored, since no group had a signal; those over answers are when no
     question could be used.
     """
-    parts = ranks.gather(
+    parts: list[dict[str, Any]] = ranks.gather(
         {
             "total": [group.total for group in groups],
             "rewards": [group.rewards for group in groups],
@@ -123,7 +124,7 @@ def _mean(values: Tensor | None) -> float | None:
     return None if values is None else float(values.float().mean())
 
 
-def summary(metrics: Mapping[str, float]) -> str:
+def summary(metrics: Mapping[str, float | None]) -> str:
     """The few numbers beside the progress bar."""
     if metrics["reward"] is None:
         return "no question could be used"

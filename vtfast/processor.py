@@ -229,7 +229,7 @@ class Processor:
                 resized.append(self.resize(source))
             except (ImageError, ValueError) as error:
                 is_path = isinstance(source, str | Path)
-                name = source if is_path else getattr(source, "filename", None)
+                name: object = source if is_path else getattr(source, "filename", None)
                 which = f"image {number + 1} of {len(images)}" + (f" ({name})" if name else "")
                 raise UserError(f"{which}: {error}") from error
         out = self.image_processor(images=resized, do_resize=False, return_tensors="pt")

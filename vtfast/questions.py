@@ -162,7 +162,7 @@ def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:
     A function of its arguments alone, so that ranks agree and any step can be asked again.
     """
     first = (step - 1) * prompts
-    indices = []
+    indices: list[int] = []
     for place in range(first, first + prompts):
         epoch, offset = divmod(place, samples)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 def on_main(ranks: Ranks, make: Callable[[], T]) -> T:
     """What rank 0 makes of it, on all ranks; its UserError, too, is everyone's. Collective."""
-    made: T | UserError | None = None
+    made: Any = None
     if ranks.is_main:
         try:
             made = make()

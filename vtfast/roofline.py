@@ -24,6 +24,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
@@ -41,6 +42,7 @@ from vtfast.sharing import Size, passes_of
 
 log = logging.getLogger("vtfast")
 
+Cached = TypeVar("Cached", float, np.ndarray)
 PHASES = ("rollout", "score", "update")
 RATES = ("flops", "bandwidth", "link")
 ADAMW_BYTES = 28
@@ -114,7 +116,7 @@ class Weights:
             kv_bytes=2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size,
         )
 
-    def decode_bytes(self, cached: float) -> float:
+    def decode_bytes(self, cached: Cached) -> Cached:
         """Read by a decode step over `cached` tokens of keys and values, a shared prompt's counted once."""
         return (self.trunk + self.head) * self.size + cached * self.kv_bytes
 
@@ -130,7 +132,9 @@ def admissions(lengths: Sequence[Sequence[int]], max_rows: int) -> list[int]:
     """Decode steps before each group starts: in order, as soon as at most `max_rows` rows are in flight with it.
 
     A completion of n tokens has its first from the prefill and takes n - 1 decode steps. The cache is no limit here."""
-    starts, ends, now = [], [], 0
+    starts: list[int] = []
+    ends: list[int] = []
+    now = 0
     for group in lengths:
         while ends and len(ends) + len(group) > max_rows:
             now = heapq.heappop(ends)
@@ -311,7 +315,7 @@ def phase_seconds(metrics: Mapping[str, float | None]) -> dict[str, float]:
 def line(step: int, floors: Mapping[str, Floor], seconds: Mapping[str, float]) -> str:
     """One line for the terminal."""
     share = {key.removeprefix("roofline/"): value for key, value in shares(floors, seconds).items()}
-    said = []
+    said: list[str] = []
     for name in PHASES:
         if share[name] is None:
             continue

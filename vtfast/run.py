@@ -128,7 +128,7 @@ class Run:
         `questions`: this rank's; None where the step goes on with those of the step before."""
         raise NotImplementedError
 
-    def summary(self, metrics: Mapping[str, float]) -> str:
+    def summary(self, metrics: Mapping[str, float | None]) -> str:
         """The few numbers beside the progress bar."""
         raise NotImplementedError
 

@@ -100,6 +100,7 @@ def prompt_targets(pack: Pack, not_text: Tensor) -> tuple[RowGather, Tensor]:
 class SFTTrainer(Run):
     """Construction raises UserError for bad input and leaves nothing behind on disk."""
 
+    config: SFTConfig
     method = "SFT"
 
     def __init__(self, config: SFTConfig) -> None:
@@ -195,7 +196,7 @@ class SFTTrainer(Run):
             return f"<think></think><answer>{response}</answer>"
         return response
 
-    def summary(self, metrics: Mapping[str, float]) -> str:
+    def summary(self, metrics: Mapping[str, float | None]) -> str:
         accuracy, speed = metrics["mean_token_accuracy"], metrics["tokens_per_second"]
         return f"loss {metrics['loss']:.3f}, token accuracy {accuracy:.2f}, {speed:.0f} tok/s"
 

@@ -302,7 +302,8 @@ _ASK = {
 def sample_questions(number: int, *, split: str, seed: int) -> list[Question]:
     """`number` different questions, the four kinds in turn; a function of its arguments."""
     rng = random.Random(f"{split}-{seed}")
-    questions, keys = [], set()
+    questions: list[Question] = []
+    keys: set[str] = set()
     while len(questions) < number:
         question = sample_question(rng, kind=KINDS[len(questions) % len(KINDS)], split=split)
         key = question_key(question)

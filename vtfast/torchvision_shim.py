@@ -11,7 +11,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-_kept = []  # operators vanish with the Library object that defined them
+_kept: list[object] = []  # operators vanish with the Library object that defined them
 
 
 def _version_file(package: str) -> str:

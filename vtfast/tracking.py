@@ -127,7 +127,7 @@ class _TensorBoard:
         purge = done + 1 if done else None  # points from there on are of steps that are done anew
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, step)
 
@@ -146,7 +146,7 @@ class _WandbLike:
         run = self.module.init(project="vtfast", name=folder.name, config=vars(config), **known)
         self.id = str(getattr(run, "id", None) or folder.name)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         self.module.log(dict(metrics), step=step)
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ NOTHING = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0
 class Trainer(Run):
     """GRPO. Construction raises UserError for bad input and leaves nothing behind on disk."""
 
+    config: Config
     method = "GRPO"
 
     def __init__(self, config: Config) -> None:
@@ -84,7 +85,7 @@ class Trainer(Run):
     def skips_groups_without_signal(self) -> bool:
         return self.config.beta == 0  # the KL is a signal of its own
 
-    def summary(self, metrics: Mapping[str, float]) -> str:
+    def summary(self, metrics: Mapping[str, float | None]) -> str:
         return summary(metrics)
 
     def draw(self, before: HeldOut | None, after: HeldOut | None) -> None:
@@ -187,7 +188,7 @@ class Trainer(Run):
 
     def score_old(self, work: Work) -> None:
         """Log-probs before the update: the reference model's for the KL, the policy's own if it is updated twice."""
-        scorers = []
+        scorers: list[tuple[str, contextlib.AbstractContextManager[Policy]]] = []
         if self.reference:
             scorers.append(("reference", self.reference.at_hand()))
         if self.config.num_iterations > 1:

@@ -90,7 +90,7 @@ def _copy(source: Path, to: Path, wanted: Callable[[bytes], bool]) -> None:
     """The wanted lines of `source`, in place of `to` at once. Logs may be larger than memory."""
     partial = to.with_name(f".{to.name}.partial")
     with source.open("rb") as lines, partial.open("wb") as file:
-        file.writelines(filter(wanted, lines))
+        file.writelines(line for line in lines if wanted(line))
     flush(partial)
     partial.rename(to)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from vtfast.config.problems import SettingsError
 from vtfast.errors import UserError
@@ -13,7 +14,7 @@ from vtfast.errors import UserError
 class Parser(argparse.ArgumentParser):
     """argparse with our exit path: a UserError that names the nearest valid flag, and no abbreviations."""
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,5 +41,5 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
         return f"{flag}: unknown flag; {hint}"
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TypeVar
 
 from vtfast.commands.parser import Parser
 from vtfast.config import (
+    Config,
     RunConfig,
     SettingsError,
+    SFTConfig,
     field_help,
     field_names,
     load_config,
     recipe_names,
 )
 
+Kind = TypeVar("Kind", Config, SFTConfig)
+
 
 def read_settings(
-    arguments: Sequence[str], kind: type[RunConfig], *, prog: str, description: str
-) -> RunConfig | None:
+    arguments: Sequence[str], kind: type[Kind], *, prog: str, description: str
+) -> Kind | None:
     """The settings that the command line asks for; None if it was to print them, which is done then."""
     names, help_of = [name for name in field_names(kind) if name != "recipe"], field_help(kind)
     parser = Parser(
@@ -62,7 +67,7 @@ def read_settings(
             "--gpu_memory_gb: says nothing without --dry-run; leave it out, or add that"
         )
     try:
-        config = load_config(flags["recipe"], file, given, kind)
+        config = load_config(flags["recipe"], file, given, kind=kind)
     except SettingsError as error:
         raise SettingsError(problems + error.problems) from None
     if problems:

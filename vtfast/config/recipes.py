@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints, overload
 
 from vtfast.config.files import Given, read_settings_file
 from vtfast.config.problems import SettingsError, nearest, shown
@@ -18,6 +18,7 @@ from vtfast.config.values import BadValue, convert
 from vtfast.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+Kind = TypeVar("Kind", Config, SFTConfig)
 
 
 def field_help(kind: type[RunConfig] = Config) -> dict[str, str]:
@@ -40,11 +41,25 @@ def recipe_names(kind: type[RunConfig] = Config) -> list[str]:
     return [name for name in names if name.endswith("-sft") == (kind is SFTConfig)]
 
 
+@overload
 def load_config(
     recipe: str | None = None,
     file: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    kind: type[RunConfig] = Config,
+) -> Config: ...
+@overload
+def load_config(
+    recipe: str | None = None,
+    file: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    kind: type[Kind],
+) -> Kind: ...
+def load_config(
+    recipe: str | None = None,
+    file: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    kind: type[Any] = Config,
 ) -> RunConfig:
     """Settings of `kind`: a recipe of this package (the embedded default where None), or a YAML `file` instead of it,
     with `overrides` (flags, as text or values) on top.
@@ -66,7 +81,7 @@ def load_config(
         problems.append(f"--recipe {shown(recipe)}: unknown{nearest(recipe, recipe_names(kind))}")
     given = flags if below is None else {"recipe": Given(name), **below, **flags}
     config = _settings(given, kind, problems, whole=below is not None)
-    if problems:
+    if problems or config is None:
         raise SettingsError(problems)
     return config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import yaml
@@ -28,7 +29,7 @@ class Checks:
         if problems:
             raise SettingsError(problems)
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         """All impossible settings at once, each with the values that would do."""
         choices = {
             "dtype": ("auto", "float32", "bfloat16"),
@@ -119,7 +120,7 @@ class Checks:
 class Config(Checks, Output, Optimizer, Rollout, GRPO, Task):
     """Settings of a GRPO run. Bases are named last section first: that is how a dataclass orders their fields."""
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         if self.importance_sampling_level == "sequence" and self.loss_type in TOKEN_LEVEL:
             yield (

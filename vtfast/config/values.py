@@ -64,7 +64,7 @@ def _int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise BadValue(value, "a whole number")
     try:
-        number = int(value) if isinstance(value, str) else value
+        number: Any = int(value) if isinstance(value, str) else value
     except ValueError:  # no digits, or thousands of them
         number = _float_or_nan(value)
     if not isinstance(number, int) and hasattr(number, "__index__"):  # NumPy's

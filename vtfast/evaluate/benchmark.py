@@ -104,7 +104,7 @@ def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
 def images_of(values: Sequence[Any]) -> tuple[bytes | Path, ...]:
     """Encoded images out of the `datasets` library's structs or plain bytes, and paths. Decoded ones are left out with
     the null ones: files hold none, and scoring needs none."""
-    images = []
+    images: list[bytes | Path] = []
     for value in values:
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")

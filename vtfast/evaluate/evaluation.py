@@ -233,7 +233,8 @@ def _together(ranks: Ranks, work: Callable[[], list[Row]]) -> list[Row]:
 
 def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:
     """What `work` gives on rank 0, on all ranks; its UserError too."""
-    value, problem = None, None
+    value: Any = None
+    problem: str | None = None
     if ranks.is_main:
         try:
             value = work()

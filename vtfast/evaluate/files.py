@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vtfast.data import BadRow
 from vtfast.data.files import DataFile, parquet_batches
@@ -85,7 +85,7 @@ def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
     ]
 
 
-def _download(repo: str, name: str, commit: str, hint: str) -> str:
+def _download(repo: str, name: str, commit: str, hint: str) -> str | BinaryIO:
     try:
         return open_dataset_file(repo, name, commit, download=True)
     except Exception as error:  # the client's own, its http library's, the socket's
@@ -114,12 +114,12 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
     return picked
 
 
-def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
     """Rows of a parquet or JSONL file. Raises UserError: not readable, or without the columns."""
     return (_jsonl_rows if file.name.endswith(".jsonl") else _parquet_rows)(file, columns)
 
 
-def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
     def all_of_them(there: list[str]) -> list[str]:
         _check_columns(file, there, columns)
         return there

@@ -24,7 +24,7 @@ MOST_TASKS = 12
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Scores of several benchmarks, in percent: a row a benchmark and a row for each of its tasks."""
-    lines = [("", *HEADS)]
+    lines: list[tuple[str, ...]] = [("", *HEADS)]
     for bench in [name for name in BENCHMARKS if name in scores]:
         result = scores[bench]
         strict, counts = result["strict"], result["count_by_task"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 import urllib.request
@@ -69,7 +70,7 @@ def fetch(items: Sequence[Item], image_folder: Path | None) -> None:
         ThreadPoolExecutor(AT_ONCE) as pool,
         tqdm(total=len(missing), desc="images", unit="image") as bar,
     ):
-        for failure in pool.map(lambda entry: _fetch_one(*entry, folder), missing.items()):
+        for failure in pool.map(_fetch_one, missing, missing.values(), itertools.repeat(folder)):
             bar.update()
             failures += [failure] if failure else []
     if failures:

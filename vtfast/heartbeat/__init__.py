@@ -30,7 +30,9 @@ _state = State()
 _watch: Watch | None = None
 
 
-def start(members: list[Member], rank: int, limit: float, door: Door, address: tuple) -> None:
+def start(
+    members: list[Member], rank: int, limit: float, door: Door | None, address: tuple
+) -> None:
     """Watch from now on. `members`: all ranks in order; `limit`: seconds without progress; `door`: rank 0's own;
     `address`: what rank 0's door said. Raises UserError where rank 0 cannot be reached."""
     global _watch

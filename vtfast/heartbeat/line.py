@@ -38,7 +38,7 @@ class Line:
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def send(self, **message) -> None:
+    def send(self, **message: object) -> None:
         """What cannot be sent is dropped: `receive` tells that a connection is closed, a watch that nobody reads."""
         if self.deaf:
             return

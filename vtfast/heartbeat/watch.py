@@ -31,6 +31,8 @@ PACKAGE = Path(__file__).parent.parent
 class Watch:
     """What both kinds of thread share. `state` belongs to the main thread; it is only read here."""
 
+    judge: Judge
+
     def __init__(self, members: list[Member], rank: int, state: State, limit: float) -> None:
         self.members, self.rank, self.state = members, rank, state
         self.interval = min(INTERVAL, limit / 10)
@@ -217,7 +219,7 @@ class Hub(Watch):
         self._tell(verdict=verdict.as_dict())
         self.end(verdict)
 
-    def _tell(self, **message) -> None:
+    def _tell(self, **message: object) -> None:
         for line in self.lines.values():
             line.send(**message)
 

@@ -159,11 +159,11 @@ def _count(source: Source, system: str, rows: int | None, result: Migration) -> 
     whole = max(1, math.ceil(prompts - 1e-9))
     if whole != prompts:
         note += f"; {prompts:g} prompts a rank rounded up"
-    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": whole}
+    counts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": whole}
     names = [
         n for n in values if "batch" in n or "accumulation" in n or n == "steps_per_generation"
     ]
-    result.take(", ".join(names) or "(batch)", [values[n] for n in names], batch, note)
+    result.take(", ".join(names) or "(batch)", [values[n] for n in names], counts, note)
     if ranks:
         result.take(
             "(ranks)", ranks, {"num_processes": ranks}, "a warning tells when others are used"

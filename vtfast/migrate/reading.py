@@ -70,7 +70,7 @@ def _file(path: Path) -> Source:
 
 
 def flatten(values: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{above}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
@@ -80,11 +80,10 @@ def flatten(values: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
 def _launch(text: str) -> Source:
     """The last command of a shell script that starts Python: its flags, and its launcher's number of ranks."""
     commands = _commands(text)
-    starts = [words for words in commands if _script_at(words) is not None]
+    starts = [(words, at) for words in commands if (at := _script_at(words)) is not None]
     if not starts:
         return Source()
-    words = starts[-1]
-    at = _script_at(words)
+    words, at = starts[-1]
     source = Source(script=words[at])
     for name, value in _flags(words[:at], source):
         if name in PROCESSES and str(value).isdigit():

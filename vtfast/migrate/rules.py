@@ -226,7 +226,7 @@ COUNTED = {
 }  # fmt: skip
 """Names that make sense together only (`mapping`)."""
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "trl": {
         "max_completion_length": 512, "seed": 42, "gradient_checkpointing": True, "save_steps": 500,
         "loss_type": "dapo",

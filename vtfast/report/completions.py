@@ -64,8 +64,8 @@ def read_completions(folder: Path, limit: int = SHOWN, characters: int = CHARACT
     lines = JsonLines(folder / "completions.jsonl")
     seen = _since_rewind(_scan(lines))
     found = Completions(len(seen), notes=lines.notes())
-    for step, rows in groupby(seen, key=lambda row: row.step):
-        rows = list(rows)
+    for step, of_step in groupby(seen, key=lambda row: row.step):
+        rows = list(of_step)
         found.per_step[step] = len(rows)
         found.reflecting[step] = sum(bool(row.words) for row in rows)
         found.words[step] = sum((Counter(row.words) for row in rows), Counter())

@@ -31,13 +31,13 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     The file appears whole or not at all. Raises UserError for a folder that is no run and an `output` that cannot be
     written.
     """
-    folders = [Path(folder) for folder in folders]
-    path = Path(output) if output is not None else folders[0] / "report.html"
+    paths = [Path(folder) for folder in folders]
+    path = Path(output) if output is not None else paths[0] / "report.html"
     if output is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"--output {path}: not a file in an existing folder; name one")
-    share = len(folders)
+    share = len(paths)
     try:
-        runs = read_runs(folders)
+        runs = read_runs(paths)
         found = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
         write_whole(path, render(content(runs, found)))
     except OSError as error:  # permissions, a full disk

@@ -51,7 +51,7 @@ def call(reward: Reward, response: Response) -> Score:
     try:
         wanted = _options(reward)
         options = {name: value for name, value in given.items() if name in wanted}
-        value = reward(response.completion, response.sample, **options)
+        value: Any = reward(response.completion, response.sample, **options)
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
             return failed(f"returned {_short(value)} and not a finite number")
         return Score(float(value))

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -33,8 +32,6 @@ from vtfast.rollout.sampling import Completion, Sampling
 
 class VLLMEngine:
     """`generate` as in `RolloutEngine`."""
-
-    seconds: ClassVar[dict[str, float]] = {}  # prefill and decode are mixed in vLLM
 
     def __init__(
         self,
@@ -57,6 +54,8 @@ class VLLMEngine:
             ) from None
         _name_the_only_rank()
         self.policy, self.processor = policy, processor
+        self.give_up: Callable[[], object] | None = None  # never asked
+        self.seconds: dict[str, float] = {}  # prefill and decode are mixed in vLLM
         self.sampling_params, self.sleeps = SamplingParams, enable_sleep_mode
         limits = processor.pixel_limits
         images = (

@@ -1,0 +1,75 @@
+"""Every public function and method of the package and of the kernels says what it takes and what it returns.
+
+Triton's kernels are left out: their arguments are pointers and constants that `tl` gives a type to. mypy cannot be told
+so, as a decorator does not exempt a function from its rules. Whether the types are right is mypy's business, and that a
+dataclass field has one is Python's.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(file for part in ("vtfast", "kernels") for file in (ROOT / part).rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def is_public(name: str) -> bool:
+    return not name.startswith("_") or (name.startswith("__") and name.endswith("__"))
+
+
+def functions(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[Function, bool]]:
+    """Public functions, and methods of public classes (True)."""
+    for entry in scope.body:
+        if isinstance(entry, ast.ClassDef) and is_public(entry.name):
+            yield from ((function, True) for function, _ in functions(entry))
+        elif isinstance(entry, Function) and is_public(entry.name):
+            yield entry, False
+
+
+def untyped(source: str) -> list[str]:
+    """`name: what has no type`, a line for each function that lacks any."""
+    found = []
+    for function, is_method in functions(ast.parse(source)):
+        decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+        if any(decorator.startswith("triton.jit") for decorator in decorators):
+            continue
+        of = function.args
+        arguments = [*of.posonlyargs, *of.args]
+        if is_method and "staticmethod" not in decorators:
+            arguments = arguments[1:]
+        arguments += [*of.kwonlyargs, *filter(None, (of.vararg, of.kwarg))]
+        missing = [argument.arg for argument in arguments if argument.annotation is None]
+        missing += ["return"] if function.returns is None else []
+        if missing:
+            found.append(f"{function.name}: {', '.join(missing)}")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_all_is_typed(file: Path) -> None:
+    assert untyped(file.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("def f(x: int) -> int: ...", []),
+        ("def f(x): ...", ["f: x, return"]),
+        ("async def f(x: int): ...", ["f: return"]),
+        ("def f(a, /, b: int, *c, d, **e) -> int: ...", ["f: a, d, c, e"]),
+        ("class A:\n    def f(self) -> int: ...", []),
+        ("class A:\n    def __init__(self): ...", ["__init__: return"]),
+        ("class A:\n    class B:\n        def f(self, x) -> int: ...", ["f: x"]),
+        ("class A:\n    @staticmethod\n    def f(x) -> int: ...", ["f: x"]),
+        ("@triton.jit\ndef f(x): ...", []),
+        ("@triton.jit(debug=True)\ndef f(x): ...", []),
+        ("@cache\ndef f(x): ...", ["f: x, return"]),
+        ("def _f(x): ...", []),
+        ("class _A:\n    def f(self, x): ...", []),
+    ],
+)
+def test_what_is_found(source: str, found: list[str]) -> None:
+    assert untyped(source) == found
