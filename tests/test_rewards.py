@@ -210,7 +210,8 @@ def test_no_value_makes_a_reward_raise(odd):
 
 
 def test_rewards_by_name(tmp_path, monkeypatch):
-    assert [get_reward(name) for name in REWARDS] == [accuracy_reward, format_reward, length_reward]
+    named = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward}
+    assert {name: get_reward(name) for name in named} == named
     (tmp_path / "my_rewards.py").write_text("def half(completion, sample): return 0.5\nlimit = 3")
     monkeypatch.syspath_prepend(tmp_path)
     assert get_reward("my_rewards:half")("", SIDE) == 0.5
