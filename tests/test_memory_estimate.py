@@ -14,7 +14,7 @@ from vtfast.cli import main
 from vtfast.config import SFTConfig, load_config
 from vtfast.errors import UserError
 from vtfast.estimate import Device, advice, count_rows, find_device
-from vtfast.memory import (
+from vtfast.memory_estimate import (
     activation_bytes,
     block_numbers,
     cache_bytes,
