@@ -12,8 +12,8 @@ from bench._harness import growth_in_child
 from vtfast.blueprint import blueprint, read_model_config
 from vtfast.cli import main
 from vtfast.config import SFTConfig, load_config
+from vtfast.dry_run import Device, advice, count_rows, find_device
 from vtfast.errors import UserError
-from vtfast.estimate import Device, advice, count_rows, find_device
 from vtfast.memory_estimate import (
     activation_bytes,
     block_numbers,

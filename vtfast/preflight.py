@@ -17,8 +17,8 @@ from vtfast.config import RunConfig, SettingsError
 from vtfast.config.combinations import PIXELS_A_TOKEN
 from vtfast.data import Sample
 from vtfast.data.files import find_files
+from vtfast.dry_run import dtype_of
 from vtfast.errors import UserError
-from vtfast.estimate import dtype_of
 from vtfast.hub import is_hub_id, model_path
 from vtfast.processor import Processor
 from vtfast.prompts import load_template, render
