@@ -29,7 +29,7 @@ from vtfast.objective import SUMS, Objective, loss_spec
 from vtfast.preflight import check_start
 from vtfast.prompts import response_prefix
 from vtfast.questions import Question
-from vtfast.reference import Reference
+from vtfast.reference_model import Reference
 from vtfast.report import draw_curves
 from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
