@@ -27,7 +27,7 @@ from vtfast.rewards import get_reward
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.engine import PAGE
-from vtfast.target import load_target
+from vtfast.sft_target import load_target
 from vtfast.tracking import check_trackers
 
 log = logging.getLogger("vtfast")
