@@ -23,6 +23,7 @@ from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
 from vtfast.groups import Group, completion_rows, reward
 from vtfast.health import warn
+from vtfast.load_balancing import Work
 from vtfast.metrics import Timer, mfu, process_metrics, step_metrics, summary
 from vtfast.model import Policy
 from vtfast.objective import SUMS, Objective, loss_spec
@@ -37,7 +38,6 @@ from vtfast.rollout.engine import GivenUp
 from vtfast.roofline import Roofline
 from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
-from vtfast.sharing import Work
 
 NOTHING = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
 """The sums of a step in which no question could be used."""
