@@ -13,10 +13,10 @@ from vtfast.config import Config, load_config
 from vtfast.devices import DEVICES, Rates, data_sheet
 from vtfast.errors import UserError
 from vtfast.hub import model_path
+from vtfast.load_balancing import Size
 from vtfast.lora import add_lora
 from vtfast.report.run_folder import JsonLines, read_runs
 from vtfast.roofline import Weights
-from vtfast.sharing import Size
 
 NEEDED = ("step", "row", "length", "prompt_length", "patches", "advantage", "rank")
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from bench._cluster import Cluster
 from vtfast.devices import Rates
+from vtfast.load_balancing import Size, passes_of
 from vtfast.roofline import Weights, decode_floor, optimizer_floor, prefill_floor
-from vtfast.sharing import Size, passes_of
 
 BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces in one call (its reduce_bucket_size)."""

@@ -17,6 +17,7 @@ from bench._workload import MID, TINY, TWO_B, Shape, model_config
 from vtfast.blueprint import skeleton
 from vtfast.devices import DEVICES, Rates, data_sheet
 from vtfast.errors import UserError
+from vtfast.load_balancing import Size
 from vtfast.roofline import (
     PHASES,
     Weights,
@@ -26,7 +27,6 @@ from vtfast.roofline import (
     phase_seconds,
     prefill_floor,
 )
-from vtfast.sharing import Size
 
 EFFICIENCY = (0.6, 0.4)
 """Shares of the floor's speed of rollout and update where nothing is measured: what `bench rollout` and `bench update`

@@ -18,7 +18,7 @@ from .grpo_loss import GRPOLoss, grpo_loss
 from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
-from .objective import LOSS_TYPES
+from .loss_names import LOSS_TYPES, TOKEN_LEVEL
 
 FP32_TOLERANCE = 1e-5  # relative, against float64
 TEMPERATURE = 0.9
@@ -65,7 +65,7 @@ def specs() -> dict[str, GRPOLoss]:
     out = {}
     for loss_type in LOSS_TYPES:
         for level in ("token", "sequence"):
-            if level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
+            if level == "sequence" and loss_type in TOKEN_LEVEL:
                 continue
             out[f"{loss_type}-{level}"] = GRPOLoss(
                 loss_type,

@@ -33,16 +33,7 @@ from .grpo_loss import (
     output_of,
 )
 from .linear_logprob import linear_logprob
-from .objective import (
-    GRPOLoss,
-    GRPOLossOutput,
-    Tokens,
-    describe_tokens,
-    evaluate,
-    sampler_ratio,
-    token_loss,
-)
-from .rows import (
+from .logit_rows import (
     Chunk,
     add_matmul,
     chunk_rows,
@@ -52,6 +43,15 @@ from .rows import (
     row_spans,
     row_statistics,
     write_dlogits,
+)
+from .objective import (
+    GRPOLoss,
+    GRPOLossOutput,
+    Tokens,
+    describe_tokens,
+    evaluate,
+    sampler_ratio,
+    token_loss,
 )
 
 WORTH_COMPACTING = 0.9  # share of rows with a gradient below which moving them together is cheaper

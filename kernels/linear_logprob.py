@@ -36,7 +36,7 @@ from .checks import (
     interpreted,
     op_scope,
 )
-from .rows import (
+from .logit_rows import (
     Chunk,
     add_matmul,
     chunk_rows,

@@ -31,7 +31,7 @@ from .checks import (
     op_scope,
     require,
 )
-from .rows import LN_2
+from .logit_rows import LN_2
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
 GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)

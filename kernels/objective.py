@@ -30,9 +30,7 @@ import triton
 import triton.language as tl
 
 from .checks import require
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+from .loss_names import LOSS_TYPES, SAMPLER_MODES, TOKEN_LEVEL
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class GRPOLoss:
     """A member of the GRPO family. Names are mostly TRL's; defaults are the VisualThinker recipe's."""
 
     loss_type: str = "grpo"
-    """grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | vespo."""
+    """A name of `LOSS_TYPES`."""
     beta: float = 0.04
     """Weight of the KL to the reference model; 0 never touches `ref_logp`."""
     epsilon_low: float = 0.2
@@ -50,7 +48,7 @@ class GRPOLoss:
     delta: float | None = None
     """Two-sided clipping: the unclipped branch stops growing at delta, which should exceed 1 + epsilon_high."""
     importance_level: str = "token"
-    """token | sequence (GSPO). The losses without a clip (cispo, sapo, vespo) know only "token"."""
+    """token | sequence (GSPO). The losses of `TOKEN_LEVEL` know only "token"."""
     temperature: float = 1.0
     """Divides the logits, as it did in the sampler."""
     max_completion_length: int | None = None
@@ -107,9 +105,8 @@ class GRPOLoss:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         ordered = low is None or high is None or low <= high
         require(ordered, "vllm_importance_sampling_clip_min", f"{low} is above clip_max, {high}")
-        unclipped = self.loss_type in ("cispo", "sapo", "vespo")
         require(
-            not (unclipped and self.importance_level == "sequence"),
+            not (self.loss_type in TOKEN_LEVEL and self.importance_level == "sequence"),
             "importance_level",
             f"'sequence' is not defined for loss_type {self.loss_type!r}",
         )

@@ -1,11 +1,18 @@
 """Settings: recipes as data, flags on top, and mistakes that are named."""
 
+import re
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from vtfast.config import LOSS_TYPES, Config, SFTConfig, field_help, load_config, recipe_names
 from vtfast.errors import UserError
+from vtfast.rewards import REWARDS
+
+ROOT = Path(__file__).parents[1]
 
 # arXiv 2503.05132, Table 2, and the authors' run_grpo_SAT.sh (defaults of its TRL 0.14 and transformers 4.49 included).
 PAPER = {
@@ -173,7 +180,22 @@ def test_unknown_recipe_suggests_the_nearest():
         load_config("visualthinker-2b")
 
 
-def test_loss_types_are_those_of_the_kernels():
-    from vtfast_kernels.objective import LOSS_TYPES as KERNELS
+def test_every_loss_type_is_in_its_help_and_in_the_pages():
+    """Nobody else would notice a new one that is missing there."""
+    table = (ROOT / "docs/pages/loss.md").read_text().partition("## The family")[2]
+    told = field_help(Config)["loss_type"]
+    for name in LOSS_TYPES:
+        assert re.search(rf"\b{name}\b", told), name
+        assert re.search(rf"^\|[^|]*\b{name}\b", table, re.MULTILINE), name
 
-    assert LOSS_TYPES == KERNELS
+
+def test_every_reward_is_in_its_help():
+    assert f"({', '.join(REWARDS)})" in field_help(Config)["reward_funcs"]
+
+
+def test_settings_are_checked_before_torch_is_loaded():
+    there = (
+        "'torch' in sys.modules"  # where torchvision has to be mended, `import vtfast` brings it
+    )
+    code = f"import sys, vtfast; had = {there}; import vtfast.config; assert ({there}) == had"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -7,14 +7,15 @@ import pytest
 import torch
 import yaml
 from transformers import Qwen2Config, Qwen2VLConfig
+from vtfast.sharing import Work
 
 from bench._harness import growth_in_child
 from vtfast.blueprint import blueprint, read_model_config
 from vtfast.cli import main
 from vtfast.config import SFTConfig, load_config
+from vtfast.dry_run import Device, advice, count_rows, find_device
 from vtfast.errors import UserError
-from vtfast.estimate import Device, advice, count_rows, find_device
-from vtfast.memory import (
+from vtfast.memory_estimate import (
     activation_bytes,
     block_numbers,
     cache_bytes,
@@ -31,7 +32,6 @@ from vtfast.memory import (
 from vtfast.model import Policy, load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.run import Run
-from vtfast.sharing import Work
 from vtfast.trainer import Trainer
 
 QWEN2_VL_2B = {  # Qwen/Qwen2-VL-2B's config.json

@@ -11,7 +11,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
 from vtfast.model import embed_patches, freeze_parts, load_model
-from vtfast.reference import Reference
+from vtfast.reference_model import Reference
 from vtfast.scoring import completion_logprobs
 
 COMPLETIONS = [[[5, 6, 7], [8]], [[9, 10]]]

@@ -198,19 +198,22 @@ def test_no_text_makes_a_reward_raise(before, inside, gold):
     for completion in (before + inside, f"{before}<answer>{inside}</answer>"):
         for reward in REWARDS.values():
             assert isinstance(value := reward(completion, sample), float)
-            assert reward is length_reward or value in (0.0, 1.0)
+            assert reward not in (accuracy_reward, format_reward) or value in (0.0, 1.0)
 
 
 @pytest.mark.parametrize("odd", [None, 3, ["left"]])
 def test_no_value_makes_a_reward_raise(odd):
     for reward in REWARDS.values():
+        assert isinstance(reward(odd, SIDE), float)
+    for reward in (accuracy_reward, format_reward, length_reward):
         assert reward(odd, SIDE) == 0.0
     assert accuracy_reward("<answer>left</answer>", odd) == 0.0
     assert accuracy_reward("<answer>3.0</answer>", Sample("?", [None], "3", [])) == 0.0
 
 
 def test_rewards_by_name(tmp_path, monkeypatch):
-    assert [get_reward(name) for name in REWARDS] == [accuracy_reward, format_reward, length_reward]
+    named = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward}
+    assert {name: get_reward(name) for name in named} == named
     (tmp_path / "my_rewards.py").write_text("def half(completion, sample): return 0.5\nlimit = 3")
     monkeypatch.syspath_prepend(tmp_path)
     assert get_reward("my_rewards:half")("", SIDE) == 0.5

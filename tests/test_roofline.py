@@ -18,6 +18,7 @@ from vtfast.distributed import Ranks
 from vtfast.errors import UserError
 from vtfast.flops import update_flops
 from vtfast.groups import Batch, Group
+from vtfast.load_balancing import Size
 from vtfast.model import load_model
 from vtfast.packing import Part
 from vtfast.questions import Question
@@ -38,7 +39,6 @@ from vtfast.roofline import (
     shares,
     step_floors,
 )
-from vtfast.sharing import Size
 from vtfast.trainer import Trainer
 
 UNIT = Rates(1.0, float("inf"))

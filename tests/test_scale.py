@@ -31,8 +31,8 @@ from vtfast.blueprint import skeleton
 from vtfast.config import load_config
 from vtfast.devices import data_sheet
 from vtfast.errors import UserError
+from vtfast.load_balancing import Size
 from vtfast.roofline import Weights
-from vtfast.sharing import Size
 from vtfast.trainer import Trainer
 
 RATES = data_sheet("H100", torch.bfloat16)

@@ -23,11 +23,11 @@ from vtfast.distributed import Ranks
 from vtfast.errors import UserError
 from vtfast.flops import forward_flops, update_flops
 from vtfast.groups import Batch, Group
+from vtfast.load_balancing import share_out
 from vtfast.model import load_model
 from vtfast.questions import Question, batches
 from vtfast.rollout import Completion
 from vtfast.sft import SFTObjective, SFTTrainer
-from vtfast.sharing import share_out
 from vtfast.trainer import Trainer
 
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]

@@ -17,8 +17,8 @@ from vtfast.config import RunConfig, SettingsError
 from vtfast.config.combinations import PIXELS_A_TOKEN
 from vtfast.data import Sample
 from vtfast.data.files import find_files
+from vtfast.dry_run import dtype_of
 from vtfast.errors import UserError
-from vtfast.estimate import dtype_of
 from vtfast.files import expand
 from vtfast.hub import is_hub_id, model_path
 from vtfast.processor import Processor
@@ -28,7 +28,7 @@ from vtfast.rewards import get_reward
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.engine import PAGE
-from vtfast.target import load_target
+from vtfast.sft_target import load_target
 from vtfast.tracking import check_trackers
 
 log = logging.getLogger("vtfast")

@@ -35,10 +35,10 @@ from vtfast.devices import Rates, rates_of
 from vtfast.distributed import Ranks
 from vtfast.flops import forward_flops, part_flops
 from vtfast.groups import Group
+from vtfast.load_balancing import Size, passes_of
 from vtfast.model import Policy
 from vtfast.packing import Part
 from vtfast.rollout.loop import PREFILL_TOKENS
-from vtfast.sharing import Size, passes_of
 
 log = logging.getLogger("vtfast")
 

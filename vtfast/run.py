@@ -31,6 +31,7 @@ from vtfast.groups import Batch, Group
 from vtfast.health import Health, Keeper
 from vtfast.hub import model_path
 from vtfast.liger import use_liger
+from vtfast.load_balancing import Work, share_out
 from vtfast.lora import add_lora
 from vtfast.model import load_model
 from vtfast.packing import check_group
@@ -39,7 +40,6 @@ from vtfast.questions import Asker, Question, batches, load_questions, render_sy
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.resume import held_out_before, on_main, put_back, state_of, write_rest
 from vtfast.rollout.choice import choose_engine
-from vtfast.sharing import Work, share_out
 from vtfast.stopping import StopNotice
 from vtfast.terminal import show
 from vtfast.token_budget import TokenBudget

@@ -35,7 +35,7 @@ from vtfast.processor import Processor, Prompt
 from vtfast.questions import Question
 from vtfast.rollout import Completion
 from vtfast.run import Run
-from vtfast.target import Target, load_target
+from vtfast.sft_target import Target, load_target
 
 log = logging.getLogger("vtfast")
 

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from vtfast.distributed import Ranks
 from vtfast.errors import RankError, UserError
 from vtfast.groups import Batch, Group
+from vtfast.load_balancing import Work
 from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
 from vtfast.packing import Part, plan, split
-from vtfast.sharing import Work
 
 log = logging.getLogger("vtfast")
 T = TypeVar("T")

@@ -23,13 +23,14 @@ from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
 from vtfast.groups import Group, completion_rows, reward
 from vtfast.health import warn
+from vtfast.load_balancing import Work
 from vtfast.metrics import Timer, mfu, process_metrics, step_metrics, summary
 from vtfast.model import Policy
 from vtfast.objective import SUMS, Objective, loss_spec
 from vtfast.preflight import check_start
 from vtfast.prompts import response_prefix
 from vtfast.questions import Question
-from vtfast.reference import Reference
+from vtfast.reference_model import Reference
 from vtfast.report import draw_curves
 from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
@@ -37,7 +38,6 @@ from vtfast.rollout.engine import GivenUp
 from vtfast.roofline import Roofline
 from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
-from vtfast.sharing import Work
 
 NOTHING = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
 """The sums of a step in which no question could be used."""

@@ -11,6 +11,10 @@ from vtfast_kernels.grpo_loss import GRPOLoss
 
 import vtfast  # noqa: F401  mends torchvision where it cannot load, before TRL asks for it
 
+OURS_ALONE: tuple[str, ...] = ()
+"""Loss types that neither TRL nor Liger has. For each, test_grpo_loss.py holds its value against one written by hand:
+the registry's tests compare the derivative with the value, and two wrong ones may agree."""
+
 
 class Padded:
     """The flat tokens of a batch laid out as [S, T] with a mask."""

@@ -82,7 +82,7 @@ def read_settings(
 def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
     """What a run with these settings would take, and what would stop it here: as YAML comments, so that the output of a
     dry run is a settings file."""
-    from vtfast.estimate import estimate
+    from vtfast.dry_run import estimate
     from vtfast.preflight import find_problems
 
     lines = list(estimate(config, gpu_memory_gb))

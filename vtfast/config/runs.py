@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import yaml
+from vtfast_kernels.loss_names import LOSS_TYPES, SAMPLER_MODES, TOKEN_LEVEL
 
 from vtfast.config.combinations import impossible_combinations, odd_combinations
 from vtfast.config.problems import SettingsError
 from vtfast.config.sections import GRPO, SFT, Optimizer, Output, Rollout, Task
 
-TOKEN_LEVEL = ("cispo", "sapo", "vespo")
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 ATTENTION = ("auto", "flash_attn_3", "flash_attn", "varlen", "sdpa")
 DECODE_ATTENTION = ("auto", "flash_attn_3", "flash_attn", "triton", "varlen", "torch")
 FREEZABLE = ("vision", "merger", "language", "embeddings")

@@ -32,20 +32,17 @@ __all__ = [
     "length_reward",
 ]
 
-MODES: dict[str, dict[str, Reward]] = {
-    "strict": {
-        "accuracy": strict.accuracy_reward,
-        "format": strict.format_reward,
-        "length": strict.length_reward,
-    },
-    "recipe": {
-        "accuracy": recipe.accuracy_reward,
-        "format": recipe.format_reward,
-        "length": strict.length_reward,
-    },
+REWARDS: dict[str, Reward] = {
+    "accuracy": strict.accuracy_reward,
+    "format": strict.format_reward,
+    "length": strict.length_reward,
 }
-"""Rewards by `--reward_mode` and name."""
-REWARDS = MODES["strict"]
+"""Rewards by name."""
+MODES: dict[str, dict[str, Reward]] = {
+    "strict": REWARDS,
+    "recipe": REWARDS | {"accuracy": recipe.accuracy_reward, "format": recipe.format_reward},
+}
+"""The same by `--reward_mode`."""
 
 
 def get_reward(name: str, mode: str = "strict") -> Reward:

@@ -17,7 +17,7 @@ from vtfast.data.files import find_files
 from vtfast.distributed import prompts_per_rank
 from vtfast.errors import UserError
 from vtfast.files import expand
-from vtfast.memory import Load, Memory, Part, load_of, memory_of, parts_of
+from vtfast.memory_estimate import Load, Memory, Part, load_of, memory_of, parts_of
 from vtfast.model import Policy
 from vtfast.questions import SYNTHETIC, SYNTHETIC_TRAIN
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from vtfast_kernels.rows import chunk_rows
+from vtfast_kernels.logit_rows import chunk_rows
 
 from vtfast.config import RunConfig
 from vtfast.config.combinations import PIXELS_A_TOKEN

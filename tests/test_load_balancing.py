@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vtfast import sharing
+from vtfast import load_balancing
 from vtfast.flops import forward_flops
 from vtfast.groups import Group
+from vtfast.load_balancing import settle, share_out
 from vtfast.packing import Part
 from vtfast.questions import Question
 from vtfast.rollout import Completion
-from vtfast.sharing import settle, share_out
 
 
 class ThreadRanks:
@@ -120,13 +120,13 @@ def test_no_rank_waits(shared, policy):
 
 
 def test_images_count_as_work(shared, monkeypatch):
-    patches, original = [], sharing.forward_flops
+    patches, original = [], load_balancing.forward_flops
 
     def watched(config, prompt, lengths, images):
         patches.extend(images)
         return original(config, prompt, lengths, images)
 
-    monkeypatch.setattr(sharing, "forward_flops", watched)
+    monkeypatch.setattr(load_balancing, "forward_flops", watched)
     shared()
     assert patches and min(patches) > 0
 
