@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from transformers import Qwen2Config, Qwen2VLConfig
-from vtfast.sharing import Work
 
 from bench._harness import growth_in_child
 from vtfast.blueprint import blueprint, read_model_config
@@ -15,6 +14,7 @@ from vtfast.cli import main
 from vtfast.config import SFTConfig, load_config
 from vtfast.dry_run import Device, advice, count_rows, find_device
 from vtfast.errors import UserError
+from vtfast.load_balancing import Work
 from vtfast.memory_estimate import (
     activation_bytes,
     block_numbers,
