@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launchers import deepspeed_launcher
+from launchers import deepspeed_launcher, outside_ranks
 from safetensors.torch import load_file
 
 from vtfast import questions
@@ -94,7 +94,7 @@ def launch(folder: Path, environment: dict, *flags: str, ranks: int) -> Path:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*launcher, str(ROOT / "train.py"), *words, *flags], capture_output=True, text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path} | environment, cwd=ROOT,
+        env=outside_ranks() | {"DS_ACCELERATOR": "cpu", "PATH": path} | environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -1,7 +1,6 @@
 """What gets installed, and that our folder `kernels/` never stands in for Hugging Face's package of that name."""
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launchers import outside_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def test_the_root_folder_does_not_shadow_the_hubs_kernels(tmp_path):
     subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = outside_ranks() | {"PYTHONPATH": str(tmp_path)}
     check = IMPORTS + "import kernels; assert kernels.theirs"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=environment, check=True)
 
@@ -89,7 +89,7 @@ def test_sdist_and_wheel_hold_every_file_of_the_packages(installed):
 
 
 def test_the_installed_package_runs_from_anywhere(installed, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(installed)}
+    environment = outside_ranks() | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-m", "vtfast", "train", "--dry-run", "--max_steps", "3"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

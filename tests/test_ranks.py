@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from launchers import deepspeed_launcher, free_port
+from launchers import deepspeed_launcher, free_port, outside_ranks
 
 from vtfast.cli import BAD_INPUT, RANK_LOST
 from vtfast.config import field_names, load_config
@@ -58,7 +58,8 @@ def launch(tmp_path: Path, plant: str, *flags: str, launcher: list[str]) -> tupl
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(
         [*launcher, str(script), *FLAGS, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PLANT": plant}, cwd=tmp_path, start_new_session=True,
+        env=outside_ranks() | {"DS_ACCELERATOR": "cpu", "PATH": path, "PLANT": plant}, cwd=tmp_path,
+        start_new_session=True,
     )  # fmt: skip
     try:
         said, _ = process.communicate(timeout=600)

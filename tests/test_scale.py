@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launchers import deepspeed_launcher
+from launchers import deepspeed_launcher, outside_ranks
 
 from bench import roofline, scale
 from bench._cluster import HOP, NETWORK_HOP, Cluster, all_gather_bytes, all_reduce_bytes
@@ -355,7 +355,7 @@ def test_two_ranks_send_what_the_model_says(tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*deepspeed_launcher(), str(script), json.dumps(settings)],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}, capture_output=True, text=True, timeout=300,
+        env=outside_ranks() | {"DS_ACCELERATOR": "cpu", "PATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run = read_recorded(folder)

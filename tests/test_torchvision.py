@@ -1,12 +1,12 @@
 """Both worlds: torchvision installed (qwen_vl_utils resizes) and not (vtfast does), with the same pixels."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launchers import outside_ranks
 
 ASIDE = Path(sys.prefix) / "torchvision"
 """Where `make setup` keeps a torchvision that is not on the path: a CPU-only torch cannot load it unaided."""
@@ -17,7 +17,7 @@ def test_where_torchvision_is_installed():
     if not installed and not ASIDE.is_dir():
         pytest.skip(f"no torchvision, nor one set aside in {ASIDE} (make setup puts it there)")
     folder = Path(__file__).parent
-    environment = os.environ | ({} if installed else {"PYTHONPATH": str(ASIDE)})
+    environment = outside_ranks() | ({} if installed else {"PYTHONPATH": str(ASIDE)})
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(folder / "with_torchvision.py")],
         env=environment, cwd=folder.parent, capture_output=True, text=True,

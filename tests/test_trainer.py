@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from launchers import deepspeed_launcher
+from launchers import deepspeed_launcher, outside_ranks
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
@@ -60,7 +60,7 @@ SHORT = [
 
 def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
+    return outside_ranks() | {"DS_ACCELERATOR": "cpu", "PATH": path}
 
 
 def run(folder: Path, *flags: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[dict]:

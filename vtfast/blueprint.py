@@ -43,11 +43,11 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
     Raises UserError where there is none, it cannot be read, or its family or its attention is none of ours.
     """
     folder = model_path(path)
-    if is_adapter(Path(folder)):
-        folder = model_path(base_of(Path(folder)))
-    if (Path(folder) / "config.json").is_file():
-        check_config(Path(folder))
     try:
+        if is_adapter(Path(folder)):
+            folder = model_path(base_of(Path(folder)))
+        if (Path(folder) / "config.json").is_file():
+            check_config(Path(folder))
         model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

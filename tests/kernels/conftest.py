@@ -11,7 +11,7 @@ os.environ.setdefault(
 
 import pytest
 import torch
-from vtfast_kernels import checks, rows
+from vtfast_kernels import checks, logit_rows
 
 INTERPRETED = checks.interpreted()
 
@@ -45,5 +45,5 @@ def poisoned_buffers():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 32 tokens at most, so that small inputs cross chunk borders."""
-    monkeypatch.setattr(rows, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(rows, "CUDA_CHUNK_BYTES", 1)
+    monkeypatch.setattr(logit_rows, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(logit_rows, "CUDA_CHUNK_BYTES", 1)

@@ -121,9 +121,12 @@ def command(*arguments: str) -> str:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
     if code == BAD_INPUT:
-        lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, f"not one line: {err.getvalue()}"
-        raise UserError(lines[0].removeprefix("error: "))
+        said = err.getvalue().splitlines()
+        (first,) = (place for place, line in enumerate(said) if line.startswith("error: "))
+        problems = [line.strip() for line in said[first + 1 :] if line.startswith("  ")]
+        error = UserError(said[first].removeprefix("error: "))
+        error.problems = problems or [error]
+        raise error
     assert code == 0, f"exit code {code}: {err.getvalue()}"
     return WORKS
 
