@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, dry runs, and mistakes that cost one line and exit code 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,23 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and all(f"--{name}" in text for name in field_names())
     assert main([]) == 0 and "make-base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "rate"), [("train", "GRPO:", "1e-06"), ("sft", "SFT:", "2e-05")]
+)
+def test_help_comes_by_section_with_defaults(command, own, rate, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    heads = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert heads == ["options:", "Task:", own, "Rollout:", "Optimizer:", "Output:"]
+    settings = text[text.index("Task:") : text.index("example:")].split("\n  --")[1:]
+    default = {entry.split()[0]: re.search(r"\(default (\S+)\)", entry)[1] for entry in settings}
+    assert default["learning_rate"] == rate and default["use_peft"] == "false"
+    assert default["max_steps"] == ("200" if own == "GRPO:" else "none")
+    assert default["report_to"] == "tensorboard" and default["template"] == "r1-zero"
 
 
 @pytest.fixture

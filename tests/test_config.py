@@ -4,7 +4,17 @@ from dataclasses import fields
 
 import pytest
 
-from vtfast.config import LOSS_TYPES, Config, SFTConfig, field_help, load_config, recipe_names
+from vtfast.config import (
+    LOSS_TYPES,
+    Config,
+    SFTConfig,
+    field_defaults,
+    field_help,
+    field_names,
+    field_sections,
+    load_config,
+    recipe_names,
+)
 from vtfast.errors import UserError
 
 # arXiv 2503.05132, Table 2, and the authors' run_grpo_SAT.sh (defaults of its TRL 0.14 and transformers 4.49 included).
@@ -177,3 +187,16 @@ def test_loss_types_are_those_of_the_kernels():
     from vtfast_kernels.objective import LOSS_TYPES as KERNELS
 
     assert LOSS_TYPES == KERNELS
+
+
+@pytest.mark.parametrize("kind", [Config, SFTConfig])
+def test_defaults_are_written_as_flags_read_them(kind):
+    """The help shows them; given as flags they change nothing."""
+    assert load_config(kind.recipe, None, field_defaults(kind), kind) == kind()
+
+
+@pytest.mark.parametrize("kind", [Config, SFTConfig])
+def test_every_setting_is_in_one_section(kind):
+    sections = field_sections(kind)
+    listed = [name for names in sections.values() for name in names]
+    assert sorted(listed) == sorted(field_names(kind)) and all(map(len, sections.values()))

@@ -9,8 +9,10 @@ from vtfast.commands.parser import Parser
 from vtfast.config import (
     RunConfig,
     SettingsError,
+    field_defaults,
     field_help,
     field_names,
+    field_sections,
     load_config,
     recipe_names,
 )
@@ -20,14 +22,18 @@ def read_settings(
     arguments: Sequence[str], kind: type[RunConfig], *, prog: str, description: str
 ) -> RunConfig | None:
     """The settings that the command line asks for; None if it was to print them, which is done then."""
-    names, help_of = [name for name in field_names(kind) if name != "recipe"], field_help(kind)
+    names = [name for name in field_names(kind) if name != "recipe"]
     parser = Parser(
         prog=prog,
-        description=description,
+        usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
+        description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
+        " --dry-run prints what a command line comes to.",
         epilog=f"example: {prog} --recipe {kind.recipe} --seed 1 --max_steps 50",
     )
     parser.add_argument(
-        "--recipe", help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})"
+        "--recipe",
+        metavar="NAME",
+        help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a YAML file of settings instead of a recipe"
@@ -41,8 +47,7 @@ def read_settings(
         help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
     )  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    for name in names:
-        parser.add_argument(f"--{name}", metavar="X", help=help_of[name].replace("%", "%%"))
+    _add_settings(parser, kind)
     options, problems = parser.parse_known(arguments)
     flags = vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
@@ -72,6 +77,17 @@ def read_settings(
         _print_outlook(config, flags["gpu_memory_gb"])
         return None
     return config
+
+
+def _add_settings(parser: Parser, kind: type[RunConfig]) -> None:
+    """A flag for each setting, under the heading of its section."""
+    help_of, default_of = field_help(kind), field_defaults(kind)
+    for section, names in field_sections(kind).items():
+        group = parser.add_argument_group(section.__name__, section.__doc__)
+        for name in names:
+            if name != "recipe":
+                said = f"{help_of[name]} (default {default_of[name]})"
+                group.add_argument(f"--{name}", metavar="X", help=said.replace("%", "%%"))
 
 
 def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
