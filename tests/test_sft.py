@@ -289,7 +289,7 @@ def test_a_target_from_a_file(make, tmp_path):
         ({"target": "gone.txt"}, "--target gone.txt: cannot be read"),
         ({"num_train_epochs": 0}, "--num_train_epochs 0.0: must be above 0"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
-        ({"beta": 0.1}, "flag --beta: unknown"),
+        ({"beta": 0.1}, "--beta: unknown"),
     ],
 )
 def test_a_mistake_is_named_and_leaves_nothing(make, tmp_path, settings, message):

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from vtfast.commands.parser import Parser
 from vtfast.config import (
+    Config,
     RunConfig,
     SettingsError,
+    SFTConfig,
     field_defaults,
     field_help,
     field_names,
@@ -17,6 +19,16 @@ from vtfast.config import (
     recipe_names,
 )
 
+SPELLINGS = {
+    "batch_size": "per_device_train_batch_size", "dataset": "data", "dataset_name": "data",
+    "epochs": "num_train_epochs", "eval_dataset": "eval_data", "grad_accum": "gradient_accumulation_steps",
+    "group_size": "num_generations", "kl_coef": "beta", "lora": "use_peft", "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length", "model_name_or_path": "model", "output": "output_dir",
+    "resume": "resume_from_checkpoint", "reward": "reward_funcs", "rewards": "reward_funcs", "steps": "max_steps",
+    "torch_dtype": "dtype", "warmup": "warmup_steps",
+}  # fmt: skip
+"""What other trainers and habit call some settings."""
+
 
 def read_settings(
     arguments: Sequence[str], kind: type[RunConfig], *, prog: str, description: str
@@ -24,6 +36,7 @@ def read_settings(
     """The settings that the command line asks for; None if it was to print them, which is done then."""
     names = [name for name in field_names(kind) if name != "recipe"]
     parser = Parser(
+        hints=_hints(kind),
         prog=prog,
         usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
         description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
@@ -79,6 +92,18 @@ def read_settings(
     return config
 
 
+def _hints(kind: type[RunConfig]) -> dict[str, str]:
+    """What to say of a flag that is a setting under another name, or one of the other kind of run."""
+    names, other = field_names(kind), SFTConfig if kind is Config else Config
+    command = "train" if other is Config else "sft"
+    told = {
+        name: f"vtfast {command} has it" for name in field_names(other) if name not in names
+    } | {said: f"did you mean --{name}?" for said, name in SPELLINGS.items() if name in names}
+    if kind is Config:  # GRPO counts steps
+        told |= dict.fromkeys(("epochs", "num_train_epochs"), "did you mean --max_steps?")
+    return {f"--{name}": hint for name, hint in told.items()}
+
+
 def _add_settings(parser: Parser, kind: type[RunConfig]) -> None:
     """A flag for each setting, under the heading of its section."""
     help_of, default_of = field_help(kind), field_defaults(kind)
@@ -87,7 +112,11 @@ def _add_settings(parser: Parser, kind: type[RunConfig]) -> None:
         for name in names:
             if name != "recipe":
                 said = f"{help_of[name]} (default {default_of[name]})"
-                group.add_argument(f"--{name}", metavar="X", help=said.replace("%", "%%"))
+                # `--use_peft` alone means true, as in TRL
+                bare = (
+                    {"nargs": "?", "const": "true"} if default_of[name] in ("true", "false") else {}
+                )
+                group.add_argument(f"--{name}", metavar="X", help=said.replace("%", "%%"), **bare)
 
 
 def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
