@@ -15,9 +15,11 @@ $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else \
 	    f"error: Python {v[0]}.{v[1]} found; vtfast needs 3.10 to 3.12 (make PYTHON=python3.11 ...)")'
 	$(PYTHON) -m venv .venv
+	@echo "installing into .venv; this takes minutes, of which pip says nothing"
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .venv/torchvision torchvision
 	mkdir -p .venv/types && ln -sfn ../../kernels .venv/types/vtfast_kernels
+	@echo "installed; '. .venv/bin/activate' puts python and vtfast of .venv on the path"
 	@touch $@
 
 demo: setup
@@ -41,7 +43,7 @@ aot: setup # every Triton kernel compiles for sm_80, sm_90 and sm_100, without s
 	$(BIN)/python -m bench aot
 
 docs: setup # into docs/site; shown by `python -m http.server -d docs/site`
-	$(BIN)/mkdocs build -q -f docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 bench: setup
 	$(BIN)/python -m bench kernels

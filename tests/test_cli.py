@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,23 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and all(f"--{name}" in text for name in field_names())
     assert main([]) == 0 and "make-base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "rate"), [("train", "GRPO:", "1e-06"), ("sft", "SFT:", "2e-05")]
+)
+def test_help_comes_by_section_with_defaults(command, own, rate, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    heads = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert heads == ["options:", "Task:", own, "Rollout:", "Optimizer:", "Output:"]
+    settings = text[text.index("Task:") : text.index("example:")].split("\n  --")[1:]
+    default = {entry.split()[0]: re.search(r"\(default (\S+)\)", entry)[1] for entry in settings}
+    assert default["learning_rate"] == rate and default["use_peft"] == "false"
+    assert default["max_steps"] == ("200" if own == "GRPO:" else "none")
+    assert default["report_to"] == "tensorboard" and default["template"] == "r1-zero"
 
 
 @pytest.fixture
@@ -128,6 +146,61 @@ def test_train_py_exits_with_2(tmp_path):
 
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2 and "did you mean train" in capsys.readouterr().err
+    assert main(["inspect"]) == 2 and "there are train, sft, data" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("vtfast ")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "hint"),
+    [
+        ("train", "--lr", "did you mean --learning_rate?"),
+        ("train", "--bach_size", "did you mean --per_device_train_batch_size?"),
+        ("train", "--epochs", "did you mean --max_steps?"),
+        ("sft", "--epochs", "did you mean --num_train_epochs?"),
+        ("train", "--target", "vtfast sft has it"),
+        ("sft", "--beta", "vtfast train has it"),
+    ],
+)
+def test_a_flag_under_another_name(command, flag, hint, capsys):
+    assert main([command, flag, "1"]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {flag}: unknown flag; {hint}"
+
+
+def test_a_switch_alone_means_true(capsys):
+    assert main(["train", "--dry-run", "--use_peft", "--static", "false"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["use_peft"] is True and settings["static"] is False
+
+
+def test_what_is_missing_is_told_with_what_is_misspelt(capsys):
+    assert main(["eval", "--modle", "runs/x"]) == 2
+    told = capsys.readouterr().err.splitlines()[1:]
+    assert [line.split(";")[0] for line in told] == [
+        "  --modle: unknown flag",
+        "  --model: is required",
+    ]
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    assert "[-h] --model MODEL" in capsys.readouterr().out
+
+
+def test_a_python_without_torch_is_told_where_there_is_one(monkeypatch, capsys):
+    from vtfast.commands import train
+
+    def lacks(name):
+        def run(arguments):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(train, "run", run)
+
+    lacks("torch")
+    assert main(["train"]) == 2 and ". .venv/bin/activate" in capsys.readouterr().err
+    lacks("vtfast.no_such")  # a bug of ours keeps its traceback
+    with pytest.raises(ModuleNotFoundError):
+        main(["train"])
 
 
 def test_a_stopped_run_has_an_exit_code_of_its_own(monkeypatch, capsys):

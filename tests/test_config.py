@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from vtfast.config import LOSS_TYPES, Config, SFTConfig, field_help, load_config, recipe_names
+from vtfast.config import (
+    LOSS_TYPES,
+    Config,
+    SFTConfig,
+    field_defaults,
+    field_help,
+    field_names,
+    field_sections,
+    load_config,
+    recipe_names,
+)
 from vtfast.errors import UserError
 from vtfast.rewards import REWARDS
 
@@ -199,3 +209,16 @@ def test_settings_are_checked_before_torch_is_loaded():
     )
     code = f"import sys, vtfast; had = {there}; import vtfast.config; assert ({there}) == had"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("kind", [Config, SFTConfig])
+def test_defaults_are_written_as_flags_read_them(kind):
+    """The help shows them; given as flags they change nothing."""
+    assert load_config(kind.recipe, None, field_defaults(kind), kind=kind) == kind()
+
+
+@pytest.mark.parametrize("kind", [Config, SFTConfig])
+def test_every_setting_is_in_one_section(kind):
+    sections = field_sections(kind)
+    listed = [name for names in sections.values() for name in names]
+    assert sorted(listed) == sorted(field_names(kind)) and all(map(len, sections.values()))

@@ -1,6 +1,7 @@
 """The documentation builds without a warning, opens in a browser, and says what is so."""
 
 import functools
+import html
 import importlib
 import json
 import re
@@ -91,6 +92,13 @@ def test_every_setting_and_every_public_name_is_there(site):
     for page in ("python", "kernels"):
         for name in re.findall(r"^::: (\S+)", (PAGES / f"{page}.md").read_text(), re.MULTILINE):
             assert f'id="{name}"' in (site / f"{page}.html").read_text(), name
+
+
+def test_the_examples_are_on_their_page(site):
+    """Included from their files; a formatter that takes the marker for Python breaks it without a word."""
+    shown = html.unescape(re.sub(r"<[^>]+>", "", (site / "elsewhere.html").read_text()))
+    for example in (ROOT / "docs" / "examples").glob("*.py"):
+        assert example.read_text().strip() in shown, example.name
 
 
 def test_files_that_the_pages_name_exist():

@@ -211,6 +211,16 @@ def test_no_value_makes_a_reward_raise(odd):
     assert accuracy_reward("<answer>3.0</answer>", Sample("?", [None], "3", [])) == 0.0
 
 
+def test_a_module_in_the_current_folder_is_found_after_those_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lies_here.py").write_text("def half(completion, sample): return 0.5")
+    (tmp_path / "colorsys.py").write_text("def rgb_to_hsv(completion, sample): return 0.5")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    assert get_reward("lies_here:half")("", SIDE) == 0.5
+    assert get_reward("colorsys:rgb_to_hsv")(0, 0, 0) == (0.0, 0.0, 0)
+
+
 def test_rewards_by_name(tmp_path, monkeypatch):
     named = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward}
     assert {name: get_reward(name) for name in named} == named

@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 
 from vtfast import heartbeat
 from vtfast.errors import RankError, Stopped, UserError
@@ -29,6 +30,8 @@ COMMANDS = {
     "make-base": "train the demo's base model from nothing",
 }
 """Each is `vtfast/commands/NAME.py`."""
+PACKAGES = ("numpy", "PIL", "pyarrow", "torch", "tqdm", "transformers", "vtfast_kernels", "yaml")
+"""Whose absence says that this Python is not the one that vtfast was installed for."""
 BAD_INPUT = 2
 """Exit code of every error that is the input's fault. `RANK_LOST` (4) is that of a rank which ends because another one
 died, failed or hung."""
@@ -48,18 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):  # `deepspeed --module vtfast` puts it in front
         del arguments[0]
     command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(_usage())
+    if command in ("-h", "--help", "--version"):
+        print(_usage() if command != "--version" else f"vtfast {metadata.version('vtfast')}")
         return 0
     try:
-        if command not in COMMANDS:
-            close = difflib.get_close_matches(command, COMMANDS, n=1)
-            raise UserError(
-                f"vtfast {command}: unknown command; did you mean {(close or ['train'])[0]}?"
-            )
-        _prepare()
-        module = importlib.import_module(f"vtfast.commands.{command.replace('-', '_')}")
-        return module.run(arguments[1:])
+        return _run(command, arguments[1:])
     except UserError as error:
         return _refuse(error)
     except Stopped as stopped:
@@ -87,6 +83,24 @@ def _refuse(error: UserError) -> int:
         text = message(error) + (f" (rank {rank})" if rank else "")
         print(f"error: {text}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"vtfast {command}: unknown command; {hint}")
+    _prepare()
+    try:
+        module = importlib.import_module(f"vtfast.commands.{command.replace('-', '_')}")
+        return module.run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        raise UserError(
+            f"{error.name} is not installed for {sys.executable}; `make setup` installs everything into .venv, and"
+            " `. .venv/bin/activate` chooses that"
+        ) from error
 
 
 def _prepare() -> None:

@@ -12,12 +12,23 @@ from vtfast.config import (
     RunConfig,
     SettingsError,
     SFTConfig,
+    field_defaults,
     field_help,
     field_names,
+    field_sections,
     load_config,
     recipe_names,
 )
 
+SPELLINGS = {
+    "batch_size": "per_device_train_batch_size", "dataset": "data", "dataset_name": "data",
+    "epochs": "num_train_epochs", "eval_dataset": "eval_data", "grad_accum": "gradient_accumulation_steps",
+    "group_size": "num_generations", "kl_coef": "beta", "lora": "use_peft", "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length", "model_name_or_path": "model", "output": "output_dir",
+    "resume": "resume_from_checkpoint", "reward": "reward_funcs", "rewards": "reward_funcs", "steps": "max_steps",
+    "torch_dtype": "dtype", "warmup": "warmup_steps",
+}  # fmt: skip
+"""What other trainers and habit call some settings."""
 Kind = TypeVar("Kind", Config, SFTConfig)
 
 
@@ -25,14 +36,19 @@ def read_settings(
     arguments: Sequence[str], kind: type[Kind], *, prog: str, description: str
 ) -> Kind | None:
     """The settings that the command line asks for; None if it was to print them, which is done then."""
-    names, help_of = [name for name in field_names(kind) if name != "recipe"], field_help(kind)
+    names = [name for name in field_names(kind) if name != "recipe"]
     parser = Parser(
+        hints=_hints(kind),
         prog=prog,
-        description=description,
+        usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
+        description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
+        " --dry-run prints what a command line comes to.",
         epilog=f"example: {prog} --recipe {kind.recipe} --seed 1 --max_steps 50",
     )
     parser.add_argument(
-        "--recipe", help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})"
+        "--recipe",
+        metavar="NAME",
+        help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a YAML file of settings instead of a recipe"
@@ -46,8 +62,7 @@ def read_settings(
         help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
     )  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    for name in names:
-        parser.add_argument(f"--{name}", metavar="X", help=help_of[name].replace("%", "%%"))
+    _add_settings(parser, kind)
     options, problems = parser.parse_known(arguments)
     flags = vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
@@ -77,6 +92,34 @@ def read_settings(
         _print_outlook(config, flags["gpu_memory_gb"])
         return None
     return config
+
+
+def _hints(kind: type[RunConfig]) -> dict[str, str]:
+    """What to say of a flag that is a setting under another name, or one of the other kind of run."""
+    names, other = field_names(kind), SFTConfig if kind is Config else Config
+    command = "train" if other is Config else "sft"
+    told = {
+        name: f"vtfast {command} has it" for name in field_names(other) if name not in names
+    } | {said: f"did you mean --{name}?" for said, name in SPELLINGS.items() if name in names}
+    if kind is Config:  # GRPO counts steps
+        told |= dict.fromkeys(("epochs", "num_train_epochs"), "did you mean --max_steps?")
+    return {f"--{name}": hint for name, hint in told.items()}
+
+
+def _add_settings(parser: Parser, kind: type[RunConfig]) -> None:
+    """A flag for each setting, under the heading of its section."""
+    help_of, default_of = field_help(kind), field_defaults(kind)
+    for section, names in field_sections(kind).items():
+        group = parser.add_argument_group(section.__name__, section.__doc__)
+        for name in names:
+            if name != "recipe":
+                said = f"{help_of[name]} (default {default_of[name]})"
+                # `--use_peft` alone means true, as in TRL
+                bare = default_of[name] in ("true", "false")
+                group.add_argument(
+                    f"--{name}", metavar="X", help=said.replace("%", "%%"), nargs="?" if bare else None,
+                    const="true" if bare else None,
+                )  # fmt: skip
 
 
 def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:

@@ -7,7 +7,15 @@ called `*-sft` are `vtfast sft`'s.
 """
 
 from vtfast.config.problems import SettingsError
-from vtfast.config.recipes import RECIPES, field_help, field_names, load_config, recipe_names
+from vtfast.config.recipes import (
+    RECIPES,
+    field_defaults,
+    field_help,
+    field_names,
+    field_sections,
+    load_config,
+    recipe_names,
+)
 from vtfast.config.runs import FREEZABLE, LOSS_TYPES, Config, RunConfig, SFTConfig
 
 __all__ = [
@@ -18,8 +26,10 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SettingsError",
+    "field_defaults",
     "field_help",
     "field_names",
+    "field_sections",
     "load_config",
     "recipe_names",
 ]

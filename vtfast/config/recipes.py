@@ -7,14 +7,14 @@ import inspect
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints, overload
 
 from vtfast.config.files import Given, read_settings_file
 from vtfast.config.problems import SettingsError, nearest, shown
 from vtfast.config.runs import Config, RunConfig, SFTConfig
-from vtfast.config.values import BadValue, convert
+from vtfast.config.values import BadValue, convert, written
 from vtfast.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -33,6 +33,27 @@ def field_help(kind: type[RunConfig] = Config) -> dict[str, str]:
 
 def field_names(kind: type[RunConfig] = Config) -> tuple[str, ...]:
     return tuple(entry.name for entry in fields(kind))
+
+
+def field_sections(kind: type[RunConfig] = Config) -> dict[type, tuple[str, ...]]:
+    """The sections that `kind` is put together from, in order, and the names of the fields of each."""
+    found: dict[type, tuple[str, ...]] = {}
+    seen: set[str] = set()
+    for section in reversed(kind.__mro__):
+        if is_dataclass(section) and section is not kind:
+            found[section] = tuple(name for name in section.__annotations__ if name not in seen)
+            seen.update(found[section])
+    return found
+
+
+def field_defaults(kind: type[RunConfig] = Config) -> dict[str, str]:
+    """What each setting is where neither a recipe nor a flag says, as a flag would say it."""
+    return {
+        entry.name: written(
+            entry.default if entry.default_factory is MISSING else entry.default_factory()
+        )
+        for entry in fields(kind)
+    }
 
 
 def recipe_names(kind: type[RunConfig] = Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""A value as it was written -> the type of its field."""
+"""A value as it was written -> the type of its field, and back."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is list:
         return _list(value, arguments[0])
     return {bool: _bool, int: _int, float: _float, str: _str}[hint](value)
+
+
+def written(value: Any) -> str:
+    """A field's value as the command line writes it: `convert` reads it back."""
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(map(written, value))
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _list(value: Any, hint: type) -> list:

@@ -13,6 +13,8 @@ already written (`<think>`, or nothing), by having a parameter of that name.
 
 import difflib
 import importlib
+import os
+import sys
 
 from vtfast.errors import UserError
 from vtfast.rewards import recipe, strict
@@ -61,12 +63,14 @@ def get_reward(name: str, mode: str = "strict") -> Reward:
             f"unknown reward {name!r}: did you mean {near[0]!r}? "
             f"Rewards: {', '.join(MODES[mode])}, or module:function"
         )
+    if os.getcwd() not in sys.path:  # last, so that nothing installed is hidden by a file there
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # importing runs foreign code: anything may come
         raise UserError(
             f"cannot load the reward {name!r}: {type(error).__name__}: {error}. It is read as "
-            "module:function; PYTHONPATH=. lets it find a module in the current folder"
+            "module:function, of what is installed, on PYTHONPATH or in the current folder"
         ) from error
     if not callable(found):
         raise UserError(f"the reward {name!r} is not a function but {type(found).__name__}")
