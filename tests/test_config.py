@@ -165,6 +165,9 @@ def test_what_may_not_be_meant_is_a_warning():
     (warning,) = load_config(overrides={"warmup_steps": 5, "max_steps": 5}).warnings()
     assert "--warmup_steps 5: the learning rate does not reach its peak" in warning
     assert load_config("tiny-spatial-sft", kind=SFTConfig).warnings() == []  # max_steps: none
+    (warning,) = load_config(overrides={"data": "mine.jsonl"}).warnings()
+    assert "--eval_data synthetic: the held-out questions are the demo's" in warning
+    assert load_config(overrides={"data": "mine.jsonl", "eval_data": "none"}).warnings() == []
 
 
 def test_all_impossible_settings_are_named_at_once():

@@ -110,7 +110,7 @@ def test_text_for_people(tmp_path, capsys):
     assert "rows            2, 1 of them usable\n" in text
     assert "options         open: 1\n" in text and "images          text only: 1\n" in text
     assert "image width" not in text  # there are none
-    assert f"bad rows: 1 x empty answer\n  {path}, row 1: empty answer\n" in text
+    assert f"bad rows (counted from 0): 1 x empty answer\n  {path}, row 1: empty answer\n" in text
     assert text.endswith("User: 1 + 1?\nAssistant: <think>\n")
 
 

@@ -563,7 +563,7 @@ def test_rescoring_needs_neither_model_nor_data(evaluated, tmp_path, capsys):
     assert "there is no blink.jsonl in" in capsys.readouterr().err
 
 
-def test_a_second_call_asks_nothing(evaluated, capsys, monkeypatch):
+def test_a_second_call_asks_nothing(evaluated, capsys, caplog, monkeypatch):
     run, command = evaluated
     monkeypatch.setattr(evaluation._Asker, "answer", None)
     before = {path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()}
@@ -571,6 +571,8 @@ def test_a_second_call_asks_nothing(evaluated, capsys, monkeypatch):
     assert before == {
         path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()
     }
+    # what a run that trained with a prompt of its own needs to know
+    assert "the template eval-r1-zero (the run trained with r1-zero)" in caplog.text
     assert main([*command, "--max_pixels", "1568"]) == 2
     assert (
         "cvbench.jsonl: holds answers under other settings (max_pixels: 784 there, 1568 now)"

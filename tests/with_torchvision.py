@@ -76,7 +76,11 @@ def test_both_worlds_give_the_same_prompt(folder):
     keys = set()
     for world, used, log in [
         ("with", "True", "images are resized by qwen_vl_utils"),
-        ("without", "False", "images are resized by vtfast: qwen_vl_utils does not import"),
+        (
+            "without",
+            "False",
+            "images are resized by vtfast, to the same pixels: qwen_vl_utils does not import",
+        ),
     ]:
         run = subprocess.run(
             [sys.executable, "-c", WORLD, world, folder],

@@ -359,7 +359,10 @@ def _resizer() -> Callable[[Image.Image, int, int, int], Image.Image]:
     try:
         import qwen_vl_utils  # noqa: F401
     except Exception as error:  # torchvision missing or broken: ImportError, RuntimeError, OSError
-        log.info("images are resized by vtfast: qwen_vl_utils does not import (%s)", error)
+        log.info(
+            "images are resized by vtfast, to the same pixels: qwen_vl_utils does not import (%s)",
+            error,
+        )
         return resize_image
     log.info("images are resized by qwen_vl_utils")
     return _utils_resize

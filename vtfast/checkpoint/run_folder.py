@@ -24,9 +24,13 @@ def check_output_dir(config: RunConfig) -> None:
         raise UserError(f"--output_dir {folder}: is a file")
     if folder.is_dir() and _holds_something(folder):
         if wanted is None:
+            advice = (
+                "--resume_from_checkpoint last goes on with it"
+                if _is_run(folder)
+                else "name a new one"
+            )
             raise UserError(
-                f"--output_dir {folder}: exists and is not empty; a run is never written over"
-                " (--resume_from_checkpoint last goes on with it)"
+                f"--output_dir {folder}: exists and is not empty; a run is never written over ({advice})"
             )
         if not _is_run(folder):
             raise UserError(f"--output_dir {folder}: holds something, and no run to go on with")

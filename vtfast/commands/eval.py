@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vtfast.errors import UserError
 from vtfast.files import check_inside, expand
 from vtfast.terminal import show
 
+log = logging.getLogger("vtfast")
 BENCHES = ("cvbench", "blink", "vsr", "sat")
 EXAMPLES = """examples:
   vtfast eval --model runs/x/checkpoints/last --bench cvbench,blink
@@ -146,7 +148,12 @@ def _ask(options: argparse.Namespace, checkpoint, folder: Path):
     }
     processor = Processor.from_pretrained(checkpoint.path, **limits)
     policy = load_model(checkpoint.path, options.dtype, str(ranks.device))
-    literal = config.get("literal_image", False)
+    literal, trained_with = config.get("literal_image", False), config.get("template")
+    template = options.template or default_template(checkpoint, processor.tokenizer.chat_template)
+    aside = (
+        f" (the run trained with {trained_with})" if trained_with not in (None, template) else ""
+    )
+    log.info("asked with the template %s%s", template, aside)
     for bench in benches:
         evaluate(
             policy,
@@ -154,8 +161,7 @@ def _ask(options: argparse.Namespace, checkpoint, folder: Path):
             sources[bench],
             options.limit,
             processor=processor,
-            template=options.template
-            or default_template(checkpoint, processor.tokenizer.chat_template),
+            template=template,
             literal_image=literal
             if options.literal_image is None
             else options.literal_image == "true",
@@ -192,7 +198,8 @@ def _sources(given: Sequence[str], benches: Sequence[str]) -> dict[str, str]:
         bench, equals, path = pair.partition("=")
         if not equals or not path or bench not in benches:
             raise UserError(
-                f"--data {pair}: BENCH=PATH is wanted, with BENCH one of {', '.join(benches)}"
+                f"--data {pair}: BENCH=PATH is wanted, such as {benches[0]}=FOLDER, with BENCH one of"
+                f" {', '.join(benches)}"
             )
         sources[bench] = path
     return sources

@@ -65,6 +65,11 @@ def odd_combinations(config: RunConfig) -> Iterator[str]:
             f"--warmup_steps {config.warmup_steps}: the learning rate does not reach its peak within"
             f" --max_steps {config.max_steps}"
         )
+    if config.eval_data == "synthetic" != config.data:
+        yield (
+            "--eval_data synthetic: the held-out questions are the demo's, and not of the kind of --data; give rows of"
+            " your own, or none"
+        )
 
 
 def _silenced(config: RunConfig) -> Iterator[str]:

@@ -73,7 +73,9 @@ def read_settings_file(path: Path, problems: list[str]) -> dict[str, Given]:
 def _settings(events: Iterator[Event], path: Path, problems: list[str]) -> dict[str, Given]:
     roots = (event for event in events if isinstance(event, NodeEvent))
     if not isinstance(next(roots, None), MappingStartEvent):
-        raise UserError(f"--config {path}: must be a mapping of settings to values")
+        raise UserError(
+            f"--config {path}: must be a mapping of settings to values, such as `max_steps: 3`"
+        )
     found: dict[str, Given] = {}
     lines: dict[str, int] = {}
     while not isinstance(event := next(events), MappingEndEvent):

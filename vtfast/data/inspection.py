@@ -102,7 +102,7 @@ class DataReport:
             "counted with": f"{self.model}, template {self.template}",
         }
         lines = [self.source, *(f"  {name:<15} {text}" for name, text in facts.items() if text)]
-        for title, found in (("left out", self.left_out), ("bad rows", self.bad)):
+        for title, found in (("left out", self.left_out), ("bad rows (counted from 0)", self.bad)):
             for reason, problem in _sorted(found):
                 lines += ["", f"{title}: {problem.count} x {reason}"]
                 lines += [f"  {row}" for row in problem.first]
