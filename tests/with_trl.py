@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with our kernels gives TRL's losses, gradients, metrics and weights."""
+"""Run by test_elsewhere.py: TRL's GRPOTrainer with our kernels gives TRL's losses, gradients, metrics and weights."""
 
 import copy
 
@@ -43,13 +43,6 @@ def made(prompts, policy):
         "mm_token_type_ids": kinds, "num_images": [1] * ROWS,
     }  # fmt: skip
     return policy.module, batch, noise
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """These trainers wrap their model for whatever process group another test has left, and then wait for it."""
-    if torch.distributed.is_initialized():
-        pytest.skip("needs a process without a process group; run this file by itself")
 
 
 def trainer_of(module, tmp_path, dataset=None, processing=None, **settings):

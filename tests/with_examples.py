@@ -1,4 +1,4 @@
-"""The examples of docs/examples run, and learn what they say."""
+"""Run by test_elsewhere.py: the examples of docs/examples run, and learn what they say."""
 
 import importlib.util
 from pathlib import Path
@@ -8,13 +8,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """These trainers wrap their model for whatever process group another test has left, and then wait for it."""
-    if torch.distributed.is_initialized():
-        pytest.skip("needs a process without a process group; run this file by itself")
 
 
 def load(name):

@@ -1,0 +1,19 @@
+"""The kernels in other people's trainers, in processes of their own: a trainer of Hugging Face's wraps its model for
+whatever process group another test has left, and then waits for it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launchers import outside_ranks
+
+
+@pytest.mark.parametrize(("file", "tests"), [("with_examples.py", 2), ("with_trl.py", 17)])
+def test_in_a_process_of_its_own(file, tests):
+    path = Path(__file__).with_name(file)
+    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "-x"]
+    done = subprocess.run(command, env=outside_ranks(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == tests, done.stdout
