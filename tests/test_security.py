@@ -508,8 +508,6 @@ def test_a_link_in_place_of_a_result_is_replaced(evaluated, name):
     elsewhere = evaluated.parent / "mine.json"
     elsewhere.write_text("{}")
     (evaluated / "evaluations" / "step-1" / name).symlink_to(elsewhere)
-    for partial in (f".{name}.partial", f".{name}.{os.getpid()}.partial"):
-        (evaluated / "evaluations" / "step-1" / partial).symlink_to(elsewhere)
     assert evaluate(evaluated) == 0
     assert elsewhere.read_text() == "{}"
     assert "cvbench" in json.loads((evaluated / "evaluations" / "step-1" / name).read_text())
@@ -528,6 +526,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_whole(tmp_path / "x", "after \ud800")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "before")]
+
+
+def test_a_link_where_it_is_written_first_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.guessed.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "x", "theirs")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_runs_settings_import_nothing_and_name_no_data(evaluated, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from vtfast.distributed import prompts_per_rank
 from vtfast.errors import UserError
 from vtfast.files import expand
 from vtfast.memory_estimate import Load, Memory, Part, load_of, memory_of, parts_of
-from vtfast.model import Policy
+from vtfast.model import Policy, dtype_named
 from vtfast.questions import SYNTHETIC, SYNTHETIC_TRAIN
 
 GB = 1e9
@@ -73,17 +73,13 @@ def ranks_of(config: RunConfig) -> int:
     return int(os.environ.get("WORLD_SIZE") or config.num_processes or 1)
 
 
-def dtype_of(config: RunConfig, kind: str) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if kind == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
-
-
 def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[str]:
     """Lines of text. What cannot be known (a model that is out of reach) is said, and the rest follows."""
     device, ranks = find_device(config, gpu_memory_gb), ranks_of(config)
     try:
-        policy = blueprint(read_model_config(config.model), config, dtype_of(config, device.kind))
+        policy = blueprint(
+            read_model_config(config.model), config, dtype_named(config.dtype, device.kind)
+        )
     except UserError as error:
         yield f"No estimate of the memory: {error}"
         yield from _batch(config, load_of(config, has_images=True), ranks)

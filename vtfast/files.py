@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -54,17 +58,46 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read (not UTF-8 text: {error.reason})") from None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `path` beside it and rename: a reader never meets half of it, and a link in its place is replaced and not
-    followed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes `path`'s place when the block has ended without an error. A reader, or a machine that goes
+    down, finds the old content or the new; a link in its place is replaced and not followed."""
+    # Two hosts may write the same file of a shared disk, and processes of containers have the same numbers.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("x", encoding="utf-8", newline="\n") as file:  # "x" follows no link
-            file.write(text)
+        with partial.open("xb") as file:  # "x" follows no link
+            yield file
+        flush(partial)
         partial.replace(path)
+        flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_inside(root: Path, *paths: Path) -> None:

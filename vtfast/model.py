@@ -39,6 +39,7 @@ from vtfast.tiny_model import build_tiny_model
 log = logging.getLogger("vtfast")
 __all__ = ["Policy", "build_tiny_model", "load_model"]
 
+DTYPES = ("float32", "bfloat16", "float16")
 FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -205,6 +206,16 @@ class Policy:
         return 0.0 * made.pooler_output.sum()
 
 
+def dtype_named(name: str, kind: str) -> torch.dtype:
+    """A weight's type by its name, or auto: bfloat16 on CUDA, else float32. `kind`: of device, as torch names it."""
+    name = str(name).removeprefix("torch.")
+    if name == "auto":
+        name = "bfloat16" if kind == "cuda" else "float32"
+    if name not in DTYPES:
+        raise UserError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
 def load_model(
     path: str | Path,
     dtype: str = "float32",
@@ -221,12 +232,7 @@ def load_model(
 
     Raises UserError when the folder has no weights, the id cannot be fetched, or the model is of another family.
     """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    if dtype not in dtypes:
-        raise UserError(f"dtype {dtype}: must be one of {', '.join(dtypes)}")
+    weights_dtype = dtype_named(dtype, torch.device(device).type)
     folder = Path(model_path(path))
     base = full_model(folder)
     # A stranger's values meet transformers' code: anything may come of it.
@@ -242,9 +248,9 @@ def load_model(
     if Path(base).is_dir():
         check_size(family, config, Path(base))
     try:
-        module, missing = _from_pretrained(family, base, dtypes[dtype])
+        module, missing = _from_pretrained(family, base, weights_dtype)
         if base != str(folder):
-            adapted, _ = _from_pretrained(family, str(folder), dtypes[dtype])
+            adapted, _ = _from_pretrained(family, str(folder), weights_dtype)
             module.load_state_dict(merged_weights(adapted))
     except Exception as error:
         raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
@@ -252,7 +258,7 @@ def load_model(
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    backend = choose_backend(attn_implementation, device, dtypes[dtype])
+    backend = choose_backend(attn_implementation, device, weights_dtype)
     policy = Policy(module.to(device).eval(), eos_ids, backend)
     freeze_parts(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy

@@ -17,10 +17,10 @@ from vtfast.config import RunConfig, SettingsError
 from vtfast.config.combinations import PIXELS_A_TOKEN
 from vtfast.data import Sample
 from vtfast.data.files import find_files
-from vtfast.dry_run import dtype_of
 from vtfast.errors import UserError
 from vtfast.files import expand
 from vtfast.hub import is_hub_id, model_path
+from vtfast.model import dtype_named
 from vtfast.processor import Processor
 from vtfast.prompts import load_template, render
 from vtfast.questions import SYNTHETIC
@@ -87,7 +87,7 @@ def _check_device(config: RunConfig) -> None:
     kind, problems = _kind(config), []
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
-    dtype = dtype_of(config, kind)
+    dtype = dtype_named(config.dtype, kind)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else "cpu"
     for choose, wanted in (
         (choose_backend, config.attn_implementation),

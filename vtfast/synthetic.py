@@ -15,12 +15,13 @@ nor in the corpus that the tiny base model saw.
 import hashlib
 import io
 import math
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+from vtfast.files import written_whole
 
 CELL = 28  # pixels: patch 14 x merge 2
 GRID = 3
@@ -353,9 +354,5 @@ def _write_parquet(path: Path, questions: list[Question]) -> None:
         }
         for q in questions
     ]
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)

@@ -5,7 +5,6 @@ holds all of Qwen2-VL's special tokens, its two chat templates and its image pro
 Qwen/Qwen2-VL-2B loads this. The shipped weights were made by `vtfast.make_base`.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from vtfast.files import sha256, write_json
 from vtfast.hub import ASSETS
 from vtfast.prompts import load_template, render
 from vtfast.synthetic import CELL, KINDS, Question, sample_question
@@ -112,10 +112,6 @@ def check_asset(folder: Path) -> None:
         )
 
 
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def random_model(seed: int) -> "Qwen2VLForConditionalGeneration":
     """Untrained fp32 model in eval mode; leaves the caller's random state as it was."""
     import torch
@@ -190,12 +186,12 @@ def write_folder(
     try:
         write_weights(part / "model.safetensors", model)
         model.config.save_pretrained(part)
-        _write_json(part / "generation_config.json", _GENERATION)
-        _write_json(part / "preprocessor_config.json", _PREPROCESSOR)
+        write_json(part / "generation_config.json", _GENERATION)
+        write_json(part / "preprocessor_config.json", _PREPROCESSOR)
         _write_tokenizer(part)
         if recipe is not None:
             checksum = sha256(part / "model.safetensors")
-            _write_json(part / "recipe.json", {**recipe, "sha256": checksum})
+            write_json(part / "recipe.json", {**recipe, "sha256": checksum})
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.rmdir()  # an empty folder: `rename` replaces none on Windows
@@ -243,10 +239,6 @@ _PREPROCESSOR = {
     "image_mean": PIXEL_MEAN,
     "image_std": PIXEL_STD,
 }
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path) -> None:

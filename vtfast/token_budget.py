@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from vtfast.distributed import Ranks
 from vtfast.errors import RankError, UserError
+from vtfast.files import write_json
 from vtfast.groups import Batch, Group
 from vtfast.load_balancing import Work
 from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
@@ -70,9 +70,7 @@ class TokenBudget:
         return tokens
 
     def _write(self) -> None:
-        partial = self.file.with_name(f".{self.file.name}.{self.ranks.rank}")
-        partial.write_text(json.dumps({"token_budget": self.tokens}) + "\n")
-        os.replace(partial, self.file)
+        write_json(self.file, {"token_budget": self.tokens})
 
     def fit(
         self,

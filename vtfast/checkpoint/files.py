@@ -1,39 +1,19 @@
-"""Files that are there for good once they are named: flushed, checked, renamed."""
+"""The files of a checkpoint: their checksums, and what is wrong with one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vtfast.files import shortened
+from vtfast.files import sha256, shortened, write_whole
 
 CHECKSUMS = "resume/checksums.json"
 SETTINGS = "resume/config.yaml"
 STATE = "resume/state.json"
 REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at once: a reader, or a machine that goes down, finds the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.rename(path)
-    flush(path.parent)
 
 
 def remove(folder: Path) -> None:
@@ -53,18 +33,10 @@ def sums(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     }
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_sums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None:
     """The checkpoint's last file, from what each rank says of the files that it wrote."""
     merged = {name: entry for part in parts for name, entry in part.items()}
-    write_text(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
+    write_whole(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
 
 
 def damage(folder: Path, only: str | None = None) -> str | None:

@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from vtfast.checkpoint.files import flush, write_text
 from vtfast.checkpoint.save import checkpoints
+from vtfast.files import write_whole, written_whole
 from vtfast.stopping import STOP_FILE
 
 log = logging.getLogger("vtfast")
@@ -23,7 +23,7 @@ COMPLETED = "completed.json"
 
 
 def mark_completed(run: Path, step: int) -> None:
-    write_text(run / COMPLETED, json.dumps({"step": step}) + "\n")
+    write_whole(run / COMPLETED, json.dumps({"step": step}) + "\n")
 
 
 def completed_step(run: Path) -> int:
@@ -88,11 +88,8 @@ def copy_logs(source: Path, run: Path, step: int) -> None:
 
 def _copy(source: Path, to: Path, wanted: Callable[[bytes], bool]) -> None:
     """The wanted lines of `source`, in place of `to` at once. Logs may be larger than memory."""
-    partial = to.with_name(f".{to.name}.partial")
-    with source.open("rb") as lines, partial.open("wb") as file:
+    with source.open("rb") as lines, written_whole(to) as file:
         file.writelines(line for line in lines if wanted(line))
-    flush(partial)
-    partial.rename(to)
 
 
 def _all_belong(path: Path, step: int) -> bool:

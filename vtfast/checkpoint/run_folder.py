@@ -6,12 +6,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from vtfast.checkpoint.files import write_text
 from vtfast.checkpoint.find import LAST, Checkpoint
 from vtfast.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, set_aside
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
-from vtfast.files import expand
+from vtfast.files import expand, write_whole
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -63,7 +62,7 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
             f"--resume_from_checkpoint {checkpoint.folder}: lies in no run folder; name a new --output_dir"
         )
     (folder / "checkpoints").mkdir(exist_ok=True)
-    write_text(folder / "config.yaml", settings(config))
+    write_whole(folder / "config.yaml", settings(config))
     return folder
 
 

@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtfast.checkpoint.files import flush, remove, sums, write_sums
+from vtfast.checkpoint.files import remove, sums, write_sums
 from vtfast.checkpoint.optimizer import fragments, to_tensors
 from vtfast.checkpoint.rng import rng_state
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
+from vtfast.files import flush
 
 log = logging.getLogger("vtfast")
 STEP = re.compile(r"step-(\d+)")

@@ -20,7 +20,7 @@ from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item, Judged
 from vtfast.evaluate.scorer import LETTERS
 from vtfast.evaluate.scores import get_benchmark, judge, summarise
-from vtfast.files import read_json, write_whole
+from vtfast.files import read_json, write_json, write_whole
 
 log = logging.getLogger("vtfast")
 Row = dict[str, Any]
@@ -244,8 +244,3 @@ def _short(value: Any) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """A mapping from a JSON file; empty where there is none."""
     return read_json(path) if path.exists() else {}
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all: readers may come at any time."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")

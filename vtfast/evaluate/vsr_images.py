@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Item
+from vtfast.files import written_whole
 from vtfast.images import ImageError, check_image
 
 TRIES = 4
@@ -98,9 +99,8 @@ def _fetch_one(name: str, link: str, folder: Path) -> str | None:
         ) as error:  # OSError: HTTP errors, sockets, time-outs
             problem = f"{link}: {error}"
             continue
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(data)
-        partial.rename(folder / name)
+        with written_whole(folder / name) as file:
+            file.write(data)
         return None
     return problem
 

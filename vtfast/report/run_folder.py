@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtfast.errors import UserError
-from vtfast.files import read_mapping
+from vtfast.files import read_mapping, write_json
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOut
@@ -97,7 +97,7 @@ def save_held_out(folder: Path, before: HeldOut | None, after: HeldOut | None) -
     """Leave the held-out scores in the run folder, for the report; nothing if there were no questions."""
     if before and after:
         scores = {"before": asdict(before), "after": asdict(after)}
-        (folder / HELD_OUT).write_text(json.dumps(scores, indent=1) + "\n")
+        write_json(folder / HELD_OUT, scores)
 
 
 def _since_rewind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
