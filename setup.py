@@ -59,6 +59,7 @@ setup(
             "types-PyYAML",
             "hypothesis",
             "selenium",
+            "latex2mathml",
             "mkdocs-material",
             "mkdocstrings[python]",
             "peft>=0.18",

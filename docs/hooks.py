@@ -1,12 +1,26 @@
-"""The page of all settings, written from the docstrings under the fields of vtfast/config."""
+"""The page of all settings, written from the docstrings under the fields of vtfast/config; formulas as MathML."""
 
+import html
+import re
 from dataclasses import MISSING, fields
+
+from latex2mathml.converter import convert
 
 from vtfast.config import Config, SFTConfig, field_help, sections
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     return markdown + settings() if page.file.src_path == "settings.md" else markdown
+
+
+def on_page_content(content: str, **_) -> str:
+    pattern = r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>'
+    return re.sub(pattern, _mathml, content, flags=re.DOTALL)
+
+
+def _mathml(found: re.Match) -> str:
+    display = "block" if found[1] == "[" else "inline"
+    return convert(html.unescape(found[2]).strip(), display=display)
 
 
 def settings() -> str:

@@ -94,6 +94,16 @@ def test_every_setting_and_every_public_name_is_there(site):
             assert f'id="{name}"' in (site / f"{page}.html").read_text(), name
 
 
+def test_formulas_are_drawn(site):
+    page, written = (site / "loss.html").read_text(), (PAGES / "loss.md").read_text()
+    blocks = written.count("$$") // 2
+    inline = len(re.findall(r"\$[^$]+\$", written.replace("$$", "")))
+    assert page.count('display="block"') == blocks and page.count('display="inline"') == inline
+    assert "arithmatex" not in page and "$" not in re.sub(
+        r"<script.*?</script>", "", page, flags=re.S
+    )
+
+
 def test_the_examples_are_on_their_page(site):
     """Included from their files; a formatter that takes the marker for Python breaks it without a word."""
     shown = html.unescape(re.sub(r"<[^>]+>", "", (site / "elsewhere.html").read_text()))
