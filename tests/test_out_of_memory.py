@@ -2,13 +2,16 @@
 
 import json
 import subprocess
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from launchers import deepspeed_launcher
 from make_trainer import answered, asked, assert_same, make, state
 from test_trainer import ROOT, SHORT, assert_same_run, environment, run
 
+from vtfast import run as run_module
 from vtfast import trainer as trainer_module
 from vtfast.distributed import Ranks
 from vtfast.errors import RankError, UserError
@@ -205,11 +208,29 @@ def test_a_run_goes_on_with_what_its_memory_did_for(tmp_path, caplog):
             TokenBudget(700, tmp_path, ALONE)
 
 
+def test_the_agreement_of_ranks_waits_as_long_as_any_collective(tmp_path, monkeypatch):
+    """It has a group of its own beside NCCL's, with `--ddp_timeout` in place of torch's half an hour."""
+    made = []
+
+    def of_two(tokens, folder, ranks, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "get_backend", lambda: "nccl")
+            patch.setattr(dist, "new_group", lambda **given: made.append(given))
+            return TokenBudget(tokens, folder, Others(0, 2, ranks.device), *more)
+
+    monkeypatch.setattr(run_module, "TokenBudget", of_two)
+    make(tmp_path, ddp_timeout=77)
+    assert made == [{"backend": "gloo", "timeout": timedelta(seconds=77)}]
+
+
 class Others(Ranks):
     """A rank among two, whose other one needs five passes."""
 
     def gather(self, value):
         return [value, 5]
+
+    def from_main(self, value):
+        return value
 
 
 def test_a_batch_is_cut_into_equally_many_passes_on_all_ranks(tmp_path):

@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 import time
+from datetime import timedelta
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -93,7 +94,8 @@ class Run:
             if checkpoint:
                 put_back(self, checkpoint)
             self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
-            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks)
+            limit = timedelta(seconds=config.ddp_timeout)
+            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks, limit)
             most = config.max_nonfinite_steps
             self.keeper = Keeper(self.engine, ranks, self.folder, most, self.health)
             if ranks.is_main and rendered.exists() and not (self.folder / "data").exists():

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,8 +43,11 @@ class Elsewhere(MemoryError):
 class TokenBudget:
     """Most tokens of a packed pass (a longer prompt with one completion goes alone)."""
 
-    def __init__(self, tokens: int, folder: Path, ranks: Ranks) -> None:
-        """`tokens`: what the settings say. A run that goes on in `folder` starts with what its memory did for."""
+    def __init__(
+        self, tokens: int, folder: Path, ranks: Ranks, timeout: timedelta | None = None
+    ) -> None:
+        """`tokens`: what the settings say. A run that goes on in `folder` starts with what its memory did for.
+        `timeout`: of waiting for other ranks (`--ddp_timeout`)."""
         self.file, self.ranks = folder / "memory.json", ranks
         self.tokens = min(
             tokens, ranks.from_main(self._read() if ranks.is_main else None) or tokens
@@ -52,9 +56,8 @@ class TokenBudget:
             log.info("token budget %d instead of %d, by %s", self.tokens, tokens, self.file)
         self._group = None
         if ranks.size > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(
-                backend="gloo"
-            )  # an agreement of hosts does not wait for the devices
+            # An agreement of hosts does not wait for the devices.
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def _read(self) -> int | None:
         try:
