@@ -25,7 +25,7 @@ from vtfast.checkpoint.rng import seed_all
 from vtfast.checkpoint.state import fingerprint, samples_digest
 from vtfast.config import RunConfig
 from vtfast.data import Sample
-from vtfast.errors import Stopped, UserError
+from vtfast.errors import SharedError, Stopped, UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.gradients import drop_gradients
 from vtfast.groups import Batch, Group
@@ -187,6 +187,10 @@ class Run:
             try:
                 self.train()
             except Stopped as asked:
+            except BaseException as error:
+                with heartbeat.patient("saving"):
+                    self.saver.finish(error)
+                raise
                 raise Stopped(self.save_and_say(asked)) from None
             finally:
                 self.rollout.give_up = None
@@ -260,7 +264,7 @@ class Run:
             self.tracker.log(step, metrics, rows)
         problem = self.ranks.from_main(self.tracker.problem if self.tracker else None)
         if problem and self.config.on_save_error == "stop":
-            raise UserError(
+            raise SharedError(
                 f"step {step}: {problem}; make room and go on with --resume_from_checkpoint last"
             )
         if problem and self.ranks.is_main:
@@ -342,7 +346,7 @@ class Run:
         if self.ranks.is_main:
             self.list_skipped(rows)
         if rows and self.config.on_bad_sample == "error":
-            raise UserError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
+            raise SharedError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
         return len(rows)
 
     def list_skipped(self, rows: Sequence[dict]) -> None:

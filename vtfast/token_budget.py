@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from vtfast.distributed import Ranks
-from vtfast.errors import RankError, UserError
+from vtfast.errors import RankError, SharedError, UserError
 from vtfast.groups import Batch, Group
 from vtfast.load_balancing import Work
 from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
@@ -148,7 +148,7 @@ class TokenBudget:
             if text is not None
         )
         if largest <= least:
-            raise UserError(
+            raise SharedError(
                 f"step {step}: out of memory ({reason}) with one completion a pass, {least} tokens with its prompt;"
                 f" {WHAT_TO_LOWER}"
             )

@@ -26,7 +26,7 @@ from vtfast.checkpoint.files import flush, remove, sums, write_sums
 from vtfast.checkpoint.optimizer import fragments, to_tensors
 from vtfast.checkpoint.rng import rng_state
 from vtfast.distributed import Ranks
-from vtfast.errors import UserError
+from vtfast.errors import SharedError, UserError
 
 log = logging.getLogger("vtfast")
 STEP = re.compile(r"step-(\d+)")
@@ -143,6 +143,22 @@ class Saver:
 
     def _drop_old(self) -> None:
         if self.keep is not None:
+    def finish(self, error: BaseException) -> None:
+        """What is being written, before `error` ends the run: name it, or say that it is lost. Raises nothing of its
+        own, since `error` is what there is to read."""
+        if self.pending is None:
+            return
+        name = self.folder / f"step-{self.pending[0]}"
+        if self.ranks.size > 1 and not isinstance(error, SharedError):
+            log.error("%s: was being written, and is lost; %s", name, self.kept)
+            return
+        try:
+            self.settle(wait=True)
+        except UserError as full:
+            log.error("%s", full)
+        except Exception:
+            log.exception("%s: could not be written; %s", name, self.kept)
+
             for _, folder in checkpoints(self.folder)[self.keep :]:
                 remove(folder)
 
@@ -150,7 +166,7 @@ class Saver:
         """Raises UserError if the run's last step is not on the disk: a run that could go on without a checkpoint
         cannot end without one."""
         if step and step != self.last:
-            raise UserError(
+            raise SharedError(
                 f"{self.folder / f'step-{step}'}: the trained weights could not be saved; {self.kept}. Make room and go"
                 " on with --resume_from_checkpoint last"
             )
@@ -164,7 +180,7 @@ class Saver:
     def _failed(self, step: int, problem: str) -> None:
         text = f"{self.folder / f'step-{step}'}: cannot be written: {problem}; {self.kept}"
         if self.stop_on_error:
-            raise UserError(
+            raise SharedError(
                 f"{text}. Make room and go on with --resume_from_checkpoint last"
                 " (--on_save_error continue would have gone on without it)"
             )
