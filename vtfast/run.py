@@ -110,7 +110,8 @@ class Run:
             self.folder / "checkpoints", ranks, background=config.async_save,
             keep=config.save_total_limit, stop_on_error=config.on_save_error == "stop",
         )  # fmt: skip
-        self.saver.last = self.done or None
+        if checkpoint:
+            self.saver.go_on(checkpoint.folder, self.done)
         if ranks.is_main and not checkpoint:
             self.list_skipped(self.asker.skipped)
         self.asker.skipped = []

@@ -15,6 +15,7 @@ from vtfast.files import shortened
 CHECKSUMS = "resume/checksums.json"
 SETTINGS = "resume/config.yaml"
 STATE = "resume/state.json"
+PARTS = "resume/rank-*.safetensors"
 REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
 
 
@@ -89,6 +90,21 @@ def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
         raise _Damaged(
             f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
         )
+def unlisted(folder: Path) -> list[str]:
+    """Names of parts of the optimizer that a whole checkpoint's sums do not vouch for."""
+    listed = _read_sums(folder)
+    parts = (path.relative_to(folder).as_posix() for path in folder.glob(PARTS))
+    return sorted(name for name in parts if name not in listed)
+
+
+def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of every file. As long as it is the same, nobody has written to any of them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = (path.relative_to(folder.parent).as_posix() for path in files)
+    found = (path.stat() for path in files)
+    return tuple((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, found, strict=True))
+
+
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}

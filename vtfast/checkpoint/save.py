@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtfast.checkpoint.files import flush, remove, sums, write_sums
+from vtfast import heartbeat
+from vtfast.checkpoint.files import PARTS, damage, flush, remove, stamp, sums, write_sums
 from vtfast.checkpoint.optimizer import fragments, to_tensors
 from vtfast.checkpoint.rng import rng_state
 from vtfast.distributed import Ranks
@@ -52,7 +53,7 @@ class Saver:
         Args:
             folder: the run's `checkpoints`.
             background: write while training goes on.
-            keep: checkpoints to keep, the newest ones; None: all.
+            keep: whole checkpoints to keep, the newest ones; None: all.
             stop_on_error: whether a checkpoint that cannot be written ends the run.
         """
         self.folder, self.ranks, self.background, self.keep = folder, ranks, background, keep
@@ -60,7 +61,15 @@ class Saver:
         self.last: int | None = None
         """Newest step that has been saved."""
         self.pending: tuple[int, Future[Report]] | None = None
+        self._whole: dict[tuple, bool] = {}
+        """What has been found out about checkpoints, by their `stamp`."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def go_on(self, folder: Path, step: int) -> None:
+        """From a checkpoint that has just been read and found whole."""
+        self.last = step
+        if self.ranks.is_main:
+            self._whole[stamp(folder)] = True
 
     def begin(
         self, step: int, module: nn.Module, zero: Any, write_rest: Callable[[Path, Any], None]
@@ -96,7 +105,7 @@ class Saver:
                 if is_main:
                     write_rest(partial, weights)
                     others = (p for p in partial.rglob("*") if p.is_file())
-                    files += [p for p in others if not p.match("resume/rank-*.safetensors")]
+                    files += [p for p in others if not p.match(PARTS)]
                 for path in files:
                     flush(path)
                 written.update(sums(partial, files))
@@ -134,15 +143,6 @@ class Saver:
         if self.ranks.is_main and (problem := _attempt(self._drop_old)):
             log.warning("checkpoints: old ones cannot be removed (%s)", problem)
 
-    def _name(self, partial: Path, step: int, reports: list[Report]) -> None:
-        write_sums(partial, (report.sums for report in reports))
-        for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-            flush(folder)
-        partial.rename(self.folder / f"step-{step}")
-        flush(self.folder)
-
-    def _drop_old(self) -> None:
-        if self.keep is not None:
     def finish(self, error: BaseException) -> None:
         """What is being written, before `error` ends the run: name it, or say that it is lost. Raises nothing of its
         own, since `error` is what there is to read."""
@@ -159,8 +159,35 @@ class Saver:
         except Exception:
             log.exception("%s: could not be written; %s", name, self.kept)
 
-            for _, folder in checkpoints(self.folder)[self.keep :]:
+    def _name(self, partial: Path, step: int, reports: list[Report]) -> None:
+        write_sums(partial, (report.sums for report in reports))
+        for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+            flush(folder)
+        folder = partial.rename(self.folder / f"step-{step}")
+        flush(self.folder)
+        self._whole[stamp(folder)] = True
+
+    @heartbeat.patient("saving")
+    def _drop_old(self) -> None:
+        """What is older than the newest `keep` whole ones. A damaged one takes no place among them."""
+        if self.keep is None:
+            return
+        kept = 0
+        for _, folder in checkpoints(self.folder):
+            if kept < self.keep:
+                kept += self._is_whole(folder)
+            else:
                 remove(folder)
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Read again only if somebody has written to it since."""
+        seen = stamp(folder)
+        if seen not in self._whole:
+            problem = damage(folder)
+            self._whole[seen] = problem is None
+            if problem:
+                log.warning("%s: %s; it does not count for --save_total_limit", folder, problem)
+        return self._whole[seen]
 
     def insist(self, step: int) -> None:
         """Raises UserError if the run's last step is not on the disk: a run that could go on without a checkpoint
