@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
-from datetime import timedelta
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast import distributed, heartbeat
-from vtfast.checkpoint import Saver, find_checkpoint, prepare_run_folder
-from vtfast.checkpoint.logs import completed_step, mark_completed
+from vtfast.checkpoint import Saver, find_checkpoint, keep_data, prepare_run_folder
+from vtfast.checkpoint.logs import completed_step, flush_lists, mark_completed
 from vtfast.checkpoint.rng import seed_all
 from vtfast.checkpoint.state import fingerprint, samples_digest
 from vtfast.config import RunConfig
@@ -98,8 +97,7 @@ class Run:
             self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks, limit)
             most = config.max_nonfinite_steps
             self.keeper = Keeper(self.engine, ranks, self.folder, most, self.health)
-            if ranks.is_main and rendered.exists() and not (self.folder / "data").exists():
-                shutil.move(rendered, self.folder / "data")
+            on_main(ranks, lambda: keep_data(rendered, self.folder))
         self.done = checkpoint.state.step if checkpoint else 0
         """Optimizer steps."""
         self.before = held_out_before(checkpoint.state) if checkpoint else None
@@ -188,11 +186,11 @@ class Run:
             try:
                 self.train()
             except Stopped as asked:
+                raise Stopped(self.save_and_say(asked)) from None
             except BaseException as error:
                 with heartbeat.patient("saving"):
                     self.saver.finish(error)
                 raise
-                raise Stopped(self.save_and_say(asked)) from None
             finally:
                 self.rollout.give_up = None
         if self.tracker:
@@ -370,6 +368,7 @@ class Run:
         def rest(folder: Path, weights: dict[str, Tensor]) -> None:
             if tracker:
                 tracker.flush()  # a checkpoint must not be ahead of the logs
+            flush_lists(self.folder)
             write_rest(self, state, folder, weights)
 
         self.saver.begin(self.done, self.policy.module, self.engine.optimizer, rest)

@@ -37,6 +37,17 @@ def write_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def place(source: Path, to: Path) -> None:
+    """Copy a folder to where it is to stay: all of it is on the disk once it has that name."""
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    for path in (partial, *partial.rglob("*")):
+        flush(path)
+    partial.rename(to)
+    flush(to.parent)
+
+
 def remove(folder: Path) -> None:
     """Delete a folder. It loses its name first, so that half of it is never taken for the whole."""
     doomed = folder.with_name(f".{folder.name}.removed")
@@ -79,17 +90,6 @@ def damage(folder: Path, only: str | None = None) -> str | None:
     return None
 
 
-class _Damaged(Exception):
-    pass
-
-
-def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
-    """{name: (bytes, SHA-256)}"""
-    path = folder / CHECKSUMS
-    if not path.is_file():
-        raise _Damaged(
-            f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
-        )
 def unlisted(folder: Path) -> list[str]:
     """Names of parts of the optimizer that a whole checkpoint's sums do not vouch for."""
     listed = _read_sums(folder)
@@ -105,6 +105,17 @@ def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, found, strict=True))
 
 
+class _Damaged(Exception):
+    pass
+
+
+def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, SHA-256)}"""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        raise _Damaged(
+            f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed"
+        )
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}
