@@ -289,7 +289,7 @@ class Run:
             self.ranks,
             self.policy,
             lambda index: self.asker.ask(self.train_samples[index], index),
-            self.budget.tokens,
+            self.budget.at(self.at_step + self.steps_per_batch - 1),
             skip_without_signal=self.skips_groups_without_signal,
         )
 
