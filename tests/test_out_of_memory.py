@@ -264,6 +264,17 @@ def test_a_run_that_ran_out_of_memory_is_resumed_to_the_bit(kind, tmp_path, ques
         assert_same_as(whole, copy)
 
 
+def test_a_batch_of_answers_is_cut_for_all_of_its_uses(tmp_path):
+    """Those of steps 3 and 4 are cut in step 3; memory was short in the second use, and several ranks would not survive
+    that again."""
+    trainer = make(tmp_path, num_iterations=2, token_budget=1000)
+    trainer.budget.known = {4: 120}
+    budgets = []
+    for step, questions in zip((1, 3), asked(trainer, (1, 3)), strict=True):
+        budgets += [trainer.step(step, questions)[0], trainer.step(step + 1, None)[0]]
+    assert [metrics["token_budget"] for metrics in budgets] == [1000, 1000, 120, 120]
+
+
 def test_the_agreement_of_ranks_waits_as_long_as_any_collective(tmp_path, monkeypatch):
     """It has a group of its own beside NCCL's, with `--ddp_timeout` in place of torch's half an hour."""
     made = []
