@@ -228,6 +228,9 @@ def test_differences_are_those_of_training(run, tmp_path):
         assert line.startswith("step-2: 1 of 3 tensors differ, " + name)
     (line,) = seen(lambda: (other / "checkpoints/step-2").rename(other / "checkpoints/step-1"))
     assert "steps [1] instead of [2]" in line
+    assert list(verify.differences(run, run, stops={1}, limit=1)) == []
+    (line,) = verify.differences(run, run, stops={1})
+    assert "steps [2] instead of [1, 2]" in line
 
 
 def test_processes_left_over_are_found():

@@ -1,14 +1,20 @@
 """Running out of memory changes how a batch is cut and how many rows are in flight, and no result."""
 
 import json
+import shutil
 import subprocess
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from launchers import deepspeed_launcher
 from make_trainer import answered, asked, assert_same, make, state
+from test_resume import assert_same_run as assert_same_as
+from test_resume import build, rows
 from test_trainer import ROOT, SHORT, assert_same_run, environment, run
 
+from vtfast import run as run_module
 from vtfast import trainer as trainer_module
 from vtfast.distributed import Ranks
 from vtfast.errors import RankError, UserError
@@ -93,7 +99,8 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
         f"token budget 260 -> {budget}, the same batch again in {len(work.batches)} passes" in said
     )
     assert in_short(error) in said
-    assert json.loads((tmp_path / "tight" / "memory.json").read_text()) == {"token_budget": budget}
+    said = json.loads((tmp_path / "tight" / "memory.json").read_text())
+    assert said == {"token_budget": {"0": budget}}
 
     assert tight.engine.optimizer._backward_active_depth == 0
 
@@ -194,15 +201,93 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def test_a_run_goes_on_with_what_its_memory_did_for(tmp_path, caplog):
     file = tmp_path / "memory.json"
     assert TokenBudget(700, tmp_path, ALONE).tokens == 700
-    file.write_text('{"token_budget": 350}')
+    file.write_text('{"token_budget": {"4": 350, "9": 175}}')
     with caplog.at_level("INFO", logger="vtfast"):
-        assert TokenBudget(700, tmp_path, ALONE).tokens == 350
-    assert f"token budget 350 instead of 700, by {file}" in caplog.text
-    assert TokenBudget(200, tmp_path, ALONE).tokens == 200, "lower settings are obeyed"
-    for text in ("", "{", "[]", "{}", '{"token_budget": 0}', '{"token_budget": "9"}', "\x00"):
+        budget = TokenBudget(700, tmp_path, ALONE)
+    assert f"token budget 350 from step 4 on, by {file}" in caplog.text
+    assert [budget.at(step) for step in (1, 3, 4, 8, 9, 99)] == [700, 700, 350, 350, 175, 175]
+    assert budget.tokens == 175
+    lower = TokenBudget(200, tmp_path, ALONE)
+    assert [lower.at(4), lower.at(9)] == [200, 175], "lower settings are obeyed"
+    for text in (
+        "", "{", "[]", "{}", '{"token_budget": 350}', '{"token_budget": {"x": 9}}', "\x00",
+        *(f'{{"token_budget": {{"1": {tokens}}}}}' for tokens in ("0", "-1", '"9"', "true", "1.5")),
+    ):  # fmt: skip
         file.write_text(text)
         with pytest.raises(UserError, match=r"memory\.json: .*remove"):
             TokenBudget(700, tmp_path, ALONE)
+
+
+def out_of_memory_at(number, folder, monkeypatch, **settings):
+    """A run whose update of step `number` runs out of memory in its second pass, once."""
+    trainer = build(output_dir=str(folder), **settings)
+    one_step = trainer.step
+
+    def spoilt(step, questions):
+        if step == number:
+            spoil(trainer, "forward", monkeypatch)
+        return one_step(step, questions)
+
+    trainer.step = spoilt
+    trainer.run()
+    return folder
+
+
+DICE = {"reward_funcs": "test_resume:noisy_reward", "reward_workers": 0}
+RESUMED = {
+    "sft": {"recipe": "tiny-spatial-sft"},
+    "grpo": DICE,
+    "reference": DICE | {"beta": 0.04},
+    "twice": DICE | {"num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(k, marks=pytest.mark.slow) if k in ("reference", "twice") else k
+        for k in RESUMED
+    ],
+)
+def test_a_run_that_ran_out_of_memory_is_resumed_to_the_bit(kind, tmp_path, questions, monkeypatch):
+    """From before the step that it happened in, and from behind it, where nobody runs out of memory again."""
+    settings = questions | {"eval_data": "none", "token_budget": 150} | RESUMED[kind]
+    whole = out_of_memory_at(3, tmp_path / "whole", monkeypatch, **settings)
+    monkeypatch.undo()
+    budgets = [row["token_budget"] for row in rows(whole)]
+    assert budgets[0] == budgets[1] == 150 > budgets[2] == budgets[3]
+    saved = sorted((whole / "checkpoints").iterdir())
+    assert [path.name for path in saved][-2:] in (["step-3", "step-4"], ["step-2", "step-4"])
+    for path in saved[:-1:2]:
+        copy = shutil.copytree(whole, tmp_path / f"from-{path.name}")
+        build(resume_from_checkpoint=str(copy / "checkpoints" / path.name), **settings).run()
+        assert_same_as(whole, copy)
+
+
+def test_a_batch_of_answers_is_cut_for_all_of_its_uses(tmp_path):
+    """Those of steps 3 and 4 are cut in step 3; memory was short in the second use, and several ranks would not survive
+    that again."""
+    trainer = make(tmp_path, num_iterations=2, token_budget=1000)
+    trainer.budget.known = {4: 120}
+    budgets = []
+    for step, questions in zip((1, 3), asked(trainer, (1, 3)), strict=True):
+        budgets += [trainer.step(step, questions)[0], trainer.step(step + 1, None)[0]]
+    assert [metrics["token_budget"] for metrics in budgets] == [1000, 1000, 120, 120]
+
+
+def test_the_agreement_of_ranks_waits_as_long_as_any_collective(tmp_path, monkeypatch):
+    """It has a group of its own beside NCCL's, with `--ddp_timeout` in place of torch's half an hour."""
+    made = []
+
+    def of_two(tokens, folder, ranks, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "get_backend", lambda: "nccl")
+            patch.setattr(dist, "new_group", lambda **given: made.append(given))
+            return TokenBudget(tokens, folder, Others(0, 2, ranks.device), *more)
+
+    monkeypatch.setattr(run_module, "TokenBudget", of_two)
+    make(tmp_path, ddp_timeout=77)
+    assert made == [{"backend": "gloo", "timeout": timedelta(seconds=77)}]
 
 
 class Others(Ranks):
@@ -210,6 +295,9 @@ class Others(Ranks):
 
     def gather(self, value):
         return [value, 5]
+
+    def from_main(self, value):
+        return value
 
 
 def test_a_batch_is_cut_into_equally_many_passes_on_all_ranks(tmp_path):
@@ -328,6 +416,7 @@ IN_BACKWARD = (
 )
 LAUNCHER = deepspeed_launcher()
 TWO = ["--per_device_train_batch_size", "4", "--eval_data", "none", "--beta", "0.04"]
+EVERY = ["--save_steps", "1"]
 
 
 @pytest.mark.slow
@@ -349,14 +438,20 @@ def test_a_rank_that_fails_in_backward_ends_all_and_leaves_a_smaller_budget(tmp_
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert said.count("rank 1: out of memory in step 2, in the backward pass of") == 1
-    budget = json.loads((tmp_path / "tight" / "memory.json").read_text())["token_budget"]
-    assert f"the next run in this folder starts with {budget}" in said
+    known = json.loads((tmp_path / "tight" / "memory.json").read_text())["token_budget"]
+    ((step, budget),) = known.items()
+    assert step == "2" and f"the next run in this folder starts with {budget}" in said
+    lines = run(
+        tmp_path / "tight", *TWO, *EVERY, "--resume_from_checkpoint", "last", launcher=LAUNCHER
+    )
+    assert lines[0]["token_budget"] > budget == lines[1]["token_budget"] == lines[2]["token_budget"]
+    assert lines[1]["passes"] > lines[0]["passes"]
 
 
 def launched(tmp_path, spoil):
     script = tmp_path / "spoilt.py"
     script.write_text(SCRIPT.format(spoil=spoil))
-    command = [*LAUNCHER, str(script), *SHORT, *TWO, "--output_dir", str(tmp_path / "tight")]
+    command = [*LAUNCHER, str(script), *SHORT, *TWO, *EVERY, "--output_dir", tmp_path / "tight"]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=500
     )

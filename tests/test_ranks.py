@@ -38,14 +38,14 @@ def strike(rank):
 def planted(kind, name, step=None):
     method = getattr(kind, name)
     def instead(self, *arguments):
-        if step is None or arguments[-1] == step:
+        if step is None or step in arguments:
             strike(self)
         return method(self, *arguments)
     setattr(kind, name, instead)
 {"start": lambda: planted(run.Run, "max_steps"),
  "rollout": lambda: planted(trainer.Trainer, "answer", step=3),
  "update": lambda: planted(trainer.Trainer, "update"),
- "save": lambda: planted(run.Run, "save", step=2)}[where]()
+ "save": lambda: planted(run.Saver, "begin", step=2)}[where]()
 from vtfast.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """

@@ -45,10 +45,10 @@ def killer(folder: Path, rank: int, step: int) -> Path:
         "import os, signal, sys\n"
         "from vtfast import run\n"
         "optimize = run.Run.optimize\n"
-        "def planted(self, passes):\n"
+        "def planted(self, *work):\n"
         f"    if self.done == {step - 1} and self.ranks.rank == {rank}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return optimize(self, passes)\n"
+        "    return optimize(self, *work)\n"
         "run.Run.optimize = planted\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
@@ -139,6 +139,39 @@ def test_a_signal_to_one_rank_stops_both(whole, tmp_path):
     done = len(rows(tmp_path / "run"))
     assert f"after step {done}; go on with --resume_from_checkpoint last" in err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done}"]
+
+
+@pytest.mark.parametrize("kind", ["SharedError", "UserError"])
+def test_an_error_while_a_checkpoint_is_being_written(tmp_path, kind):
+    """Step 2's files are written only once step 3 has failed: on both ranks, or on one alone."""
+    everyone = kind == "SharedError"
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import sys, threading\n"
+        "from vtfast import errors, run, trainer\n"
+        "from vtfast.checkpoint import save\n"
+        "failing, write, step = threading.Event(), save.save_file, trainer.Trainer.step\n"
+        "def late(tensors, path, **options):\n"
+        "    assert 'step-2' not in str(path) or failing.wait(60)\n"
+        "    write(tensors, path, **options)\n"
+        "def fails(self, number, questions):\n"
+        f"    if number == 3 and ({everyone} or self.ranks.is_main):\n"
+        "        failing.set()\n"
+        f"        raise errors.{kind}('planted')\n"
+        "    return step(self, number, questions)\n"
+        "save.save_file, trainer.Trainer.step = late, fails\n"
+        "from vtfast.cli import main\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    done = run(tmp_path / "run", 2, "--async_save", "true", script=script)
+    assert done.returncode not in (0, None) and "planted" in done.stderr
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert sorted(saved) == (["step-1", "step-2"] if everyone else ["step-1"])
+    lost = "step-2: was being written, and is lost; the last checkpoint: step-1 is intact"
+    assert (lost in done.stderr) == (not everyone)
+    done = run(tmp_path / "run", 2, "--resume_from_checkpoint", "last")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def wait_for(condition, path: Path) -> None:

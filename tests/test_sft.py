@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from hugging_face import padded, plain
+from make_trainer import assert_same, state
 from safetensors.torch import load_file
 from test_trainer import LAUNCHER, environment, mixed_rows
 from transformers import Qwen2VLForConditionalGeneration
@@ -330,10 +332,42 @@ def test_overlong_targets_stop_no_run(make):
         make(max_completion_length=1)
 
 
-def test_a_step_with_no_usable_sample_stops(make):
-    trainer, _ = make()
-    with pytest.raises(UserError, match="none of this step's samples could be used"):
-        trainer.step(1, [])
+def test_steps_without_a_usable_sample_are_left_out(make):
+    """As GRPO's are: nothing moves, they are counted and listed, and several in a row stop the run."""
+    trainer, _ = make(max_steps=9)
+    steps = questions(trainer, range(1, 7))
+    trainer.step(1, next(steps))
+    before, limit = state(trainer), trainer.config.max_prompt_length
+    trainer.config.max_prompt_length = 5
+    metrics, rows = trainer.step(2, next(steps))
+    assert rows == [] and metrics["skipped_samples"] == 8 and metrics["num_targets"] == 0
+    assert metrics["loss"] is metrics["entropy"] is metrics["mean_token_accuracy"] is None
+    assert (metrics["empty_steps"], metrics["step_left_out"]) == (1, 1)
+    assert math.isnan(metrics["grad_norm"]) and metrics["learning_rate"] == before[1][0]
+    assert trainer.summary(metrics) == "no sample could be used"
+    assert_same(before, state(trainer))
+    listed = [json.loads(x) for x in (trainer.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["step"], "the limit is 5" in row["reason"]) for row in listed] == [(2, True)] * 8
+
+    trainer.config.max_prompt_length = limit
+    metrics, _ = trainer.step(3, next(steps))
+    assert metrics["loss"] > 0 and (metrics["empty_steps"], metrics["step_left_out"]) == (1, 0)
+    trainer.config.max_prompt_length = 5
+    trainer.step(4, next(steps))
+    trainer.step(5, next(steps))
+    with pytest.raises(UserError, match=r"see skipped\.jsonl; that makes 3 in a row"):
+        trainer.step(6, next(steps))
+    left_out = (trainer.folder / "nonfinite.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in left_out] == ["empty"] * 4
+
+
+def test_a_run_with_an_empty_step_goes_on_to_its_end(make):
+    trainer, _ = make(max_steps=2, eval_data="none")
+    one_step = trainer.step
+    trainer.step = lambda number, asked: one_step(number, asked if number == 2 else [])
+    trainer.run()
+    assert [line["loss"] is None for line in logged(trainer.folder)] == [True, False]
+    assert (trainer.folder / "curves.png").is_file()
 
 
 def test_a_bare_answer_is_graded_as_the_answer(make):

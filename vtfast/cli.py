@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: UserError) -> int:
-    heartbeat.fail(str(error), BAD_INPUT)
+    heard = heartbeat.fail(str(error), BAD_INPUT)
     rank = int(os.environ.get("RANK", 0))
-    alone = isinstance(error, RankError)
+    alone = isinstance(error, RankError) and not heard
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
         text = message(error) + (f" (rank {rank})" if rank else "")
         print(f"error: {text}", file=sys.stderr)

@@ -10,10 +10,14 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """One that all ranks raise at the same place, so that they can still do something together."""
+
+
 class Stopped(Exception):
     """A run that was asked to stop (SIGTERM and the like) has saved and ends. The command line prints the message and
     exits with code 75, by which a scheduler knows that there is more to do."""
 
 
 class RankError(UserError):
-    """One that a single rank meets: it is printed by that rank, since no other knows of it."""
+    """One that a single rank meets: it is printed by that rank, unless the others have heard of it (`heartbeat`)."""

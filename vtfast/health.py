@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vtfast.config import Config
 from vtfast.distributed import Ranks
-from vtfast.errors import UserError
+from vtfast.errors import SharedError
 from vtfast.gradients import drop_gradients, global_norm, nonfinite_gradients
 from vtfast.groups import Batch
 
@@ -156,7 +156,7 @@ class Keeper:
         row = self.health.left_out_in_a_row
         log.warning("step %d: left out, %s (%d in a row; %s)", step, reason, row, self.file)
         if row >= self.most_in_a_row:
-            raise UserError(
+            raise SharedError(
                 f"step {step}: left out, {reason}; that makes {row} in a row (--max_nonfinite_steps"
                 f" {self.most_in_a_row}). {self.file} names their rows and tensors; checkpoints hold the weights from"
                 " before"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast import distributed, heartbeat
-from vtfast.checkpoint import Saver, find_checkpoint, prepare_run_folder
-from vtfast.checkpoint.logs import completed_step, mark_completed
+from vtfast.checkpoint import Saver, find_checkpoint, keep_data, prepare_run_folder
+from vtfast.checkpoint.logs import completed_step, flush_lists, mark_completed
 from vtfast.checkpoint.rng import seed_all
 from vtfast.checkpoint.state import fingerprint, samples_digest
 from vtfast.config import RunConfig
 from vtfast.data import Sample
-from vtfast.errors import Stopped, UserError
+from vtfast.errors import SharedError, Stopped, UserError
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.gradients import drop_gradients
 from vtfast.groups import Batch, Group
@@ -93,11 +93,11 @@ class Run:
             if checkpoint:
                 put_back(self, checkpoint)
             self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
-            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks)
+            limit = timedelta(seconds=config.ddp_timeout)
+            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks, limit)
             most = config.max_nonfinite_steps
             self.keeper = Keeper(self.engine, ranks, self.folder, most, self.health)
-            if ranks.is_main and rendered.exists() and not (self.folder / "data").exists():
-                shutil.move(rendered, self.folder / "data")
+            on_main(ranks, lambda: keep_data(rendered, self.folder))
         self.done = checkpoint.state.step if checkpoint else 0
         """Optimizer steps."""
         self.before = held_out_before(checkpoint.state) if checkpoint else None
@@ -108,7 +108,8 @@ class Run:
             self.folder / "checkpoints", ranks, background=config.async_save,
             keep=config.save_total_limit, stop_on_error=config.on_save_error == "stop",
         )  # fmt: skip
-        self.saver.last = self.done or None
+        if checkpoint:
+            self.saver.go_on(checkpoint.folder, self.done)
         if ranks.is_main and not checkpoint:
             self.list_skipped(self.asker.skipped)
         self.asker.skipped = []
@@ -186,6 +187,10 @@ class Run:
                 self.train()
             except Stopped as asked:
                 raise Stopped(self.save_and_say(asked)) from None
+            except BaseException as error:
+                with heartbeat.patient("saving"):
+                    self.saver.finish(error)
+                raise
             finally:
                 self.rollout.give_up = None
         if self.tracker:
@@ -258,7 +263,7 @@ class Run:
             self.tracker.log(step, metrics, rows)
         problem = self.ranks.from_main(self.tracker.problem if self.tracker else None)
         if problem and self.config.on_save_error == "stop":
-            raise UserError(
+            raise SharedError(
                 f"step {step}: {problem}; make room and go on with --resume_from_checkpoint last"
             )
         if problem and self.ranks.is_main:
@@ -284,7 +289,7 @@ class Run:
             self.ranks,
             self.policy,
             lambda index: self.asker.ask(self.train_samples[index], index),
-            self.budget.tokens,
+            self.budget.at(self.at_step + self.steps_per_batch - 1),
             skip_without_signal=self.skips_groups_without_signal,
         )
 
@@ -340,7 +345,7 @@ class Run:
         if self.ranks.is_main:
             self.list_skipped(rows)
         if rows and self.config.on_bad_sample == "error":
-            raise UserError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
+            raise SharedError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
         return len(rows)
 
     def list_skipped(self, rows: Sequence[dict]) -> None:
@@ -363,6 +368,7 @@ class Run:
         def rest(folder: Path, weights: dict[str, Tensor]) -> None:
             if tracker:
                 tracker.flush()  # a checkpoint must not be ahead of the logs
+            flush_lists(self.folder)
             write_rest(self, state, folder, weights)
 
         self.saver.begin(self.done, self.policy.module, self.engine.optimizer, rest)

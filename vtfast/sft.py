@@ -21,11 +21,11 @@ from vtfast_kernels.linear_sample import linear_sample
 
 from vtfast.config import SFTConfig
 from vtfast.data import Sample
-from vtfast.errors import UserError
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
 from vtfast.gather import RowGather
 from vtfast.groups import Batch, Group
+from vtfast.load_balancing import Work
 from vtfast.metrics import Timer, mfu, process_metrics
 from vtfast.model import Policy
 from vtfast.objective import blank_pack
@@ -139,25 +139,23 @@ class SFTTrainer(Run):
             groups = self.with_targets(questions, step)
             skipped = self.settle_skipped()
             num_targets = sum(self.ranks.gather(sum(map(self.count_targets, groups))))
-            if num_targets == 0:
-                raise UserError("none of this step's samples could be used; skipped.jsonl says why")
             work = self.share_out(groups)
         with timer.phase("time/update"):
-            (losses, sums), grad_norm, learning_rate = self.optimize(work, num_targets)
+            sums, grad_norm, learning_rate = self.update(work, num_targets)
         seconds = time.perf_counter() - began
 
         parts = [(batch.groups[part.group], part) for batch in work.batches for part in batch.parts]
         tokens = sum(part.tokens for _, part in parts)
-        mine = [float(losses.sum()), *sums.sum(0).tolist(), tokens]
-        loss, correct, entropy, num_tokens = map(sum, zip(*self.ranks.gather(mine), strict=True))
+        everyone = self.ranks.gather((*sums, tokens))
+        loss, correct, entropy, num_tokens = map(sum, zip(*everyone, strict=True))
         prompt_text = sum(self.count_targets(group) - group.lengths[0] for group, _ in parts)
         flops = update_flops(self.policy, work.batches, prompt_text, tower_ran=False)
         return {
             "step": step,
             "epoch": step * self.prompts_per_step / len(self.train_samples),
-            "loss": loss,
-            "mean_token_accuracy": correct / num_targets,
-            "entropy": entropy / num_targets,
+            "loss": loss if num_targets else None,
+            "mean_token_accuracy": correct / num_targets if num_targets else None,
+            "entropy": entropy / num_targets if num_targets else None,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "num_tokens": num_tokens,
@@ -172,6 +170,15 @@ class SFTTrainer(Run):
             "token_budget": self.budget.tokens,
             **process_metrics(self.ranks.device),
         }, []
+
+    def update(self, work: Work, num_targets: int) -> tuple[list[float], float, float]:
+        """Forward, backward and the optimizer step -> ([loss, likeliest targets, entropy], summed over this rank's
+        targets; gradient norm; learning rate)."""
+        if num_targets == 0:
+            self.keeper.empty(self.at_step)
+            return [0.0, 0.0, 0.0], math.nan, self.engine.get_lr()[0]
+        (losses, sums), grad_norm, learning_rate = self.optimize(work, num_targets)
+        return [float(losses.sum()), *sums.sum(0).tolist()], grad_norm, learning_rate
 
     def with_targets(self, questions: Sequence[Question], step: int) -> list[Group]:
         """Groups of one. Samples that cannot be trained on are left out and listed."""
@@ -197,6 +204,8 @@ class SFTTrainer(Run):
         return response
 
     def summary(self, metrics: Mapping[str, float | None]) -> str:
+        if metrics["loss"] is None:
+            return "no sample could be used"
         accuracy, speed = metrics["mean_token_accuracy"], metrics["tokens_per_second"]
         return f"loss {metrics['loss']:.3f}, token accuracy {accuracy:.2f}, {speed:.0f} tok/s"
 

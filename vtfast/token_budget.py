@@ -4,6 +4,9 @@ cut again. How a batch is cut changes memory and speed, never the result.
 Ranks need an equal number of passes, since ZeRO-2 reduces gradients inside each backward pass. So they agree behind
 each forward pass, where no collective is under way. A rank that fails in a backward pass has left the others inside
 one: it writes the next budget down for the run that goes on, and ends this one.
+
+`memory.json` says from which step on a budget holds. A run that goes on from an earlier one cuts the steps between as
+they were cut, since another cut adds up in another order: only so it is the same run to the bit.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from vtfast.distributed import Ranks
-from vtfast.errors import RankError, UserError
+from vtfast.errors import RankError, SharedError, UserError
 from vtfast.files import write_json
 from vtfast.groups import Batch, Group
 from vtfast.load_balancing import Work
@@ -42,35 +46,50 @@ class Elsewhere(MemoryError):
 class TokenBudget:
     """Most tokens of a packed pass (a longer prompt with one completion goes alone)."""
 
-    def __init__(self, tokens: int, folder: Path, ranks: Ranks) -> None:
-        """`tokens`: what the settings say. A run that goes on in `folder` starts with what its memory did for."""
+    def __init__(
+        self, tokens: int, folder: Path, ranks: Ranks, timeout: timedelta | None = None
+    ) -> None:
+        """`tokens`: what the settings say. A run that goes on in `folder` knows what its memory did for.
+        `timeout`: of waiting for other ranks (`--ddp_timeout`)."""
         self.file, self.ranks = folder / "memory.json", ranks
-        self.tokens = min(
-            tokens, ranks.from_main(self._read() if ranks.is_main else None) or tokens
-        )
-        if self.tokens < tokens:
-            log.info("token budget %d instead of %d, by %s", self.tokens, tokens, self.file)
+        self.tokens = self.most = tokens
+        self.known: dict[int, int] = ranks.from_main(self._read() if ranks.is_main else {})
+        """What the memory did for, by the step from which on."""
+        for step, known in self.known.items():
+            if known < tokens:
+                log.info("token budget %d from step %d on, by %s", known, step, self.file)
         self._group = None
         if ranks.size > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(
-                backend="gloo"
-            )  # an agreement of hosts does not wait for the devices
+            # An agreement of hosts does not wait for the devices.
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def _read(self) -> int | None:
+    def at(self, step: int) -> int:
+        """The budget of a batch whose last use is `step`."""
+        known = (tokens for since, tokens in self.known.items() if since <= step)
+        self.tokens = min((self.most, *known))
+        return self.tokens
+
+    def _read(self) -> dict[int, int]:
         try:
-            tokens = json.loads(self.file.read_text())["token_budget"]
+            known = json.loads(self.file.read_text())["token_budget"]
+            known = {int(step): tokens for step, tokens in known.items()}
         except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            return {}
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"{self.file}: cannot be read ({error}); remove it") from None
-        if type(tokens) is not int or tokens < 1:
-            raise UserError(
-                f"{self.file}: token_budget {tokens!r} is no number of tokens; remove the file"
-            )
-        return tokens
+        for tokens in known.values():
+            if type(tokens) is not int or tokens < 1:
+                raise UserError(
+                    f"{self.file}: token_budget {tokens!r} is no number of tokens; remove the file"
+                )
+        return known
+
+    def _lower(self, tokens: int, step: int) -> None:
+        """From `step` on."""
+        self.tokens = self.known[step] = tokens
 
     def _write(self) -> None:
-        write_json(self.file, {"token_budget": self.tokens})
+        write_json(self.file, {"token_budget": self.known})
 
     def fit(
         self,
@@ -123,7 +142,7 @@ class TokenBudget:
             if self.ranks.size == 1 or not is_out_of_memory(error):
                 raise
             tokens, before = _tokens(batch), self.tokens
-            self.tokens = self._next(tokens, least=_least(batch))
+            self._lower(self._next(tokens, least=_least(batch)), step)
             self._write()
             raise RankError(
                 f"rank {self.ranks.rank}: out of memory in step {step}, in the backward pass of {tokens} tokens, where"
@@ -143,11 +162,12 @@ class TokenBudget:
             if text is not None
         )
         if largest <= least:
-            raise UserError(
+            raise SharedError(
                 f"step {step}: out of memory ({reason}) with one completion a pass, {least} tokens with its prompt;"
                 f" {WHAT_TO_LOWER}"
             )
-        before, self.tokens = self.tokens, self._next(largest, least)
+        before = self.tokens
+        self._lower(self._next(largest, least), step)
         if self.ranks.is_main:
             self._write()
         work.batches[:] = cut_again(work, self.tokens, self.ranks)

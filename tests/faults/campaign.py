@@ -200,7 +200,10 @@ class _Trial:
         if not (ended and ended.finished):
             result.other.append(f"not finished after {result.starts} starts; see {output}")
             return
-        result.differing += verify.differences(self.reference.folder, self.run)
+        asked = self.trial.kind.action in ("SIGTERM", "impatient")
+        stops = {int(step) for (step,) in _noted(self.run, "landed")} if asked else ()
+        limit = self.trial.settings.limit
+        result.differing += verify.differences(self.reference.folder, self.run, stops, limit)
         result.other += [f"left over: {name}" for name in verify.leftovers(self.run)]
         last = max(verify.checkpoints(self.run).items())[1]
         result.other += filter(None, [verify.loadable(last)])

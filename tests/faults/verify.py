@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vtfast.tracking import MEASURED
@@ -91,8 +91,12 @@ def tensors(checkpoint: Path) -> dict[str, str]:
     return digests
 
 
-def differences(reference: Path, folder: Path) -> Iterator[str]:
-    """What tells a finished run from the uninterrupted one, in words; nothing if they are equal."""
+def differences(
+    reference: Path, folder: Path, stops: Collection[int] = (), limit: int | None = None
+) -> Iterator[str]:
+    """What tells a finished run from the uninterrupted one, in words; nothing if they are equal.
+
+    `stops`: steps that it has saved beside the due ones, since it was asked to stop; `limit`: its save_total_limit."""
     expected, found = metrics(reference), metrics(folder)
     if len(expected) != len(found):
         yield f"metrics.jsonl has {len(found)} lines instead of {len(expected)}"
@@ -111,8 +115,11 @@ def differences(reference: Path, folder: Path) -> Iterator[str]:
         if contents[0] != contents[1]:
             yield f"{name} differs"
     kept, there = checkpoints(reference), checkpoints(folder)
-    if sorted(kept) != sorted(there):
-        yield f"checkpoints of steps {sorted(there)} instead of {sorted(kept)}"
+    steps = sorted({*kept, *stops})
+    if limit:
+        del steps[:-limit]
+    if steps != sorted(there):
+        yield f"checkpoints of steps {sorted(there)} instead of {steps}"
     for step in sorted(kept.keys() & there.keys()):
         left, right = tensors(kept[step]), tensors(there[step])
         different = [

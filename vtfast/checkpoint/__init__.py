@@ -13,13 +13,14 @@ any other number has written. Nothing is pickled: reading a checkpoint of somebo
 """
 
 from vtfast.checkpoint.find import find_checkpoint, settings_of
-from vtfast.checkpoint.run_folder import check_output_dir, prepare_run_folder
+from vtfast.checkpoint.run_folder import check_output_dir, keep_data, prepare_run_folder
 from vtfast.checkpoint.save import Saver
 
 __all__ = [
     "Saver",
     "check_output_dir",
     "find_checkpoint",
+    "keep_data",
     "prepare_run_folder",
     "settings_of",
 ]

@@ -8,12 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vtfast.files import sha256, shortened, write_whole
+from vtfast.files import flush, sha256, shortened, write_whole
 
 CHECKSUMS = "resume/checksums.json"
 SETTINGS = "resume/config.yaml"
 STATE = "resume/state.json"
+PARTS = "resume/rank-*.safetensors"
 REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
+
+
+def place(source: Path, to: Path) -> None:
+    """Copy a folder to where it is to stay: all of it is on the disk once it has that name."""
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    for path in (partial, *partial.rglob("*")):
+        flush(path)
+    partial.rename(to)
+    flush(to.parent)
 
 
 def remove(folder: Path) -> None:
@@ -48,6 +60,21 @@ def damage(folder: Path, only: str | None = None) -> str | None:
     except _Damaged as damaged:
         return str(damaged)
     return None
+
+
+def unlisted(folder: Path) -> list[str]:
+    """Names of parts of the optimizer that a whole checkpoint's sums do not vouch for."""
+    listed = _read_sums(folder)
+    parts = (path.relative_to(folder).as_posix() for path in folder.glob(PARTS))
+    return sorted(name for name in parts if name not in listed)
+
+
+def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of every file. As long as it is the same, nobody has written to any of them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = (path.relative_to(folder.parent).as_posix() for path in files)
+    found = (path.stat() for path in files)
+    return tuple((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, found, strict=True))
 
 
 class _Damaged(Exception):

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtfast.checkpoint.files import SETTINGS, damage
+from vtfast.checkpoint.files import CHECKSUMS, SETTINGS, damage, unlisted
 from vtfast.checkpoint.save import STEP, checkpoints
 from vtfast.checkpoint.state import State, read_state
 from vtfast.config import RunConfig
@@ -105,6 +105,10 @@ def _read(folder: Path) -> Checkpoint:
     if folder.name != f"step-{state.step}":
         raise UserError(
             f"{folder}: is of step {state.step}; give it the name step-{state.step} back"
+        )
+    if strangers := unlisted(folder):
+        raise UserError(
+            f"{folder / strangers[0]}: is not listed in {CHECKSUMS}, so nothing vouches for it; remove it"
         )
     return Checkpoint(folder, state)
 

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vtfast.checkpoint.save import checkpoints
-from vtfast.files import write_whole, written_whole
+from vtfast.files import flush, write_whole, written_whole
 from vtfast.stopping import STOP_FILE
 
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl", "nonfinite.jsonl")
+LISTS = LOGS[2:]
+"""Those that nobody holds open."""
 SUPERSEDED = "superseded-"
 COMPLETED = "completed.json"
 """Written last: the run has been judged and reported."""
@@ -35,6 +37,14 @@ def completed_step(run: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: cannot be read (%s); the run is judged again", run / COMPLETED, error)
         return 0
+
+
+def flush_lists(run: Path) -> None:
+    """Have the disk hold all rows of the lists so far, and the names of all logs."""
+    for path in (run / name for name in LISTS):
+        if path.exists():
+            flush(path)
+    flush(run)
 
 
 def cut_back(run: Path, step: int) -> None:
@@ -76,7 +86,10 @@ def _clear(run: Path) -> None:
         shutil.rmtree(leftover)
     partial = (*run.glob(".*.partial"), *run.glob(f"{SUPERSEDED}*/.*.partial"))
     for leftover in (run / STOP_FILE, *partial):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def copy_logs(source: Path, run: Path, step: int) -> None:

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from vtfast.checkpoint.files import SETTINGS, place
 from vtfast.checkpoint.find import LAST, Checkpoint
 from vtfast.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, set_aside
 from vtfast.config import RunConfig
@@ -52,6 +53,12 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
             set_aside(folder)
     elif config.output_dir is not None and expand(config.output_dir).resolve() != checkpoint.run:
         folder = _new_folder(config)
+        if _holds_something(folder):
+            # Checkpoints without a config.yaml, or a run that has the checkpoint's folder somewhere inside.
+            raise UserError(
+                f"--output_dir {folder}: is not known as the run of {checkpoint.folder}, whose logs would be cut back;"
+                f" name a new folder, or put config.yaml back into the run's ({SETTINGS} is a copy)"
+            )
         if checkpoint.run:
             copy_logs(checkpoint.run, folder, checkpoint.state.step)
     elif checkpoint.run:
@@ -59,11 +66,18 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
         cut_back(folder, checkpoint.state.step)
     else:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint.folder}: lies in no run folder; name a new --output_dir"
+            f"--resume_from_checkpoint {checkpoint.folder}: lies in no run folder, which would have a config.yaml; name"
+            " a new --output_dir"
         )
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_whole(folder / "config.yaml", settings(config))
     return folder
+
+
+def keep_data(rendered: Path, run: Path) -> None:
+    """Leave the rendered questions, if there are any, in RUN/data, unless a start before this one has."""
+    if rendered.exists() and not (run / "data").exists():
+        place(rendered, run / "data")
 
 
 def settings(config: RunConfig) -> str:

@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtfast.checkpoint.files import remove, sums, write_sums
+from vtfast import heartbeat
+from vtfast.checkpoint.files import PARTS, damage, remove, stamp, sums, write_sums
 from vtfast.checkpoint.optimizer import fragments, to_tensors
 from vtfast.checkpoint.rng import rng_state
 from vtfast.distributed import Ranks
-from vtfast.errors import UserError
+from vtfast.errors import SharedError, UserError
 from vtfast.files import flush
 
 log = logging.getLogger("vtfast")
@@ -53,7 +54,7 @@ class Saver:
         Args:
             folder: the run's `checkpoints`.
             background: write while training goes on.
-            keep: checkpoints to keep, the newest ones; None: all.
+            keep: whole checkpoints to keep, the newest ones; None: all.
             stop_on_error: whether a checkpoint that cannot be written ends the run.
         """
         self.folder, self.ranks, self.background, self.keep = folder, ranks, background, keep
@@ -61,7 +62,15 @@ class Saver:
         self.last: int | None = None
         """Newest step that has been saved."""
         self.pending: tuple[int, Future[Report]] | None = None
+        self._whole: dict[tuple, bool] = {}
+        """What has been found out about checkpoints, by their `stamp`."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def go_on(self, folder: Path, step: int) -> None:
+        """From a checkpoint that has just been read and found whole."""
+        self.last = step
+        if self.ranks.is_main:
+            self._whole[stamp(folder)] = True
 
     def begin(
         self, step: int, module: nn.Module, zero: Any, write_rest: Callable[[Path, Any], None]
@@ -97,7 +106,7 @@ class Saver:
                 if is_main:
                     write_rest(partial, weights)
                     others = (p for p in partial.rglob("*") if p.is_file())
-                    files += [p for p in others if not p.match("resume/rank-*.safetensors")]
+                    files += [p for p in others if not p.match(PARTS)]
                 for path in files:
                     flush(path)
                 written.update(sums(partial, files))
@@ -135,23 +144,57 @@ class Saver:
         if self.ranks.is_main and (problem := _attempt(self._drop_old)):
             log.warning("checkpoints: old ones cannot be removed (%s)", problem)
 
+    def finish(self, error: BaseException) -> None:
+        """What is being written, before `error` ends the run: name it, or say that it is lost. Raises nothing of its
+        own, since `error` is what there is to read."""
+        if self.pending is None:
+            return
+        name = self.folder / f"step-{self.pending[0]}"
+        if self.ranks.size > 1 and not isinstance(error, SharedError):
+            log.error("%s: was being written, and is lost; %s", name, self.kept)
+            return
+        try:
+            self.settle(wait=True)
+        except UserError as full:
+            log.error("%s", full)
+        except Exception:
+            log.exception("%s: could not be written; %s", name, self.kept)
+
     def _name(self, partial: Path, step: int, reports: list[Report]) -> None:
         write_sums(partial, (report.sums for report in reports))
         for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             flush(folder)
-        partial.rename(self.folder / f"step-{step}")
+        folder = partial.rename(self.folder / f"step-{step}")
         flush(self.folder)
+        self._whole[stamp(folder)] = True
 
+    @heartbeat.patient("saving")
     def _drop_old(self) -> None:
-        if self.keep is not None:
-            for _, folder in checkpoints(self.folder)[self.keep :]:
+        """What is older than the newest `keep` whole ones. A damaged one takes no place among them."""
+        if self.keep is None:
+            return
+        kept = 0
+        for _, folder in checkpoints(self.folder):
+            if kept < self.keep:
+                kept += self._is_whole(folder)
+            else:
                 remove(folder)
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Read again only if somebody has written to it since."""
+        seen = stamp(folder)
+        if seen not in self._whole:
+            problem = damage(folder)
+            self._whole[seen] = problem is None
+            if problem:
+                log.warning("%s: %s; it does not count for --save_total_limit", folder, problem)
+        return self._whole[seen]
 
     def insist(self, step: int) -> None:
         """Raises UserError if the run's last step is not on the disk: a run that could go on without a checkpoint
         cannot end without one."""
         if step and step != self.last:
-            raise UserError(
+            raise SharedError(
                 f"{self.folder / f'step-{step}'}: the trained weights could not be saved; {self.kept}. Make room and go"
                 " on with --resume_from_checkpoint last"
             )
@@ -165,7 +208,7 @@ class Saver:
     def _failed(self, step: int, problem: str) -> None:
         text = f"{self.folder / f'step-{step}'}: cannot be written: {problem}; {self.kept}"
         if self.stop_on_error:
-            raise UserError(
+            raise SharedError(
                 f"{text}. Make room and go on with --resume_from_checkpoint last"
                 " (--on_save_error continue would have gone on without it)"
             )

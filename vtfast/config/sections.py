@@ -265,7 +265,7 @@ class Output:
     """Write a checkpoint every N steps and at the end; 0 means at the end only. With num_iterations above 1 a
     checkpoint waits for the step before the next answers."""
     save_total_limit: int | None = None
-    """Keep only the newest N checkpoints; none keeps all."""
+    """Keep only the newest N whole checkpoints; none keeps all."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     on_save_error: str = "stop"

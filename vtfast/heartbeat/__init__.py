@@ -80,11 +80,11 @@ def _enter(phase: str, patient: bool) -> None:
         _watch.wake()  # who dies now dies in this phase, not in the one last reported
 
 
-def fail(reason: str, code: int) -> None:
-    """Tell the others why this rank ends. Does not return where `reason` only follows from the loss of another rank:
-    the process then ends with a message about that one. Bad input is always a reason of its own."""
-    if _watch is not None:
-        _watch.fail(reason, code)
+def fail(reason: str, code: int) -> bool:
+    """Tell the others why this rank ends; -> whether they have heard, and the first rank of each machine says so. Does
+    not return where `reason` only follows from the loss of another rank: the process then ends with a message about
+    that one. Bad input is always a reason of its own."""
+    return _watch is not None and _watch.fail(reason, code)
 
 
 def leave() -> None:

@@ -42,6 +42,8 @@ class Watch:
         self.leaving = False
         self.over = threading.Event()
         """Set when the verdict is known, or this rank has left."""
+        self.judged = False
+        """Whether there was a verdict."""
         self.selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
@@ -58,12 +60,13 @@ class Watch:
         with contextlib.suppress(BlockingIOError):  # it has many such calls to answer already
             self._wake.send(b"!")
 
-    def fail(self, reason: str, code: int) -> None:
+    def fail(self, reason: str, code: int) -> bool:
         judge = Judge(self.members, float("inf"))
         judge.report(self.rank, self.report())
         self.failure = judge.failed(self.rank, _first_line(reason), code)
         self.wake()
         self.over.wait(ANSWER_LIMIT)  # the thread ends the process where another rank is to blame
+        return self.judged
 
     def leave(self) -> None:
         self.leaving = True
@@ -100,7 +103,7 @@ class Watch:
 
     def end(self, verdict: Verdict) -> None:
         """The run is over. Returns in a rank that has words of its own for why."""
-        mine = self.failure
+        mine, self.judged = self.failure, True
         if mine is None or (verdict.rank != self.rank and mine.code == RANK_LOST):
             if self.rank == self._speaker(verdict):
                 # Not through sys.stderr: the main thread may hang while it holds its lock.
