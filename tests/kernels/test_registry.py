@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_op_is_in_the_registry():
     """An op is a file with a function of its name."""
-    files = {file.stem for file in (ROOT / "kernels").glob("*.py") if f"def {file.stem}(" in file.read_text()}
+    files = {
+        file.stem
+        for file in (ROOT / "kernels").glob("*.py")
+        if f"def {file.stem}(" in file.read_text()
+    }
     assert set(OPS) == files
     assert all(op.function.__name__ == name for name, op in OPS.items())
 
