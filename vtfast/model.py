@@ -100,6 +100,14 @@ class Policy:
         return getattr(self.module.model, "visual", None)
 
     @property
+    def layer_types(self) -> set[str]:
+        """Kinds of attention among the layers. Some families' configurations name none, and have one."""
+        config = self.language_model.config
+        window = getattr(config, "sliding_window", None)
+        only = "sliding_attention" if window else "full_attention"
+        return set(getattr(config, "layer_types", None) or [only])
+
+    @property
     def tower_is_frozen(self) -> bool:
         parts = () if self.visual is None else (self.visual.patch_embed, self.visual.blocks)
         return not any(p.requires_grad for part in parts for p in part.parameters())
@@ -126,10 +134,12 @@ class Policy:
             embedding = embedding.index_copy(0, pack.image_index, features)
         elif torch.is_grad_enabled() and self.visual is not None:
             embedding = embedding + self._zero_of_the_tower()
+        # A family whose layers may differ takes a mask for each kind; the others make none for an attention like ours.
+        kinds = getattr(self.language_model.config, "layer_types", None)
         output = self.language_model(
             inputs_embeds=embedding[None],
             position_ids=pack.positions if self.visual is not None else pack.positions[0],
-            attention_mask=dict.fromkeys(self.language_model.config.layer_types),
+            attention_mask=dict.fromkeys(kinds) if kinds else None,
             use_cache=False,
             layout=pack.layout,
             store=store,

@@ -76,7 +76,7 @@ class RolloutEngine:
 
         Raises UserError for a model with sliding windows.
         """
-        if set(policy.language_model.config.layer_types) != {"full_attention"}:
+        if policy.layer_types != {"full_attention"}:
             raise UserError("the rollout does not support sliding-window attention")
         kind = policy.device.type
         self.policy, self.processor = policy, processor
