@@ -13,7 +13,7 @@ from vtfast.cli import main
 from vtfast.config import field_help
 from vtfast.errors import UserError
 from vtfast.flops import forward_flops
-from vtfast.model import FAMILIES, Policy, load_model
+from vtfast.model import FAMILIES, Policy, layer_types, load_model
 from vtfast.processor import Processor, Prompt
 from vtfast.prompts import IMAGE
 from vtfast.rollout import RolloutEngine, Sampling
@@ -277,12 +277,13 @@ def test_layers_of_one_kind_need_no_names():
     """Llama's and Mistral's configurations, which have no list of them."""
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
     policy = Policy(with_random_weights(llama).eval(), ())
-    assert policy.layer_types == {"full_attention"}
+    assert layer_types(llama.config) == {"full_attention"}
     places = torch.arange(5)
     prompt = Prompt(ids=places + 20, positions=places.expand(3, -1))
     ours = flat(completion_logprobs(policy, [prompt], [COMPLETIONS[0]]))
     torch.testing.assert_close(ours.double(), oracle(policy, [prompt]), rtol=1e-5, atol=1e-5)
     config = transformers.MistralConfig(**TEXT, sliding_window=8)
     windowed = Policy(transformers.MistralForCausalLM(config), ())
+    assert layer_types(config) == {"sliding_attention"}
     with pytest.raises(UserError, match="does not support sliding-window attention"):
         RolloutEngine(windowed)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
@@ -46,6 +47,12 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen3": Qwen3ForCausalLM,
 }
 """By `model_type` of a checkpoint's config.json."""
+
+
+def layer_types(text: PreTrainedConfig) -> set[str]:
+    """Kinds of attention among the layers. Some families' configurations name none, and have one."""
+    only = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    return set(getattr(text, "layer_types", None) or [only])
 
 
 class ImageMemory:
@@ -98,14 +105,6 @@ class Policy:
     def visual(self) -> nn.Module | None:
         """The vision tower with its merger; None for a text model."""
         return getattr(self.module.model, "visual", None)
-
-    @property
-    def layer_types(self) -> set[str]:
-        """Kinds of attention among the layers. Some families' configurations name none, and have one."""
-        config = self.language_model.config
-        window = getattr(config, "sliding_window", None)
-        only = "sliding_attention" if window else "full_attention"
-        return set(getattr(config, "layer_types", None) or [only])
 
     @property
     def tower_is_frozen(self) -> bool:
