@@ -220,6 +220,11 @@ def norm_inputs(
 HEADS, KEY_HEADS, PAGE = 6, 2, 4
 
 
+def _head_size(shape: Shape) -> int:
+    """D, but even, and no larger than a model's is."""
+    return min(128, shape.D // 2 * 2)
+
+
 def _pool(pages: int, d: int, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed + 1)
     pools = torch.randn(2, pages, PAGE, KEY_HEADS, d, generator=generator).to(device, dtype)
@@ -229,9 +234,9 @@ def _pool(pages: int, d: int, dtype: torch.dtype, device: str, seed: int) -> dic
 def rope_inputs(
     shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """Heads of D dimensions, one less where that is odd; every row writes somewhere of its own."""
+    """Every row writes somewhere of its own."""
     generator = torch.Generator().manual_seed(seed)
-    R, d, pages = shape.N, shape.D // 2 * 2, shape.N // PAGE + 1
+    R, d, pages = shape.N, _head_size(shape), shape.N // PAGE + 1
     qkv = torch.randn(R, (HEADS + 2 * KEY_HEADS) * d, generator=generator)
     angle = 40 * torch.rand(R, d // 2, generator=generator).repeat(1, 2)
     slot = torch.randperm(pages * PAGE, generator=generator)[:R]
@@ -246,13 +251,13 @@ def page_inputs(
 ) -> dict[str, Any]:
     """Groups of three rows that share their first page; 5 to 12 tokens a row."""
     generator = torch.Generator().manual_seed(seed)
-    R, n = shape.N, 3
+    R, n, d = shape.N, 3, _head_size(shape)
     row = torch.arange(R, dtype=torch.int32, device=device)
     table = row[:, None] * n + torch.arange(n, dtype=torch.int32, device=device)
     table[:, 0] = row // 3 * 3 * n
-    query = torch.randn(R, HEADS, shape.D, generator=generator)
+    query = torch.randn(R, HEADS, d, generator=generator)
     return {
-        "query": query.to(device, dtype), **_pool(n * R, shape.D, dtype, device, seed),
+        "query": query.to(device, dtype), **_pool(n * R, d, dtype, device, seed),
         "pages": Pages(table, 5 + row % 8, row // 3, torch.ones_like(row), PAGE),
     }  # fmt: skip
 
