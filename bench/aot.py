@@ -4,7 +4,7 @@ Each op runs once with its launches recorded instead of executed, so what is com
 launch: same constants, tiles, warps and pointer alignments. One line a kernel variant: registers, stack (a
 register spill shows as stack), shared memory, and which tensor-core and copy instructions the PTX holds.
 Exit status 1 if anything spills, if a bf16/fp16 matmul for sm_90 goes without wgmma or its TMA variant without
-TMA, or if a kernel of `EXPECTED` was never launched (for sm_90: never with TMA where it could be).
+TMA, or if a kernel of the folder was never launched (for sm_90: never with TMA where it could be).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+from vtfast_kernels import cases as registry
 from vtfast_kernels import checks
 from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
@@ -34,13 +35,7 @@ from vtfast_kernels.silu_mul import silu_mul
 
 ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
-EXPECTED = {  # name -> whether sm_90 launches it with TMA
-    "logprob_kernel": True, "linear_sample_kernel": True, "combine_splits_kernel": False,
-    "combine_tiles_kernel": False, "dlogits_kernel": False, "grpo_rows_kernel": False,
-    "grpo_loss_kernel": False, "group_advantage_kernel": False, "paged_attention_kernel": False,
-    "combine_parts_kernel": False, "add_rms_norm_kernel": False, "rope_append_kernel": False,
-    "silu_mul_kernel": False,
-}  # fmt: skip
+WITH_TMA = ("logprob_kernel", "linear_sample_kernel")  # what sm_90 launches so
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -60,6 +55,13 @@ class Launch:
     @property
     def key(self) -> str:
         return f"{self.kernel.__name__} {self.signature} {self.constants} {self.aligned} {self.options}"
+
+
+def kernel_names() -> list[str]:
+    """Every `@triton.jit` function of the folder that is launched: its name ends so."""
+    files = sorted(Path(registry.__file__).parent.glob("*.py"))
+    pattern = r"@triton\.jit\ndef (\w+_kernel)\("
+    return [name for file in files for name in re.findall(pattern, file.read_text("utf-8"))]
 
 
 def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], label: str) -> Launch:
@@ -108,6 +110,13 @@ def record(arch: int) -> list[Launch]:
     return list(launches.values())
 
 
+BY_HAND = {
+    "linear_logprob", "linear_sample", "linear_grpo_loss", "grpo_loss", "group_advantage", "paged_attention",
+    "rope_append", "add_rms_norm", "silu_mul",
+}  # fmt: skip
+"""Ops whose options change a kernel; any other is compiled for the registry's inputs in each dtype."""
+
+
 def cases():
     """(label, thunk) for every op, dtype and option that changes a kernel."""
 
@@ -131,6 +140,9 @@ def cases():
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         kind = TYPES[dtype]
+        for name in OPS:
+            if name not in BY_HAND:
+                yield kind, thunk(name, dtype)
         for entropy in (True, False):
             label = f"{kind}{' entropy' if entropy else ''}"
             yield label, thunk("linear_logprob", dtype, entropy=entropy)
@@ -223,7 +235,8 @@ def main(argv: list[str]) -> int:
     print(ROW.format(*COLUMNS))
     for arch in options.arch:
         launches = record(arch)
-        for name, tma in EXPECTED.items():
+        for name in kernel_names():
+            tma = name in WITH_TMA
             found = [launch for launch in launches if launch.kernel.__name__ == name]
             if not any(launch.constants.get("TMA") or not (tma and arch == 90) for launch in found):
                 print(f"{name} was not launched for sm_{arch}{' with TMA' if tma else ''}")

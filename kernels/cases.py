@@ -4,7 +4,7 @@
     op = OPS["linear_grpo_loss"]
     out = op.run(op.inputs(Shape(N=129, V=1000, D=64)), impl="torch")
 
-Shapes: N scored tokens (or rows R, or rewards S), V vocabulary, D hidden.
+Shapes: N scored tokens (or rows R, or rewards S), V vocabulary, D hidden (or intermediate, or head size).
 """
 
 from collections.abc import Callable
@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
+from .add_rms_norm import add_rms_norm
 from .group_advantage import group_advantage
 from .grpo_loss import GRPOLoss, grpo_loss
 from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
 from .loss_names import LOSS_TYPES, TOKEN_LEVEL
+from .paged_attention import Pages, paged_attention
+from .rope_append import rope_append
+from .silu_mul import silu_mul
 
 FP32_TOLERANCE = 1e-5  # relative, against float64
 TEMPERATURE = 0.9
@@ -47,11 +51,12 @@ class Op:
     function: Callable
     inputs: Callable[..., dict[str, Any]]
     """(shape, dtype, device, seed) -> keyword arguments."""
-    differentiable: tuple[str, ...]
-    matmuls: int
+    outputs: tuple[str, ...] = ("out",)
+    """Names of what it returns; a named tuple has its own."""
+    differentiable: tuple[str, ...] = ()
+    """Arguments that get a gradient."""
+    matmuls: int = 0
     """Vocabulary matmuls of forward + backward with everything trained; one is 2 N V D FLOPs."""
-    bytes: Callable[[Shape, int], int]
-    """(shape, bytes of an element) -> least traffic to and from memory, forward + backward."""
 
     def run(self, inputs: dict[str, Any], impl: str = "auto") -> Any:
         return self.function(**inputs, impl=impl)
@@ -195,18 +200,78 @@ def sample_inputs(
     }  # fmt: skip
 
 
-def _head_bytes(reads: int) -> Callable[[Shape, int], int]:
-    return lambda s, size: reads * size * (s.N + s.V) * s.D
+def gate_inputs(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    gate_up = 3 * torch.randn(shape.N, 2 * shape.D, generator=generator)
+    return {"gate_up": gate_up.to(device, dtype)}
 
 
+def norm_inputs(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    x, delta = torch.randn(2, shape.N, shape.D, generator=generator).to(device, dtype)
+    weight = 1 + 0.3 * torch.randn(shape.D, generator=generator)
+    return {"x": x, "delta": delta, "weight": weight.to(device, dtype)}
+
+
+HEADS, KEY_HEADS, PAGE = 6, 2, 4
+
+
+def _head_size(shape: Shape) -> int:
+    """D, but even, and no larger than a model's is."""
+    return min(128, shape.D // 2 * 2)
+
+
+def _pool(pages: int, d: int, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    pools = torch.randn(2, pages, PAGE, KEY_HEADS, d, generator=generator).to(device, dtype)
+    return dict(zip(("keys", "values"), pools, strict=True))
+
+
+def rope_inputs(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Every row writes somewhere of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    R, d, pages = shape.N, _head_size(shape), shape.N // PAGE + 1
+    qkv = torch.randn(R, (HEADS + 2 * KEY_HEADS) * d, generator=generator)
+    angle = 40 * torch.rand(R, d // 2, generator=generator).repeat(1, 2)
+    slot = torch.randperm(pages * PAGE, generator=generator)[:R]
+    return {
+        "qkv": qkv.to(device, dtype), "cos": angle.cos().to(device, dtype), "sin": angle.sin().to(device, dtype),
+        "slot": slot.to(device), **_pool(pages, d, dtype, device, seed),
+    }  # fmt: skip
+
+
+def page_inputs(
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Groups of three rows that share their first page; 5 to 12 tokens a row."""
+    generator = torch.Generator().manual_seed(seed)
+    R, n, d = shape.N, 3, _head_size(shape)
+    row = torch.arange(R, dtype=torch.int32, device=device)
+    table = row[:, None] * n + torch.arange(n, dtype=torch.int32, device=device)
+    table[:, 0] = row // 3 * 3 * n
+    query = torch.randn(R, HEADS, d, generator=generator)
+    return {
+        "query": query.to(device, dtype), **_pool(n * R, d, dtype, device, seed),
+        "pages": Pages(table, 5 + row % 8, row // 3, torch.ones_like(row), PAGE),
+    }  # fmt: skip
+
+
+HEAD = ("hidden", "weight")
 OPS: dict[str, Op] = {
-    "linear_logprob": Op(linear_logprob, logprob_inputs, ("hidden", "weight"), 4, _head_bytes(3)),
-    "linear_grpo_loss": Op(
-        linear_grpo_loss, linear_grpo_inputs, ("hidden", "weight"), 3,
-        # the logits of a chunk are written, read and overwritten by the rows, and read by two matmuls
-        lambda s, size: 2 * size * (s.N + s.V) * s.D + 5 * size * s.N * s.V + 4 * s.V * s.D,
-    ),
-    "grpo_loss": Op(grpo_loss, grpo_inputs, ("logp",), 0, lambda s, size: 28 * s.N),
-    "group_advantage": Op(group_advantage, advantage_inputs, (), 0, lambda s, size: 8 * s.N),
-    "linear_sample": Op(linear_sample, sample_inputs, (), 1, lambda s, size: size * s.V * s.D),
-}  # fmt: skip
+    "linear_logprob": Op(linear_logprob, logprob_inputs, ("logp", "entropy"), HEAD, matmuls=4),
+    "linear_grpo_loss": Op(linear_grpo_loss, linear_grpo_inputs, (), HEAD, matmuls=3),
+    "grpo_loss": Op(grpo_loss, grpo_inputs, (), ("logp",)),
+    "group_advantage": Op(group_advantage, advantage_inputs),
+    "linear_sample": Op(linear_sample, sample_inputs, ("token", "logp"), matmuls=1),
+    "add_rms_norm": Op(add_rms_norm, norm_inputs, ("sum", "out")),
+    "rope_append": Op(rope_append, rope_inputs),
+    "paged_attention": Op(paged_attention, page_inputs),
+    "silu_mul": Op(silu_mul, gate_inputs),
+}
+"""By the name of the function, which is that of its file and of its twin in reference.py."""

@@ -228,7 +228,8 @@ def paged_attention(
 
     Args:
         query: [R, H, d].
-        keys, values: [B, page, K, d].
+        keys: [B, page, K, d].
+        values: [B, page, K, d].
         pages: which of them each row sees.
         scale: of the scores; None means 1 / sqrt(d).
         impl: auto | triton | torch | reference.

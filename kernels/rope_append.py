@@ -108,9 +108,11 @@ def rope_append(
 
     Args:
         qkv: [R, (H + 2 K) d], heads of queries, keys and values one after the other.
-        cos, sin: [R, d] of each row's angle, both halves filled.
+        cos: [R, d] of each row's angle, both halves filled.
+        sin: the same.
         slot: [R] int64, token of the pool that the row writes; rows that share one leave either's.
-        keys, values: [B, page, K, d], written in place.
+        keys: [B, page, K, d], written in place.
+        values: the same.
         impl: auto | triton | torch | reference.
 
     Returns:

@@ -176,25 +176,30 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> 
     return path
 
 
-def write_all(folder: Path) -> dict[str, Path]:
+ROW = {"cvbench": cvbench_row, "blink": blink_row, "vsr": vsr_row, "sat": sat_row}
+"""Makes a row of each benchmark: (number, **changes)."""
+
+
+def sample_rows() -> dict[str, list[dict[str, Any]]]:
     """A small copy of every benchmark, by name."""
-    cvbench = [
-        cvbench_row(number, task)
-        for number, task in enumerate(["Count", "Relation", "Count", "Depth", "Distance", "Depth"])
-    ]
-    blink = [
-        blink_row(number, task)
-        for number, task in enumerate(["Relative_Depth", "Spatial_Relation"] * 2)
-    ]
+    depths = ["Relative_Depth", "Spatial_Relation"] * 2
+    cvbench = ["Count", "Relation", "Count", "Depth", "Distance", "Depth"]
     sat = [sat_row(number, image_bytes=[image(number)["bytes"]]) for number in range(3)]
-    sat.append(
-        sat_row(9, image_bytes=[image(1)["bytes"], image(2)["bytes"]], question_type="obj_movement")
-    )
+    pair = [image(1)["bytes"], image(2)["bytes"]]
     return {
-        "cvbench": write_cvbench(folder / "cvbench", cvbench),
-        "blink": write_blink(folder / "blink", blink),
-        "vsr": write_vsr(
-            folder / "vsr", [vsr_row(number) for number in range(4)], folder / "vsr" / "images"
-        ),
-        "sat": write_sat(folder / "SAT_test.parquet", sat),
+        "cvbench": [cvbench_row(number, task) for number, task in enumerate(cvbench)],
+        "blink": [blink_row(number, task) for number, task in enumerate(depths)],
+        "vsr": [vsr_row(number) for number in range(4)],
+        "sat": [*sat, sat_row(9, image_bytes=pair, question_type="obj_movement")],
+    }
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """`sample_rows` in the layout of each, by name."""
+    rows = sample_rows()
+    return {
+        "cvbench": write_cvbench(folder / "cvbench", rows["cvbench"]),
+        "blink": write_blink(folder / "blink", rows["blink"]),
+        "vsr": write_vsr(folder / "vsr", rows["vsr"], folder / "vsr" / "images"),
+        "sat": write_sat(folder / "SAT_test.parquet", rows["sat"]),
     }

@@ -214,6 +214,16 @@ def test_settings_are_checked_before_torch_is_loaded():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_every_setting_is_read():
+    """Outside its section and its checks: one that nothing reads is a promise that nobody keeps."""
+    others = ("config", "migrate")
+    files = [file for file in (ROOT / "vtfast").rglob("*.py") if file.parent.name not in others]
+    code = "\n".join(file.read_text("utf-8") for file in files)
+    read = set(re.findall(r"\bconfig\.(\w+)", code))
+    assert "tokens_per_pass" in read  # this is how token_budget is
+    assert {*field_names(Config), *field_names(SFTConfig)} - read == {"token_budget"}
+
+
 @pytest.mark.parametrize("kind", [Config, SFTConfig])
 def test_defaults_are_written_as_flags_read_them(kind):
     """The help shows them; given as flags they change nothing."""

@@ -16,6 +16,7 @@ from make_benchmarks import (
     blink_row,
     cvbench_row,
     image,
+    sample_rows,
     write_all,
     write_blink,
     write_parquet,
@@ -36,7 +37,7 @@ from vtfast.processor import Processor
 from vtfast.prompts import IMAGE, load_template, render
 from vtfast.rollout import Completion
 
-COUNTS = {"cvbench": 6, "blink": 4, "vsr": 4, "sat": 4}
+COUNTS = {bench: len(rows) for bench, rows in sample_rows().items()}
 
 
 @pytest.fixture(scope="module")
@@ -487,7 +488,7 @@ def test_the_default_template(trained_with, chat, template, run_folder):
 
 @pytest.fixture(scope="module")
 def evaluated(files, tmp_path_factory, base_path):
-    """`vtfast eval` of a run's checkpoint on all four benchmarks -> (run folder, what it printed)."""
+    """`vtfast eval` of a run's checkpoint on all benchmarks -> (run folder, what it printed)."""
     run = tmp_path_factory.mktemp("run")
     shutil.copytree(base_path, run / "checkpoints" / "step-100")
     (run / "config.yaml").write_text(
@@ -514,6 +515,7 @@ def test_every_benchmark_through_the_command(evaluated, files, capsys):
         [*(f"{bench}.jsonl" for bench in files), "scores.json", "settings.json"]
     )
     scores = json.loads((folder / "scores.json").read_text())
+    assert set(COUNTS) == set(BENCHMARKS)
     for bench, count in COUNTS.items():
         rows, result = rows_of(folder / f"{bench}.jsonl"), scores[bench]
         assert [row["index"] for row in rows] == list(range(count))

@@ -2,7 +2,7 @@
 
 import numpy
 import pytest
-from make_benchmarks import blink_row, cvbench_row, vsr_row
+from make_benchmarks import ROW, blink_row, cvbench_row, sample_rows, vsr_row
 from make_files import picture, sat_row
 
 from vtfast.commands.eval import BENCHES
@@ -123,9 +123,26 @@ def test_both_scorers_stand_side_by_side():
     ],
 )
 def test_a_bad_row_is_named(bench, row, message):
-    good = {"cvbench": cvbench_row, "blink": blink_row, "vsr": vsr_row, "sat": sat_row}[bench](0)
     with pytest.raises(UserError, match=message):
-        score(bench, [good, row], ["A", "A"])
+        score(bench, [ROW[bench](0), row], ["A", "A"])
+
+
+@pytest.mark.parametrize("bench", BENCHMARKS)
+def test_the_right_option_scores_and_another_does_not(bench):
+    """By its letter where the questions show letters, else by its text; a row has all columns that a file must have."""
+    benchmark, rows = BENCHMARKS[bench], sample_rows()[bench]
+    assert all(set(benchmark.columns) <= set(row) for row in rows)
+    items = [benchmark.read(row, index) for index, row in enumerate(rows)]
+    for turn in (0, 1):
+        places = [(item.gold + turn) % len(item.options) for item in items]
+        said = [
+            "ABCDEF"[place] if benchmark.letters else item.options[place]
+            for item, place in zip(items, places, strict=True)
+        ]
+        result = score(bench, rows, [f"<answer>{text}</answer>" for text in said])
+        assert result["total"] == result["official"] == result["strict"]["total"] == 1 - turn
+        shown = [f"({text})" if benchmark.letters else text for text in said]
+        assert all(text in item.question for text, item in zip(shown, items, strict=True))
 
 
 def test_images_are_not_looked_at():

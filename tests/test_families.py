@@ -10,10 +10,11 @@ from hugging_face import inputs, logprobs
 from make_files import picture
 
 from vtfast.cli import main
+from vtfast.config import field_help
 from vtfast.errors import UserError
 from vtfast.flops import forward_flops
-from vtfast.model import FAMILIES, load_model
-from vtfast.processor import Processor
+from vtfast.model import FAMILIES, Policy, layer_types, load_model
+from vtfast.processor import Processor, Prompt
 from vtfast.prompts import IMAGE
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
@@ -29,33 +30,37 @@ MARKS = dict(
 )
 
 
-def configuration(family):
-    if family == "qwen2_5_vl":
-        vision = dict(
-            depth=3, hidden_size=32, num_heads=2, intermediate_size=40, out_hidden_size=48, window_size=56,
-            fullatt_block_indexes=[1],
-        )  # fmt: skip
-        return transformers.Qwen2_5_VLConfig(
-            text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, tie_word_embeddings=True, **MARKS
-        )  # fmt: skip
-    if family == "qwen2":
-        return transformers.Qwen2Config(**TEXT, tie_word_embeddings=True)
-    return transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=False)
+VISION = dict(
+    depth=3, hidden_size=32, num_heads=2, intermediate_size=40, out_hidden_size=48, window_size=56,
+    fullatt_block_indexes=[1],
+)  # fmt: skip
+CONFIGURATIONS = {
+    "qwen2_5_vl": transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=VISION, tie_word_embeddings=True, **MARKS
+    ),
+    "qwen2": transformers.Qwen2Config(**TEXT, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=False),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2", "qwen3"])
-def folder(request, random_path, tmp_path_factory):
-    """A checkpoint with random weights, biases and norms, and the tiny model's tokenizer."""
-    folder = tmp_path_factory.mktemp(request.param)
+def with_random_weights(module):
+    """Biases and norms too."""
     torch.manual_seed(0)
-    module = FAMILIES[request.param](configuration(request.param))
     for parameter in module.parameters():
         spread = 0.3 if parameter.dim() == 1 else 0.15
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=spread)
+    return module
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def folder(request, random_path, tmp_path_factory):
+    """A checkpoint with random weights and the tiny model's tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    module = with_random_weights(FAMILIES[request.param](CONFIGURATIONS[request.param]))
     module.generation_config.eos_token_id = [END]
     module.save_pretrained(folder)
     names = ["tokenizer.json", "tokenizer_config.json"]
-    for name in names + ["preprocessor_config.json"] * (request.param == "qwen2_5_vl"):
+    for name in names + ["preprocessor_config.json"] * hasattr(module.model, "visual"):
         shutil.copy(random_path / name, folder)
     return folder
 
@@ -83,6 +88,17 @@ def questions(folder, model):
 
 
 COMPLETIONS = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14], [15, 16]], [[1, 2], [3]]]
+
+
+def test_every_family_is_tested_and_in_the_help():
+    """Qwen2-VL is the other tests' model."""
+    assert {"qwen2_vl", *CONFIGURATIONS} == set(FAMILIES)
+    told = bare(field_help()["model"])
+    assert all(bare(family) in told for family in FAMILIES)
+
+
+def bare(text):
+    return "".join(filter(str.isalnum, text)).lower()
 
 
 def flat(groups):
@@ -252,6 +268,22 @@ def test_other_families_are_named(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(
-        UserError, match="is a gpt2 model; those of qwen2_vl, qwen2_5_vl, qwen2, qwen3"
+        UserError, match=f"is a gpt2 model; those of {', '.join(FAMILIES)} can be trained"
     ):
         load_model(tmp_path)
+
+
+def test_layers_of_one_kind_need_no_names():
+    """Llama's and Mistral's configurations, which have no list of them."""
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+    policy = Policy(with_random_weights(llama).eval(), ())
+    assert layer_types(llama.config) == {"full_attention"}
+    places = torch.arange(5)
+    prompt = Prompt(ids=places + 20, positions=places.expand(3, -1))
+    ours = flat(completion_logprobs(policy, [prompt], [COMPLETIONS[0]]))
+    torch.testing.assert_close(ours.double(), oracle(policy, [prompt]), rtol=1e-5, atol=1e-5)
+    config = transformers.MistralConfig(**TEXT, sliding_window=8)
+    windowed = Policy(transformers.MistralForCausalLM(config), ())
+    assert layer_types(config) == {"sliding_attention"}
+    with pytest.raises(UserError, match="does not support sliding-window attention"):
+        RolloutEngine(windowed)

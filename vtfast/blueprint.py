@@ -12,7 +12,7 @@ from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.hub import model_path
 from vtfast.lora import add_adapters
-from vtfast.model import FAMILIES, Policy, freeze_parts
+from vtfast.model import FAMILIES, Policy, freeze_parts, layer_types
 from vtfast.model_folder import base_of, check_config, is_adapter
 
 
@@ -57,6 +57,6 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
             f"--model {path}: is a {model.model_type} model; those of {', '.join(FAMILIES)} can be trained"
         )
     text = getattr(model, "text_config", model)
-    if set(text.layer_types) != {"full_attention"}:
+    if layer_types(text) != {"full_attention"}:
         raise UserError(f"--model {path}: the rollout does not support sliding-window attention")
     return model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
@@ -47,6 +48,12 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen3": Qwen3ForCausalLM,
 }
 """By `model_type` of a checkpoint's config.json."""
+
+
+def layer_types(text: PreTrainedConfig) -> set[str]:
+    """Kinds of attention among the layers. Some families' configurations name none, and have one."""
+    only = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    return set(getattr(text, "layer_types", None) or [only])
 
 
 class ImageMemory:
@@ -127,10 +134,12 @@ class Policy:
             embedding = embedding.index_copy(0, pack.image_index, features)
         elif torch.is_grad_enabled() and self.visual is not None:
             embedding = embedding + self._zero_of_the_tower()
+        # A family whose layers may differ takes a mask for each kind; the others make none for an attention like ours.
+        kinds = getattr(self.language_model.config, "layer_types", None)
         output = self.language_model(
             inputs_embeds=embedding[None],
             position_ids=pack.positions if self.visual is not None else pack.positions[0],
-            attention_mask=dict.fromkeys(self.language_model.config.layer_types),
+            attention_mask=dict.fromkeys(kinds) if kinds else None,
             use_cache=False,
             layout=pack.layout,
             store=store,

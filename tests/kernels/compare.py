@@ -28,17 +28,13 @@ def run(name: str, inputs: dict[str, Any], impl: str, dtype: torch.dtype | None 
         inputs = {k: _cast(v, dtype) for k, v in inputs.items()}
     leaves = {leaf: inputs[leaf].detach().clone().requires_grad_() for leaf in op.differentiable}
     out = op.run({**inputs, **leaves}, impl=impl)
-    if name == "linear_logprob":
-        out = dict(
-            zip(("logp", "entropy"), out if isinstance(out, tuple) else (out,), strict=False)
-        )
-        objective = sum(
-            (x * torch.linspace(-1, 1 + i, len(x)).to(x)).sum() for i, x in enumerate(out.values())
-        )
-    else:
-        out = out._asdict()
-        objective = out["loss"] * 3
-    objective.backward()
+    is_named = hasattr(out, "_asdict")
+    outs = out if isinstance(out, tuple) else (out,)
+    out = out._asdict() if is_named else dict(zip(op.outputs, outs, strict=False))
+    trained = [x for x in out.values() if x is not None and x.requires_grad]
+    uneven = [torch.linspace(3, -1 - i, x.numel()).to(x).view_as(x) for i, x in enumerate(trained)]
+    if trained:
+        sum((x * w).sum() for x, w in zip(trained, uneven, strict=True)).backward()
     grads = {f"d_{leaf}": x.grad for leaf, x in leaves.items()}
     return {k: v.detach() for k, v in {**out, **grads}.items() if v is not None}
 

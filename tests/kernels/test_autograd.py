@@ -4,7 +4,7 @@ import pytest
 import torch
 from vtfast_kernels.cases import OPS, Shape
 
-SHAPE = Shape(61, 123, 16)
+SHAPE = Shape(13, 123, 16)
 DIFFERENTIABLE = [name for name, op in OPS.items() if op.differentiable]
 
 

@@ -15,6 +15,7 @@ from vtfast.terminal import show
 
 log = logging.getLogger("vtfast")
 BENCHES = ("cvbench", "blink", "vsr", "sat")
+"""Those of `vtfast.evaluate`, whose import takes seconds; a test compares the two."""
 EXAMPLES = """examples:
   vtfast eval --model runs/x/checkpoints/last --bench cvbench,blink
   vtfast eval --model Qwen/Qwen2-VL-2B --bench vsr --data vsr=/data/test.jsonl --image_folder /data/coco

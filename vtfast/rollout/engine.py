@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vtfast import heartbeat
 from vtfast.determinism import fixed
 from vtfast.errors import RankError, UserError
-from vtfast.model import Policy
+from vtfast.model import Policy, layer_types
 from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
 from vtfast.processor import Processor, Prompt
 from vtfast.rollout.attention import decode_attention
@@ -76,7 +76,7 @@ class RolloutEngine:
 
         Raises UserError for a model with sliding windows.
         """
-        if set(policy.language_model.config.layer_types) != {"full_attention"}:
+        if layer_types(policy.language_model.config) != {"full_attention"}:
             raise UserError("the rollout does not support sliding-window attention")
         kind = policy.device.type
         self.policy, self.processor = policy, processor
