@@ -17,6 +17,7 @@ from vtfast.data.rows import BadRow
 from vtfast.errors import UserError
 from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
+from vtfast.suggestions import DATA, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,10 +55,12 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     path = expand(source)
     if not path.exists():
         if not is_hub_id(source):
-            raise UserError(
-                f"no such file or folder: {source}. Give a .parquet, .jsonl or .json file, a "
-                "folder of such files, or the hub id of a data set such as array/SAT"
+            wanted = (
+                "give a .parquet, .jsonl or .json file, a folder of such files, or the hub id of a"
+                " data set such as array/SAT"
             )
+            meant = did_you_mean(source, wanted, DATA, ["synthetic"])
+            raise UserError(f"no such file or folder: {source}; {meant}")
         found = hub_files(source, "dataset")
         if not isinstance(found, Path):
             names, commit = found

@@ -15,6 +15,7 @@ from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
+from vtfast.suggestions import did_you_mean
 
 
 def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterator[Item]:
@@ -53,20 +54,21 @@ def _placed(image: bytes | Path, folder: Path | None) -> bytes | Path:
 
 def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
     """The files of a source that the benchmark is made of, in the order of their names."""
-    hint = f"(--data {benchmark.name}=PATH gives a local file or folder)"
+    hint = f"--data {benchmark.name}=PATH gives a local file or folder"
     path = expand(source)
     if path.is_file():
         if path.suffix not in (".parquet", ".jsonl"):
-            raise UserError(f"{source}: unknown kind of file, .parquet or .jsonl is wanted {hint}")
+            raise UserError(f"{source}: unknown kind of file, .parquet or .jsonl is wanted; {hint}")
         return [DataFile(str(path), lambda: str(path), path.parent)]
     commit = None
     if not path.is_dir():
         if not is_hub_id(source):
-            raise UserError(f"no such file or folder: {source} {hint}")
+            meant = did_you_mean(source, hint, [benchmark.hub_id])
+            raise UserError(f"no such file or folder: {source}; {meant}")
         try:
             found = hub_files(source, "dataset")
         except UserError as error:
-            raise UserError(f"{error} {hint}") from error
+            raise UserError(f"{error}; {hint}") from error
         if isinstance(found, Path):
             path = found
         else:
@@ -90,7 +92,7 @@ def _download(repo: str, name: str, commit: str, hint: str) -> str | BinaryIO:
         return open_dataset_file(repo, name, commit, download=True)
     except Exception as error:  # the client's own, its http library's, the socket's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repo}/{name}: cannot be downloaded ({reason}) {hint}") from error
+        raise UserError(f"{repo}/{name}: cannot be downloaded ({reason}); {hint}") from error
 
 
 def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> list[str]:
@@ -100,7 +102,7 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
             break
     else:
         there = ", ".join(sorted(names)[:10]) or "nothing"
-        raise UserError(f"{source}: no files of {benchmark.title} (there is: {there}) {hint}")
+        raise UserError(f"{source}: no files of {benchmark.title} (there is: {there}); {hint}")
     shards: dict[tuple[str, int], int] = {}
     for name in picked:
         if shard := re.fullmatch(r"(.*)-\d+-of-(\d+)\.parquet", name):
@@ -109,7 +111,7 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
     for (name, total), count in shards.items():
         if count != total:
             raise UserError(
-                f"{source}: {count} of the {total} files {name}-* are there. Download the rest {hint}"
+                f"{source}: {count} of the {total} files {name}-* are there. Download the rest; {hint}"
             )
     return picked
 
