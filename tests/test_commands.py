@@ -1,0 +1,177 @@
+"""Mistakes on the command line of each command: all of them told at once, in a moment, and nothing left behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vtfast.cli import main
+from vtfast.commands.parser import Parser, one_of, whole_number
+from vtfast.config import SettingsError
+
+COMMANDS = ["train", "sft", "data", "eval", "report", "migrate", "make-base"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def problems(capsys) -> list[str]:
+    """What was told, a line a problem."""
+    first, *rest = capsys.readouterr().err.rstrip("\n").split("\n")
+    assert first.startswith("error: ")
+    if not rest:
+        return [first.removeprefix("error: ")]
+    assert first == f"error: {len(rest)} problems:"
+    return [line.removeprefix("  ") for line in rest]
+
+
+# ---------------------------------------------------------------------------------------- parser
+
+
+def parser() -> Parser:
+    made = Parser(prog="p", checks={"count": whole_number(1), "kind": one_of("a", "b")})
+    made.add_argument("place")
+    made.add_argument("--count", default=7)
+    made.add_argument("--kind", default="a")
+    made.add_argument("--name", action="append")
+    return made
+
+
+def test_values_are_checked_and_turned():
+    options = parser().parse_args(["x", "--count", "3", "--name", "m", "--name", "n"])
+    assert vars(options) == {"place": "x", "count": 3, "kind": "a", "name": ["m", "n"]}
+    assert parser().parse_args(["x"]).count == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["x", "--count", "0"], ["--count 0: must be at least 1"]),
+        (["x", "--count", "-3"], ["--count -3: must be at least 1"]),
+        (["x", "--count=1.5"], ["--count 1.5: must be a whole number"]),
+        (["x", "--count"], ["--count: needs a value; see p --help"]),
+        (["x", "--name", "--kind", "b"], ["--name: needs a value; see p --help"]),
+        (["x", "--kind", "c"], ["--kind c: must be one of a, b"]),
+        (["--kind", "b"], ["place: is required; see p --help"]),
+        (["--", "-h", "y"], ["y: does not belong to any flag; see p --help"]),
+        (
+            ["--count", "0", "--kin=b", "--name"],
+            [
+                "--kin: unknown flag; did you mean --kind?",
+                "--name: needs a value; see p --help",
+                "--count 0: must be at least 1",
+                "place: is required; see p --help",
+            ],
+        ),
+    ],
+)
+def test_all_that_is_wrong_is_told(words, told):
+    with pytest.raises(SettingsError) as stopped:
+        parser().parse_args(words)
+    assert stopped.value.problems == told
+
+
+# ------------------------------------------------------------------------------------------ eval
+
+
+def test_eval_tells_all_mistakes_at_once(here, capsys):
+    (here / "runs" / "mine").mkdir(parents=True)
+    (here / "taken").write_text("")
+    line = """eval --model runs/mime --limit 0 --batch_size -2 --max_completion_length many --bench cvbnch,vsr
+        --min_pixels 9 --max_pixels 3 --template r2-zero --output_dir taken --image_folder coco --data vsr
+        --dtype float16"""
+    assert main(line.split()) == 2
+    told = problems(capsys)
+    starts = [
+        "--limit 0: must be at least 1",
+        "--max_completion_length many: must be a whole number",
+        "--batch_size -2: must be at least 1",
+        "--dtype float16: must be one of auto, float32, bfloat16",
+        "--bench cvbnch: unknown; did you mean cvbench?",
+        "--data vsr: BENCH=PATH is wanted, such as vsr=FOLDER",
+        "--template r2-zero: unknown prompt template",
+        "--min_pixels 9: must be at most --max_pixels 3",
+        "--output_dir taken: is a file; name a folder",
+        "--image_folder coco: no such folder",
+        "--model runs/mime: runs/mime is no local path (did you mean runs/mine?)",
+    ]
+    assert len(told) == len(starts)
+    for line, start in zip(told, starts, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "Qwen2-VL-2B"], "did you mean Qwen/Qwen2-VL-2B?"),
+        (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not asked; add it with"),
+        (["--model", "m", "--fetch_images"], "--fetch_images: is for VSR's images"),
+        (["--model", "m", "--bench", ","], "--bench: name at least one of cvbench"),
+    ],
+)
+def test_eval_tells_what_to_do(words, told, capsys):
+    assert main(["eval", *words]) == 2
+    assert any(told in line for line in problems(capsys))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "is neither a run folder (it has no config.yaml) nor a model folder (no config.json)"),
+        ({"config.yaml": "max_steps: 3\n"}, "is a run that has saved no checkpoint yet"),
+        ({"config.json": "{}"}, "has no *.safetensors weights"),
+    ],
+)
+def test_eval_looks_at_the_model_before_the_data(files, told, here, capsys):
+    """The data do not exist either, and could be a download of gigabytes."""
+    (here / "m").mkdir()
+    for name, text in files.items():
+        (here / "m" / name).write_text(text)
+    assert main(["eval", "--model", "m", "--data", "cvbench=gone"]) == 2
+    (line,) = problems(capsys)
+    assert line.startswith("--model m: ") and told in line
+
+
+# ------------------------------------------------------------------------------------------ speed
+
+
+SPEED = """
+import sys
+from vtfast.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stopped:
+    code = stopped.code
+heavy = sorted({"torch", "transformers", "pyarrow", "deepspeed"} & set(sys.modules))
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        *((f"{command} --help", 0) for command in COMMANDS),
+        ("--help", 0),
+        ("eval --model Qwen2-VL-2B --limit 0", 2),
+        ("data inspect SAT --limit 0", 2),
+        ("train --lr 1", 2),
+    ],
+)
+def test_help_and_mistakes_import_nothing_heavy(words, code):
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {root!r})\n{SPEED}",
+            *words.split(),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
