@@ -1,5 +1,7 @@
 """Mistakes on the command line of each command: all of them told at once, in a moment, and nothing left behind."""
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +177,25 @@ def test_help_and_mistakes_import_nothing_heavy(words, code):
         text=True,
     )
     assert done.returncode == code, done.stderr
+
+
+# ------------------------------------------------------------------------------------ a closed pipe
+
+
+@pytest.mark.parametrize(
+    "words", ["train --dry-run --device cpu", "migrate 'python grpo.py --beta 0'"]
+)
+def test_output_that_nobody_reads_is_no_error(words):
+    """`vtfast train --dry-run | head -1`"""
+    program = "import sys; from vtfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *shlex.split(words)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    os.close(writing)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Broken" not in done.stderr
