@@ -380,7 +380,7 @@ def test_an_error_of_one_rank_is_everyones(oracle, base, tmp_path):
     print(errors)
     assert all(isinstance(error, UserError) for error in errors)
     assert [str(error) for error in errors] == [
-        f"{data}, row 1: not an image of any known format"
+        f"{data}, row 1 (counted from 0): not an image of any known format"
     ] * 2
     (tmp_path / "out").write_text("a file where the folder should be")
     errors = group.run(
@@ -658,7 +658,7 @@ def test_jsonl_with_image_files(base, base_path, tmp_path):
     scores = evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)
     assert scores["count"] == 1
     (folder / "images" / "a.png").unlink()
-    with pytest.raises(UserError, match=r"row 0: .*a\.png"):
+    with pytest.raises(UserError, match=r"line 1: .*a\.png"):
         evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)
 
 
@@ -668,7 +668,9 @@ def test_a_broken_image_is_told_before_the_first_question(base, base_path, tmp_p
     rows[2] = cvbench_row(2, image={"bytes": whole[: len(whole) // 2], "path": None})
     write_parquet(tmp_path / "test.parquet", rows, CVBENCH)
     settings = {"processor": Processor.from_pretrained(base_path), "output": tmp_path / "out"}
-    with pytest.raises(UserError, match=r"test\.parquet, row 2: (corrupt|not a readable) image"):
+    with pytest.raises(
+        UserError, match=r"test\.parquet, row 2 \(counted from 0\): (corrupt|not a readable) image"
+    ):
         evaluate(
             base,
             "cvbench",

@@ -340,7 +340,7 @@ class Run:
         if self.ranks.is_main:
             self.list_skipped(rows)
         if rows and self.config.on_bad_sample == "error":
-            raise UserError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
+            raise UserError("step {step}, {where}: {reason}".format(**rows[0]))
         return len(rows)
 
     def list_skipped(self, rows: Sequence[dict]) -> None:

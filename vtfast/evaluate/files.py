@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from vtfast.data import BadRow
-from vtfast.data.files import DataFile, parquet_batches
+from vtfast.data.files import DataFile, Entry, jsonl_rows, parquet_batches
 from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.files import expand
@@ -27,8 +26,8 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
     """
     index = 0
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
-        for in_file, row in enumerate(read_rows(file, benchmark.columns)):
-            where = f"{file.name}, row {in_file}"
+        for entry in read_rows(file, benchmark.columns):
+            row, where = entry.value, f"{file.name}, {entry.place}"
             if isinstance(row, BadRow):
                 raise UserError(f"{where}: {row}")
             if benchmark.use(row):
@@ -116,12 +115,12 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
     return picked
 
 
-def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
     """Rows of a parquet or JSONL file. Raises UserError: not readable, or without the columns."""
     return (_jsonl_rows if file.name.endswith(".jsonl") else _parquet_rows)(file, columns)
 
 
-def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
     def all_of_them(there: list[str]) -> list[str]:
         _check_columns(file, there, columns)
         return there
@@ -130,22 +129,13 @@ def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str
         yield from batch
 
 
-def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    try:
-        lines = Path(file.open()).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file.name}: cannot be read ({error})") from error
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file.name}, row {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{file.name}, row {number}: not a row of named values")
-        _check_columns(file, list(row), columns)
-        yield row
+def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
+    for entry in jsonl_rows(file):
+        if isinstance(entry.value, dict):
+            _check_columns(file, list(entry.value), columns)
+        elif not isinstance(entry.value, BadRow):
+            raise UserError(f"{file.name}, {entry.place}: not a row of named values")
+        yield entry
 
 
 def _check_columns(file: DataFile, there: list[str], wanted: tuple[str, ...]) -> None:
