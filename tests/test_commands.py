@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vtfast.cli import main
-from vtfast.commands.parser import Parser, one_of, whole_number
+from vtfast.commands.parser import Parser, one_of, setting_help, whole_number
 from vtfast.config import SettingsError
 
 COMMANDS = ["train", "sft", "data", "eval", "report", "migrate", "make-base"]
@@ -78,6 +78,54 @@ def test_all_that_is_wrong_is_told(words, told):
     assert stopped.value.problems == told
 
 
+# ------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("Rank of the adapters.", "Rank of the adapters"),
+        ("Only N rows; none means all.", "Only N rows; none means all"),
+        ("Only N rows; the rest waits.", "Only N rows"),
+        ("A path, e.g. X. It is read.", "A path, e.g. X. It is read"),
+        ("On CUDA alone. The CPU does\n without.", "On CUDA alone"),
+        ("A third, 50 %.", "A third, 50 %%"),
+    ],
+)
+def test_a_settings_help_is_its_first_statement_and_its_default(text, short):
+    assert setting_help(text, "7") == f"{short} (default 7)"
+    assert setting_help(text, "7", short=False).startswith(
+        " ".join(text.split())[:-1].replace("%", "%%")
+    )
+
+
+def help_of(command: str, capsys, flag: str = "--help") -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), flag])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c if c != "data" else "data inspect" for c in COMMANDS])
+def test_help_shows_defaults_and_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = help_of(command, capsys)
+    name = "train.py" if command == "train" else f"vtfast {command}"
+    assert text.startswith(f"usage: {name} ") and f"{name} " in text[text.index("\nexample") :]
+    flags = text[text.index("--help") : text.index("\nexample")].split("\n  --")[1:]
+    without = {f"--{flag.split()[0]}" for flag in flags if "default" not in flag}
+    assert without <= {
+        "--json", "--rescore", "--fetch_images", "--config", "--dry_run,", "--gpu_memory_gb", "--help_all", "--model",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_help_all_says_more(command, capsys):
+    short, all_of_it = help_of(command, capsys), help_of(command, capsys, "--help_all")
+    assert len(short) < 0.85 * len(all_of_it)
+    assert "Lower it to what your slowest" in all_of_it and "Lower it to what" not in short
+
+
 # ------------------------------------------------------------------------------------------ eval
 
 
@@ -137,6 +185,40 @@ def test_eval_looks_at_the_model_before_the_data(files, told, here, capsys):
     assert main(["eval", "--model", "m", "--data", "cvbench=gone"]) == 2
     (line,) = problems(capsys)
     assert line.startswith("--model m: ") and told in line
+
+
+# ------------------------------------------------------------------------- data inspect, make-base
+
+
+def test_data_inspect_tells_all_mistakes_at_once(capsys):
+    words = "data inspect --limit 0 --static maybe --qestion_column=q --max_pixels -1"
+    assert main(words.split()) == 2
+    assert [line.split("; ")[0] for line in problems(capsys)] == [
+        "--qestion_column: unknown flag",
+        "--limit 0: must be at least 1",
+        "vtfast data inspect: give a PATH (a file, a folder or a hub id)",
+        "--static maybe: must be true or false",
+        "--max_pixels -1: smaller than --min_pixels 3136",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["taken"], ["taken: exists already; name a new folder"]),
+        (["taken/base"], ["taken/base: cannot be made in taken; name a folder that can"]),
+        (["new", "--seed", "-1"], ["--seed -1: must be at least 0"]),
+        (["taken", "--seed", "x"], ["--seed x: must be a whole number", "taken: exists already"]),
+        ([], ["OUT: is required"]),
+    ],
+)
+def test_make_base_refuses_before_it_trains(words, told, here, capsys, monkeypatch):
+    (here / "taken").write_text("")
+    assert main(["make-base", *words]) == 2
+    lines = problems(capsys)
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+    assert [path.name for path in here.iterdir()] == ["taken"]
 
 
 # ------------------------------------------------------------------------------------------ speed

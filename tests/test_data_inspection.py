@@ -143,7 +143,7 @@ def test_a_recipe_says_how_to_read(tmp_path, inspect, base_path):
         (["inspect"], "give a PATH"),
         (["inspect", "--recipe", "tiny-spatial"], "rendered by a run"),
         (["inspect", "gone.parquet"], "no such file or folder: gone.parquet"),
-        (["inspect", "gone.parquet", "--limit", "0"], "--limit 0: must be a whole number"),
+        (["inspect", "gone.parquet", "--limit", "0"], "--limit 0: must be at least 1"),
         (["inspect", "gone.parquet", "--limit", "x"], "--limit x: must be a whole number"),
         (["inspect", "gone.parquet", "--model", "../recipes"], "no model folder ../recipes"),
         (["inspect", "gone.parquet", "--templat", "brief"], "did you mean --template"),

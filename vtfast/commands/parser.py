@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ from vtfast.errors import UserError
 
 Check = Callable[[str], Any]
 """The text behind a flag -> its value. Raises BadValue."""
+_END = re.compile(r"(?<=\w\w[.]) +(?=[A-Z`])|; (?!none|false|auto|0|`)")
+"""Where a setting's first statement ends: at a full stop, or at a semicolon behind which no value is explained."""
 NOTHING = object()
 """Stands for the value of a flag that got none."""
 
@@ -47,7 +50,9 @@ class Parser(argparse.ArgumentParser):
         argparse names nothing else where one is missing, though it may be there, misspelt."""
         needed = [action for action in self._actions if action.required]
         valued = [a for a in self._actions if a.option_strings and a.nargs is None]
-        if {"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", arguments)):
+        if {"-h", "--help", "--help_all"} & set(
+            itertools.takewhile(lambda word: word != "--", arguments)
+        ):
             super().parse_args(
                 arguments
             )  # prints the help, whose usage line tells what is required
@@ -104,6 +109,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def setting_help(text: str, default: str, short: bool = True) -> str:
+    """What `--help` says of a setting: its first statement, or all of it, and its default."""
+    said = " ".join(text.split())
+    if short:
+        said = _END.split(said)[0].rstrip(".")
+    return f"{said} (default {default})".replace("%", "%%")
 
 
 def whole_number(least: int) -> Check:
