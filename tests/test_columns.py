@@ -198,7 +198,7 @@ def test_static_is_one_image(tmp_path, caplog):
     assert [sample.row for sample in samples] == [0, 3]
     assert samples.skipped == []
     assert caplog.messages == [
-        f"left out 2 of 4 rows, the first: {path}, row 1: 2 images, and --static wants one"
+        f"left out 2 of 4 rows, the first: {path}, row 1 (counted from 0): 2 images, and --static wants one"
     ]
     text = {"question": "?", "answer": "a"}
     with pytest.raises(NotSelected, match="0 images"):
@@ -215,7 +215,9 @@ def test_question_types(tmp_path):
         samples = load_samples(path, selection=Selection(question_types=wanted))
         assert [sample.row for sample in samples] == found
         assert {sample.question_type for sample in samples} == set(wanted)
-    with pytest.raises(UserError, match=r"no usable row among 4.*row 0: question_type other"):
+    with pytest.raises(
+        UserError, match=r"no usable row among 4.*row 0 \(counted from 0\): question_type other"
+    ):
         load_samples(path, selection=Selection(question_types=("ego_movement",)))
     with pytest.raises(BadRow, match="no question_type, which --question_types goes by"):
         read_row({"question": "?", "answer": "a"}, selection=Selection(question_types=("other",)))

@@ -119,13 +119,14 @@ def test_bad_rows_are_skipped_with_their_number(tmp_path, reason, caplog):
         samples = load_samples(path)
     assert_same_questions(samples, [ROWS[0], ROWS[2]])
     assert [sample.row for sample in samples] == [0, 2]
-    [(number, told)] = samples.skipped
-    assert number == 1
+    [(number, told, where)] = samples.skipped
+    assert (number, where) == (1, "x.parquet, row 1 (counted from 0)")
+    assert samples[1].where == "x.parquet, row 2 (counted from 0)"
     assert reason.removesuffix(" at all") in told
-    assert caplog.messages == [f"skipped 1 of 3 rows: {path}, row 1: {told}"]
+    assert caplog.messages == [f"skipped 1 of 3 rows: {path}, row 1 (counted from 0): {told}"]
     with pytest.raises(UserError) as stopped:
         load_samples(path, on_bad="error")
-    assert f"{path}, row 1: {told}" in str(stopped.value)
+    assert f"{path}, row 1 (counted from 0): {told}" in str(stopped.value)
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch):
@@ -149,7 +150,7 @@ def test_a_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(vtfast.images, "MAX_PIXELS", 1000)
     rows = [sat_row(0, image_bytes=[encoded(picture(20, 20))]), sat_row(1)]
     samples = load_samples(write_sat(tmp_path / "x.parquet", rows))
-    assert samples.skipped == [(1, "image 0: image of 40 x 30 pixels, more than 1000")]
+    assert samples.skipped[0][:2] == (1, "image 0: image of 40 x 30 pixels, more than 1000")
 
 
 def test_pils_own_bomb_alarm_is_caught(tmp_path, monkeypatch):
@@ -164,10 +165,10 @@ def test_rows_count_over_all_files(tmp_path, caplog):
         rows = [sat_row(0), sat_row(1, answers=[])]
         write_sat(tmp_path / f"train-0000{number}-of-00003.parquet", rows)
     samples = load_samples(tmp_path)
-    assert [row for row, _ in samples.skipped] == [1, 3, 5]
+    assert [row for row, *_ in samples.skipped] == [1, 3, 5]
     assert [sample.row for sample in samples] == [0, 2, 4]
     assert all(
-        f"train-0000{number}-of-00003.parquet, row 1: no options" in caplog.text
+        f"train-0000{number}-of-00003.parquet, row 1 (counted from 0): no options" in caplog.text
         for number in range(3)
     )
 
@@ -177,7 +178,7 @@ def test_the_warning_stays_one_line(tmp_path, caplog):
     samples = load_samples(write_sat(tmp_path / "x.parquet", rows))
     [message] = caplog.messages
     assert "skipped 9 of 10 rows" in message
-    assert "row 3: no options; and 6 more" in message
+    assert "row 3 (counted from 0): no options; and 6 more" in message
     assert len(samples.skipped) == 9
 
 
@@ -190,7 +191,9 @@ def test_the_generators_known_bug_is_undone(tmp_path):
 
 def test_all_rows_bad(tmp_path):
     path = write_sat(tmp_path / "x.parquet", [sat_row(answers=[])] * 5)
-    with pytest.raises(UserError, match=r"no usable row among 5.*row 0: no options.*row 2:"):
+    with pytest.raises(
+        UserError, match=r"no usable row among 5.*row 0 \(counted from 0\): no options.*row 2 \("
+    ):
         load_samples(path)
 
 

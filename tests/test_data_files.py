@@ -92,8 +92,11 @@ def test_unreadable_files(tmp_path):
         "other.json": (b'[{"question": "?"}]', "columns question, and none of them is the answer"),
         "none.json": (b"[]", "it has no rows"),
         "none.jsonl": (b"\n\n", "it has no rows"),
-        "torn.jsonl": (b'{"question": "?", "ans', "row 0: not a line of JSON"),
-        "list.jsonl": (b"[1]", "row 0: not a row of named values but list"),
+        "torn.jsonl": (
+            b'{"question": "?", "ans',
+            "torn.jsonl, line 1: not JSON \\(Unterminated string",
+        ),
+        "list.jsonl": (b"[1]", "list.jsonl, line 1: not a row of named values but list"),
         "other.jsonl": (b'{"question": "?"}', "columns question, and none of them is the answer"),
         "x.csv": (b"question", "unknown kind of file"),
     }
@@ -142,7 +145,7 @@ def test_json_rows_of_the_wrong_shape(tmp_path):
     path.write_text(json.dumps([*bad, good]))
     samples = load_samples(path)
     assert [sample.row for sample in samples] == [len(bad)]
-    assert [row for row, _ in samples.skipped] == list(range(len(bad)))
+    assert [row for row, *_ in samples.skipped] == list(range(len(bad)))
 
 
 def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
@@ -159,7 +162,7 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(vtfast.data.files, "_parquet_rows", counting)
     samples = load_samples(path, limit=3)
     assert [sample.row for sample in samples] == [0, 2, 3]
-    assert samples.skipped == [(1, "no options")]
+    assert [one[:2] for one in samples.skipped] == [(1, "no options")]
     assert len(read) == 4
 
 
@@ -207,9 +210,12 @@ def test_a_line_that_is_no_json_is_one_bad_row(tmp_path, caplog):
     path.write_bytes(lines[0] + b"\n" + b'{"question": \n' + b"\xff\xfe\n" + lines[2].rstrip())
     samples = load_samples(path)
     assert [sample.question for sample in samples] == ["How many? 0", "How many? 2"]
-    assert [row for row, _ in samples.skipped] == [1, 2]
-    assert f"{path}, row 1: not a line of JSON (" in caplog.text
-    with pytest.raises(UserError, match=r"mine\.jsonl, row 1: not a line of JSON"):
+    assert [row for row, *_ in samples.skipped] == [1, 2]
+    assert f"{path}, line 3: not JSON (Expecting value, column 13)" in caplog.text
+    assert f"{path}, line 4: not UTF-8 (invalid start byte, byte 1)" in caplog.text
+    assert [one.where for one in samples.skipped] == ["mine.jsonl, line 3", "mine.jsonl, line 4"]
+    assert samples[1].where == "mine.jsonl, line 5"
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 3: not JSON"):
         load_samples(path, on_bad="error")
 
 
@@ -247,7 +253,8 @@ def test_only_the_columns_that_are_needed_are_read(tmp_path):
     table = pa.table({"problem": ["?"], "solution": ["1"], "heavy": [b"x"], "question_type": ["a"]})
     pq.write_table(table, tmp_path / "x.parquet")
     [file] = find_files(str(tmp_path / "x.parquet"), None, stream=False)
-    assert list(read_rows(file)) == [[{"problem": "?", "solution": "1", "question_type": "a"}]]
+    [[entry]] = read_rows(file)
+    assert entry.value == {"problem": "?", "solution": "1", "question_type": "a"}
 
 
 MEMORY = """

@@ -56,8 +56,10 @@ def test_bad_rows_are_grouped_and_named(tmp_path, inspect):
         (2, "the answer … is not among the options …"),
         (1, "image …: image of more than … pixels"),
     ]
-    assert found[0]["first"] == [f"{path}, row {n}: no options" for n in (6, 8, 9)]
-    assert found[1]["first"][1].startswith(f"{path}, row 3: the answer '9' is not among")
+    assert found[0]["first"] == [f"{path}, row {n} (counted from 0): no options" for n in (6, 8, 9)]
+    assert found[1]["first"][1].startswith(
+        f"{path}, row 3 (counted from 0): the answer '9' is not among"
+    )
 
 
 def test_what_a_selection_leaves_out(tmp_path, inspect):
@@ -110,7 +112,7 @@ def test_text_for_people(tmp_path, capsys):
     assert "rows            2, 1 of them usable\n" in text
     assert "options         open: 1\n" in text and "images          text only: 1\n" in text
     assert "image width" not in text  # there are none
-    assert f"bad rows (counted from 0): 1 x empty answer\n  {path}, row 1: empty answer\n" in text
+    assert f"bad rows: 1 x empty answer\n  {path}, line 2: empty answer\n" in text
     assert text.endswith("User: 1 + 1?\nAssistant: <think>\n")
 
 
@@ -141,7 +143,7 @@ def test_a_recipe_says_how_to_read(tmp_path, inspect, base_path):
         (["inspect"], "give a PATH"),
         (["inspect", "--recipe", "tiny-spatial"], "rendered by a run"),
         (["inspect", "gone.parquet"], "no such file or folder: gone.parquet"),
-        (["inspect", "gone.parquet", "--limit", "0"], "--limit 0: must be a whole number"),
+        (["inspect", "gone.parquet", "--limit", "0"], "--limit 0: must be at least 1"),
         (["inspect", "gone.parquet", "--limit", "x"], "--limit x: must be a whole number"),
         (["inspect", "gone.parquet", "--model", "../recipes"], "no model folder ../recipes"),
         (["inspect", "gone.parquet", "--templat", "brief"], "did you mean --template"),

@@ -381,7 +381,7 @@ def test_an_error_of_one_rank_is_everyones(oracle, base, tmp_path):
     print(errors)
     assert all(isinstance(error, UserError) for error in errors)
     assert [str(error) for error in errors] == [
-        f"{data}, row 1: not an image of any known format"
+        f"{data}, row 1 (counted from 0): not an image of any known format"
     ] * 2
     (tmp_path / "out").write_text("a file where the folder should be")
     errors = group.run(
@@ -588,7 +588,8 @@ def test_a_second_call_asks_nothing(evaluated, capsys, caplog, monkeypatch):
         (["--bench", "cvbensh"], "did you mean cvbench"),
         (["--bench", ","], "name at least one"),
         (["--data", "cvbench"], "BENCH=PATH"),
-        (["--data", "blink=x"], "one of cvbench"),
+        (["--data", "blink=x"], "add it with --bench cvbench,blink"),
+        (["--data", "blimk=x"], "one of cvbench"),
         (["--data", "cvbench={tmp}/gone.parquet"], "gone.parquet"),
         (["--data", "cvbench=nobody/CV-Bench"], "--data cvbench=PATH"),
         (["--template", "eval-r2"], "did you mean"),
@@ -659,7 +660,7 @@ def test_jsonl_with_image_files(base, base_path, tmp_path):
     scores = evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)
     assert scores["count"] == 1
     (folder / "images" / "a.png").unlink()
-    with pytest.raises(UserError, match=r"row 0: .*a\.png"):
+    with pytest.raises(UserError, match=r"line 1: .*a\.png"):
         evaluate(base, "cvbench", folder / "test.jsonl", max_completion_length=4, **settings)
 
 
@@ -669,7 +670,9 @@ def test_a_broken_image_is_told_before_the_first_question(base, base_path, tmp_p
     rows[2] = cvbench_row(2, image={"bytes": whole[: len(whole) // 2], "path": None})
     write_parquet(tmp_path / "test.parquet", rows, CVBENCH)
     settings = {"processor": Processor.from_pretrained(base_path), "output": tmp_path / "out"}
-    with pytest.raises(UserError, match=r"test\.parquet, row 2: (corrupt|not a readable) image"):
+    with pytest.raises(
+        UserError, match=r"test\.parquet, row 2 \(counted from 0\): (corrupt|not a readable) image"
+    ):
         evaluate(
             base,
             "cvbench",

@@ -49,7 +49,7 @@ def test_cvbench(tmp_path):
         "How many organs are in the image? Select from the following choices.\n(A) 3\n(B) 2\n(C) 1\n(D) 0"
     )
     assert found[0].options == ("3", "2", "1", "0") and found[0].gold == 1 and found[1].gold == 0
-    assert found[3].where == f"{folder / 'test_3d.parquet'}, row 1"
+    assert found[3].where == f"{folder / 'test_3d.parquet'}, row 1 (counted from 0)"
     assert found[2].images == (rows[2]["image"]["bytes"],)
     one = write_parquet(tmp_path / "one" / "test-00000-of-00001.parquet", rows, CVBENCH)
     assert items("cvbench", one) == items("cvbench", one.parent) == found
@@ -148,19 +148,21 @@ def test_what_is_broken_is_named(tmp_path):
     ):
         items("cvbench", path)
     bad = [cvbench_row(0), cvbench_row(1, answer="hidden")]
-    with pytest.raises(UserError, match=r"bad.parquet, row 1: answer is 'hidden'"):
+    with pytest.raises(
+        UserError, match=r"bad.parquet, row 1 \(counted from 0\): answer is 'hidden'"
+    ):
         items("cvbench", write_parquet(tmp_path / "bad.parquet", bad, CVBENCH))
     bare = [cvbench_row(0, image=None)]
-    with pytest.raises(UserError, match=r"bare.parquet, row 0: it has no image"):
+    with pytest.raises(UserError, match=r"bare.parquet, row 0 \(counted from 0\): it has no image"):
         items("cvbench", write_parquet(tmp_path / "bare.parquet", bare, CVBENCH))
     (tmp_path / "test.jsonl").write_text('{"image": "a.jpg"')
-    with pytest.raises(UserError, match=r"test.jsonl, row 0: not JSON"):
+    with pytest.raises(UserError, match=r"test.jsonl, line 1: not JSON"):
         items("vsr", tmp_path / "test.jsonl")
     (tmp_path / "test.jsonl").write_text('{"image": "a.jpg"}\n')
     with pytest.raises(UserError, match=r"test.jsonl: no column caption, label, relation"):
         items("vsr", tmp_path / "test.jsonl")
     (tmp_path / "test.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match=r"row 0: not a row of named values"):
+    with pytest.raises(UserError, match=r"line 1: not a row of named values"):
         items("vsr", tmp_path / "test.jsonl")
 
 

@@ -139,10 +139,62 @@ def test_easyr1s_yaml(tmp_path):
 def test_epochs_without_rows_are_told_and_unknown_names_are_dropped_with_the_nearest():
     result = migrate("python grpo.py --num_train_epochs 3 --num_generation 4 --frobnicate 1")
     notes = {fate.name: fate.note for fate in result.fates}
-    assert "give --rows" in notes["num_train_epochs"]
+    assert notes["num_train_epochs"] == "epochs need --rows, see the warning"
     assert notes["num_generation"] == "unknown here; is num_generations meant?"
     assert notes["frobnicate"] == "unknown here"
     assert "max_steps" not in result.settings
+
+
+UNKNOWN_STEPS = (
+    "max_steps stays at the default of 200, whatever the data. Give --rows ROWS, the rows of the data set, and it"
+    " becomes 3 epochs x ROWS / 2 prompts a step: --rows 10000 makes it 15000"
+)
+
+
+@pytest.mark.parametrize("epochs", ["", " --num_train_epochs 3"])
+def test_the_way_to_max_steps_is_the_last_that_is_said(epochs, tmp_path, capsys):
+    line = f"python grpo.py --num_generations 4 --per_device_train_batch_size 8{epochs} --warmup_ratio 0.1"
+    assert main(["migrate", line]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"warning: {UNKNOWN_STEPS}"
+    assert printed.out.splitlines()[1] == f"# Warning: {UNKNOWN_STEPS}"
+    assert "max_steps" not in yaml.safe_load(printed.out)
+    out = tmp_path / "mine.yaml"
+    assert main(["migrate", line, "--output", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"warning: {UNKNOWN_STEPS}"
+    assert f"# Warning: {UNKNOWN_STEPS}\n" in out.read_text()
+    assert load_config(file=out).max_steps == 200
+
+    assert main(["migrate", line, "--rows", "10000"]) == 0
+    printed = capsys.readouterr()
+    assert "arning" not in printed.out + printed.err
+    ours = yaml.safe_load(printed.out)
+    assert (ours["max_steps"], ours["warmup_steps"]) == (15000, 1500)
+
+
+def test_visualthinkers_rows_are_known_from_its_code(tmp_path):
+    (warning,) = migrate("python src/open_r1/grpo.py --dataset_name SAT").warnings
+    assert warning.endswith(" 3 epochs x ROWS / 8 prompts a step: --rows 15000 makes it 5625")
+
+
+@pytest.mark.parametrize(
+    "words", [["--max_steps", "7"], ["--max_steps", "7", "--num_train_epochs", "2"]]
+)
+def test_nothing_is_warned_of_where_max_steps_is_said(words):
+    assert migrate(" ".join(["python grpo.py", *words])).warnings == []
+
+
+def test_mistakes_are_told_at_once_and_leave_nothing(tmp_path, capsys):
+    line, out = "python grpo.py --beta 0", tmp_path / "gone" / "mine.yaml"
+    assert main(["migrate", line, "--rows", "0", "--from", "trll", "--output", str(out)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "error: 3 problems:",
+        "  --rows 0: must be at least 1",
+        "  --from trll: must be one of trl, r1-v, easyr1",
+        f"  --output {out}: {out.parent} is no folder; make it, or name another",
+    ]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_writes_a_file_that_train_takes(tmp_path, capsys):

@@ -76,3 +76,4 @@ def test_a_run_on_rows_of_ones_own(tmp_path):
     }
     [skipped] = [json.loads(line) for line in (run / "skipped.jsonl").open()]
     assert (skipped["row"], skipped["reason"]) == (3, "empty question")
+    assert skipped["where"] == "mine.jsonl, line 4"

@@ -320,15 +320,22 @@ def test_a_target_that_is_too_long_is_told_before_the_first_step(make):
     (listed,) = trainer.asker.take_skipped()
     assert (listed["step"], listed["row"]) == (0, samples[2].row)
     assert "--max_completion_length is 20" in listed["reason"]
-    with pytest.raises(UserError, match=r"none of its 1 samples can be used; row .* is 20"):
+    with pytest.raises(
+        UserError, match=r"none of its 1 samples can be used; train\.parquet, row .* is 20"
+    ):
         trainer.trainable(samples[2:3])
     trainer.asker.on_bad_sample = "error"
-    with pytest.raises(UserError, match=r"row \d+: the target has .*--max_completion_length is 20"):
+    with pytest.raises(
+        UserError, match=r"row \d+ .*: the target has .*--max_completion_length is 20"
+    ):
         trainer.trainable(samples)
 
 
 def test_overlong_targets_stop_no_run(make):
-    with pytest.raises(UserError, match=r"none of its 48 samples can be used; row 0: the target"):
+    with pytest.raises(
+        UserError,
+        match=r"none of its 48 samples can be used; train\.parquet, row 0 .*: the target",
+    ):
         make(max_completion_length=1)
 
 

@@ -278,7 +278,10 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
         env=environment(), cwd=ROOT,
     )  # fmt: skip
     assert done.returncode != 0
-    assert re.search(r"error: step 1, row \d+: planted", done.stdout + done.stderr)
+    assert re.search(
+        r"error: step 1, .*\.parquet, row \d+ \(counted from 0\): planted",
+        done.stdout + done.stderr,
+    )
     assert "planted" in (tmp_path / "run" / "skipped.jsonl").read_text()
 
 

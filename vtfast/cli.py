@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk says that takes no more: no bug of ours, wherever it happens."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+UNREAD = 141
+"""Exit code where standard output was closed, as `| head` does (128 + SIGPIPE)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage() if command != "--version" else f"vtfast {metadata.version('vtfast')}")
         return 0
     try:
-        return _run(command, arguments[1:])
+        code = _run(command, arguments[1:])
+        sys.stdout.flush()  # what a closed pipe says is met here, and not at the interpreter's end
+        return code
     except UserError as error:
         return _refuse(error)
     except Stopped as stopped:
@@ -68,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            heartbeat.fail("standard output is closed", UNREAD)
+            return UNREAD
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = f"{error.filename}: " if error.filename else ""
             return _refuse(RankError(f"{where}{error.strerror}; make room, and start it again"))
@@ -83,6 +91,17 @@ def _refuse(error: UserError) -> int:
         text = message(error) + (f" (rank {rank})" if rank else "")
         print(f"error: {text}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a closed pipe. What is left for it goes nowhere then, so that the interpreter's end
+    does not fail on it once more."""
+    out, poll = sys.stdout.fileno(), select.poll()
+    poll.register(out, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return closed
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:

@@ -11,8 +11,8 @@ from typing import BinaryIO, Literal
 
 from vtfast.errors import UserError
 from vtfast.files import expand
+from vtfast.suggestions import ASSETS, DATA, MODELS, SHIPPED, did_you_mean, near
 
-ASSETS = Path(__file__).parent / "assets"
 Kind = Literal["dataset", "model"]
 
 
@@ -47,8 +47,10 @@ def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
             except Exception:
                 reason += ", and no downloaded copy"
         local = "a folder with its data files" if kind == "dataset" else "a checkpoint folder"
+        meant = near(repo, MODELS if kind == "model" else DATA)
+        hint = f" (did you mean {meant}?)" if meant else ""
         raise UserError(
-            f"{repo} is no local path, and the Hugging Face hub does not give this {kind}: "
+            f"{repo} is no local path{hint}, and the Hugging Face hub does not give this {kind}: "
             f"{reason}. To use a local copy, give the path of {local} instead, made on a connected "
             f"machine with `hf download {repo} --repo-type {kind} --local-dir FOLDER`"
         ) from error
@@ -68,7 +70,10 @@ def model_path(path: str | Path) -> str:
     if Path(path).name == str(path) and (ASSETS / path).is_dir():
         return str(ASSETS / path)
     if not is_hub_id(str(path)):
-        raise UserError(f"no model folder {path}: give a Qwen2-VL checkpoint folder or a hub id")
+        wanted = f"give a checkpoint folder or a hub id such as {MODELS[0]}"
+        if folder.exists():
+            raise UserError(f"no model folder {path}: it is a file; {wanted}")
+        raise UserError(f"no model folder {path}; {did_you_mean(path, wanted, MODELS, SHIPPED)}")
     found = hub_files(str(path), "model")
     return str(found) if isinstance(found, Path) else str(path)
 

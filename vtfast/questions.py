@@ -47,8 +47,9 @@ class Asker:
 
     def skip(self, sample: Sample, reason: str | Exception, step: int = 0) -> None:
         """Leave a sample out and write down why. The trainer, who hears of it from all ranks, lists it or stops."""
-        log.warning("step %d: skipped row %d: %s", step, sample.row, reason)
-        self.skipped.append({"step": step, "row": sample.row, "reason": str(reason)})
+        log.warning("step %d: skipped %s: %s", step, sample.where, reason)
+        where = {"row": sample.row, "where": sample.where}
+        self.skipped.append({"step": step, **where, "reason": str(reason)})
 
     def take_skipped(self) -> list[dict]:
         taken, self.skipped = self.skipped, []
@@ -76,8 +77,9 @@ class Asker:
             if problem is None:
                 good.append(sample)
                 continue
-            bad.append(f"row {sample.row}: {problem}")
-            self.skipped.append({"step": 0, "source": name, "row": sample.row, "reason": problem})
+            bad.append(f"{sample.where}: {problem}")
+            where = {"row": sample.row, "where": sample.where}
+            self.skipped.append({"step": 0, "source": name, **where, "reason": problem})
             if self.on_bad_sample == "error":
                 raise UserError(f"{name}: {bad[0]}")
         if bad:
@@ -127,8 +129,8 @@ def load_questions(config: RunConfig, asker: Asker, rendered: Path) -> dict[str,
             first_rows=first_rows,
         )
         asker.skipped += [
-            {"step": 0, "source": str(source), "row": row, "reason": reason}
-            for row, reason in loaded.skipped
+            {"step": 0, "source": str(source), "row": row, "where": where, "reason": reason}
+            for row, reason, where in loaded.skipped
         ]
         samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
     return samples

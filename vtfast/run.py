@@ -345,7 +345,7 @@ class Run:
         if self.ranks.is_main:
             self.list_skipped(rows)
         if rows and self.config.on_bad_sample == "error":
-            raise SharedError(f"step {rows[0]['step']}, row {rows[0]['row']}: {rows[0]['reason']}")
+            raise SharedError("step {step}, {where}: {reason}".format(**rows[0]))
         return len(rows)
 
     def list_skipped(self, rows: Sequence[dict]) -> None:

@@ -12,6 +12,7 @@ from vtfast.checkpoint.state import State, read_state
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
 from vtfast.files import expand
+from vtfast.suggestions import did_you_mean
 
 log = logging.getLogger("vtfast")
 LAST = "last"
@@ -128,7 +129,8 @@ def _meaning(wanted: str) -> tuple[Path, Path | None]:
         path = path.parent
     path = path.resolve()
     if not path.is_dir():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
+        meant = did_you_mean(wanted, "name a run folder or a checkpoint, or use last")
+        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder; {meant}")
     if STEP.fullmatch(path.name):
         return path.parent.parent, path
     return (path.parent if path.name == "checkpoints" else path), None

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vtfast.commands.parser import Parser
+from vtfast.commands.parser import Parser, one_of, whole_number
+from vtfast.config import SettingsError
 from vtfast.errors import UserError
 from vtfast.files import check_inside, expand
+from vtfast.hub import model_path
+from vtfast.prompts import load_template
+from vtfast.suggestions import did_you_mean
 from vtfast.terminal import show
+
+if TYPE_CHECKING:
+    from vtfast.evaluate.checkpoints import Checkpoint
 
 log = logging.getLogger("vtfast")
 BENCHES = ("cvbench", "blink", "vsr", "sat")
@@ -24,20 +32,27 @@ EXAMPLES = """examples:
 
 
 def run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(arguments)
+    options, problems = _parser().parse_known(arguments)
+    benches, data = _named(options, problems)
+    problems += _problems(options, benches)
+    if problems:
+        raise SettingsError(problems)
 
     from vtfast.evaluate.answers import write_scores
-    from vtfast.evaluate.checkpoints import find_checkpoint
+    from vtfast.evaluate.checkpoints import check_model, find_checkpoint
     from vtfast.evaluate.table import score_table
 
     checkpoint = find_checkpoint(options.model)
     home = expand(options.output_dir) if options.output_dir else checkpoint.home
     folder = home / "evaluations" / checkpoint.name
     check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHES))
+    if options.rescore:
+        done: Iterable[str] = _there(folder, benches)
+    else:
+        check_model(checkpoint)  # a moment; the data may be a download
+        done = _ask(options, checkpoint, folder, benches or ["cvbench"], data)
     scores = {}
-    for bench in (
-        _rescore(options, folder) if options.rescore else _ask(options, checkpoint, folder)
-    ):
+    for bench in done:
         scores[bench] = write_scores(folder, bench, model=options.model, step=checkpoint.step)
     if scores:  # rank 0 alone has some
         show(score_table(scores))
@@ -48,83 +63,143 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="vtfast eval",
+        usage="vtfast eval [-h] --model MODEL [--bench NAME,...] [--FLAG VALUE ...]",
         description="Ask a model the questions of spatial benchmarks, greedily, and score the answers.\n"
         "What was answered before is kept: the same call goes on where it was stopped.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        checks={
+            **dict.fromkeys(
+                ("limit", "max_completion_length", "batch_size", "min_pixels", "max_pixels"),
+                whole_number(1),
+            ),
+            "literal_image": one_of("true", "false"),
+            "dtype": one_of("auto", "float32", "bfloat16"),
+            "device": one_of("auto", "cpu", "cuda"),
+        },
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("what is asked").add_argument
+    add("--model", required=True, help="a run folder or its checkpoint, a model folder or a hub id")
+    add("--bench", metavar="NAME,...", help=f"any of {', '.join(BENCHES)} (default cvbench)")
     add(
-        "--model",
-        required=True,
-        help="checkpoint of a run, a run folder, a model folder or a hub id",
-    )
-    add("--bench", help=f"any of {', '.join(BENCHES)}, with commas (default cvbench)")
-    add(
-        "--data", action="append", default=[], metavar="BENCH=PATH",
-        help="a local file or folder, or another hub id, for a benchmark; several with commas (default: the hub)",
+        "--data", action="append", metavar="BENCH=PATH",
+        help="a file, a folder or another hub id for a benchmark; several with commas (default: the hub)",
     )  # fmt: skip
-    add("--limit", type=int, metavar="N", help="ask the first N questions of each only")
+    add("--limit", metavar="N", help="the first N questions of each only (default: all)")
     add(
-        "--template",
-        help="prompt: a name in vtfast/templates or the path of a text file. Default: eval-r1-zero for base models and"
-        " eval-instruct for instruction-tuned ones, with -direct if the run trained without <think>",
+        "--image_folder", metavar="FOLDER", help="where VSR's images are (default: beside its file)"
     )
+    add("--fetch_images", action="store_true", help="fetch VSR's missing images from COCO's links")
+    add = parser.add_argument_group("how it is asked").add_argument
     add(
-        "--literal_image", choices=("true", "false"),
+        "--template", metavar="NAME|FILE",
+        help="prompt: a name in vtfast/templates, or a text file (default: what fits how the model was trained:"
+        " eval-r1-zero, eval-instruct, or these with -direct)",
+    )  # fmt: skip
+    add(
+        "--literal_image", metavar="true|false",
         help="write the text <image> as the study's prompts do (default: as the run did, else false)",
     )  # fmt: skip
+    add("--max_completion_length", default=1024, metavar="N", help="tokens (default 1024)")
+    for name in ("--min_pixels", "--max_pixels"):
+        add(name, metavar="N", help="of an image (default: the run's, else the checkpoint's)")
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--batch_size", default=64, metavar="N", help="questions at once on a rank (default 64)")
     add(
-        "--max_completion_length", type=int, default=1024, metavar="N", help="tokens (default 1024)"
+        "--dtype", default="auto", metavar="X", help="float32 or bfloat16 (default auto, by device)"
     )
-    add("--min_pixels", type=int, metavar="N", help="default: the run's, else the checkpoint's")
-    add("--max_pixels", type=int, metavar="N", help="default: the run's, else the checkpoint's")
-    add("--image_folder", metavar="FOLDER", help="where VSR's images are")
-    add("--fetch_images", action="store_true", help="fetch VSR's missing images from COCO's links")
+    add("--device", default="auto", metavar="X", help="cpu or cuda (default auto: what is there)")
     add(
-        "--batch_size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="questions that a rank answers together",
-    )
+        "--output_dir", metavar="FOLDER",
+        help="results go to FOLDER/evaluations/NAME (default: the run, else the current folder)",
+    )  # fmt: skip
     add(
-        "--output_dir",
-        metavar="FOLDER",
-        help="results go to FOLDER/evaluations/NAME (default: the run, else here)",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: bfloat16 on CUDA",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda where there is one",
-    )
-    add(
-        "--rescore",
-        action="store_true",
-        help="score the answers that are there; needs no model and no data",
-    )
+        "--rescore", action="store_true",
+        help="score the answers that are there again; needs no model and no data",
+    )  # fmt: skip
     add("--local_rank", help=argparse.SUPPRESS)  # launchers pass it
     return parser
 
 
-def _rescore(options: argparse.Namespace, folder: Path) -> list[str]:
+def _named(options: argparse.Namespace, problems: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The benchmarks that `--bench` names, none where it is not given, and the path or hub id of those that `--data`
+    names. What is wrong with either goes to `problems`."""
+    names = list(dict.fromkeys(filter(None, map(str.strip, (options.bench or "").split(",")))))
+    if options.bench is not None and not names:
+        problems.append(f"--bench: name at least one of {', '.join(BENCHES)}")
+    for name in names:
+        if name not in BENCHES:
+            close = difflib.get_close_matches(name, BENCHES, n=1, cutoff=0.0)
+            problems.append(
+                f"--bench {name}: unknown; did you mean {close[0]}? There are {', '.join(BENCHES)}"
+            )
+    benches, data = [name for name in names if name in BENCHES], {}
+    asked = benches or BENCHES[:1]
+    for pair in [pair for text in options.data or [] for pair in text.split(",")]:
+        bench, equals, path = pair.partition("=")
+        if not equals or not path or bench not in BENCHES:
+            problems.append(
+                f"--data {pair}: BENCH=PATH is wanted, such as {asked[0]}=FOLDER, with BENCH one of"
+                f" {', '.join(asked)}"
+            )
+        elif bench not in asked and len(benches) == len(names):
+            both = ",".join([*asked, bench])
+            problems.append(f"--data {pair}: {bench} is not asked; add it with --bench {both}")
+        else:
+            data[bench] = path
+    return benches, data
+
+
+def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[str]:
+    """What else is wrong with the command line, as far as this machine's files tell it without loading anything."""
+    if options.template is not None:
+        try:
+            load_template(options.template)
+        except UserError as error:
+            yield f"--template {options.template}: {error}"
+    low, high = options.min_pixels, options.max_pixels
+    if low and high and low > high:
+        yield f"--min_pixels {low}: must be at most --max_pixels {high}"
+    if options.output_dir is not None and expand(options.output_dir).is_file():
+        yield f"--output_dir {options.output_dir}: is a file; name a folder"
+    if options.rescore:
+        return
+    for flag in ("image_folder", "fetch_images"):
+        if getattr(options, flag) and "vsr" not in benches:
+            yield f"--{flag}: is for VSR's images, which are not asked; add them with --bench vsr"
+    if options.image_folder is not None and not expand(options.image_folder).is_dir():
+        folder = options.image_folder
+        yield f"--image_folder {folder}: no such folder; {did_you_mean(folder, 'name one')}"
+    if options.model and not _may_be_checkpoint(expand(options.model)):
+        try:
+            model_path(options.model)
+        except UserError as error:
+            yield f"--model {options.model}: {error}"
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    """Whether `find_checkpoint` can make something of it: RUN/checkpoints/last need not exist."""
+    return path.is_dir() or (path.name == "last" and path.parent.is_dir())
+
+
+def _there(folder: Path, benches: Sequence[str]) -> list[str]:
     """The benchmarks whose answers are to be scored again."""
     there = [bench for bench in BENCHES if (folder / f"{bench}.jsonl").is_file()]
-    benches = _benches(options.bench) if options.bench else there
     missing = [bench for bench in benches if bench not in there]
-    if missing or not benches:
-        raise UserError(f"--rescore: there is no {(missing or ['BENCH'])[0]}.jsonl in {folder}")
-    return benches
+    if missing or not there:
+        raise UserError(
+            f"--rescore: there is no {(missing or ['BENCH'])[0]}.jsonl in {folder}; leave --rescore out to ask"
+        )
+    return list(benches) or there
 
 
-def _ask(options: argparse.Namespace, checkpoint, folder: Path):
+def _ask(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    folder: Path,
+    benches: Sequence[str],
+    data: Mapping[str, str],
+) -> Iterator[str]:
     """Yields, on rank 0, each benchmark whose questions have been answered."""
     from transformers.utils import logging as transformers_logging
 
@@ -136,8 +211,7 @@ def _ask(options: argparse.Namespace, checkpoint, folder: Path):
     from vtfast.model import load_model
     from vtfast.processor import Processor
 
-    benches = _benches(options.bench or "cvbench")
-    sources = _sources(options.data, benches)
+    sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}
     for bench in benches:  # a wrong path is told before a model is loaded
         find_files(BENCHMARKS[bench], sources[bench])
     transformers_logging.disable_progress_bar()
@@ -175,32 +249,3 @@ def _ask(options: argparse.Namespace, checkpoint, folder: Path):
         )
         if ranks.is_main:
             yield bench
-
-
-def _benches(text: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names:
-        if name not in BENCHES:
-            close = difflib.get_close_matches(name, BENCHES, n=1, cutoff=0.0)
-            raise UserError(
-                f"--bench {name}: unknown; did you mean {close[0]}? There are {', '.join(BENCHES)}"
-            )
-    if not names:
-        raise UserError(f"--bench: name at least one of {', '.join(BENCHES)}")
-    return names
-
-
-def _sources(given: Sequence[str], benches: Sequence[str]) -> dict[str, str]:
-    """`cvbench=PATH,blink=PATH` -> path or hub id by benchmark; the published data set where nothing is given."""
-    from vtfast.evaluate import BENCHMARKS
-
-    sources = {bench: BENCHMARKS[bench].hub_id for bench in benches}
-    for pair in [pair for text in given for pair in text.split(",")]:
-        bench, equals, path = pair.partition("=")
-        if not equals or not path or bench not in benches:
-            raise UserError(
-                f"--data {pair}: BENCH=PATH is wanted, such as {benches[0]}=FOLDER, with BENCH one of"
-                f" {', '.join(benches)}"
-            )
-        sources[bench] = path
-    return sources

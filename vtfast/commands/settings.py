@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TypeVar
 
-from vtfast.commands.parser import Parser
+from vtfast.commands.parser import Parser, setting_help
 from vtfast.config import (
     Config,
     RunConfig,
@@ -42,7 +42,7 @@ def read_settings(
         prog=prog,
         usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
         description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
-        " --dry-run prints what a command line comes to.",
+        " --dry-run prints what a command line comes to. --help_all says more of each setting.",
         epilog=f"example: {prog} --recipe {kind.recipe} --seed 1 --max_steps 50",
     )
     parser.add_argument(
@@ -61,8 +61,11 @@ def read_settings(
         "--gpu_memory_gb", metavar="X",
         help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
     )  # fmt: skip
+    parser.add_argument(
+        "--help_all", action="help", help="this with all that is to say of a setting"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    _add_settings(parser, kind)
+    _add_settings(parser, kind, short="--help_all" not in arguments)
     options, problems = parser.parse_known(arguments)
     flags = vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
@@ -106,18 +109,18 @@ def _hints(kind: type[RunConfig]) -> dict[str, str]:
     return {f"--{name}": hint for name, hint in told.items()}
 
 
-def _add_settings(parser: Parser, kind: type[RunConfig]) -> None:
-    """A flag for each setting, under the heading of its section."""
+def _add_settings(parser: Parser, kind: type[RunConfig], short: bool) -> None:
+    """A flag for each setting, under the heading of its section; `short`: with its first statement alone."""
     help_of, default_of = field_help(kind), field_defaults(kind)
     for section, names in field_sections(kind).items():
         group = parser.add_argument_group(section.__name__, section.__doc__)
         for name in names:
             if name != "recipe":
-                said = f"{help_of[name]} (default {default_of[name]})"
                 # `--use_peft` alone means true, as in TRL
                 bare = default_of[name] in ("true", "false")
                 group.add_argument(
-                    f"--{name}", metavar="X", help=said.replace("%", "%%"), nargs="?" if bare else None,
+                    f"--{name}", metavar="X", help=setting_help(help_of[name], default_of[name], short),
+                    nargs="?" if bare else None,
                     const="true" if bare else None,
                 )  # fmt: skip
 

@@ -25,6 +25,7 @@ from yaml.events import (
 )
 
 from vtfast.errors import UserError
+from vtfast.suggestions import did_you_mean
 
 MOST_BYTES = 1 << 16
 DEEPEST = 16
@@ -56,6 +57,9 @@ def read_settings_file(path: Path, problems: list[str]) -> dict[str, Given]:
         text = content.decode("utf-8-sig")
     except IsADirectoryError:
         raise UserError(f"{flag}: is a folder; name a YAML file in it") from None
+    except FileNotFoundError:
+        wanted = "name a YAML file of settings"
+        raise UserError(f"{flag}: no such file; {did_you_mean(path, wanted)}") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{flag}: cannot be read (byte {error.start} is not UTF-8); save it as UTF-8"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from vtfast.data.rows import BadRow
 from vtfast.errors import UserError
 from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
+from vtfast.suggestions import DATA, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +40,26 @@ class DataFile:
     """What relative image paths in it start from; None on the hub."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A row as its file has it."""
+
+    value: Any
+    """Plain Python values, or a BadRow."""
+    place: str
+    """What messages call it in its file."""
+
+
+def line(number: int) -> str:
+    """The place of a row of a text file, as an editor counts: from 1, empty lines too."""
+    return f"line {number}"
+
+
+def row(number: int) -> str:
+    """The place of a row of any other file, as programs count."""
+    return f"row {number} (counted from 0)"
+
+
 def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     """The files of a source, in order.
 
@@ -54,10 +75,12 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     path = expand(source)
     if not path.exists():
         if not is_hub_id(source):
-            raise UserError(
-                f"no such file or folder: {source}. Give a .parquet, .jsonl or .json file, a "
-                "folder of such files, or the hub id of a data set such as array/SAT"
+            wanted = (
+                "give a .parquet, .jsonl or .json file, a folder of such files, or the hub id of a"
+                " data set such as array/SAT"
             )
+            meant = did_you_mean(source, wanted, DATA, ["synthetic"])
+            raise UserError(f"no such file or folder: {source}; {meant}")
         found = hub_files(source, "dataset")
         if not isinstance(found, Path):
             names, commit = found
@@ -119,8 +142,8 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
     return sorted(picked, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
-def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[Any]]:
-    """Rows of a file in small batches, as plain Python values; a line that is no JSON is a BadRow.
+def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[Entry]]:
+    """Rows of a file in small batches; a line that is no JSON is a BadRow.
 
     Args:
         columns: columns that are not recognised by themselves; others than needed are not read.
@@ -131,16 +154,17 @@ def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[An
     if file.name.endswith(".parquet"):
         yield from _parquet_rows(file, columns)
         return
-    rows = _jsonl_rows(file) if file.name.endswith(".jsonl") else iter(_json_rows(file))
+    entries = jsonl_rows(file) if file.name.endswith(".jsonl") else _json_rows(file)
     first = True
-    while batch := list(islice(rows, BATCH_ROWS)):
-        if first and any(isinstance(row, dict) for row in batch):
-            columns.check(keys(batch), file.name)  # rows may lack columns, but hardly 64 of them
+    while batch := list(islice(entries, BATCH_ROWS)):
+        values = [entry.value for entry in batch]
+        if first and any(isinstance(value, dict) for value in values):
+            columns.check(keys(values), file.name)  # rows may lack columns, but hardly 64 of them
             first = False
         yield batch
 
 
-def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[dict[str, Any]]]:
+def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[Entry]]:
     def wanted(there: list[str]) -> list[str]:
         columns.check(there, file.name)
         return columns.wanted(there)
@@ -150,7 +174,7 @@ def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[dict[str, A
 
 def parquet_batches(
     file: DataFile, wanted: Callable[[list[str]], list[str]]
-) -> Iterator[list[Any]]:
+) -> Iterator[list[Entry]]:
     """Rows of a parquet file in small batches; one that has no value in Python is a BadRow. `wanted`: names of its
     columns -> those to read, or a UserError."""
     import pyarrow as pa
@@ -159,9 +183,9 @@ def parquet_batches(
     try:
         # Small buffers: the default would read a whole column of the one row group at once.
         with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
-            columns = wanted(table.schema_arrow.names)
+            columns, number = wanted(table.schema_arrow.names), count()
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield _values(batch)
+                yield [Entry(value, row(next(number))) for value in _values(batch)]
     except UserError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -173,40 +197,50 @@ def _values(batch: "pa.RecordBatch") -> list[Any]:
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):  # texts that are no UTF-8, dates beyond the year 9999
-        return [_value(batch.slice(row, 1)) for row in range(len(batch))]
+        return [_value(batch.slice(place, 1)) for place in range(len(batch))]
 
 
-def _value(row: "pa.RecordBatch") -> Any:
+def _value(single: "pa.RecordBatch") -> Any:
     try:
-        return row.to_pylist()[0]
+        return single.to_pylist()[0]
     except (ValueError, OverflowError) as error:
         return BadRow(f"has a value that cannot be read ({error})")
 
 
-def _jsonl_rows(file: DataFile) -> Iterator[Any]:
+def jsonl_rows(file: DataFile) -> Iterator[Entry]:
+    """Rows of a JSONL file, one after another; a line that is no JSON is a BadRow, and an empty one is no row.
+
+    Raises UserError where the file cannot be read.
+    """
     try:
         opened = file.open()
         with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as lines:
-            while line := lines.readline(LONGEST_LINE):
-                rest = line
+            for number in count(1):
+                text = rest = lines.readline(LONGEST_LINE)
                 while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
                     rest = lines.readline(LONGEST_LINE)
-                if rest is not line:
-                    yield BadRow(f"a line of more than {LONGEST_LINE} bytes")
-                elif line.strip():
-                    yield _json_line(line)
+                if rest is not text:
+                    yield Entry(BadRow(f"more than {LONGEST_LINE} bytes"), line(number))
+                elif text.strip():
+                    yield Entry(_json_line(text), line(number))
+                elif not text:
+                    return
     except OSError as error:
         raise UserError(f"{file.name}: not a readable JSONL file ({error})") from error
 
 
-def _json_line(line: bytes) -> Any:
+def _json_line(text: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text.decode("utf-8-sig").rstrip())
+    except json.JSONDecodeError as error:  # its own text counts lines within this one
+        return BadRow(f"not JSON ({error.msg}, column {error.colno})")
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 ({error.reason}, byte {error.start + 1})")
     except (ValueError, RecursionError) as error:
-        return BadRow(f"not a line of JSON ({error})")
+        return BadRow(f"not JSON ({error})")
 
 
-def _json_rows(file: DataFile) -> list[Any]:
+def _json_rows(file: DataFile) -> Iterator[Entry]:
     try:
         opened = file.open()
         data = Path(opened).read_bytes() if isinstance(opened, str) else opened.read()
@@ -215,4 +249,5 @@ def _json_rows(file: DataFile) -> list[Any]:
         raise UserError(f"{file.name}: not a readable JSON file ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{file.name}: a JSON list of rows is wanted, not {type(rows).__name__}")
-    return rows
+    for number, value in enumerate(rows):
+        yield Entry(value, row(number))

@@ -29,7 +29,7 @@ class Problem:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
-    """A few of them, as `file, row N: what about it`."""
+    """A few of them, as `file, place: what about it`."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class DataReport:
             "counted with": f"{self.model}, template {self.template}",
         }
         lines = [self.source, *(f"  {name:<15} {text}" for name, text in facts.items() if text)]
-        for title, found in (("left out", self.left_out), ("bad rows (counted from 0)", self.bad)):
+        for title, found in (("left out", self.left_out), ("bad rows", self.bad)):
             for reason, problem in _sorted(found):
                 lines += ["", f"{title}: {problem.count} x {reason}"]
                 lines += [f"  {row}" for row in problem.first]
@@ -169,7 +169,7 @@ def _problem(found: dict[str, Problem], row: Row, reason: str) -> None:
     problem = found.setdefault(general, Problem())
     problem.count += 1
     if len(problem.first) < SHOWN:
-        problem.first.append(f"{row.place}: {reason}")
+        problem.first.append(f"{row.file}, {row.place}: {reason}")
 
 
 def _sorted(found: Mapping[str, Problem]) -> list[tuple[str, Problem]]:

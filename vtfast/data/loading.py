@@ -1,7 +1,8 @@
 """Questions out of files, folders and hub ids: SAT and its relatives, other published sets, or one's own.
 
-A row that cannot be used is skipped and reported with its number; rows count from 0, in file order, over all files of
-the split. `vtfast.data.columns` lists the sets that are recognised and how to name the columns of others.
+A row that cannot be used is skipped and reported with its file and its place in it: the line of a text file, from 1, or
+the row of another, from 0. `Sample.row` counts from 0, in file order, over all files of the split.
+`vtfast.data.columns` lists the sets that are recognised and how to name the columns of others.
 """
 
 import dataclasses
@@ -11,16 +12,26 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
 from vtfast.data.columns import RECOGNISED, Columns
-from vtfast.data.files import DataFile, find_files, read_rows
-from vtfast.data.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row
+from vtfast.data.files import DataFile, Entry, find_files, read_rows
+from vtfast.data.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row, where_of
 from vtfast.errors import UserError
 
 log = logging.getLogger("vtfast")
+
+
+class Skipped(NamedTuple):
+    """A row that could not be used."""
+
+    row: int
+    """Number in the source, from 0."""
+    reason: str
+    where: str
+    """File and place in it, as `Sample.where`."""
 
 
 class Samples(list[Sample]):
@@ -29,12 +40,11 @@ class Samples(list[Sample]):
     def __init__(
         self,
         samples: Iterable[Sample] = (),
-        skipped: Iterable[tuple[int, str]] = (),
+        skipped: Iterable[Skipped] = (),
         source: str = "",
     ) -> None:
         super().__init__(samples)
         self.skipped = list(skipped)
-        """(row number, reason) of every row that could not be used."""
         self.source = source
 
 
@@ -45,8 +55,12 @@ class Row:
     number: int
     """In the source, from 0."""
     place: str
-    """File and number in it, as messages call the row."""
+    """What messages call it in its file."""
+    file: str
     result: Sample | BadRow | NotSelected
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.place}: {self.result}"
 
 
 def load_samples(
@@ -98,14 +112,15 @@ def load_samples(
             if len(samples) == limit:
                 break
         elif isinstance(row.result, NotSelected):
-            left_out.append(f"{row.place}: {row.result}")
+            left_out.append(str(row))
         else:
-            bad.append(f"{row.place}: {row.result}")
+            bad.append(str(row))
             if on_bad == "error":
                 raise UserError(
                     f"{bad[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)"
                 )
-            samples.skipped.append((row.number, str(row.result)))
+            where = where_of(row.file, row.place)
+            samples.skipped.append(Skipped(row.number, str(row.result), where))
     total = len(samples) + len(bad) + len(left_out)
     if not samples:
         first = "; ".join([*bad[:3], *left_out[:1]]) or "it has no rows"
@@ -140,29 +155,30 @@ def iter_rows(
     files = find_files(str(source), split, stream=stream or first_rows is not None)
     with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
         for file in files:
-            first = number
             for batch in read_rows(file, columns):
                 batch = batch if first_rows is None else batch[: first_rows - number]
 
-                def read(entry: Any, row: int, file: DataFile = file):
+                def read(entry: Entry, row: int, file: DataFile = file):
                     return _try(entry, row, file, columns, selection)
 
-                for result in pool.map(read, batch, range(number, number + len(batch))):
-                    yield Row(number, f"{file.name}, row {number - first}", result)
+                results = pool.map(read, batch, range(number, number + len(batch)))
+                for entry, result in zip(batch, results, strict=True):
+                    yield Row(number, entry.place, file.name, result)
                     number += 1
                 if number == first_rows:
                     return
 
 
 def _try(
-    entry: Any, row: int, file: DataFile, columns: Columns, selection: Selection
+    entry: Entry, row: int, file: DataFile, columns: Columns, selection: Selection
 ) -> Sample | BadRow | NotSelected:
     try:
         return read_row(
-            entry,
+            entry.value,
             columns=columns,
             selection=selection,
             row=row,
+            place=entry.place,
             source=file.name,
             folder=file.folder,
         )

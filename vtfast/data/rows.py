@@ -39,9 +39,21 @@ class Sample:
     """File the row came from."""
     question_type: str = ""
     """The data set's own type, as it is; empty where it has none."""
+    place: str = ""
+    """In its file, as messages call it: `line 3` or `row 2 (counted from 0)`."""
+
+    @property
+    def where(self) -> str:
+        """File and place in it, for messages."""
+        return where_of(self.source, self.place or f"row {self.row} (counted from 0)")
 
     def __post_init__(self) -> None:
         self.kind = self.kind or question_kind(self.question)
+
+
+def where_of(source: str, place: str) -> str:
+    """A row's file without the folders above it, which the run's settings name, and its place in that."""
+    return f"{os.path.basename(source)}, {place}" if source else place
 
 
 LONGEST_TEXT = 1_000_000
@@ -87,6 +99,7 @@ def read_row(
     selection: Selection = ALL,
     row: int = -1,
     source: str = "",
+    place: str = "",
     folder: Path | None = None,
 ) -> Sample:
     """A sample whose images are known to decode.
@@ -125,7 +138,7 @@ def read_row(
     answer = _answer(answer, options)
     own = question_type if isinstance(question_type, str) else ""
     kind = question_kind(question, own)
-    return Sample(question, options, answer, _images(items, folder), kind, row, source, own)
+    return Sample(question, options, answer, _images(items, folder), kind, row, source, own, place)
 
 
 # What other trainers' data puts in front of a question to say where the images go; here the template says that.

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtfast.blueprint import read_model_config
 from vtfast.errors import UserError
 from vtfast.files import expand, read_mapping
 from vtfast.hub import ASSETS
+from vtfast.model_folder import check_folder
 from vtfast.prompts import load_template
 
 
@@ -50,6 +52,24 @@ def find_checkpoint(model: str) -> Checkpoint:
     if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return Checkpoint(str(path), path.name, run, _read_config(run / "config.yaml"))
     return Checkpoint(str(path) if path.exists() else model, path.absolute().name, Path())
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """Raises UserError where there is no model of a family that is known: from names and config.json alone."""
+    folder = Path(checkpoint.path)
+    if folder.is_dir():
+        if not _is_model(folder):
+            reason = (
+                "is a run that has saved no checkpoint yet"
+                if (folder / "config.yaml").is_file()
+                else "is neither a run folder (it has no config.yaml) nor a model folder (no config.json)"
+            )
+            raise UserError(f"--model {folder}: {reason}; name another")
+        try:
+            check_folder(folder)
+        except UserError as error:
+            raise UserError(f"--model {error}") from None
+    read_model_config(checkpoint.path)
 
 
 def _newest(folder: Path) -> Path:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from vtfast.data import BadRow
-from vtfast.data.files import DataFile, parquet_batches
+from vtfast.data.files import DataFile, Entry, jsonl_rows, parquet_batches
 from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.files import expand
 from vtfast.hub import hub_files, is_hub_id, open_dataset_file
+from vtfast.suggestions import did_you_mean
 
 
 def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterator[Item]:
@@ -26,8 +26,8 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
     """
     index = 0
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
-        for in_file, row in enumerate(read_rows(file, benchmark.columns)):
-            where = f"{file.name}, row {in_file}"
+        for entry in read_rows(file, benchmark.columns):
+            row, where = entry.value, f"{file.name}, {entry.place}"
             if isinstance(row, BadRow):
                 raise UserError(f"{where}: {row}")
             if benchmark.use(row):
@@ -53,20 +53,21 @@ def _placed(image: bytes | Path, folder: Path | None) -> bytes | Path:
 
 def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
     """The files of a source that the benchmark is made of, in the order of their names."""
-    hint = f"(--data {benchmark.name}=PATH gives a local file or folder)"
+    hint = f"--data {benchmark.name}=PATH gives a local file or folder"
     path = expand(source)
     if path.is_file():
         if path.suffix not in (".parquet", ".jsonl"):
-            raise UserError(f"{source}: unknown kind of file, .parquet or .jsonl is wanted {hint}")
+            raise UserError(f"{source}: unknown kind of file, .parquet or .jsonl is wanted; {hint}")
         return [DataFile(str(path), lambda: str(path), path.parent)]
     commit = None
     if not path.is_dir():
         if not is_hub_id(source):
-            raise UserError(f"no such file or folder: {source} {hint}")
+            meant = did_you_mean(source, hint, [benchmark.hub_id])
+            raise UserError(f"no such file or folder: {source}; {meant}")
         try:
             found = hub_files(source, "dataset")
         except UserError as error:
-            raise UserError(f"{error} {hint}") from error
+            raise UserError(f"{error}; {hint}") from error
         if isinstance(found, Path):
             path = found
         else:
@@ -90,7 +91,7 @@ def _download(repo: str, name: str, commit: str, hint: str) -> str | BinaryIO:
         return open_dataset_file(repo, name, commit, download=True)
     except Exception as error:  # the client's own, its http library's, the socket's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repo}/{name}: cannot be downloaded ({reason}) {hint}") from error
+        raise UserError(f"{repo}/{name}: cannot be downloaded ({reason}); {hint}") from error
 
 
 def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> list[str]:
@@ -100,7 +101,7 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
             break
     else:
         there = ", ".join(sorted(names)[:10]) or "nothing"
-        raise UserError(f"{source}: no files of {benchmark.title} (there is: {there}) {hint}")
+        raise UserError(f"{source}: no files of {benchmark.title} (there is: {there}); {hint}")
     shards: dict[tuple[str, int], int] = {}
     for name in picked:
         if shard := re.fullmatch(r"(.*)-\d+-of-(\d+)\.parquet", name):
@@ -109,17 +110,17 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
     for (name, total), count in shards.items():
         if count != total:
             raise UserError(
-                f"{source}: {count} of the {total} files {name}-* are there. Download the rest {hint}"
+                f"{source}: {count} of the {total} files {name}-* are there. Download the rest; {hint}"
             )
     return picked
 
 
-def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
     """Rows of a parquet or JSONL file. Raises UserError: not readable, or without the columns."""
     return (_jsonl_rows if file.name.endswith(".jsonl") else _parquet_rows)(file, columns)
 
 
-def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
     def all_of_them(there: list[str]) -> list[str]:
         _check_columns(file, there, columns)
         return there
@@ -128,22 +129,13 @@ def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str
         yield from batch
 
 
-def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    try:
-        lines = Path(file.open()).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file.name}: cannot be read ({error})") from error
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file.name}, row {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{file.name}, row {number}: not a row of named values")
-        _check_columns(file, list(row), columns)
-        yield row
+def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
+    for entry in jsonl_rows(file):
+        if isinstance(entry.value, dict):
+            _check_columns(file, list(entry.value), columns)
+        elif not isinstance(entry.value, BadRow):
+            raise UserError(f"{file.name}, {entry.place}: not a row of named values")
+        yield entry
 
 
 def _check_columns(file: DataFile, there: list[str], wanted: tuple[str, ...]) -> None:

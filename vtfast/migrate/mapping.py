@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vtfast.config import load_config
+from vtfast.config import Config, load_config
 from vtfast.errors import UserError
 from vtfast.migrate.reading import Source, read
 from vtfast.migrate.rules import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL, Drop
@@ -35,6 +35,8 @@ class Migration:
     system: str
     settings: dict[str, Any] = field(default_factory=dict)
     fates: list[Fate] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What has to be decided before a run: a line each, which says how."""
 
     def take(self, name: str, value: Any, to: Mapping[str, Any], note: str = "") -> None:
         self.settings |= to
@@ -42,6 +44,7 @@ class Migration:
 
     def to_yaml(self) -> str:
         head = f"# From settings of {SYSTEMS[self.system]}.\n"
+        head += "".join(f"# Warning: {warning}\n" for warning in self.warnings)
         return head + yaml.safe_dump(self.settings, sort_keys=False)
 
 
@@ -63,8 +66,8 @@ def migrate(what: str, system: str | None = None, rows: int | None = None) -> Mi
             result.take(name, value, {name: value}, "its default")
     for name, value in plain.items():
         result.take(name, value, *_fate(name, value, system))
-    _count(source, system, rows, result)
     _take_what_code_says(source, result)
+    _count(source, system, rows, result)
     result.fates += [Fate(word, "", {}, "not a setting") for word in source.unread]
     load_config(
         overrides={key: value for key, value in result.settings.items() if key != "output_dir"}
@@ -178,16 +181,12 @@ def _count_steps(
     epochs = number(name or "num_train_epochs", 15 if result.system == "easyr1" else 3)
     if "max_steps" not in result.settings:
         if rows is None:
-            note = f"max_steps = {epochs:g} epochs x rows / {prompts} prompts a step: give --rows"
-            result.take(name or "(epochs)", epochs, {}, note)
+            result.take(name or "(epochs)", epochs, {}, "epochs need --rows, see the warning")
+            result.warnings.append(_unknown_steps(epochs, prompts, result.settings.get("first_n")))
         else:
-            steps = math.ceil(epochs * rows / prompts - 1e-9)
-            result.take(
-                name or "(epochs)",
-                epochs,
-                {"max_steps": steps},
-                f"{rows} rows, {prompts} prompts a step",
-            )
+            steps = {"max_steps": _steps(epochs, rows, prompts)}
+            note = f"{rows} rows, {prompts} prompts a step"
+            result.take(name or "(epochs)", epochs, steps, note)
     elif name:
         result.take(name, epochs, {}, "max_steps decides")
     ratio = next(
@@ -197,6 +196,18 @@ def _count_steps(
         steps = round(number(ratio, 0) * result.settings["max_steps"])
         result.take(ratio, values[ratio], {"warmup_steps": steps}, "of max_steps")
     elif ratio:
-        result.take(
-            ratio, values[ratio], {}, "warmup_steps = this share of max_steps, which is not known"
-        )
+        note = "warmup_steps is this share of max_steps: needs --rows, see the warning"
+        result.take(ratio, values[ratio], {}, note)
+
+
+def _unknown_steps(epochs: float, prompts: int, first_n: int | None) -> str:
+    rows = first_n or 10_000
+    return (
+        f"max_steps stays at the default of {Config().max_steps}, whatever the data. Give --rows ROWS, the rows of the"
+        f" data set, and it becomes {epochs:g} epochs x ROWS / {prompts} prompts a step:"
+        f" --rows {rows} makes it {_steps(epochs, rows, prompts)}"
+    )
+
+
+def _steps(epochs: float, rows: int, prompts: int) -> int:
+    return math.ceil(epochs * rows / prompts - 1e-9)

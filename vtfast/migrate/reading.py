@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vtfast.errors import UserError
+from vtfast.suggestions import did_you_mean
 
 LONGEST = 1_000_000
 """Characters of a file that is read."""
@@ -41,9 +42,8 @@ def read(what: str) -> Source:
     if looks_like_a_line:
         source = _launch(what)
     elif not path.is_file():
-        raise UserError(
-            f"{what}: no such file; give a YAML file, a shell script, or a launch line in quotes"
-        )
+        wanted = "give a YAML file, a shell script, or a launch line in quotes"
+        raise UserError(f"{what}: no such file; {did_you_mean(what, wanted)}")
     else:
         source = _file(path)
     if not source.values:

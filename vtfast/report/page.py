@@ -21,6 +21,7 @@ from vtfast.report import charts, tables
 from vtfast.report.completions import CHARACTERS, SHOWN, Completions, read_completions
 from vtfast.report.reflection import PATTERN, THRESHOLD, WORDS, first_step, in_words
 from vtfast.report.run_folder import Run, read_runs
+from vtfast.report.without_script import summary
 
 SCRIPTS = ("elements.js", "charts.js", "tables.js", "browser.js", "page.js")
 
@@ -39,7 +40,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     try:
         runs = read_runs(paths)
         found = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
-        write_whole(path, render(content(runs, found)))
+        write_whole(path, render(content(runs, found), summary(runs)))
     except OSError as error:  # permissions, a full disk
         raise UserError(
             f"{error.filename or path}: {error.strerror}; no report was written"
@@ -110,8 +111,8 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
     }
 
 
-def render(data: dict[str, Any]) -> str:
-    """The HTML file."""
+def render(data: dict[str, Any], without_script: str) -> str:
+    """The HTML file. `without_script`: HTML that stands for the rest where scripts are not allowed."""
     assets = files("vtfast.report") / "assets"
     style = (assets / "style.css").read_text("utf-8")
     script = "\n".join((assets / name).read_text("utf-8") for name in SCRIPTS)
@@ -119,6 +120,7 @@ def render(data: dict[str, Any]) -> str:
     return Template((assets / "page.html").read_text("utf-8")).substitute(
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
         style=style,
+        without_script=without_script,
         data=embed(data),
         script=script,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtfast.errors import UserError
 from vtfast.files import read_mapping, write_json
+from vtfast.suggestions import did_you_mean
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOut
@@ -112,7 +113,8 @@ def _since_rewind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a run folder, such as runs/tiny-spatial")
+        wanted = "name a run folder, such as runs/tiny-spatial"
+        raise UserError(f"{folder}: no such folder; {did_you_mean(folder, wanted)}")
     if not any((folder / file).is_file() for file in ("config.yaml", "metrics.jsonl")):
         raise UserError(
             f"{folder}: no run folder, for it holds neither config.yaml nor metrics.jsonl;"

@@ -94,6 +94,17 @@ def differing_settings(runs: Sequence[Run]) -> Table:
     }
 
 
+def last_step(run: Run) -> Table:
+    """Every number of the newest step."""
+    row = run.metrics[-1]
+    known = {key: value for key, value in row.items() if key != "step" and value is not None}
+    return {
+        "caption": f"Step {row['step']:,}",
+        "columns": ["value"],
+        "rows": [{"label": key, "cells": [f"{value:.5g}"]} for key, value in known.items()],
+    }
+
+
 def settings(run: Run) -> Table:
     rows = [{"label": key, "cells": [_text(value)]} for key, value in run.config.items()]
     return {"caption": run.name, "columns": ["value"], "rows": rows}
