@@ -9,6 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 from vtfast.model import Policy
 from vtfast.processor import Prompt
 
+# Of the fixture `prompts`: groups of 3, 1, 8 and 2, some of one token.
+COMPLETIONS = [
+    [[5, 6, 7], [8], [9, 9]],
+    [[9, 10]],
+    [[11, 12, 13, 14], [15, 5], [6], [7], [8, 8], [20], [30, 31, 32], [33]],
+    [[7, 7], [40, 41, 42, 43, 44]],
+]
+
 
 def inputs(prompt: Prompt, tokens: list[int] | tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """Arguments of a model of transformers for one prompt followed by completion `tokens`."""
@@ -70,3 +78,7 @@ def padded(
         if parts:
             batch[name] = torch.cat(parts)
     return batch
+
+
+def flat(scores) -> torch.Tensor:
+    return torch.cat([logp for group in scores for logp in group])

@@ -136,3 +136,23 @@ def assert_same_questions(samples: Sequence[Any], rows: list[dict[str, Any]]) ->
         assert sample.answer == row["correct_answer"]
         originals = [Image.open(io.BytesIO(data)) for data in row["image_bytes"]]
         assert [i.tobytes() for i in sample.images] == [i.tobytes() for i in originals]
+
+
+def mixed_rows(path: Path) -> Path:
+    """Questions with one image of different sizes, and every third without: some prompts are ten times as long."""
+    rows = []
+    for number in range(12):
+        side = 28 * (2 + number % 5)
+        image = io.BytesIO()
+        Image.new("RGB", (side, side), (20 * number, 99, 99)).save(image, "PNG")
+        rows.append(
+            {
+                "image_bytes": [] if number % 3 == 0 else [image.getvalue()],
+                "question": "Is it left or right of the " + "red " * number + "square?",
+                "answers": ["left", "right"],
+                "question_type": "other",
+                "correct_answer": "left",
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path

@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_resume import assert_same_run, build, rows, run, unequal, weights
+from whole_runs import assert_same_run, build, rows, run, unequal, weights
 
 from vtfast.checkpoint import files, save, settings_of
 from vtfast.checkpoint.find import find_checkpoint

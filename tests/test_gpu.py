@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hugging_face import logprobs
-from test_attention import KEYS, LENGTHS, D, plain, rows
-from test_scoring import COMPLETIONS, flat
+from hugging_face import COMPLETIONS, flat, logprobs
+from plain_attention import KEYS, LENGTHS, D, plain, rows
 from vtfast_kernels.paged_attention import Pages, paged_attention
 
 from vtfast.attention import BACKENDS, Layout, _usable, attend

@@ -8,9 +8,8 @@ import subprocess
 
 import pytest
 import torch
-from launchers import deepspeed_launcher
+from launchers import ROOT, SHORT, deepspeed_launcher, environment
 from make_trainer import asked, assert_same, make, state
-from test_trainer import ROOT, SHORT, environment
 
 from vtfast.config import load_config
 from vtfast.errors import UserError

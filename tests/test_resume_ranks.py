@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launchers import deepspeed_launcher
+from launchers import ROOT, deepspeed_launcher, environment
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_resume import assert_same_run, rows, unequal, weights
-from test_trainer import ROOT, environment
+from whole_runs import assert_same_run, rows, unequal, weights
 
 pytestmark = pytest.mark.slow
 

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from hugging_face import inputs
+from rollouts import everything_is_free, tokens
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
@@ -19,15 +20,6 @@ from vtfast.rollout.warp import warped_sample
 from vtfast.scoring import completion_logprobs
 
 SAMPLING = Sampling(max_new_tokens=12)
-
-
-def tokens(groups):
-    return [[completion.tokens for completion in group] for group in groups]
-
-
-def everything_is_free(rollout):
-    cache = rollout.workspace.cache
-    return sorted(cache.free) == list(range(1, cache.pages + 1))
 
 
 def test_pages_of_a_group_by_hand():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rollout_cache import everything_is_free, tokens
+from rollouts import everything_is_free, tokens
 
 from vtfast.model import load_model
 from vtfast.rollout import RolloutEngine, Sampling

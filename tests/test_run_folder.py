@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_resume import build, rows, run
+from whole_runs import build, rows, run
 
 from vtfast import questions as questions_module
 from vtfast.checkpoint import files, keep_data

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import build, run
+from whole_runs import build, run
 
 from vtfast.checkpoint import files, save
 from vtfast.checkpoint.save import Saver

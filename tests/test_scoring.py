@@ -4,25 +4,13 @@ import copy
 
 import pytest
 import torch
-from hugging_face import logprobs, plain
+from hugging_face import COMPLETIONS, flat, logprobs, plain
 
 from vtfast import attention
 from vtfast.errors import UserError
 from vtfast.lora import add_lora
 from vtfast.model import load_model
 from vtfast.scoring import completion_logprobs
-
-# G = 3, 1, 8 and 2, some of one token; prompts with one image, with two of different sizes, without, with a large one.
-COMPLETIONS = [
-    [[5, 6, 7], [8], [9, 9]],
-    [[9, 10]],
-    [[11, 12, 13, 14], [15, 5], [6], [7], [8, 8], [20], [30, 31, 32], [33]],
-    [[7, 7], [40, 41, 42, 43, 44]],
-]
-
-
-def flat(scores) -> torch.Tensor:
-    return torch.cat([logp for group in scores for logp in group])
 
 
 def oracle(policy, prompts, completions=COMPLETIONS, temperature=1.0) -> torch.Tensor:

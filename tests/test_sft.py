@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 from hugging_face import padded, plain
+from launchers import deepspeed_launcher, environment
+from make_files import mixed_rows
 from make_trainer import assert_same, state
 from safetensors.torch import load_file
-from test_trainer import LAUNCHER, environment, mixed_rows
 from transformers import Qwen2VLForConditionalGeneration
 
 from vtfast import synthetic
@@ -196,10 +197,9 @@ def test_two_ranks_equal_one(tmp_path):
              "--completion_only_loss", "false", "--token_budget", "160", *settings]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*flags, "--per_device_train_batch_size", "6", "--output_dir", str(one)]) == 0
-    launched = [*LAUNCHER, "--module", "vtfast", *flags, "--per_device_train_batch_size", "3"]
-    done = subprocess.run(
-        [*launched, "--output_dir", str(two)], capture_output=True, text=True, env=environment()
-    )
+    launched = [*deepspeed_launcher(), "--module", "vtfast", *flags, "--per_device_train_batch_size", "3",
+                "--output_dir", str(two)]  # fmt: skip
+    done = subprocess.run(launched, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert logged(one)[0]["passes"] > logged(two)[0]["passes"] > 1
     for left, right in zip(logged(one), logged(two), strict=True):

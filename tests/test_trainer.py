@@ -1,26 +1,21 @@
 """Short whole runs: what they leave behind, and that cutting the batch differently changes nothing."""
 
-import io
 import json
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from launchers import deepspeed_launcher, outside_ranks
-from PIL import Image
+from launchers import ROOT, SHORT, assert_close_runs, deepspeed_launcher, environment, run
+from make_files import mixed_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from vtfast.model import load_model
 from vtfast.questions import batches, order
 
-ROOT = Path(__file__).parent.parent
 METRICS = [
     "step",
     "reward",
@@ -46,32 +41,6 @@ METRICS = [
     "mfu",
     "memory_gb",
 ]
-SHORT = [
-    "--max_steps",
-    "3",
-    "--eval_samples",
-    "16",
-    "--num_generations",
-    "4",
-    "--max_completion_length",
-    "16",
-]
-
-
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return outside_ranks() | {"DS_ACCELERATOR": "cpu", "PATH": path}
-
-
-def run(folder: Path, *flags: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[dict]:
-    """A run in a process of its own; returns its metrics."""
-    command = [*launcher, str(ROOT / "train.py"), *SHORT, "--output_dir", str(folder), *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(), cwd=folder.parent
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder.parent / f"{folder.name}.out").write_text(done.stdout)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -133,42 +102,25 @@ def test_checkpoints_are_hugging_face_folders(short_run, base_path):
     assert tokenizer.decode(tokenizer.encode("Is it left?")) == "Is it left?"
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    a, b = (
-        [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (one, other)
-    )
-    for left, right in zip(a, b, strict=True):
-        for name in ("loss", "reward", "kl", "grad_norm", "entropy", "completions/mean_length"):
-            if left[name] is None:
-                assert right[name] is None
-                continue
-            assert left[name] == pytest.approx(right[name], rel=1e-5, abs=1e-5), (
-                left["step"],
-                name,
-            )
-    weights, others = (
-        load_file(f / "checkpoints" / "step-3" / "model.safetensors") for f in (one, other)
-    )
-    for name, value in weights.items():
-        torch.testing.assert_close(value, others[name], rtol=1e-5, atol=2e-6, msg=name)
-
-
 def test_accumulation_changes_nothing(short_run, tmp_path):
     """8 prompts as 2 x 4, in rows of at most 300 tokens, are the same step as in one row."""
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     metrics = run(tmp_path / "four", *flags, "--beta", "0.04", "--token_budget", "300")
     assert metrics[0]["passes"] > 2 and short_run[1][0]["passes"] == 1
-    assert_same_run(short_run[0], tmp_path / "four")
-
-
-LAUNCHER = deepspeed_launcher()
+    assert_close_runs(short_run[0], tmp_path / "four")
 
 
 def test_two_ranks_equal_one(short_run, tmp_path):
     """DeepSpeed's launcher, two gloo ranks, ZeRO-2: the same global batch gives the same weights."""
-    run(tmp_path / "two", "--per_device_train_batch_size", "4", "--beta", "0.04", launcher=LAUNCHER)
-    assert_same_run(short_run[0], tmp_path / "two")
+    run(
+        tmp_path / "two",
+        "--per_device_train_batch_size",
+        "4",
+        "--beta",
+        "0.04",
+        launcher=deepspeed_launcher(),
+    )
+    assert_close_runs(short_run[0], tmp_path / "two")
 
 
 def test_two_ranks_with_different_amounts_of_work(tmp_path):
@@ -188,33 +140,16 @@ def test_two_ranks_with_different_amounts_of_work(tmp_path):
         "0",
     ]
     one = run(tmp_path / "one", *flags, "--per_device_train_batch_size", "6")
-    two = run(tmp_path / "two", *flags, "--per_device_train_batch_size", "3", launcher=LAUNCHER)
+    two = run(
+        tmp_path / "two",
+        *flags,
+        "--per_device_train_batch_size",
+        "3",
+        launcher=deepspeed_launcher(),
+    )
     assert all(line["grad_norm"] > 0 for line in one)
     assert any(line["passes"] > 1 for line in two) and one[0]["passes"] > two[0]["passes"]
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-
-
-def mixed_rows(path: Path) -> Path:
-    """Questions with one image of different sizes, and every third without: some prompts are ten times as long."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
-    for number in range(12):
-        side = 28 * (2 + number % 5)
-        image = io.BytesIO()
-        Image.new("RGB", (side, side), (20 * number, 99, 99)).save(image, "PNG")
-        rows.append(
-            {
-                "image_bytes": [] if number % 3 == 0 else [image.getvalue()],
-                "question": "Is it left or right of the " + "red " * number + "square?",
-                "answers": ["left", "right"],
-                "question_type": "other",
-                "correct_answer": "left",
-            }
-        )
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
 def test_bf16_with_fp32_accumulation(tmp_path):
@@ -272,7 +207,7 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
     flags = [*SHORT, "--per_device_train_batch_size", "2", "--eval_data", "none"]
-    command = [*LAUNCHER, str(script), *flags, "--on_bad_sample", "error"]
+    command = [*deepspeed_launcher(), str(script), *flags, "--on_bad_sample", "error"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True,
         env=environment(), cwd=ROOT,

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from test_rollout_cache import tokens
+from rollouts import tokens
 
 from vtfast.config import Config
 from vtfast.errors import UserError
