@@ -122,6 +122,12 @@ def test_the_run_that_a_path_lies_in_or_that_lies_in_it(path, run):
         ("eval --model m --bench vsr blink", "take commas, --bench cvbench,blink,vsr,sat"),
         ("eval --model m --data rows.jsonl", "such as --data cvbench=rows.jsonl, with"),
         ("train --template promt.txt", "no such file; did you mean prompt.txt?"),
+        (
+            "data inspect rows.jsonl --model runs/tiny-spatial",
+            "such as runs/tiny-spatial/checkpoints/step-10",
+        ),
+        ("data inspect runs", "no .parquet, .jsonl or .json file (there is: nothing)"),
+        ("migrate runs", "runs: is a folder; give a YAML file"),
         ("data inspect rows.csv", "pandas turns a CSV into one"),
         ("data inspect lfs.parquet", "run `git lfs pull`"),
         ("data inspect torn.parquet", "; download it again"),

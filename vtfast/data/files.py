@@ -129,7 +129,11 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
         picked = rows
     families = {re.sub(r"[-_.]\d+(-of-\d+)?(?=\.\w+$)", "", name) for name in picked}
     if len(families) != 1:
-        problem = f"several files could be split {wanted!r}" if picked else f"no split {wanted!r}"
+        problem = (
+            f"several files could be split {wanted!r}" if picked
+            else f"no split {wanted!r}" if rows
+            else f"no {', '.join(KINDS[:-1])} or {KINDS[-1]} file"
+        )  # fmt: skip
         there = ", ".join((rows or names)[:20]) or "nothing"
         raise UserError(
             f"{where}: {problem} (there is: {there}). Give one of the files, or another split; "
