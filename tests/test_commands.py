@@ -143,7 +143,7 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
         "--batch_size -2: must be at least 1",
         "--dtype float16: must be one of auto, float32, bfloat16",
         "--bench cvbnch: unknown; did you mean cvbench?",
-        "--data vsr: BENCH=PATH is wanted, such as vsr=FOLDER",
+        "--data vsr: BENCH=PATH is wanted, such as --data vsr=FOLDER",
         "--template r2-zero: unknown prompt template",
         "--min_pixels 9: must be at most --max_pixels 3",
         "--output_dir taken: is a file; name a folder",

@@ -1,12 +1,15 @@
 """What a message suggests for a path or a name that is nowhere."""
 
+from pathlib import Path
+
 import pytest
 
+from vtfast.cli import main
 from vtfast.config import SettingsError, load_config
 from vtfast.data.files import find_files
 from vtfast.errors import UserError
 from vtfast.hub import model_path
-from vtfast.suggestions import DATA, MODELS, SHIPPED, did_you_mean, near
+from vtfast.suggestions import DATA, MODELS, SHIPPED, did_you_mean, near, near_run
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,7 @@ def here(tmp_path, monkeypatch):
         ("Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
         ("tiny-spatial-bas", "tiny-spatial-base"),
         ("runs/tiny-spatal", "runs/tiny-spatial"),
+        ("rnus", "runs"),
         ("runs/tiny-spatal/checkpoints/step-10", "runs/tiny-spatial/checkpoints/step-10"),
         ("runs/tiny-spatal/checkpoints/step-999", "runs/tiny-spatial/checkpoints"),
         ("rusn/tiny-spatial/config.yaml", "runs/tiny-spatial/config.yaml"),
@@ -91,3 +95,52 @@ def test_where_settings_are_looked_for():
         SettingsError, match=r"no such file; did you mean runs/tiny-spatial/config.yaml\?"
     ):
         load_config(file="runs/tiny-spatial/confg.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "run"),
+    [
+        ("runs", "runs/tiny-spatial"),
+        ("runs/tiny-spatial/checkpoints/step-10", "runs/tiny-spatial"),
+        ("runs/tiny-spatial/checkpoints/step-10/config.json", "runs/tiny-spatial"),
+        ("runs/tiny-spatial/metrics.jsonl", "runs/tiny-spatial"),
+        (".", None),
+    ],
+)
+def test_the_run_that_a_path_lies_in_or_that_lies_in_it(path, run):
+    assert near_run(Path(path)) == run
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("report runs", "; did you mean runs/tiny-spatial?"),
+        ("report runs/tiny-spatial/config.yaml", "is a file; did you mean runs/tiny-spatial?"),
+        ("report runs/tiny-spatial/checkpoints/step-10", "; did you mean runs/tiny-spatial?"),
+        ("eval --model runs", "; did you mean runs/tiny-spatial?"),
+        ("--hlp", "did you mean --help?"),
+        ("eval --model m --bench vsr blink", "take commas, --bench cvbench,blink,vsr,sat"),
+        ("eval --model m --data rows.jsonl", "such as --data cvbench=rows.jsonl, with"),
+        ("train --template promt.txt", "no such file; did you mean prompt.txt?"),
+        (
+            "data inspect rows.jsonl --model runs/tiny-spatial",
+            "such as runs/tiny-spatial/checkpoints/step-10",
+        ),
+        ("data inspect runs", "no .parquet, .jsonl or .json file (there is: nothing)"),
+        ("migrate runs", "runs: is a folder; give a YAML file"),
+        ("data inspect rows.csv", "pandas turns a CSV into one"),
+        ("data inspect lfs.parquet", "run `git lfs pull`"),
+        ("data inspect torn.parquet", "; download it again"),
+        ("data inspect one.json", "a file with a row a line is called .jsonl"),
+    ],
+)
+def test_what_the_commands_tell(words, told, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("{question}")
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    (tmp_path / "lfs.parquet").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    (tmp_path / "torn.parquet").write_text("PAR1")
+    (tmp_path / "one.json").write_text('{"question": "?"}')
+    assert main(words.split()) == 2
+    assert told in capsys.readouterr().err

@@ -106,7 +106,7 @@ def _nobody_reads() -> bool:
 
 def _run(command: str, arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        close = difflib.get_close_matches(command, [*COMMANDS, "--help", "--version"], n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"vtfast {command}: unknown command; {hint}")
     _prepare()

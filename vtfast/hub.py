@@ -66,6 +66,7 @@ def model_path(path: str | Path) -> str:
     """
     folder = expand(path)
     if folder.is_dir():
+        _check_is_no_run(folder)
         return str(folder)
     if Path(path).name == str(path) and (ASSETS / path).is_dir():
         return str(ASSETS / path)
@@ -76,6 +77,16 @@ def model_path(path: str | Path) -> str:
         raise UserError(f"no model folder {path}; {did_you_mean(path, wanted, MODELS, SHIPPED)}")
     found = hub_files(str(path), "model")
     return str(found) if isinstance(found, Path) else str(path)
+
+
+def _check_is_no_run(folder: Path) -> None:
+    """Raises UserError for a run folder in the place of one of its checkpoints, and names the newest."""
+    if (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        return
+    steps = [path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+    newest = max(steps, key=lambda path: int(path.name[5:]), default=None)
+    what = f"give one of its checkpoints, such as {newest}" if newest else "it has no checkpoint"
+    raise UserError(f"no model folder {folder}: it is a run folder; {what}")
 
 
 def open_dataset_file(repo: str, name: str, commit: str, *, download: bool) -> str | BinaryIO:

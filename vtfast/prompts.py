@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from vtfast.errors import UserError
 from vtfast.files import expand, read_text
+from vtfast.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
@@ -64,6 +65,9 @@ def load_template(name_or_path: str | Path) -> str:
             f"unknown prompt template {name!r}: did you mean {near[0]!r}? "
             f"Templates: {', '.join(template_names())}, or the path of a .txt file"
         )
+    if looks_like_path and not path.exists():
+        meant = did_you_mean(path, f"name a text file, or one of {', '.join(template_names())}")
+        raise UserError(f"cannot read the prompt template {name}: no such file; {meant}")
     try:
         text = read_text(path).removesuffix("\n")
     except UserError as error:

@@ -46,7 +46,9 @@ def on_main(ranks: Ranks, make: Callable[[], T]) -> T:
         except UserError as error:
             made = error
         except OSError as error:
-            made = UserError(str(error))
+            made = UserError(
+                f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            )
     made = ranks.from_main(made)
     if isinstance(made, UserError):
         raise made

@@ -50,6 +50,14 @@ def near(source: str | Path, ids: Sequence[str] = (), bare: Sequence[str] = ()) 
     return near_id(name, ids, bare, cutoff=1.0) or near_path(source) or near_id(name, ids, bare)
 
 
+def near_run(path: Path) -> str | None:
+    """The run folder that `path` lies in, or the first one that lies in it; None where neither is one."""
+    above = [path, *path.parents][:4]  # RUN/checkpoints/step-N/file
+    below = sorted(path.iterdir()) if path.is_dir() else []
+    runs = [str(folder) for folder in (*above, *below) if (folder / "config.yaml").is_file()]
+    return runs[0] if runs else None
+
+
 def near_path(path: str | Path) -> str | None:
     """The path with the first part that does not exist taken for the neighbour that is nearly called so; as much of it
     as exists then. None where no neighbour is near."""
@@ -59,7 +67,7 @@ def near_path(path: str | Path) -> str | None:
         parts = [whole, *whole.parents]
         missing = next(p for p in reversed(parts) if not p.exists())
         names = [entry.name for entry in missing.parent.iterdir()]
-        close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.7)
+        close = difflib.get_close_matches(missing.name, names, n=1)
         if not close:
             return None
         there = missing.with_name(close[0])

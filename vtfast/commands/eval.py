@@ -68,6 +68,10 @@ def _parser() -> Parser:
         "What was answered before is kept: the same call goes on where it was stopped.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        hints={
+            bench: f"several benchmarks take commas, --bench {','.join(BENCHES)}"
+            for bench in BENCHES
+        },
         checks={
             **dict.fromkeys(
                 ("limit", "max_completion_length", "batch_size", "min_pixels", "max_pixels"),
@@ -138,8 +142,9 @@ def _named(options: argparse.Namespace, problems: list[str]) -> tuple[list[str],
     for pair in [pair for text in options.data or [] for pair in text.split(",")]:
         bench, equals, path = pair.partition("=")
         if not equals or not path or bench not in BENCHES:
+            such = f"{asked[0]}={'FOLDER' if equals or pair in BENCHES else pair}"
             problems.append(
-                f"--data {pair}: BENCH=PATH is wanted, such as {asked[0]}=FOLDER, with BENCH one of"
+                f"--data {pair}: BENCH=PATH is wanted, such as --data {such}, with BENCH one of"
                 f" {', '.join(asked)}"
             )
         elif bench not in asked and len(benches) == len(names):
@@ -201,6 +206,7 @@ def _ask(
     data: Mapping[str, str],
 ) -> Iterator[str]:
     """Yields, on rank 0, each benchmark whose questions have been answered."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from vtfast import distributed
@@ -212,8 +218,17 @@ def _ask(
     from vtfast.processor import Processor
 
     sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}
-    for bench in benches:  # a wrong path is told before a model is loaded
-        find_files(BENCHMARKS[bench], sources[bench])
+    problems = []  # told before a model is loaded
+    for bench in benches:
+        try:
+            find_files(BENCHMARKS[bench], sources[bench])
+        except UserError as error:
+            flag = f"--data {bench}={data[bench]}: " if bench in data else ""
+            problems.append(f"{flag}{error}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+    if problems:
+        raise SettingsError(problems)
     transformers_logging.disable_progress_bar()
     ranks = distributed.start(Config(device=options.device))
     config = checkpoint.config

@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         checks: Mapping[str, Check] | None = None,
         **settings: Any,
     ) -> None:
-        """`hints`: what to say of flags that this parser lacks and people try. `checks`: of options by their names.
+        """`hints`: what to say of flags that this parser lacks and people try, and of words that belong to none.
+        `checks`: of options by their names.
         argparse's own `type` and `choices` would stop at the first value that they refuse."""
         super().__init__(allow_abbrev=False, **settings)
         self.hints = hints or {}
@@ -72,7 +73,8 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-") and len(word) > 1:
                 problems.append(self._unknown_flag(word.split("=")[0]))
             elif not of_flag:
-                problems.append(f"{word}: does not belong to any flag; see {self.prog} --help")
+                hint = self.hints.get(word, f"see {self.prog} --help")
+                problems.append(f"{word}: does not belong to any flag; {hint}")
             of_flag = word.startswith("-") and "=" not in word
         bare = [action for action in valued if self._is_bare(getattr(options, action.dest))]
         for action in bare:

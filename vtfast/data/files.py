@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 64  # SAT_train.parquet is one row group of 5 GB: never more than this at once
 LONGEST_LINE = 50_000_000  # bytes of a JSON row, which holds texts and paths and no pixels
+LFS = b"version https://git-lfs"
 KINDS = (".parquet", ".jsonl", ".json")  # of files; a folder is read by the first that it holds
 _SAME_SPLIT = {"val": "validation", "validation": "val"}
 
@@ -97,7 +98,8 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
         return [_local_file(by_name[name]) for name in _pick(by_name, split, str(path))]
     if path.suffix not in KINDS:
         raise UserError(
-            f"{source}: unknown kind of file, a .parquet, .jsonl or .json file is wanted"
+            f"{source}: unknown kind of file, a .parquet, .jsonl or .json file is wanted; pandas turns a CSV into"
+            " one: read_csv(...).to_parquet(...)"
         )
     return [_local_file(path)]
 
@@ -127,7 +129,11 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
         picked = rows
     families = {re.sub(r"[-_.]\d+(-of-\d+)?(?=\.\w+$)", "", name) for name in picked}
     if len(families) != 1:
-        problem = f"several files could be split {wanted!r}" if picked else f"no split {wanted!r}"
+        problem = (
+            f"several files could be split {wanted!r}" if picked
+            else f"no split {wanted!r}" if rows
+            else f"no {', '.join(KINDS[:-1])} or {KINDS[-1]} file"
+        )  # fmt: skip
         there = ", ".join((rows or names)[:20]) or "nothing"
         raise UserError(
             f"{where}: {problem} (there is: {there}). Give one of the files, or another split; "
@@ -189,8 +195,22 @@ def parquet_batches(
     except UserError:
         raise
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{file.name}: not a readable parquet file ({reason})") from error
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise UserError(
+            f"{file.name}: not a readable parquet file ({reason}); {_remedy(file)}"
+        ) from error
+
+
+def _remedy(file: DataFile) -> str:
+    """For a file that is not what its name says: clones without Git LFS hold a page of text in place of each."""
+    if file.folder is None:
+        return "try again, or download it and give its path"
+    try:
+        with open(file.name, "rb") as content:
+            pointer = content.read(len(LFS)) == LFS
+    except OSError:
+        return "see that it can be read"
+    return "it is a pointer of Git LFS, so run `git lfs pull`" if pointer else "download it again"
 
 
 def _values(batch: "pa.RecordBatch") -> list[Any]:
@@ -248,6 +268,9 @@ def _json_rows(file: DataFile) -> Iterator[Entry]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file.name}: not a readable JSON file ({error})") from error
     if not isinstance(rows, list):
-        raise UserError(f"{file.name}: a JSON list of rows is wanted, not {type(rows).__name__}")
+        raise UserError(
+            f"{file.name}: a JSON list of rows is wanted, not {type(rows).__name__};"
+            " a file with a row a line is called .jsonl"
+        )
     for number, value in enumerate(rows):
         yield Entry(value, row(number))

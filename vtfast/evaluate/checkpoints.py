@@ -14,6 +14,7 @@ from vtfast.files import expand, read_mapping
 from vtfast.hub import ASSETS
 from vtfast.model_folder import check_folder
 from vtfast.prompts import load_template
+from vtfast.suggestions import near_run
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ def check_model(checkpoint: Checkpoint) -> None:
     folder = Path(checkpoint.path)
     if folder.is_dir():
         if not _is_model(folder):
-            reason = (
-                "is a run that has saved no checkpoint yet"
-                if (folder / "config.yaml").is_file()
-                else "is neither a run folder (it has no config.yaml) nor a model folder (no config.json)"
+            if (folder / "config.yaml").is_file():
+                raise UserError(
+                    f"--model {folder}: is a run that has saved no checkpoint yet; name another"
+                )
+            meant = near_run(folder)
+            raise UserError(
+                f"--model {folder}: is neither a run folder (it has no config.yaml) nor a model folder (no"
+                f" config.json); {f'did you mean {meant}?' if meant else 'name another'}"
             )
-            raise UserError(f"--model {folder}: {reason}; name another")
         try:
             check_folder(folder)
         except UserError as error:

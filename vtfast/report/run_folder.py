@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtfast.errors import UserError
 from vtfast.files import read_mapping, write_json
-from vtfast.suggestions import did_you_mean
+from vtfast.suggestions import did_you_mean, near_run
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOut
@@ -112,13 +112,18 @@ def _since_rewind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
+    meant = near_run(folder)
+    wanted = (
+        f"did you mean {meant}?" if meant else "name the folder that training wrote (--output_dir)"
+    )
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; {wanted}")
     if not folder.is_dir():
         wanted = "name a run folder, such as runs/tiny-spatial"
         raise UserError(f"{folder}: no such folder; {did_you_mean(folder, wanted)}")
     if not any((folder / file).is_file() for file in ("config.yaml", "metrics.jsonl")):
         raise UserError(
-            f"{folder}: no run folder, for it holds neither config.yaml nor metrics.jsonl;"
-            " name the folder that training wrote (--output_dir)"
+            f"{folder}: no run folder, for it holds neither config.yaml nor metrics.jsonl; {wanted}"
         )
     notes: list[str] = []
     lines = JsonLines(folder / "metrics.jsonl")
