@@ -13,6 +13,9 @@ import time
 
 import pytest
 
+from vtfast import cli, heartbeat
+from vtfast.cli import BAD_INPUT
+from vtfast.errors import RankError
 from vtfast.heartbeat.judge import RANK_LOST, Judge, Member, State
 from vtfast.heartbeat.line import Door, Line, connect
 
@@ -365,6 +368,23 @@ def test_bad_input_of_one_rank_is_told_by_the_others():
         (zero, words), (one, silent) = party.ends()
         assert zero == one == 2 and silent == ""
         assert words.endswith("failed in step 17, rollout: data.parquet: not there")
+
+
+def test_a_rank_that_fails_is_told_whether_the_others_have_heard():
+    asks = "heard = heartbeat.fail('full', BAD_INPUT); print(heard, file=sys.stderr); sys.exit(2)"
+    with Party(WAIT, asks) as party:
+        assert party.ends()[1] == (2, "True")
+    assert heartbeat.fail("full", BAD_INPUT) is False, "one rank alone"
+
+
+@pytest.mark.parametrize(("heard", "said"), [(False, "error: a full disk (rank 1)\n"), (True, "")])
+def test_what_one_rank_meets_is_said_once_a_machine(heard, said, monkeypatch, capsys):
+    """By its first rank where that has heard of it, or else by the rank itself."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(heartbeat, "fail", lambda reason, code: heard)
+    assert cli._refuse(RankError("a full disk")) == BAD_INPUT
+    assert capsys.readouterr().err == said
 
 
 def test_an_uncaught_exception_is_no_way_to_leave():

@@ -80,14 +80,12 @@ def test_a_part_that_the_sums_do_not_list_is_refused_by_name(wanted, copy, sft):
     shutil.copy(folder / "resume" / "rank-0.safetensors", stranger)
     before = contents(copy)
     wanted = wanted if wanted == "last" else str(folder)
+    settings = sft | {"max_steps": 2, "output_dir": str(copy), "resume_from_checkpoint": wanted}
     with pytest.raises(UserError, match=r"step-2/resume/rank-1\.safetensors: is not listed in"):
-        build(output_dir=str(copy), resume_from_checkpoint=wanted, **sft | {"max_steps": 2})
+        build(**settings)
     assert contents(copy) == before
     stranger.unlink()
-    assert (
-        build(resume_from_checkpoint=wanted, output_dir=str(copy), **sft | {"max_steps": 2}).done
-        == 2
-    )
+    assert build(**settings).done == 2
 
 
 # The rendered questions
