@@ -270,8 +270,11 @@ def _capture(graph: _Graph, **_) -> Iterator[None]:
         LOG.recorded = None
 
 
-def _stream() -> SimpleNamespace:
-    return SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+class _Stream:
+    """The one and only: everything is done when it is called."""
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
 
 
 def _nothing(*_, **__) -> Any:
@@ -284,7 +287,7 @@ CUDA: dict[str, Any] = {
     "get_device_name": lambda *_: "NVIDIA H200", "get_device_properties": lambda *_: SimpleNamespace(**PROPERTIES),
     "mem_get_info": lambda *_: (8 << 30, 16 << 30), "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0,
     "max_memory_allocated": lambda *_: 0, "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
-    "Stream": _stream, "current_stream": _stream, "stream": _nothing, "device": _nothing, "graph": _capture,
+    "Stream": _Stream, "current_stream": _Stream, "stream": _nothing, "device": _nothing, "graph": _capture,
     "CUDAGraph": _Graph, "graph_pool_handle": lambda: (0, 0),
 } | dict.fromkeys(
     ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "set_rng_state", "manual_seed_all"), _nothing
