@@ -346,7 +346,9 @@ def describe_tokens(
     )  # fmt: skip
 
 
-def _scalar(x: "int | float | torch.Tensor", dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _scalar(
+    x: "int | float | torch.Tensor", dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """0-d on the device. A number is filled in there: a copy from the host would wait for the device."""
     if isinstance(x, torch.Tensor):
         return x.to(device, dtype)

@@ -32,11 +32,18 @@ aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 PROPERTIES = {"multi_processor_count": 132, "L2_cache_size": 50 << 20, "uuid": "pretended"}
 MOVES = {aten._to_copy.default, aten.copy_.default}
-INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+}
 SIZED_BY_VALUES = {
     aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
     aten.repeat_interleave.Tensor, aten.equal.default, aten._local_scalar_dense.default,
 }  # fmt: skip
+
+UNORDERED = {aten.cumsum.default, aten.cumsum_.default, aten.cumsum.out}
 
 
 class Log:
@@ -149,6 +156,12 @@ def dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
 def _check(func: Any, args: tuple, flat: list, to_device: bool) -> None:
     if func in SIZED_BY_VALUES:
         LOG.wait(func)
+    if (
+        torch.are_deterministic_algorithms_enabled()
+        and func in UNORDERED
+        and flat[0].is_floating_point()
+    ):
+        raise RuntimeError(f"{func}: has no deterministic implementation on CUDA")
     if func is aten._to_copy.default and _is_on_host(args[0]) == to_device:
         LOG.wait(func)
     if func is aten.copy_.default and _is_on_host(args[0]) != _is_on_host(args[1]):
@@ -172,7 +185,9 @@ def _check(func: Any, args: tuple, flat: list, to_device: bool) -> None:
 
 
 def _again(func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-    for old, new in zip(tree_flatten(out)[0], tree_flatten(ON_CPU.get(func, func)(*args, **kwargs))[0], strict=True):
+    for old, new in zip(
+        tree_flatten(out)[0], tree_flatten(ON_CPU.get(func, func)(*args, **kwargs))[0], strict=True
+    ):
         if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
             old.copy_(new)
 
@@ -200,6 +215,10 @@ class _Names(TorchFunctionMode):
             return args[0]
         if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **kwargs)
+        if func is Tensor.backward:  # what it calls may name the device, too
+            with self:
+                gradient = kwargs.pop("gradient")
+                return torch.autograd.backward(*args, gradient, **kwargs)
         values = (*args, kwargs.get("device"))
         if not any(_names_device(x) or isinstance(x, OnDevice) for x in values):
             return func(*args, **kwargs)
@@ -239,7 +258,9 @@ def _names_device(x: Any) -> bool:
 
 def _launch(kernel: InterpretedFunction, run: Callable, *args: Any, **kwargs: Any) -> None:
     """A kernel of Triton's, interpreted. Raises RuntimeError for a tensor of the host, which a GPU cannot read."""
-    action = functools.partial(run, kernel, *map(_pointer, args), **{k: _pointer(x) for k, x in kwargs.items()})
+    action = functools.partial(
+        run, kernel, *map(_pointer, args), **{k: _pointer(x) for k, x in kwargs.items()}
+    )
     if LOG.recorded is not None:
         LOG.recorded.append(action)
     action()
@@ -290,7 +311,10 @@ CUDA: dict[str, Any] = {
     "Stream": _Stream, "current_stream": _Stream, "stream": _nothing, "device": _nothing, "graph": _capture,
     "CUDAGraph": _Graph, "graph_pool_handle": lambda: (0, 0),
 } | dict.fromkeys(
-    ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "set_rng_state", "manual_seed_all"), _nothing
+    (
+        "synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "set_rng_state", "manual_seed_all",
+    ),
+    _nothing,
 )  # fmt: skip
 
 
@@ -300,7 +324,9 @@ def pretend_cuda() -> Iterator[Log]:
     LOG.__init__()
     with pytest.MonkeyPatch.context() as patch, _Names(), _Operations():
         patch.setattr(nn.Module, "_apply", _apply)
-        patch.setattr(InterpretedFunction, "run", functools.partialmethod(_launch, InterpretedFunction.run))
+        patch.setattr(
+            InterpretedFunction, "run", functools.partialmethod(_launch, InterpretedFunction.run)
+        )
         for name, stand_in in CUDA.items():
             patch.setattr(torch.cuda, name, stand_in)
         yield LOG

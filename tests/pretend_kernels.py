@@ -70,7 +70,9 @@ def varlen_backward(
     grads = [torch.empty_like(x) for x in (query, key, value)]
     for mine, seen in zip(_spans(ends_q), _spans(ends_k), strict=True):
         q, g = query[mine].float(), grad[mine].float()
-        k, v = (x[seen].float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (key, value))
+        k, v = (
+            x[seen].float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (key, value)
+        )
         weight = _weights(q, k, scale, window)
         d_weight = torch.einsum("qhd,khd->hqk", g, v)
         d_scores = weight * (d_weight - (weight * d_weight).sum(-1, keepdim=True)) * scale
