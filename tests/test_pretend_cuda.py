@@ -39,6 +39,9 @@ def device(monkeypatch):
         monkeypatch.setattr(module, "choose_impl", choose)
     with pretend_cuda() as log:
         yield log
+        assert not [x for x in log.waits if "index on the host" in x], (
+            "CUDA takes it, and waits for a copy"
+        )
 
 
 def test_the_rules_of_cuda(device):
@@ -63,6 +66,7 @@ def test_the_rules_of_cuda(device):
     assert here.cpu().sum() == 5 * 4 + 4 + 3 + 7 and here.cpu().is_cpu
     here[torch.tensor([0, 1])], here.tolist(), here[here > 5], float(here.sum())
     assert len(device.waits) == 6, "what the host waits for is counted"
+    assert device.waits.pop(2) == "aten.index.Tensor by an index on the host"
 
 
 def test_gradients_and_ties(device):
