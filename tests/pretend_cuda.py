@@ -215,10 +215,6 @@ class _Names(TorchFunctionMode):
             return args[0]
         if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **kwargs)
-        if func is Tensor.backward:  # what it calls may name the device, too
-            with self:
-                gradient = kwargs.pop("gradient")
-                return torch.autograd.backward(*args, gradient, **kwargs)
         values = (*args, kwargs.get("device"))
         if not any(_names_device(x) or isinstance(x, OnDevice) for x in values):
             return func(*args, **kwargs)
@@ -233,6 +229,16 @@ class _Names(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             LOG.asked = before
+
+
+def _named(run: Callable) -> Callable:
+    """PyTorch calls `backward` without the mode; what that calls may name the device, too."""
+
+    def with_names(*args: Any, **kwargs: Any) -> Any:
+        with _Names():
+            return run(*args, **kwargs)
+
+    return with_names
 
 
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -324,6 +330,9 @@ def pretend_cuda() -> Iterator[Log]:
     LOG.__init__()
     with pytest.MonkeyPatch.context() as patch, _Names(), _Operations():
         patch.setattr(nn.Module, "_apply", _apply)
+        patch.setattr(
+            torch.autograd, "_engine_run_backward", _named(torch.autograd._engine_run_backward)
+        )
         patch.setattr(
             InterpretedFunction, "run", functools.partialmethod(_launch, InterpretedFunction.run)
         )
