@@ -331,7 +331,7 @@ def describe_tokens(
         num_sequences = max(S, 1)
     if num_tokens is None:
         num_tokens = running[-1]
-    whole = torch.as_tensor(num_sequences, dtype=dtype, device=scored.device).clamp(min=1)
+    whole = _scalar(num_sequences, dtype, scored.device).clamp(min=1)
     if spec.loss_type in ("grpo", "sapo"):
         scale = 1.0 / (count * whole)[sequence_id]
     elif spec.loss_type == "luspo":
@@ -339,11 +339,20 @@ def describe_tokens(
     elif spec.loss_type == "dr_grpo":
         scale = 1.0 / (whole * spec.max_completion_length)
     else:
-        scale = 1.0 / torch.as_tensor(num_tokens, dtype=dtype, device=scored.device).clamp(min=1)
+        scale = 1.0 / _scalar(num_tokens, dtype, scored.device).clamp(min=1)
     return Tokens(
         sequence_id, scored, advantage.to(dtype)[sequence_id], scored * scale, count, end,
         *(None if x is None else x.detach().to(dtype).contiguous() for x in (old, ref, sampler)),
     )  # fmt: skip
+
+
+def _scalar(
+    x: "int | float | torch.Tensor", dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """0-d on the device. A number is filled in there: a copy from the host would wait for the device."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, dtype)
+    return torch.full((), x, dtype=dtype, device=device)
 
 
 class Evaluation(NamedTuple):

@@ -89,7 +89,15 @@ def test_bf16_is_no_worse_than_hugging_faces(random_path, prompts, liger):
         assert mine <= 2 * other + 1e-2 * wanted.norm(), name
 
 
-@pytest.mark.parametrize("backend", DECODE_BACKENDS)
+PAGES_OPTIONAL = pytest.mark.xfail(
+    raises=RuntimeError, reason="PyTorch's own flash attention may refuse pages"
+)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(x, marks=PAGES_OPTIONAL) if x == "varlen" else x for x in DECODE_BACKENDS],
+)
 def test_decode_attention_backends(backend):
     """bf16 over pages of 256 tokens against float64."""
     if not _decode_usable(backend, torch.device("cuda"), torch.bfloat16):

@@ -12,6 +12,9 @@ from vtfast_kernels.linear_sample import exponential_noise
 
 from vtfast.rollout.sampling import Sampling
 
+UNIT = 1 << 52
+"""A probability of 1 as a whole number."""
+
 
 def warped_sample(
     hidden: Tensor,
@@ -42,8 +45,10 @@ def warped_sample(
         log_p = log_p.masked_fill(log_p < least, -torch.inf).log_softmax(-1)
     if sampling.top_p < 1:
         ordered, ids = log_p.sort(descending=True, stable=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, ids, before >= sampling.top_p)
+        # Whole numbers, since CUDA adds up floats in no fixed order and refuses to under `--deterministic`.
+        share = (ordered.double().exp() * UNIT).long()
+        drop = share.cumsum(-1) - share >= int(sampling.top_p * UNIT)
+        drop = torch.zeros_like(drop).scatter(1, ids, drop)
         log_p = log_p.masked_fill(drop, -torch.inf).log_softmax(-1)
     if sampling.min_p > 0:
         least = log_p.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
