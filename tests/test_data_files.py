@@ -145,7 +145,7 @@ def test_json_rows_of_the_wrong_shape(tmp_path):
     path.write_text(json.dumps([*bad, good]))
     samples = load_samples(path)
     assert [sample.row for sample in samples] == [len(bad)]
-    assert [row for row, *_ in samples.skipped] == list(range(len(bad)))
+    assert [row for row, _ in samples.skipped] == list(range(len(bad)))
 
 
 def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(vtfast.data.files, "_parquet_rows", counting)
     samples = load_samples(path, limit=3)
     assert [sample.row for sample in samples] == [0, 2, 3]
-    assert [one[:2] for one in samples.skipped] == [(1, "no options")]
+    assert samples.skipped == [(1, "no options")]
     assert len(read) == 4
 
 
@@ -210,10 +210,10 @@ def test_a_line_that_is_no_json_is_one_bad_row(tmp_path, caplog):
     path.write_bytes(lines[0] + b"\n" + b'{"question": \n' + b"\xff\xfe\n" + lines[2].rstrip())
     samples = load_samples(path)
     assert [sample.question for sample in samples] == ["How many? 0", "How many? 2"]
-    assert [row for row, *_ in samples.skipped] == [1, 2]
+    assert [row for row, _ in samples.skipped] == [1, 2]
     assert f"{path}, line 3: not JSON (Expecting value, column 13)" in caplog.text
     assert f"{path}, line 4: not UTF-8 (invalid start byte, byte 1)" in caplog.text
-    assert [one.where for one in samples.skipped] == ["mine.jsonl, line 3", "mine.jsonl, line 4"]
+    assert samples.where == {1: "mine.jsonl, line 3", 2: "mine.jsonl, line 4"}
     assert samples[1].where == "mine.jsonl, line 5"
     with pytest.raises(UserError, match=r"mine\.jsonl, line 3: not JSON"):
         load_samples(path, on_bad="error")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import vtfast_kernels
+from hugging_face import COMPLETIONS, flat
 from make_trainer import asked, make
 from pretend_cuda import DEVICE, OnDevice, pretend_cuda
-from test_scoring import COMPLETIONS, flat
 from torch import nn
 from vtfast_kernels import checks
 

@@ -364,8 +364,8 @@ def test_paths_in_data_are_regular_files_near_them(tmp_path):
         "x\0.png": "no usable path",
     }
     samples = load_samples(rows_with(tmp_path, *refused))
-    assert [row for row, *_ in samples.skipped] == list(range(1, len(refused) + 1))
-    for (row, reason, _), pattern in zip(samples.skipped, refused.values(), strict=True):
+    assert [row for row, _ in samples.skipped] == list(range(1, len(refused) + 1))
+    for (row, reason), pattern in zip(samples.skipped, refused.values(), strict=True):
         assert re.search(pattern, reason), (row, reason)
         assert len(reason) < 400
 
@@ -394,7 +394,7 @@ def test_texts_that_no_tokenizer_takes_are_bad_rows(tmp_path):
         opened.write(b'{"question": "' + b"[" * 100_000 + b'": 1}\n' + b"[" * 100_000 + b"\n")
     samples = load_samples(file)
     assert [s.row for s in samples] == [0, 3, 4] and samples[1].answer == str(10**400)
-    assert [row for row, *_ in samples.skipped] == [1, 2, 5, 6]
+    assert [row for row, _ in samples.skipped] == [1, 2, 5, 6]
     assert "lone surrogate" in samples.skipped[0][1] and "more than" in samples.skipped[1][1]
 
 
@@ -407,7 +407,7 @@ def test_a_row_without_end_is_a_bad_row(tmp_path, monkeypatch):
     )
     samples = load_samples(file)
     assert [s.row for s in samples] == [0, 2, 3]
-    assert [row for row, *_ in samples.skipped] == [1, 4]
+    assert [row for row, _ in samples.skipped] == [1, 4]
 
 
 @pytest.mark.parametrize(

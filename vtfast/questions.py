@@ -129,8 +129,14 @@ def load_questions(config: RunConfig, asker: Asker, rendered: Path) -> dict[str,
             first_rows=first_rows,
         )
         asker.skipped += [
-            {"step": 0, "source": str(source), "row": row, "where": where, "reason": reason}
-            for row, reason, where in loaded.skipped
+            {
+                "step": 0,
+                "source": str(source),
+                "row": row,
+                "where": loaded.where[row],
+                "reason": reason,
+            }
+            for row, reason in loaded.skipped
         ]
         samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
     return samples

@@ -34,7 +34,7 @@ def rows(file: tuple[str, bytes], folder: Path) -> str:
         text = render(load_template("r1-zero"), sample)
         processor().encode(text, sample.images)
         json.dumps([sample.question, sample.kind, sample.answer]).encode()
-    numbers = [number for number, *_ in samples.skipped]
+    numbers = [number for number, _ in samples.skipped]
     assert sorted({*numbers, *(s.row for s in samples)}) == list(range(len(numbers) + len(samples)))
     return SKIPPED if numbers else WORKS
 

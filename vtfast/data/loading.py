@@ -8,11 +8,11 @@ the row of another, from 0. `Sample.row` counts from 0, in file order, over all 
 import dataclasses
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -24,27 +24,21 @@ from vtfast.errors import UserError
 log = logging.getLogger("vtfast")
 
 
-class Skipped(NamedTuple):
-    """A row that could not be used."""
-
-    row: int
-    """Number in the source, from 0."""
-    reason: str
-    where: str
-    """File and place in it, as `Sample.where`."""
-
-
 class Samples(list[Sample]):
     """The usable rows of a source, and which ones were not."""
 
     def __init__(
         self,
         samples: Iterable[Sample] = (),
-        skipped: Iterable[Skipped] = (),
+        skipped: Iterable[tuple[int, str]] = (),
         source: str = "",
+        where: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(samples)
         self.skipped = list(skipped)
+        """(number of the row in the source, from 0; reason)"""
+        self.where = dict(where or {})
+        """File and place in it of each skipped row, by its number; as `Sample.where`."""
         self.source = source
 
 
@@ -119,8 +113,8 @@ def load_samples(
                 raise UserError(
                     f"{bad[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)"
                 )
-            where = where_of(row.file, row.place)
-            samples.skipped.append(Skipped(row.number, str(row.result), where))
+            samples.skipped.append((row.number, str(row.result)))
+            samples.where[row.number] = where_of(row.file, row.place)
     total = len(samples) + len(bad) + len(left_out)
     if not samples:
         first = "; ".join([*bad[:3], *left_out[:1]]) or "it has no rows"
@@ -197,4 +191,4 @@ def shuffle_options(samples: Samples, seed: int) -> Samples:
         options = list(sample.options)
         random.Random(f"{seed}/{sample.row}").shuffle(options)
         shuffled.append(dataclasses.replace(sample, options=options))
-    return Samples(shuffled, samples.skipped, samples.source)
+    return Samples(shuffled, samples.skipped, samples.source, samples.where)
