@@ -55,8 +55,10 @@ class Step:
 STEPS = (
     Step(
         "tests",
-        ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/test_gpu.py"),
-        ("-m", "pytest", "-q", "tests/kernels/test_decode_layers.py", "tests/test_rollout_graphs.py", "-k", "rows"),
+        ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/gpu/test_gpu.py"),
+        (
+            "-m", "pytest", "-q", "-k", "rows", "tests/kernels/test_decode_layers.py", "tests/rollout/test_rollout_graphs.py",
+        ),  # fmt: skip
         needs=("pytest",),
     ),
     Step(

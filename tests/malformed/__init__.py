@@ -5,8 +5,9 @@
     refused    a UserError of one line that names the file, row or flag
 
 Never another exception, never a hang, never a file half written. `python -m tests.malformed [FACTOR]` tries every kind
-and prints how many inputs of each ended how; `tests/test_malformed.py` does so in the test suite. A kind of input is a
-line in `KINDS`: a strategy that draws inputs and a function that enters one. The draws are the same each time.
+and prints how many inputs of each ended how; `tests/reliability/test_malformed.py` does so in the test suite. A kind of
+input is a line in `KINDS`: a strategy that draws inputs and a function that enters one. The draws are the same each
+time.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 from bench import __main__, _harness, gpu
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launchers import outside_ranks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_package_is_listed():

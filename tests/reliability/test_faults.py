@@ -25,7 +25,7 @@ from vtfast.checkpoint import files, settings_of
 from vtfast.checkpoint.logs import set_aside
 from vtfast.checkpoint.run_folder import check_output_dir
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 COUNTS = {place: {0: 60} if place in MAIN_ONLY else {0: 60, 1: 50} for place in PLACES}
 
 

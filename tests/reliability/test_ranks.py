@@ -19,7 +19,7 @@ from vtfast.cli import BAD_INPUT, RANK_LOST
 from vtfast.config import field_names, load_config
 from vtfast.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIMIT = 15
 """--rank_timeout of these runs, in seconds. Above what an import may keep Python from doing anything else."""
 FLAGS = [

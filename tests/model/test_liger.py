@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_liger_computes_what_hugging_face_does(random_path):
-    child = Path(__file__).with_name("with_liger.py")
+    child = Path(__file__).parents[1] / "with_liger.py"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(child), str(random_path)],

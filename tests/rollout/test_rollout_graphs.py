@@ -184,7 +184,7 @@ def test_numbers_of_a_broken_model_do_not_outlive_it(random_path, prompts):
 
 def test_the_triton_kernels_make_the_same_rollout(random_path):
     """All of a decode step's kernels under the interpreter, with padded rows and replayed steps."""
-    script = Path(__file__).parent / "with_interpreter.py"
+    script = Path(__file__).parents[1] / "with_interpreter.py"
     done = subprocess.run([sys.executable, script, random_path], capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 CITED = re.findall(r"^\|.*\| ([\d.]+) \| (\w+\.csv: .*) \|$", TEXT, re.MULTILINE)
 

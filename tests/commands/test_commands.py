@@ -247,7 +247,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
     ],
 )
 def test_help_and_mistakes_import_nothing_heavy(words, code):
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [
             sys.executable,

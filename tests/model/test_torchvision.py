@@ -16,7 +16,7 @@ def test_where_torchvision_is_installed():
     installed = importlib.util.find_spec("torchvision") is not None
     if not installed and not ASIDE.is_dir():
         pytest.skip(f"no torchvision, nor one set aside in {ASIDE} (make setup puts it there)")
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     environment = outside_ranks() | ({} if installed else {"PYTHONPATH": str(ASIDE)})
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(folder / "with_torchvision.py")],

@@ -19,7 +19,7 @@ from vtfast.errors import UserError
 from vtfast.tracking import MEASURED
 from vtfast.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = {
     "max_steps": 3,
     "eval_data": None,

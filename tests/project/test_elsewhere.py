@@ -12,7 +12,7 @@ from launchers import outside_ranks
 
 @pytest.mark.parametrize(("file", "tests"), [("with_examples.py", 2), ("with_trl.py", 17)])
 def test_in_a_process_of_its_own(file, tests):
-    path = Path(__file__).with_name(file)
+    path = Path(__file__).parents[1] / file
     command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "-x"]
     done = subprocess.run(command, env=outside_ranks(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

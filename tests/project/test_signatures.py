@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted(file for part in ("vtfast", "kernels") for file in (ROOT / part).rglob("*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -12,7 +12,7 @@ import pytest
 
 from vtfast.synthetic import write_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIMIT = 0.02
 """Growth that is allowed, from the end of the warm-up to the end of the run."""
 TINY = {

@@ -189,7 +189,7 @@ def test_rollout_on_the_gpu_is_the_cpus(random_path, prompts):
     "flags", [[], ["--beta", "0.04", "--gradient_checkpointing", "true", "--token_budget", "300"]]
 )
 def test_a_short_run(tmp_path, flags):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [
         sys.executable, str(root / "train.py"), "--max_steps", "3", "--eval_samples", "16", "--device", "cuda",
         "--max_completion_length", "16", "--output_dir", str(tmp_path / "run"), *flags,

@@ -22,7 +22,7 @@ from vtfast.config import (
 from vtfast.errors import UserError
 from vtfast.rewards import REWARDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # arXiv 2503.05132, Table 2, and the authors' run_grpo_SAT.sh (defaults of its TRL 0.14 and transformers 4.49 included).
 PAPER = {

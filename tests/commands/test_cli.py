@@ -14,7 +14,7 @@ from vtfast import cli
 from vtfast.cli import main
 from vtfast.config import field_names
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_dry_run_prints_the_resolved_recipe(capsys):
