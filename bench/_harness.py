@@ -58,8 +58,8 @@ def seconds(run: Callable[[], object], device: str) -> float:
     """Of one run, by the device's own events on CUDA."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush_l2()
         torch.cuda.synchronize()
+        flush_l2()  # behind the wait: while the device is at it, the host gets ahead with launches
         start.record()
         run()
         end.record()

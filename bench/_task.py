@@ -73,6 +73,7 @@ def make_task(shape: Shape, device: str, threads: int, dtype: torch.dtype) -> It
             module = Qwen2VLForConditionalGeneration(config).to(dtype)
         module.generation_config = GenerationConfig()  # no end token: every answer is full length
         module.save_pretrained(folder / "model")
+        del module  # the device's memory is the contestants'
         tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
         rng = random.Random(0)
         questions = tuple(_question(tokenizer, tokens - 2, rng) for tokens in shape.text)

@@ -52,13 +52,12 @@ class Step:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
+GRAPHS = "tests/rollout/test_rollout_graphs.py"
 STEPS = (
     Step(
         "tests",
-        ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/gpu/test_gpu.py"),
-        (
-            "-m", "pytest", "-q", "-k", "rows", "tests/kernels/test_decode_layers.py", "tests/rollout/test_rollout_graphs.py",
-        ),  # fmt: skip
+        ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/gpu"),
+        ("-m", "pytest", "-q", "-k", "rows", "tests/kernels/test_decode_layers.py", GRAPHS),
         needs=("pytest",),
     ),
     Step(

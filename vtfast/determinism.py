@@ -45,6 +45,8 @@ def make_deterministic(cuda: bool) -> None:
                 f" {', '.join(values)}"
             )
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 

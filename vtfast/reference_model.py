@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 
-import torch
+from torch import Tensor
 
 from vtfast.model import Policy
 
@@ -27,7 +27,9 @@ class Reference:
         self.copy = Policy(module, policy.eos_ids, policy.backend, policy.images)
         self._own = [p for p in module.parameters() if id(p) not in shared]
         if offload:
-            self._move("cpu")
+            # Its weights never change: they stay on the host, and what was fetched is only let go of.
+            self._kept = [_on_host(parameter) for parameter in self._own]
+            self._let_go()
 
     @contextlib.contextmanager
     def at_hand(self) -> Iterator[Policy]:
@@ -43,13 +45,22 @@ class Reference:
                 self.policy.module.train(training)
             return
         if self.offload:
-            self._move(self.policy.device)
+            self._fetch()
         try:
             yield self.copy
         finally:
             if self.offload:
-                self._move("cpu")
+                self._let_go()
 
-    def _move(self, device: torch.device | str) -> None:
-        for parameter in self._own:
-            parameter.data = parameter.data.to(device)
+    def _fetch(self) -> None:
+        for parameter, kept in zip(self._own, self._kept, strict=True):
+            parameter.data = kept.to(self.policy.device, non_blocking=True)
+
+    def _let_go(self) -> None:
+        for parameter, kept in zip(self._own, self._kept, strict=True):
+            parameter.data = kept
+
+
+def _on_host(weight: Tensor) -> Tensor:
+    """In memory that a CUDA device reads by itself."""
+    return weight.data.cpu().pin_memory() if weight.is_cuda else weight.data

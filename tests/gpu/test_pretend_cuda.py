@@ -18,6 +18,7 @@ from vtfast_kernels import checks
 from vtfast import distributed, trainer
 from vtfast.distributed import Ranks
 from vtfast.model import load_model
+from vtfast.reference_model import Reference
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
 
@@ -130,6 +131,26 @@ def test_rollouts(random_path, prompts, device, deterministic, warp):
     for ours, theirs in zip(*found, strict=True):
         assert ours.tokens == theirs.tokens and ours.finish_reason == theirs.finish_reason
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+def test_an_offloaded_reference_comes_and_goes(random_path, device):
+    policy = load_model(random_path, device="cuda", freeze=["vision"])
+    started = [p.cpu() for p in policy.module.parameters() if p.requires_grad]
+    reference = Reference(policy, offload=True)
+    for parameter in policy.module.parameters():
+        parameter.data.zero_()
+    shared = {id(p) for p in policy.module.parameters()}
+    for _ in range(2):
+        own = [p for p in reference.copy.module.parameters() if id(p) not in shared]
+        assert len(own) == len(started) and not any(p.is_cuda for p in own)
+        places = [p.data.data_ptr() for p in own]
+        with reference.at_hand() as model:
+            assert model is reference.copy and all(p.is_cuda for p in model.module.parameters())
+            for parameter, value in zip(own, started, strict=True):
+                assert parameter.cpu().equal(value)
+        assert [p.data.data_ptr() for p in own] == places, (
+            "what was fetched is let go of, not fetched back"
+        )
 
 
 class PlainEngine:

@@ -77,18 +77,6 @@ def test_the_reference_stays_where_training_began(random_path, prompts, freeze, 
     assert frozen <= shared, "a frozen weight is kept once"
 
 
-def test_an_offloaded_reference_comes_and_goes(random_path, prompts):
-    policy = load_model(random_path, freeze=["vision"])
-    reference, moves = Reference(policy, offload=True), []
-    original = reference._move
-    reference._move = lambda device: moves.append(str(device)) or original(device)
-    with reference.at_hand():
-        assert moves == ["cpu"], "to the policy's device"
-    assert moves == ["cpu", "cpu"]
-    own = {id(p) for p in reference._own}
-    assert own and own.isdisjoint({id(p) for p in policy.module.parameters()})
-
-
 def test_a_frozen_tower_runs_once_for_policy_and_reference(random_path, prompts):
     calls = []
 
