@@ -203,3 +203,15 @@ def write_all(folder: Path) -> dict[str, Path]:
         "vsr": write_vsr(folder / "vsr", rows["vsr"], folder / "vsr" / "images"),
         "sat": write_sat(folder / "SAT_test.parquet", rows["sat"]),
     }
+
+
+COUNTS = {bench: len(rows) for bench, rows in sample_rows().items()}
+
+
+def flags(files: dict[str, Path], *more: str) -> list[str]:
+    data = ",".join(f"{bench}={path}" for bench, path in files.items())
+    return ["--bench", ",".join(files), "--data", data, "--max_completion_length", "12", *more]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from vtfast.report.run_folder import Run, read_runs
+
 
 def metrics_row(step: int, **changes: Any) -> dict[str, Any]:
     row = {
@@ -86,3 +88,8 @@ def hostile_run(folder: Path, text: str) -> Path:
     part = {"count": 1, "scores": {"sampled": score, "greedy": score}}
     (run / "held_out.json").write_text(json.dumps({"before": part, "after": part}))
     return run
+
+
+def read(folder: Path) -> Run:
+    """A run folder as the report sees it."""
+    return read_runs([folder])[0]

@@ -1,6 +1,7 @@
 """Whole runs in this process, ended or killed, and their comparison to the bit."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -81,3 +82,15 @@ def assert_same_run(one: Path, other: Path, step: int = 4) -> None:
 def unequal(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
     assert expected.keys() == found.keys()
     return [name for name, value in expected.items() if not value.equal(found[name])]
+
+
+def step(folder: Path, number: int) -> Path:
+    return folder / "checkpoints" / f"step-{number}"
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)

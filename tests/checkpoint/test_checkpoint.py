@@ -1,15 +1,10 @@
 """Checkpoints on disk: whole or not there, checked before they are used, and what a run does about the damaged ones."""
 
-import errno
 import json
 import logging
 import os
 import pickle
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,46 +14,14 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from whole_runs import assert_same_run, build, rows, run, unequal, weights
+from whole_runs import assert_same_run, build, rows, run, step, steps, truncate, unequal, weights
 
 from vtfast.checkpoint import files, save, settings_of
 from vtfast.checkpoint.find import find_checkpoint
 from vtfast.checkpoint.rng import rng_state, set_rng_state
 from vtfast.commands.settings import read_settings
 from vtfast.config import Config, SFTConfig
-from vtfast.errors import Stopped, UserError
-from vtfast.stopping import StopNotice
-from vtfast.tracking import Rows, Tracker
-
-
-@pytest.fixture(scope="module")
-def sft(questions):
-    """Settings of a supervised run without held-out questions: the quickest kind."""
-    return questions | {"recipe": "tiny-spatial-sft", "eval_data": "none"}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, sft):
-    """Four supervised steps, a checkpoint each, that nobody ended."""
-    return run(tmp_path_factory.mktemp("run") / "whole", **sft)
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """Of that run, to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-def step(folder: Path, number: int) -> Path:
-    return folder / "checkpoints" / f"step-{number}"
-
-
-def steps(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+from vtfast.errors import UserError
 
 
 def flip(path: Path) -> None:
@@ -429,209 +392,7 @@ def test_writing_beside_training_writes_the_same(tmp_path, whole, sft, monkeypat
         assert files.damage(step(tmp_path / "run", number)) is None
 
 
-def full(at: int):
-    """`save_file` on a disk that is full at step `at`, half of the file written."""
-    calls, write = [], save.save_file
-
-    def save_file(tensors, path, **options):
-        calls.append(path)
-        write(tensors, path, **options)
-        if len(calls) == at:
-            truncate(path)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    return save_file
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(
-    background, tmp_path, sft, monkeypatch
-):
-    monkeypatch.setattr(save, "save_file", full(at=3))
-    trainer = build(output_dir=str(tmp_path / "run"), async_save=background, **sft)
-    with pytest.raises(
-        UserError, match=r"step-3: cannot be written: .*No space left.*step-2 is intact"
-    ):
-        trainer.run()
-    assert steps(tmp_path / "run") == ["step-1", "step-2"]
-    assert files.damage(step(tmp_path / "run", 2)) is None
-
-
-def test_a_full_disk_need_not_stop_the_run(tmp_path, whole, sft, monkeypatch, caplog):
-    monkeypatch.setattr(save, "save_file", full(at=3))
-    run(tmp_path / "run", on_save_error="continue", **sft)
-    assert steps(tmp_path / "run") == ["step-1", "step-2", "step-4"]
-    assert "the run goes on" in caplog.text
-    assert_same_run(whole, tmp_path / "run")
-
-
-@pytest.mark.parametrize("answer", ["stop", "continue"])
-def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
-    """The kernel's own full device, at step 2."""
-    trainer = build(output_dir=str(tmp_path / "run"), on_save_error=answer, **sft)
-    log_step = trainer.log_step
-
-    def fill(number, *rest):
-        if number == 2:
-            trainer.tracker.metrics_file = Rows(Path("/dev/full"))
-        log_step(number, *rest)
-
-    trainer.log_step = fill
-    if answer == "stop":
-        with pytest.raises(UserError, match="step 2: /dev/full: cannot be written: No space left"):
-            trainer.run()
-        assert steps(tmp_path / "run") == ["step-1"]
-    else:
-        with pytest.raises(
-            UserError, match=r"step-4: the trained weights could not be saved; .*step-1 is"
-        ):
-            trainer.run()
-        assert (trainer.folder / "report.html").is_file()
-        assert not (trainer.folder / "completed.json").exists()
-        assert (
-            "step 4: /dev/full" in caplog.text
-            and "the rows of its last steps are lost" in caplog.text
-        )
-        assert steps(tmp_path / "run") == ["step-1"], "no checkpoint is ahead of its logs"
-
-
-def test_a_disk_that_has_room_again_gets_all_rows(tmp_path):
-    """The kernel refuses in the middle of a row, twice, and takes up again."""
-    tracker = Tracker(SimpleNamespace(report_to=[]), tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    wanted = [{"step": n, "text": "x" * 700} for n in range(1, 5) for _ in range(40)]
-    for number in range(1, 5):
-        try:
-            if number in (2, 3):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (33_000, before[1]))
-            tracker.log(number, {"step": number}, [r for r in wanted if r["step"] == number])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert bool(tracker.problem) == (number in (2, 3))
-        if tracker.problem:
-            with pytest.raises(OSError, match=r"completions\.jsonl: cannot be written"):
-                tracker.flush()
-    tracker.close()
-    lines = (tmp_path / "completions.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == wanted
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-
-
-def test_a_tracker_without_room_ends_and_the_run_does_not(tmp_path, caplog):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    tracker = Tracker(SimpleNamespace(report_to=[]), tmp_path)
-    tracker.sinks["tensorboard"] = SimpleNamespace(id=None, log=full, close=full)
-    tracker.log(1, {"step": 1}, [])
-    tracker.log(2, {"step": 2}, [])
-    tracker.flush()
-    tracker.close()
-    assert caplog.text.count("--report_to tensorboard ends here") == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_mistake_of_ours_is_no_full_disk(tmp_path, sft, monkeypatch):
-    def broken(*_, **__):
-        raise TypeError("a bug")
-
-    monkeypatch.setattr(save, "save_file", broken)
-    trainer = build(output_dir=str(tmp_path / "run"), on_save_error="continue", **sft)
-    with pytest.raises(TypeError, match="a bug"):
-        trainer.run()
-
-
-def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
-    """The kernel refuses to let any file grow beyond 300 kB: the optimizer's does not fit."""
-    script = (
-        "import resource, sys\n"
-        "from vtfast import run\n"
-        "start = run.Saver.begin\n"
-        "def begin(self, step, *rest):\n"
-        "    if step == 2:\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "    start(self, step, *rest)\n"
-        "run.Saver.begin = begin\n"
-        "from vtfast.cli import main\n"
-        "sys.exit(main(['sft', *sys.argv[1:]]))\n"
-    )
-    flags = {"max_steps": 3, "save_steps": 1, "eval_data": "none", "report_to": "none"} | questions | {
-        "eval_data": "none", "output_dir": tmp_path / "run", "per_device_train_batch_size": 2
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        *(f"--{name}={value}" for name, value in flags.items()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "step-2: cannot be written" in done.stderr and "step-1 is intact" in done.stderr
-    assert steps(tmp_path / "run") == ["step-1"] and files.damage(step(tmp_path / "run", 1)) is None
-
-
 # Being asked to stop
-
-
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT)),
-    ],
-)
-def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questions):
-    """Nothing of the step in hand is kept, and the whole run's numbers follow when it is resumed."""
-    settings = questions | {"eval_data": "none", "save_steps": 0}
-    run(tmp_path / "whole", **settings)
-    trainer = build(output_dir=str(tmp_path / "run"), **settings)
-    begin, calls = trainer.rollout.begin, []
-
-    def signalled(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
-        return begin(*arguments)
-
-    trainer.rollout.begin = signalled
-    with pytest.raises(
-        Stopped, match=rf"stopped by {number.name} after step 2; go on with .*last --output_dir"
-    ):
-        trainer.run()
-    assert signal.getsignal(number) not in (trainer.stop._notice,), "the handlers are put back"
-    assert steps(tmp_path / "run") == ["step-2"] and not trainer.stop.file.exists()
-    run(tmp_path / "run", resume_from_checkpoint="last", **settings)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_a_signal_in_the_update_lets_the_step_end(tmp_path, sft):
-    trainer = build(output_dir=str(tmp_path / "run"), **sft | {"save_steps": 0})
-    optimize = trainer.optimize
-
-    def signalled(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return optimize(*arguments)
-
-    trainer.optimize = signalled
-    with pytest.raises(Stopped, match="after step 1"):
-        trainer.run()
-    assert steps(tmp_path / "run") == ["step-1"]
-
-
-def test_two_interrupts_are_one_too_many(tmp_path):
-    notice = StopNotice(tmp_path)
-    with pytest.raises(KeyboardInterrupt), notice.listening():
-        os.kill(os.getpid(), signal.SIGINT)
-        assert notice.received == "SIGINT"
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_other_ranks_hear_of_a_signal(tmp_path):
-    ours, theirs = StopNotice(tmp_path), StopNotice(tmp_path)
-    with ours.listening():
-        assert theirs.received is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert ours.received == "SIGTERM" and theirs.received == "a signal to another rank"
 
 
 # Small things

@@ -6,18 +6,16 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-import yaml
 from hugging_face import inputs, plain
 from make_benchmarks import (
     CVBENCH,
     blink_row,
     cvbench_row,
+    flags,
     image,
-    sample_rows,
-    write_all,
+    rows_of,
     write_blink,
     write_parquet,
 )
@@ -29,48 +27,11 @@ from vtfast.data import Sample, load_samples
 from vtfast.distributed import Ranks
 from vtfast.errors import UserError
 from vtfast.evaluate import BENCHMARKS, evaluate, evaluation
-from vtfast.evaluate.checkpoints import default_template, find_checkpoint
 from vtfast.evaluate.evaluation import fingerprint
 from vtfast.evaluate.files import load_items
 from vtfast.model import load_model
 from vtfast.processor import Processor
 from vtfast.prompts import IMAGE, load_template, render
-from vtfast.rollout import Completion
-
-COUNTS = {bench: len(rows) for bench, rows in sample_rows().items()}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def base(base_path):
-    return load_model(base_path)
-
-
-@pytest.fixture
-def run_folder(tmp_path, base_path) -> Path:
-    """A run with one checkpoint, whose images were limited to 4 merged tokens."""
-    run = tmp_path / "run"
-    shutil.copytree(base_path, run / "checkpoints" / "step-100")
-    (run / "config.yaml").write_text(
-        yaml.safe_dump(
-            {"template": "r1-zero", "literal_image": True, "min_pixels": 784, "max_pixels": 784}
-        )
-    )
-    return run
-
-
-def flags(files: dict[str, Path], *more: str) -> list[str]:
-    data = ",".join(f"{bench}={path}" for bench, path in files.items())
-    return ["--bench", ",".join(files), "--data", data, "--max_completion_length", "12", *more]
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 # ------------------------------------------------------------------------------------- prompts
 
@@ -141,31 +102,6 @@ def test_answers_are_hugging_faces(base, base_path, files):
         assert row["response"] == processor.decode(theirs.tolist()) and row["tokens"] == len(theirs)
 
 
-class Oracle:
-    """In the engine's place: answers (A) to every prompt, or what `say` makes of its text. `calls`: batch sizes."""
-
-    def __init__(self, policy) -> None:
-        pass
-
-    say = staticmethod(lambda prompt: "so</think> <answer>(A)</answer>")
-    calls: list[int]
-
-    def generate(self, prompts, num_generations, sampling, progress=False):
-        assert num_generations == 1 and sampling.greedy
-        Oracle.calls.append(len(prompts))
-        tokenize = Oracle.processor.tokenizer
-        texts = [Oracle.say(prompt.text) for prompt in prompts]
-        return [[Completion(tokenize(text)["input_ids"], [], "stop")] for text in texts]
-
-
-@pytest.fixture
-def oracle(monkeypatch, base_path):
-    monkeypatch.setattr(evaluation, "RolloutEngine", Oracle)
-    monkeypatch.setattr(Oracle, "processor", Processor.from_pretrained(base_path), raising=False)
-    monkeypatch.setattr(Oracle, "calls", [], raising=False)
-    return Oracle
-
-
 def test_evaluate_needs_no_folder(oracle, base, files):
     """Golds of the tiny file are B A B A B A by row; tasks Count Relation Count Depth Distance Depth."""
     result = evaluate(base, "cvbench", files["cvbench"], batch_size=4)
@@ -181,7 +117,7 @@ def test_evaluate_needs_no_folder(oracle, base, files):
 
 def test_the_prompt_holds_question_and_pixels(oracle, base, base_path, files, monkeypatch):
     seen = []
-    monkeypatch.setattr(Oracle, "say", staticmethod(lambda text: seen.append(text) or "B"))
+    monkeypatch.setattr(oracle, "say", staticmethod(lambda text: seen.append(text) or "B"))
     evaluate(base, "blink", files["blink"], 1, literal_image=True)
     evaluate(base, "blink", files["blink"], 1, template="eval-instruct-direct")
     question = BENCHMARKS["blink"].read(blink_row(0, "Relative_Depth"), 0).question
@@ -424,201 +360,6 @@ def test_two_processes(files, tmp_path):
             for n in ("one", "two")
         )
         assert one.read_bytes() == two.read_bytes()
-
-
-# ----------------------------------------------------------------------------------- checkpoints
-
-
-def test_what_a_model_stands_for(run_folder, base_path, monkeypatch, tmp_path):
-    step = run_folder / "checkpoints" / "step-100"
-    shutil.copytree(base_path, run_folder / "checkpoints" / "step-20")
-    (run_folder / "checkpoints" / "step-200").mkdir()  # torn: no model in it
-    (run_folder / "checkpoints" / ".step-300.partial").mkdir()
-    for name in (step, run_folder / "checkpoints" / "last", run_folder):
-        found = find_checkpoint(str(name))
-        assert (found.path, found.name, found.home, found.step) == (
-            str(step),
-            "step-100",
-            run_folder,
-            100,
-        )
-        assert found.config["max_pixels"] == 784
-    (run_folder / "checkpoints" / "last").symlink_to("step-20")
-    assert find_checkpoint(str(run_folder)).step == 20
-    gone = find_checkpoint(str(run_folder / "checkpoints" / "step-7"))
-    assert (gone.step, gone.home) == (7, run_folder)
-
-    monkeypatch.chdir(tmp_path)
-    elsewhere = shutil.copytree(base_path, tmp_path / "step-5")
-    assert (find_checkpoint("step-5").name, find_checkpoint("step-5").step) == ("step-5", None)
-    assert find_checkpoint(str(elsewhere)).home == Path()
-    hub = find_checkpoint("Qwen/Qwen2-VL-2B")
-    assert (hub.path, hub.name, hub.step) == ("Qwen/Qwen2-VL-2B", "Qwen2-VL-2B", None)
-    assert find_checkpoint("tiny-spatial-base").path == str(base_path)
-    empty = tmp_path / "empty"
-    (empty / "checkpoints").mkdir(parents=True)
-    (empty / "config.yaml").write_text("template: r1-zero")
-    with pytest.raises(UserError, match=r"there is no checkpoint \(step-N\) in"):
-        find_checkpoint(str(empty))
-
-
-@pytest.mark.parametrize(
-    ("trained_with", "chat", "template"),
-    [
-        ("r1-zero", "<|im_start|>", "eval-r1-zero"),
-        ("brief", None, "eval-r1-zero"),
-        ("instruct", None, "eval-instruct"),
-        ("eval-r1-zero-direct", None, "eval-r1-zero-direct"),
-        ("eval-instruct-direct", None, "eval-instruct-direct"),
-        (None, "…<|im_start|>…", "eval-instruct"),
-        (None, "{{ messages }}", "eval-r1-zero"),
-        (None, {"default": "{{ messages }}", "instruct": "<|im_start|>"}, "eval-r1-zero"),
-        (None, None, "eval-r1-zero"),
-    ],
-)
-def test_the_default_template(trained_with, chat, template, run_folder):
-    (run_folder / "config.yaml").write_text(
-        yaml.safe_dump({"template": trained_with, "model": "x"})
-    )
-    assert default_template(find_checkpoint(str(run_folder)), chat) == template
-
-
-# ----------------------------------------------------------------------------------- the command
-
-
-@pytest.fixture(scope="module")
-def evaluated(files, tmp_path_factory, base_path):
-    """`vtfast eval` of a run's checkpoint on all benchmarks -> (run folder, what it printed)."""
-    run = tmp_path_factory.mktemp("run")
-    shutil.copytree(base_path, run / "checkpoints" / "step-100")
-    (run / "config.yaml").write_text(
-        yaml.safe_dump(
-            {"template": "r1-zero", "literal_image": True, "min_pixels": 784, "max_pixels": 784}
-        )
-    )
-    command = [
-        "eval",
-        "--model",
-        str(run / "checkpoints" / "last"),
-        *flags(files),
-        "--batch_size",
-        "3",
-    ]
-    assert main(command) == 0
-    return run, command
-
-
-def test_every_benchmark_through_the_command(evaluated, files, capsys):
-    run, _ = evaluated
-    folder = run / "evaluations" / "step-100"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [*(f"{bench}.jsonl" for bench in files), "scores.json", "settings.json"]
-    )
-    scores = json.loads((folder / "scores.json").read_text())
-    assert set(COUNTS) == set(BENCHMARKS)
-    for bench, count in COUNTS.items():
-        rows, result = rows_of(folder / f"{bench}.jsonl"), scores[bench]
-        assert [row["index"] for row in rows] == list(range(count))
-        assert list(rows[0]) == [
-            *(
-                "index",
-                "task",
-                "source",
-                "question",
-                "options",
-                "gold",
-                "images",
-                "response",
-                "correct",
-                "strict_correct",
-            ),
-            *("tokens", "finish_reason"),
-        ]
-        assert result["count"] == count and result["step"] == 100 and result["max_pixels"] == 784
-        assert result["template"] == "eval-r1-zero" and result["model"].endswith("checkpoints/last")
-        assert result["total"] == sum(row["correct"] for row in rows) / count
-        assert result["strict"]["total"] == sum(row["strict_correct"] for row in rows) / count
-        assert all(0 < row["tokens"] <= 12 for row in rows) and result["truncated"] <= 1
-        assert set(result["by_task"]) == {row["task"] for row in rows}
-    settings = json.loads((folder / "settings.json").read_text())
-    assert settings["vsr"]["literal_image"] is True and settings["vsr"]["max_pixels"] == 784
-
-
-def test_rescoring_needs_neither_model_nor_data(evaluated, tmp_path, capsys):
-    run, _ = evaluated
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-100")
-    (copy / "checkpoints" / "step-100").mkdir()
-    scores = copy / "evaluations" / "step-100" / "scores.json"
-    before = json.loads(scores.read_text())
-    scores.unlink()
-    model = str(copy / "checkpoints" / "step-100")
-    assert main(["eval", "--model", model, "--rescore"]) == 0
-    table = capsys.readouterr().out
-    after = json.loads(scores.read_text())
-    for bench, result in before.items():
-        assert after[bench] == result | {"model": model}
-    assert all(benchmark.title in table for benchmark in BENCHMARKS.values()) and "59.47" in table
-    (copy / "evaluations" / "step-100" / "blink.jsonl").unlink()
-    assert main(["eval", "--model", model, "--rescore", "--bench", "vsr,blink"]) == 2
-    assert "there is no blink.jsonl in" in capsys.readouterr().err
-
-
-def test_a_second_call_asks_nothing(evaluated, capsys, caplog, monkeypatch):
-    run, command = evaluated
-    monkeypatch.setattr(evaluation._Asker, "answer", None)
-    before = {path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()}
-    assert main(command) == 0
-    assert before == {
-        path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()
-    }
-    # what a run that trained with a prompt of its own needs to know
-    assert "the template eval-r1-zero (the run trained with r1-zero)" in caplog.text
-    assert main([*command, "--max_pixels", "1568"]) == 2
-    assert (
-        "cvbench.jsonl: holds answers under other settings (max_pixels: 784 there, 1568 now)"
-        in capsys.readouterr().err
-    )
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--bench", "cvbensh"], "did you mean cvbench"),
-        (["--bench", ","], "name at least one"),
-        (["--data", "cvbench"], "BENCH=PATH"),
-        (["--data", "blink=x"], "add it with --bench cvbench,blink"),
-        (["--data", "blimk=x"], "one of cvbench"),
-        (["--data", "cvbench={tmp}/gone.parquet"], "gone.parquet"),
-        (["--data", "cvbench=nobody/CV-Bench"], "--data cvbench=PATH"),
-        (["--template", "eval-r2"], "did you mean"),
-        (["--limit", "0"], "--limit 0"),
-        (["--limt", "3"], "did you mean --limit"),
-        (["--max_pixels", "1"], "max_pixels 1"),
-        (["--model", "{tmp}/no-model"], "no-model"),
-        (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
-        (["--output_dir", "{tmp}/file"], "file"),
-        (["--rescore"], "there is no cvbench.jsonl"),
-    ],
-)
-def test_a_mistake_costs_one_line(more, message, files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    given = [
-        "eval",
-        "--model",
-        "tiny-spatial-base",
-        "--bench",
-        "cvbench",
-        "--data",
-        f"cvbench={files['cvbench']}",
-    ]
-    assert main([*given, *(flag.format(tmp=tmp_path) for flag in more)]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("change", [{"answer": "(B)"}, {"image_1": image(99)}])

@@ -1,51 +1,15 @@
 """One optimizer step taken apart: what an advantage is, which way it pushes, and what must not move."""
 
-import itertools
 import json
 
 import pytest
 import torch
-from vtfast_kernels import reference
+from steps import PROPORTIONAL, answered, logprobs, shake, weights
 
-from vtfast.config import Config, load_config
+from vtfast.config import Config
 from vtfast.errors import UserError
-from vtfast.evaluate.held_out import held_out
 from vtfast.groups import Batch
 from vtfast.objective import Objective, loss_spec
-from vtfast.questions import batches
-from vtfast.scoring import completion_logprobs
-from vtfast.trainer import Trainer
-
-
-@pytest.fixture
-def make(tmp_path):
-    """(trainer, 8 questions) of the embedded default with some settings changed."""
-    made = itertools.count()
-
-    def build(**overrides):
-        few = {"eval_samples": 8, "warmup_steps": 0, "max_steps": 4, "max_completion_length": 20}
-        folder = str(tmp_path / f"run-{next(made)}")
-        settings = few | {"per_device_train_batch_size": 8, "output_dir": folder}
-        trainer = Trainer(load_config(overrides=settings | overrides))
-        asked = batches(
-            trainer.asker, trainer.train_samples, [1], per_rank=8, rank=0, ranks=1, seed=0
-        )
-        return trainer, next(asked)
-
-    return build
-
-
-def logprobs(trainer, groups, summed=True):
-    """Log-prob of every answer [questions x G]; or of every token, a tensor a group."""
-    with torch.no_grad():
-        scores = completion_logprobs(
-            trainer.policy,
-            [group.question.prompt for group in groups],
-            [group.tokens for group in groups],
-        )
-    if not summed:
-        return [torch.cat(group) for group in scores]
-    return torch.stack([logp.sum() for group in scores for logp in group])
 
 
 def test_a_step_makes_better_answers_likelier(make):
@@ -72,16 +36,6 @@ def test_advantages_are_the_papers(make):
         torch.testing.assert_close(group.advantage.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def answered(trainer, questions):
-    groups = trainer.answer(questions, step=1)
-    trainer.compare(groups)
-    return groups
-
-
-def weights(trainer):
-    return {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
-
-
 FROZEN = {
     "vision,embeddings": ("visual.blocks", "visual.patch_embed", "embed_tokens", "lm_head"),
     "language": ("language_model", "lm_head"),
@@ -105,11 +59,6 @@ def test_frozen_parts_do_not_move(make, freeze):
     assert sum(state["exp_avg"].numel() for state in states) == pytest.approx(trained, abs=8)
 
 
-# Adam's first step is the gradient's sign, even where the gradient is nothing but rounding. With this epsilon it is
-# the gradient itself.
-PROPORTIONAL = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0}
-
-
 def test_cutting_the_batch_changes_nothing(make):
     """One row for all; rows of a few groups; and rows so short that every group is split and repeats its prompt."""
     results = []
@@ -127,15 +76,6 @@ def test_cutting_the_batch_changes_nothing(make):
         assert sums == pytest.approx(whole[0], rel=1e-4, abs=1e-5) and sums["kl"] > 0.1
         for name, value in after.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6, msg=name)
-
-
-def shake(trainer, size):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.policy.module.parameters():
-            parameter.add_(
-                size * parameter.std() * torch.randn(parameter.shape, generator=generator)
-            )
 
 
 def test_groups_without_signal_are_skipped_exactly(make):
@@ -199,91 +139,6 @@ def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     assert orders[0] == orders[-1] and set(orders[0]) == set(trained)
 
 
-def test_old_log_probs_when_answers_are_used_twice(make):
-    """The second update's ratio is against the policy that answered, and the loss says what the reference op says."""
-    trainer, questions = make(num_iterations=2, learning_rate=1e-2, epsilon=0.05)
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
-    trainer.score_old(work)
-    old = logprobs(trainer, groups, summed=False)
-    (batch,) = work.batches
-    order = [groups.index(batch.groups[part.group]) for part in batch.parts]
-    ours = batch.logps("old")
-    torch.testing.assert_close(ours, torch.cat([old[i] for i in order]), rtol=1e-5, atol=1e-5)
-    first, *_ = trainer.update(work)
-    assert first["clip_ratio/low"] == first["clip_ratio/high"] == 0
-    now = logprobs(trainer, groups, summed=False)
-    second, *_ = trainer.update(work)
-    assert second["clip_ratio/low"] + second["clip_ratio/high"] > 0
-    expected = reference.grpo_loss(
-        torch.cat([now[i] for i in order]),
-        batch.pack.sequence_id,
-        batch.advantage(),
-        spec=loss_spec(trainer.config),
-        old_logp=ours,
-        num_sequences=work.num_sequences,
-        num_tokens=work.num_tokens,
-    )
-    assert second["loss"] == pytest.approx(float(expected.loss), rel=1e-4, abs=1e-6)
-    for side, share in (("low", expected.clip_low), ("high", expected.clip_high)):
-        counted = second[f"clip_ratio/{side}"]
-        assert counted == pytest.approx(len(batch.pack.target) * float(share), abs=1.5)
-
-
-def test_iterations_reuse_answers(make):
-    trainer, questions = make(num_iterations=2, per_device_train_batch_size=8)
-    first, rows = trainer.step(1, questions)
-    second, none = trainer.step(2, None)
-    assert len(rows) == 64 and none == []
-    assert second["reward"] == first["reward"] and second["time/rollout"] < first["time/rollout"]
-    assert second["sampler_drift"] < 1e-5, "measured against the weights that sampled"
-    assert trainer.engine.global_steps == 2
-
-
-def spoil_the_sampler(groups):
-    """Recorded log-probs that are off by a little."""
-    generator = torch.Generator().manual_seed(0)
-    for group in groups:
-        for answer in group.completions:
-            noise = torch.randn(len(answer.logprobs), generator=generator)
-            answer.logprobs[:] = (torch.tensor(answer.logprobs) + 0.5 * noise).tolist()
-
-
-def test_a_sampler_that_is_off_weighs_nothing_unless_asked(make):
-    """It is reported as drift."""
-    losses = []
-    for off in (False, True):
-        trainer, questions = make(**PROPORTIONAL)
-        groups = answered(trainer, questions)
-        if off:
-            spoil_the_sampler(groups)
-        work = trainer.share_out(groups)
-        (batch,) = work.batches
-        now = logprobs(trainer, groups, summed=False)
-        order = [groups.index(batch.groups[part.group]) for part in batch.parts]
-        drift = (torch.cat([now[i] for i in order]) - batch.sampled()).abs().sum()
-        sums, *_ = trainer.update(work)
-        assert sums["sampler_drift"] == pytest.approx(float(drift), rel=1e-3, abs=1e-2)
-        losses.append((sums["loss"], weights(trainer)))
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
-    assert all(v.equal(losses[1][1][n]) for n, v in losses[0][1].items())
-
-
-def test_sampler_scorer_and_loss_have_one_temperature(make):
-    trainer, questions = make(temperature=0.6, num_iterations=2)
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
-    trainer.score_old(work)
-    (batch,) = work.batches
-    torch.testing.assert_close(batch.logps("old"), batch.sampled(), rtol=1e-4, atol=1e-4)
-    sums, *_ = trainer.update(work)
-    assert sums["sampler_drift"] / sums["scored_tokens"] < 1e-4
-    # and the temperature is not a no-op: at 1 the same answers have other log-probs
-    assert (
-        torch.cat(logprobs(trainer, groups, summed=False)).sum() - batch.sampled().sum()
-    ).abs() > 1
-
-
 def test_scale_rewards_reaches_the_advantages(make):
     trainer, questions = make(scale_rewards="none")
     for group in answered(trainer, questions):
@@ -319,17 +174,6 @@ def test_the_prompt_limit_holds_at_the_step_too(make):
     assert trainer.answer(questions, 1) == []
 
 
-def test_the_second_iteration_keeps_the_old_log_probs(make):
-    trainer, questions = make(num_iterations=2, learning_rate=1e-2, epsilon=0.05)
-    trainer.step(1, questions)
-    (batch,) = trainer.work.batches
-    old = batch.logps("old").clone()
-    metrics, _ = trainer.step(2, None)
-    assert (
-        batch.logps("old").equal(old) and metrics["clip_ratio/low"] + metrics["clip_ratio/high"] > 0
-    )
-
-
 def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
     """Those of other passes and of groups left out included."""
     results = []
@@ -346,26 +190,6 @@ def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
     assert results[2] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
 
 
-def test_sampler_correction_weighs_by_the_samplers_own_log_probs(make):
-    trainer, questions = make(
-        vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_max=1.5,
-    )  # fmt: skip
-    groups = answered(trainer, questions)
-    spoil_the_sampler(groups)
-    now = logprobs(trainer, groups, summed=False)
-    work = trainer.share_out(groups)
-    (batch,) = work.batches
-    order = [groups.index(batch.groups[part.group]) for part in batch.parts]
-    loss = trainer.update(work)[0]["loss"]
-    logp = torch.cat([now[i] for i in order])
-    weight = (logp - batch.sampled()).exp().clamp(max=1.5)
-    lengths = torch.tensor([len(t) for i in order for t in groups[i].tokens])
-    per_token = -weight * batch.advantage().repeat_interleave(lengths)
-    expected = (per_token / lengths.repeat_interleave(lengths)).sum() / 64
-    assert loss == pytest.approx(float(expected), rel=1e-4)
-
-
 def test_lora_trains_adapters_alone(make):
     trainer, questions = make(use_peft=True, lora_r=2, beta=0.04, learning_rate=1e-2)
     before = weights(trainer)
@@ -380,28 +204,6 @@ def test_lora_trains_adapters_alone(make):
     trainer.score_old(work)
     scored = torch.stack([x.sum() for group in groups for x in group.scores["reference"]])
     assert (scored - after).abs().max() > 1e-3, "the reference is the model without adapters"
-
-
-def test_drift_of_the_sampler_is_measured_and_warned_of(make, caplog):
-    trainer, questions = make()
-    metrics, _ = trainer.step(1, questions)
-    assert 0 < metrics["sampler_drift"] <= metrics["sampler_drift_max"] < 1e-4
-    generate = trainer.rollout.generate
-
-    def off(*args, **kwargs):
-        groups = generate(*args, **kwargs)
-        for group in groups:
-            for completion in group:
-                completion.logprobs[:] = [x - 0.25 for x in completion.logprobs]
-                completion.logprobs[-1] -= 0.5
-        return groups
-
-    trainer.rollout.generate = off
-    with caplog.at_level("WARNING", logger="vtfast"):
-        metrics, _ = trainer.step(2, questions)
-    assert 0.25 < metrics["sampler_drift"] < 0.75
-    assert metrics["sampler_drift_max"] == pytest.approx(0.75, abs=1e-3)
-    assert "step 2: sampled and trained log-probs differ by" in caplog.text
 
 
 def test_bf16_gradients_are_summed_in_fp32(make, monkeypatch):
@@ -448,34 +250,6 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
         trainer.step(2, questions)
 
 
-def test_every_step_samples_anew_and_repeatably(make):
-    trainer, questions = make()
-
-    def tokens(step):
-        return [group.tokens for group in trainer.answer(questions, step)]
-
-    assert tokens(1) == tokens(1) != tokens(2)
-
-
-def test_greedy_judging_has_no_chance_in_it(make, monkeypatch):
-    trainer, _ = make(eval_samples=32)
-
-    def judge():
-        arguments = (
-            trainer.rollout,
-            trainer.asker,
-            trainer.held_out_samples,
-            trainer.config,
-            trainer.ranks,
-        )
-        return held_out(*arguments).scores
-
-    first = judge()
-    monkeypatch.setattr("vtfast.evaluate.held_out.SEED", 5)
-    second = judge()
-    assert first["greedy"] == second["greedy"] and first["sampled"] != second["sampled"]
-
-
 def test_the_loss_has_the_settings(make):
     config = Config(
         loss_type="dapo", beta=0.02, epsilon=0.1, epsilon_high=0.3, delta=2.0, temperature=0.7,
@@ -498,14 +272,3 @@ def test_the_length_reward_counts_tokens(make):
         assert group.rewards[0].tolist() == pytest.approx(
             [0.001 * len(row) for row in group.tokens]
         )
-
-
-def test_the_samplers_settings_reach_the_rollout(make):
-    """top_k 1 leaves nothing to chance: the answers to a question are all the same, at a drift that the log shows."""
-    trainer, questions = make(top_k=1)
-    metrics, _ = trainer.step(1, questions)
-    for group in trainer.groups:
-        assert all(tokens == group.tokens[0] for tokens in group.tokens)
-    assert metrics["frac_reward_zero_std"] == 1.0
-    trainer, questions = make(repetition_penalty=1.5)
-    assert any(len(set(map(tuple, g.tokens))) > 1 for g in trainer.answer(questions, 1))
