@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/python train.py $(ARGS)
 
 test: setup # two processes of one thread each: half the time, and no test waits for another's threads
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"

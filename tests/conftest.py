@@ -7,6 +7,14 @@ import pytest
 import torch
 
 
+LONG = ("test_interpreter.py", "test_trainer.py", "test_elsewhere.py", "test_torchvision.py", "test_rollout_graphs.py")
+"""Files of few tests that take long. They are begun first, so that the processes of `make test` end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def base_path() -> Path:
     """The checkpoint that ships with vtfast."""

@@ -205,3 +205,16 @@ def test_a_mistake_costs_one_line(more, message, files, tmp_path, capsys, monkey
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_rescoring_mends_the_rows_as_well(evaluated, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(evaluated[0], copy)
+    path = copy / "evaluations" / "step-100" / "vsr.jsonl"
+    rows = rows_of(path)
+    rows[0] |= {"response": f"<answer>{rows[0]['gold']}</answer>"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(copy / "checkpoints" / "step-100")
+    assert main(["eval", "--model", model, "--rescore", "--bench", "vsr"]) == 0
+    mended = rows_of(path)
+    assert mended[0]["correct"] and mended[0]["strict_correct"] and mended[1:] == rows[1:]
