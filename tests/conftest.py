@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-
-LONG = ("test_interpreter.py", "test_trainer.py", "test_elsewhere.py", "test_torchvision.py", "test_rollout_graphs.py")
+LONG = (
+    "test_interpreter.py",
+    "test_trainer.py",
+    "test_elsewhere.py",
+    "test_torchvision.py",
+    "test_rollout_graphs.py",
+)
 """Files of few tests that take long. They are begun first, so that the processes of `make test` end together."""
 
 

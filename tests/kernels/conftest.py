@@ -36,7 +36,8 @@ def device(impl) -> str:
 @pytest.fixture(autouse=True)
 def poisoned_buffers():
     """Every `torch.empty` of the code under test holds NaN, so that an unwritten output shows."""
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # `make_deterministic` leaves that out
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
