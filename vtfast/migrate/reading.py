@@ -43,6 +43,8 @@ def read(what: str) -> Source:
         source = _launch(what)
     elif not path.is_file():
         wanted = "give a YAML file, a shell script, or a launch line in quotes"
+        if not what.strip():
+            raise UserError(f"nothing is named; {wanted}")
         if path.is_dir():
             raise UserError(f"{what}: is a folder; {wanted}")
         raise UserError(f"{what}: no such file; {did_you_mean(what, wanted)}")

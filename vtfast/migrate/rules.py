@@ -5,6 +5,7 @@ A rule is a name of ours (the value carries over), `Drop(reason)`, or a function
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,15 @@ def _held_out(value: Any) -> Outcome:
     return {"eval_data": data, "eval_split": split or "val"}, ""
 
 
+def _modules(value: Any) -> Outcome:
+    """Names between blanks, commas, or both: TRL's own examples say `"q_proj", "v_proj"`."""
+    if value is None:
+        return {}, "not set"
+    words = value if isinstance(value, list) else [value]
+    names = [name for word in words for name in re.split(r"[,\s]+", str(word)) if name]
+    return {"lora_target_modules": names}, ""
+
+
 def _positive(ours: str) -> Rule:
     return lambda value: ({ours: value}, "") if int(value) > 0 else ({}, "off there")
 
@@ -121,7 +131,7 @@ TRL: Mapping[str, Rule] = {
     "seed": "seed", "save_steps": "save_steps", "save_total_limit": "save_total_limit",
     "report_to": _loggers, "min_pixels": "min_pixels", "max_pixels": "max_pixels",
     "use_peft": _switch("use_peft"), "lora_r": "lora_r", "lora_alpha": "lora_alpha",
-    "lora_target_modules": "lora_target_modules",
+    "lora_target_modules": _modules,
     "gradient_checkpointing": _switch("gradient_checkpointing"), "bf16": _bf16, "fp16": _fp16,
     "torch_dtype": "dtype", "dtype": "dtype", "use_liger_kernel": _switch("use_liger_kernel"),
     "use_vllm": _switch("use_vllm"), "vllm_gpu_memory_utilization": "vllm_gpu_memory_utilization",
@@ -238,7 +248,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "easyr1": {
         "beta": 0.01, "seed": 1, "epsilon_high": 0.3, "delta": 3.0, "loss_type": "dapo", "weight_decay": 0.01,
-        "lr_scheduler_type": "constant", "num_generations": 5,
+        "lr_scheduler_type": "constant", "num_generations": 5, "max_prompt_length": 2048,
+        "max_completion_length": 2048, "min_pixels": 262144, "max_pixels": 4194304, "gradient_checkpointing": True,
     },
 }  # fmt: skip
-"""What they do where nothing is said, and this trainer does not."""
+"""What they do where nothing is said, and this trainer does not. EasyR1: its `examples/config.yaml`, on which its
+launch lines build."""
