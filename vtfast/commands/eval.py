@@ -133,10 +133,9 @@ def _named(options: argparse.Namespace, problems: list[str]) -> tuple[list[str],
         problems.append(f"--bench: name at least one of {', '.join(BENCHES)}")
     for name in names:
         if name not in BENCHES:
-            close = difflib.get_close_matches(name, BENCHES, n=1, cutoff=0.0)
-            problems.append(
-                f"--bench {name}: unknown; did you mean {close[0]}? There are {', '.join(BENCHES)}"
-            )
+            close = difflib.get_close_matches(name, BENCHES, n=1)
+            hint = f"did you mean {close[0]}? There" if close else "there"
+            problems.append(f"--bench {name}: unknown; {hint} are {', '.join(BENCHES)}")
     benches, data = [name for name in names if name in BENCHES], {}
     asked = benches or BENCHES[:1]
     for pair in [pair for text in options.data or [] for pair in text.split(",")]:
