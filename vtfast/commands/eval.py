@@ -164,8 +164,12 @@ def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[s
     low, high = options.min_pixels, options.max_pixels
     if low and high and low > high:
         yield f"--min_pixels {low}: must be at most --max_pixels {high}"
-    if options.output_dir is not None and expand(options.output_dir).is_file():
-        yield f"--output_dir {options.output_dir}: is a file; name a folder"
+    if options.output_dir is not None:
+        home = expand(options.output_dir)
+        for path in (home, *home.parents):
+            if path.is_file():
+                what = "" if path == home else f"{path} "
+                yield f"--output_dir {options.output_dir}: {what}is a file; name a folder"
     if options.rescore:
         return
     for flag in ("image_folder", "fetch_images"):

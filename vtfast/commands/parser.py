@@ -51,12 +51,10 @@ class Parser(argparse.ArgumentParser):
         argparse names nothing else where one is missing, though it may be there, misspelt."""
         needed = [action for action in self._actions if action.required]
         valued = [a for a in self._actions if a.option_strings and a.nargs is None]
-        if {"-h", "--help", "--help_all"} & set(
-            itertools.takewhile(lambda word: word != "--", arguments)
-        ):
-            super().parse_args(
-                arguments
-            )  # prints the help, whose usage line tells what is required
+        flags = itertools.takewhile(lambda word: word != "--", arguments)
+        if {"-h", "--help", "--help_all"} & set(flags):
+            # Prints the help, whose usage line tells what is required: so before that is switched off.
+            super().parse_args(arguments)
         for action in needed:
             action.required = False
         for action in valued:
