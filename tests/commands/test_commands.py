@@ -175,6 +175,7 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
         (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not asked; add it with"),
         (["--model", "m", "--fetch_images"], "--fetch_images: is for VSR's images"),
         (["--model", "m", "--bench", ","], "--bench: name at least one of cvbench"),
+        (["--model", "m", "--output_dir", f"{__file__}/x"], f"{__file__} is a file; name a folder"),
         (
             ["--model", "m", "--bench", "mmstar"],
             "--bench mmstar: unknown; there are cvbench, blink",
