@@ -58,6 +58,34 @@ def test_modules_stand_between_blanks_or_commas(words):
     assert ours["lora_target_modules"] == ["q_proj", "v_proj"]
 
 
+@pytest.mark.parametrize(
+    "tail", ["2>&1 | tee log.txt", "> log.txt 2>&1 &", "&>>log.txt", "&& echo done", "< /dev/null"]
+)
+def test_what_the_shell_makes_of_a_line_is_no_value(tail):
+    line = f"export X=1 && python grpo.py --beta 0.1 --num_generations 4 {tail}"
+    result = migrate(line)
+    assert (result.settings["beta"], result.settings["num_generations"]) == (0.1, 4)
+    assert not any(fate.note == "not a setting" for fate in result.fates)
+
+
+def test_trls_own_command():
+    ours = migrate(
+        "trl grpo --model_name_or_path Qwen/Qwen2-VL-2B --num_processes 4 --beta 0.1"
+    ).settings
+    assert (ours["model"], ours["num_processes"], ours["beta"]) == ("Qwen/Qwen2-VL-2B", 4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kept"),
+    [("constant", "constant"), ("cosine_with_min_lr", "cosine"), ("polynomial", None)],
+)
+def test_schedules_that_are_not_here_are_told(theirs, kept):
+    result = migrate(f"python grpo.py --lr_scheduler_type {theirs} --beta 0.1")
+    assert result.settings.get("lr_scheduler_type") == kept
+    (fate,) = (fate for fate in result.fates if fate.name == "lr_scheduler_type")
+    assert bool(fate.note) == (theirs != kept)
+
+
 def test_easyr1s_launch_line_stands_on_its_config():
     """What `examples/config.yaml` says and the line does not; lengths above all, which decide what is cut off."""
     line = "python3 -m verl.trainer.main config=examples/config.yaml data.max_prompt_length=1024"
