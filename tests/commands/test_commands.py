@@ -10,7 +10,7 @@ import pytest
 
 from vtfast.cli import main
 from vtfast.commands.parser import Parser, one_of, setting_help, whole_number
-from vtfast.config import Config, SettingsError, SFTConfig, field_help
+from vtfast.config import Config, SettingsError, SFTConfig, field_help, recipe_names
 
 COMMANDS = ["train", "sft", "data", "eval", "report", "migrate", "make-base"]
 
@@ -117,6 +117,12 @@ def test_help_shows_defaults_and_an_example(command, capsys, monkeypatch):
     assert without <= {
         "--json", "--rescore", "--fetch_images", "--config", "--dry_run,", "--gpu_memory_gb", "--help_all", "--model",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train", Config), ("sft", SFTConfig)])
+def test_help_breaks_no_name_in_two(command, kind, capsys):
+    text = help_of(command, capsys)
+    assert [name for name in recipe_names(kind) if name not in text] == []
 
 
 def test_help_speaks_of_the_door_that_was_taken(capsys, monkeypatch):

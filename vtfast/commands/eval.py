@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtfast.commands.parser import Parser, one_of, whole_number
+from vtfast.commands.parser import Formatter, Parser, one_of, whole_number
 from vtfast.config import SettingsError
 from vtfast.errors import UserError
 from vtfast.files import check_inside, expand
@@ -29,6 +29,10 @@ EXAMPLES = """examples:
   vtfast eval --model Qwen/Qwen2-VL-2B --bench vsr --data vsr=/data/test.jsonl --image_folder /data/coco
   torchrun --nproc_per_node 8 --no-python vtfast eval --model runs/x/checkpoints/last
 """
+
+
+class _Formatter(Formatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples on their lines."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -67,7 +71,7 @@ def _parser() -> Parser:
         description="Ask a model the questions of spatial benchmarks, greedily, and score the answers.\n"
         "What was answered before is kept: the same call goes on where it was stopped.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         hints={
             bench: f"several benchmarks take commas, --bench {','.join(BENCHES)}"
             for bench in BENCHES
