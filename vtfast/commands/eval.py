@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtfast.commands.parser import Formatter, Parser, one_of, whole_number
+from vtfast.commands.parser import Parser, WholeWords, one_of, whole_number
 from vtfast.config import SettingsError
 from vtfast.errors import UserError
 from vtfast.files import check_inside, expand
@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 """
 
 
-class _Formatter(Formatter, argparse.RawDescriptionHelpFormatter):
+class _WithExamples(WholeWords, argparse.RawDescriptionHelpFormatter):
     """Leaves the examples on their lines."""
 
 
@@ -71,7 +71,7 @@ def _parser() -> Parser:
         description="Ask a model the questions of spatial benchmarks, greedily, and score the answers.\n"
         "What was answered before is kept: the same call goes on where it was stopped.",
         epilog=EXAMPLES,
-        formatter_class=_Formatter,
+        formatter_class=_WithExamples,
         hints={
             bench: f"several benchmarks take commas, --bench {','.join(BENCHES)}"
             for bench in BENCHES

@@ -22,7 +22,7 @@ NOTHING = object()
 """Stands for the value of a flag that got none."""
 
 
-class Formatter(argparse.HelpFormatter):
+class WholeWords(argparse.HelpFormatter):
     """Breaks lines between words alone: the name of a recipe is copied in one piece."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         """`hints`: what to say of flags that this parser lacks and people try, and of words that belong to none.
         `checks`: of options by their names.
         argparse's own `type` and `choices` would stop at the first value that they refuse."""
-        super().__init__(allow_abbrev=False, **{"formatter_class": Formatter} | settings)
+        super().__init__(allow_abbrev=False, **{"formatter_class": WholeWords} | settings)
         self.hints = hints or {}
         self.checks = checks or {}
 
