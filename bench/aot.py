@@ -230,6 +230,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHES, help="default: 90 80 100")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     options = parser.parse_args(argv)
+    if not any(options.kernel in name for name in kernel_names()):
+        parser.error(f"--kernel {options.kernel}: there are {', '.join(kernel_names())}")
     torch.manual_seed(0)
     failed = compiled = 0
     print(ROW.format(*COLUMNS))

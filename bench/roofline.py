@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench._recorded import Recorded, Step, read_recorded
+from bench._recorded_run import Recorded, Step, read_recorded
 from vtfast.devices import DEVICES
 from vtfast.errors import UserError
 from vtfast.roofline import PHASES, Floor, phase_seconds, shares, step_floors

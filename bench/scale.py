@@ -21,9 +21,9 @@ import numpy as np
 
 from bench._cluster import HOP, NETWORK_HOP, Cluster
 from bench._harness import RESULTS
-from bench._recorded import read_recorded
+from bench._recorded_run import read_recorded
 from bench._scaling import Choices, Model, Prediction, first_above, reduce_dominates
-from bench._starts import EFFICIENCY, Start, estimate, from_rows, from_run
+from bench._scaling_inputs import EFFICIENCY, Start, estimate, from_rows, from_run
 from bench._workload import MODELS
 from vtfast.devices import DEVICES, LINKS, listed
 from vtfast.errors import UserError

@@ -242,7 +242,7 @@ def _sample_torch(
     hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Vocabulary tiles with a running winner and log-sum-exp; `state` None = greedy. Logits in bits and no
-    torch.log on a single tile, for the reasons given at `rows.Chunk`."""
+    torch.log on a single tile, for the reasons given at `logit_rows.Chunk`."""
     (R, _), V = hidden.shape, weight.shape[0]
     hidden = hidden.float() * (inv_temperature / LN_2)
     tile = max(1024, CPU_TILE_BYTES // (4 * max(R, 1))) & ~1

@@ -32,18 +32,21 @@ aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 PROPERTIES = {"multi_processor_count": 132, "L2_cache_size": 50 << 20, "uuid": "pretended"}
 MOVES = {aten._to_copy.default, aten.copy_.default}
+"""Take tensors of both sides."""
 INDEXED = {
     aten.index.Tensor,
     aten.index_put_.default,
     aten.index_put.default,
     aten._index_put_impl_.default,
 }
+"""Take indices of the host for a tensor of the device, by waiting for their copy."""
 SIZED_BY_VALUES = {
     aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
     aten.repeat_interleave.Tensor, aten.equal.default, aten._local_scalar_dense.default,
 }  # fmt: skip
-
+"""The host must know values before it knows the result, or its size."""
 UNORDERED = {aten.cumsum.default, aten.cumsum_.default, aten.cumsum.out}
+"""Of floats: refused on CUDA where deterministic algorithms are asked for."""
 
 
 class Log:

@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from vtfast.backends import choose
 from vtfast.determinism import flash_options
 from vtfast.errors import UserError
-from vtfast.gather import RowGather
+from vtfast.gather_rows import RowGather
 
 log = logging.getLogger("vtfast")
 

@@ -40,6 +40,8 @@ STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: to be started again (EX_TEMPFAIL of sysexits.h)."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk says that takes no more: no bug of ours, wherever it happens."""
+DENIED = (errno.EACCES, errno.EPERM)
+"""What the system says of a path that belongs to somebody else."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 UNREAD = 141
@@ -49,9 +51,8 @@ UNREAD = 141
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A UserError becomes one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0].startswith(
-        "--local_rank="
-    ):  # `deepspeed --module vtfast` puts it in front
+    # `deepspeed --module vtfast` puts this in front of the command.
+    if arguments and arguments[0].startswith("--local_rank="):
         del arguments[0]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "--version"):
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = f"{error.filename}: " if error.filename else ""
             return _refuse(RankError(f"{where}{error.strerror}; make room, and start it again"))
+        if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+            said = f"{error.filename}: {error.strerror}; name another path, or let this user use it"
+            return _refuse(RankError(said))
         heartbeat.fail(f"{type(error).__name__}: {error}", RANK_LOST)
         raise
 

@@ -41,7 +41,8 @@ def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
         elif isinstance(error, RepositoryNotFoundError):
             reason = "no such id, or a private one"
         else:
-            reason = f"no connection ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            said = (str(error).splitlines() or ["no reason given"])[0]
+            reason = f"no connection ({type(error).__name__}: {said[:200]})"
             try:
                 return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
             except Exception:

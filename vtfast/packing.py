@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vtfast.attention import Layout
 from vtfast.errors import UserError
-from vtfast.gather import RowGather
+from vtfast.gather_rows import RowGather
 from vtfast.processor import Prompt
 
 Completions = Sequence[Sequence[Sequence[int]]]

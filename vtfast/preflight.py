@@ -28,6 +28,7 @@ from vtfast.rewards import get_reward
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.engine import PAGE
+from vtfast.rollout.vllm import check_installed
 from vtfast.sft_target import load_target
 from vtfast.tracking import check_trackers
 
@@ -50,6 +51,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     checks: list[tuple[str, Callable[[], object]]] = [
         ("output_dir", lambda: check_output_dir(config)),
         ("report_to", lambda: check_trackers(config.report_to)),
+        ("use_vllm", lambda: config.use_vllm and check_installed()),
         ("template", lambda: load_template(config.template)),
         ("target", lambda: hasattr(config, "target") and load_target(config.target)),
         ("data", lambda: _check_data(config.data, config.split)),

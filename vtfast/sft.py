@@ -23,7 +23,7 @@ from vtfast.config import SFTConfig
 from vtfast.data import Sample
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.flops import update_flops
-from vtfast.gather import RowGather
+from vtfast.gather_rows import RowGather
 from vtfast.groups import Batch, Group
 from vtfast.load_balancing import Work
 from vtfast.metrics import Timer, mfu, process_metrics

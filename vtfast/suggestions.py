@@ -4,6 +4,7 @@ id of the hub that lost its owner. Looks at folders and at the lists below; asks
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,9 +54,16 @@ def near(source: str | Path, ids: Sequence[str] = (), bare: Sequence[str] = ()) 
 def near_run(path: Path) -> str | None:
     """The run folder that `path` lies in, or the first one that lies in it; None where neither is one."""
     above = [path, *path.parents][:4]  # RUN/checkpoints/step-N/file
-    below = sorted(path.iterdir()) if path.is_dir() else []
-    runs = [str(folder) for folder in (*above, *below) if (folder / "config.yaml").is_file()]
-    return runs[0] if runs else None
+    try:
+        below = sorted(path.iterdir())
+    except OSError:  # no folder, or nobody may look into it
+        below = []
+    for folder in (*above, *below):
+        if os.path.isfile(
+            folder / "config.yaml"
+        ):  # False where Path.is_file raises: not ours to see
+            return str(folder)
+    return None
 
 
 def near_path(path: str | Path) -> str | None:

@@ -28,9 +28,8 @@ def train(model, tokenizer, prompt: str, steps: int = 20, lr: float = 1e-5) -> l
         )
         answers = ids[:, asked.input_ids.shape[1] :]
         rewards = torch.tensor([reward(text) for text in tokenizer.batch_decode(answers)])
-        states = model.model(input_ids=ids).last_hidden_state[
-            :, -new - 1 : -1
-        ]  # what predicted them
+        states = model.model(input_ids=ids).last_hidden_state
+        states = states[:, -new - 1 : -1]  # those that predicted the answers
         sequence = torch.arange(G, device=model.device).repeat_interleave(new)
         loss = linear_grpo_loss(
             states.flatten(0, 1), model.lm_head.weight, answers.flatten(), sequence,

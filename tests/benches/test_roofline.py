@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline as bench
-from bench._recorded import read_recorded
+from bench._recorded_run import read_recorded
 from bench._workload import model_config
 from vtfast.blueprint import read_model_config, skeleton
 from vtfast.config import load_config

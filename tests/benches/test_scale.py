@@ -14,7 +14,7 @@ from launchers import deepspeed_launcher, outside_ranks
 
 from bench import roofline, scale
 from bench._cluster import HOP, NETWORK_HOP, Cluster, all_gather_bytes, all_reduce_bytes
-from bench._recorded import read_recorded
+from bench._recorded_run import read_recorded
 from bench._scaling import (
     Choices,
     Measured,
@@ -25,7 +25,7 @@ from bench._scaling import (
     first_above,
     reduce_dominates,
 )
-from bench._starts import draw, estimate, from_rows, from_run, parse_shape, sizes_of
+from bench._scaling_inputs import draw, estimate, from_rows, from_run, parse_shape, sizes_of
 from bench._workload import MID, TWO_B, Workload, model_config
 from vtfast.blueprint import skeleton
 from vtfast.config import load_config

@@ -228,6 +228,19 @@ def test_a_full_disk_is_no_bug(monkeypatch, capsys):
     assert said.startswith("error: run/curves.png: No space left on device; make room")
 
 
+def test_a_path_of_somebody_elses_is_no_bug(monkeypatch, capsys):
+    """Folders that only their owner may look into: the system raises where one asks whether a file is there."""
+    from vtfast.commands import train
+
+    def denied(arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/other/config.yaml")
+
+    monkeypatch.setattr(train, "run", denied)
+    assert cli.main(["train"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: /home/other/config.yaml: Permission denied; name another path")
+
+
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
     from vtfast.commands import train
 

@@ -10,7 +10,7 @@ import pytest
 
 from vtfast.cli import main
 from vtfast.commands.parser import Parser, one_of, setting_help, whole_number
-from vtfast.config import SettingsError
+from vtfast.config import Config, SettingsError, SFTConfig, field_help, recipe_names
 
 COMMANDS = ["train", "sft", "data", "eval", "report", "migrate", "make-base"]
 
@@ -110,13 +110,32 @@ def help_of(command: str, capsys, flag: str = "--help") -> str:
 def test_help_shows_defaults_and_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = help_of(command, capsys)
-    name = "train.py" if command == "train" else f"vtfast {command}"
+    name = f"vtfast {command}"
     assert text.startswith(f"usage: {name} ") and f"{name} " in text[text.index("\nexample") :]
     flags = text[text.index("--help") : text.index("\nexample")].split("\n  --")[1:]
     without = {f"--{flag.split()[0]}" for flag in flags if "default" not in flag}
     assert without <= {
         "--json", "--rescore", "--fetch_images", "--config", "--dry_run,", "--gpu_memory_gb", "--help_all", "--model",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train", Config), ("sft", SFTConfig)])
+def test_help_breaks_no_name_in_two(command, kind, capsys):
+    text = help_of(command, capsys)
+    assert [name for name in recipe_names(kind) if name not in text] == []
+
+
+def test_help_speaks_of_the_door_that_was_taken(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--help"])
+    text = help_of("train", capsys)
+    assert text.startswith("usage: python train.py ") and "example: python train.py " in text
+
+
+@pytest.mark.parametrize("kind", [Config, SFTConfig])
+def test_no_settings_short_help_ends_inside_parentheses(kind):
+    for name, text in field_help(kind).items():
+        short = setting_help(text, "")
+        assert short.count("(") == short.count(")"), name
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])
@@ -162,6 +181,11 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
         (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not asked; add it with"),
         (["--model", "m", "--fetch_images"], "--fetch_images: is for VSR's images"),
         (["--model", "m", "--bench", ","], "--bench: name at least one of cvbench"),
+        (["--model", "m", "--output_dir", f"{__file__}/x"], f"{__file__} is a file; name a folder"),
+        (
+            ["--model", "m", "--bench", "mmstar"],
+            "--bench mmstar: unknown; there are cvbench, blink",
+        ),
     ],
 )
 def test_eval_tells_what_to_do(words, told, capsys):

@@ -1,5 +1,7 @@
 """What a message suggests for a path or a name that is nowhere."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,20 @@ def test_where_settings_are_looked_for():
 )
 def test_the_run_that_a_path_lies_in_or_that_lies_in_it(path, run):
     assert near_run(Path(path)) == run
+
+
+def test_a_run_is_found_beside_folders_that_nobody_may_look_into(monkeypatch):
+    """As in /tmp, where a service has a folder of its own. Tests may run as root, whom nothing is denied."""
+    Path("runs/another").mkdir()
+    stat = os.stat
+
+    def denied(path, **options):
+        if "another" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    assert near_run(Path("runs")) == "runs/tiny-spatial"
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,19 @@ def test_one_huge_row_group_is_streamed(tmp_path):
 # -------------------------------------------------------------------------------------- hub
 
 
+def test_a_connection_that_fails_without_a_word(monkeypatch, tmp_path):
+    """As a timeout may: its text is empty."""
+    import huggingface_hub
+
+    def mute(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", mute)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mute)
+    with pytest.raises(UserError, match="no connection \\(TimeoutError: no reason given\\)"):
+        load_samples("nobody/no-such-set")
+
+
 def test_no_connection(monkeypatch, tmp_path):
     """Nothing listens on that port; the answer comes at once and not after the client's retries."""
     code = "from vtfast.data import load_samples; load_samples('array/SAT')"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from make_pages import CASES, PAGE, D, H, K, case, exactly
+from make_kv_pages import CASES, PAGE, D, H, K, case, exactly
 from vtfast_kernels.paged_attention import Pages, paged_attention
 
 

@@ -16,8 +16,8 @@ import pytest
 from vtfast import cli, heartbeat
 from vtfast.cli import BAD_INPUT
 from vtfast.errors import RankError
+from vtfast.heartbeat.connection import Door, Line, connect
 from vtfast.heartbeat.judge import RANK_LOST, Judge, Member, State
-from vtfast.heartbeat.line import Door, Line, connect
 
 MEMBERS = [Member(0, "a", 10), Member(1, "b", 4242), Member(2, "b", 4243)]
 
@@ -169,7 +169,7 @@ def test_messages_arrive_whole_however_they_are_cut():
 def test_a_stranger_cannot_harm_rank_0():
     """Wrong tokens, more lines behind them, JSON without end, no lines at all: the ranks go on."""
     stranger = (
-        "from vtfast.heartbeat.line import connect\n"
+        "from vtfast.heartbeat.connection import connect\n"
         "for rank in (1, 99, [], 'x'):\n"
         "    line = connect((*address[:2], 'guess'), rank)\n"
         "    line.send(state={}); line.send(left=True); line.close()\n"

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from make_pages import CASES, case
+from make_kv_pages import CASES, case
 from vtfast_kernels.paged_attention import paged_attention
 
 from vtfast.errors import UserError

@@ -93,7 +93,7 @@ def test_a_model_out_of_reach_leaves_the_rest(capsys, monkeypatch):
     assert "warning: --warmup_steps 500" in text
 
 
-def test_the_gpu_that_there_is(monkeypatch):
+def test_the_gpu_that_there_is(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60_000, 80_000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
@@ -101,6 +101,8 @@ def test_the_gpu_that_there_is(monkeypatch):
     assert find_device(load_config(overrides={"device": "cpu"})).kind == "cpu"
     assert find_device(load_config(), "A100-40") == Device("cuda", 40 * 10**9, "A100-40 of 40 GB")
     assert main(["train", "--gpu_memory_gb", "80"]) == 2, "it says nothing without --dry-run"
+    assert main(["train", "--dry-run", "--gpu_memory_gb", "X100"]) == 2
+    assert capsys.readouterr().out == "", "no settings file of a refused command"
 
 
 @pytest.mark.parametrize("size", ["much", "-1", "nan", "inf", "0", "H1000"])

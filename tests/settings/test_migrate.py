@@ -49,6 +49,52 @@ def test_trl_counts_completions_and_we_prompts():
     assert any("0.5 prompts a rank rounded up" in fate.note for fate in odd.fates)
 
 
+@pytest.mark.parametrize(
+    "words", ['"q_proj", "v_proj"', "q_proj v_proj", "q_proj,v_proj", "'q_proj, v_proj'"]
+)
+def test_modules_stand_between_blanks_or_commas(words):
+    """The first is how TRL's own examples write it."""
+    ours = migrate(f"python grpo.py --use_peft --lora_target_modules {words}").settings
+    assert ours["lora_target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    "tail", ["2>&1 | tee log.txt", "> log.txt 2>&1 &", "&>>log.txt", "&& echo done", "< /dev/null"]
+)
+def test_what_the_shell_makes_of_a_line_is_no_value(tail):
+    line = f"export X=1 && python grpo.py --beta 0.1 --num_generations 4 {tail}"
+    result = migrate(line)
+    assert (result.settings["beta"], result.settings["num_generations"]) == (0.1, 4)
+    assert not any(fate.note == "not a setting" for fate in result.fates)
+
+
+def test_trls_own_command():
+    ours = migrate(
+        "trl grpo --model_name_or_path Qwen/Qwen2-VL-2B --num_processes 4 --beta 0.1"
+    ).settings
+    assert (ours["model"], ours["num_processes"], ours["beta"]) == ("Qwen/Qwen2-VL-2B", 4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kept"),
+    [("constant", "constant"), ("cosine_with_min_lr", "cosine"), ("polynomial", None)],
+)
+def test_schedules_that_are_not_here_are_told(theirs, kept):
+    result = migrate(f"python grpo.py --lr_scheduler_type {theirs} --beta 0.1")
+    assert result.settings.get("lr_scheduler_type") == kept
+    (fate,) = (fate for fate in result.fates if fate.name == "lr_scheduler_type")
+    assert bool(fate.note) == (theirs != kept)
+
+
+def test_easyr1s_launch_line_stands_on_its_config():
+    """What `examples/config.yaml` says and the line does not; lengths above all, which decide what is cut off."""
+    line = "python3 -m verl.trainer.main config=examples/config.yaml data.max_prompt_length=1024"
+    result = migrate(f"{line} worker.actor.model.model_path=Qwen/Qwen2.5-VL-7B-Instruct")
+    ours = result.settings
+    assert (ours["max_prompt_length"], ours["max_completion_length"]) == (1024, 2048)
+    assert (ours["min_pixels"], ours["max_pixels"]) == (512 * 512, 2048 * 2048)
+
+
 def test_trls_correction_comes_with_vllm():
     assert migrate("python grpo.py --use_vllm").settings["vllm_importance_sampling_correction"]
     assert "vllm_importance_sampling_correction" not in migrate("python grpo.py --beta 0").settings
@@ -214,6 +260,7 @@ def test_the_command_writes_a_file_that_train_takes(tmp_path, capsys):
     ("text", "message"),
     [
         ("nothing.yaml", "no such file"),
+        ("", "nothing is named"),
         ("python grpo.py --beta two", "beta"),
         ("python grpo.py --max_steps many", "'many' is no value"),
         ("python grpo.py --per_device_train_batch_size x", "'x' is not a number"),

@@ -41,6 +41,8 @@ def check_output_dir(config: RunConfig) -> None:
                 " name a new folder, or leave it out to go on with that run"
             )
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"--output_dir {folder}: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output_dir {folder}: {parent} is not writable")
 

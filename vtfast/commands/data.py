@@ -70,7 +70,10 @@ def _parser() -> Parser:
         epilog="example: vtfast data inspect SAT_train.parquet --static true --limit 1000",
         checks={"limit": whole_number(1)},
     )
-    parser.add_argument("path", nargs="?", metavar="PATH", help=help_of["data"])
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH",
+        help="questions: a parquet, JSONL or JSON file, a folder, or a hub id (default: the recipe's)",
+    )  # fmt: skip
     parser.add_argument("--limit", metavar="N", help="read only the first N rows (default all)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtfast.commands.parser import Parser, one_of, whole_number
+from vtfast.commands.parser import Parser, WholeWords, one_of, whole_number
 from vtfast.config import SettingsError
 from vtfast.errors import UserError
 from vtfast.files import check_inside, expand
@@ -29,6 +29,10 @@ EXAMPLES = """examples:
   vtfast eval --model Qwen/Qwen2-VL-2B --bench vsr --data vsr=/data/test.jsonl --image_folder /data/coco
   torchrun --nproc_per_node 8 --no-python vtfast eval --model runs/x/checkpoints/last
 """
+
+
+class _WithExamples(WholeWords, argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples on their lines."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -67,7 +71,7 @@ def _parser() -> Parser:
         description="Ask a model the questions of spatial benchmarks, greedily, and score the answers.\n"
         "What was answered before is kept: the same call goes on where it was stopped.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_WithExamples,
         hints={
             bench: f"several benchmarks take commas, --bench {','.join(BENCHES)}"
             for bench in BENCHES
@@ -133,10 +137,9 @@ def _named(options: argparse.Namespace, problems: list[str]) -> tuple[list[str],
         problems.append(f"--bench: name at least one of {', '.join(BENCHES)}")
     for name in names:
         if name not in BENCHES:
-            close = difflib.get_close_matches(name, BENCHES, n=1, cutoff=0.0)
-            problems.append(
-                f"--bench {name}: unknown; did you mean {close[0]}? There are {', '.join(BENCHES)}"
-            )
+            close = difflib.get_close_matches(name, BENCHES, n=1)
+            hint = f"did you mean {close[0]}? There" if close else "there"
+            problems.append(f"--bench {name}: unknown; {hint} are {', '.join(BENCHES)}")
     benches, data = [name for name in names if name in BENCHES], {}
     asked = benches or BENCHES[:1]
     for pair in [pair for text in options.data or [] for pair in text.split(",")]:
@@ -165,8 +168,12 @@ def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[s
     low, high = options.min_pixels, options.max_pixels
     if low and high and low > high:
         yield f"--min_pixels {low}: must be at most --max_pixels {high}"
-    if options.output_dir is not None and expand(options.output_dir).is_file():
-        yield f"--output_dir {options.output_dir}: is a file; name a folder"
+    if options.output_dir is not None:
+        home = expand(options.output_dir)
+        for path in (home, *home.parents):
+            if path.is_file():
+                what = "" if path == home else f"{path} "
+                yield f"--output_dir {options.output_dir}: {what}is a file; name a folder"
     if options.rescore:
         return
     for flag in ("image_folder", "fetch_images"):

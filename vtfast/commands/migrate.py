@@ -66,6 +66,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _line(fate: Fate) -> str:
-    value = "" if fate.value in ("", None) else f" {fate.value}"
+    value = "" if fate.value in ("", None, []) else f" {fate.value}"
     ours = ", ".join(f"{name} {value}" for name, value in fate.to.items()) or "dropped"
     return f"  {fate.name}{value} -> {ours}" + (f"   ({fate.note})" if fate.note else "")

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +22,14 @@ NOTHING = object()
 """Stands for the value of a flag that got none."""
 
 
+class WholeWords(argparse.HelpFormatter):
+    """Breaks lines between words alone: the name of a recipe is copied in one piece."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        words = " ".join(text.split())
+        return textwrap.wrap(words, width, break_on_hyphens=False, break_long_words=False)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with our exit path: a UserError that names the nearest valid flag, and no abbreviations."""
 
@@ -34,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         """`hints`: what to say of flags that this parser lacks and people try, and of words that belong to none.
         `checks`: of options by their names.
         argparse's own `type` and `choices` would stop at the first value that they refuse."""
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, **{"formatter_class": WholeWords} | settings)
         self.hints = hints or {}
         self.checks = checks or {}
 
@@ -51,12 +60,10 @@ class Parser(argparse.ArgumentParser):
         argparse names nothing else where one is missing, though it may be there, misspelt."""
         needed = [action for action in self._actions if action.required]
         valued = [a for a in self._actions if a.option_strings and a.nargs is None]
-        if {"-h", "--help", "--help_all"} & set(
-            itertools.takewhile(lambda word: word != "--", arguments)
-        ):
-            super().parse_args(
-                arguments
-            )  # prints the help, whose usage line tells what is required
+        flags = itertools.takewhile(lambda word: word != "--", arguments)
+        if {"-h", "--help", "--help_all"} & set(flags):
+            # Prints the help, whose usage line tells what is required: so before that is switched off.
+            super().parse_args(arguments)
         for action in needed:
             action.required = False
         for action in valued:

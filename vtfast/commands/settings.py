@@ -91,8 +91,8 @@ def read_settings(
     if problems:
         raise SettingsError(problems)
     if flags["dry_run"]:
-        print(config.to_yaml(), end="")
-        _print_outlook(config, flags["gpu_memory_gb"])
+        outlook = _outlook(config, flags["gpu_memory_gb"])  # first: it may refuse the GPU's name
+        print(config.to_yaml() + outlook)
         return None
     return config
 
@@ -125,7 +125,7 @@ def _add_settings(parser: Parser, kind: type[RunConfig], short: bool) -> None:
                 )  # fmt: skip
 
 
-def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
+def _outlook(config: RunConfig, gpu_memory_gb: str | None) -> str:
     """What a run with these settings would take, and what would stop it here: as YAML comments, so that the output of a
     dry run is a settings file."""
     from vtfast.dry_run import estimate
@@ -137,4 +137,4 @@ def _print_outlook(config: RunConfig, gpu_memory_gb: str | None) -> None:
     lines += [
         f"would stop here: {p}" for p in find_problems(config) if p.partition(": ")[2] not in said
     ]
-    print("\n".join(["#", *(f"# {line}".rstrip() for line in lines)]))
+    return "\n".join(["#", *(f"# {line}".rstrip() for line in lines)])

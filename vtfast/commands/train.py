@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vtfast.commands.settings import read_settings
 from vtfast.config import Config
@@ -10,7 +12,9 @@ from vtfast.config import Config
 
 def run(arguments: Sequence[str]) -> int:
     what = "Train a vision-language model with GRPO."
-    config = read_settings(arguments, Config, prog="train.py", description=what)
+    # train.py lies in the repository; an installed package has `vtfast train` alone.
+    prog = "python train.py" if Path(sys.argv[0]).name == "train.py" else "vtfast train"
+    config = read_settings(arguments, Config, prog=prog, description=what)
     if config is None:
         return 0
 

@@ -168,8 +168,8 @@ class GRPO:
     roofline_steps: int = 10
     """Say every N steps how near to the device's limits each phase runs (vtfast/roofline.py); 0 means never."""
     roofline_rates: str = "data_sheet"
-    """The limits: data_sheet (A100, H100, H200; nothing is said of other devices) or measured (a matmul and a copy on
-    the device at hand, before the first step)."""
+    """The limits: data_sheet (A100, H100 and H200, and nothing is said of other devices) or measured (a matmul and a
+    copy on the device at hand, before the first step)."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 A collective alone says little about a lost rank: gloo an address, NCCL nothing until its timeout. So every rank has a
 small thread with a connection to rank 0. What ends a run:
 
-    died      the connection closed without a word, at once for a process, after `line.GONE` seconds for a machine
+    died      the connection closed without a word, at once for a process, after `connection.GONE` seconds for a machine
     failed    an exception; the rank sends its reason before it ends
     hung      the main thread made no progress for `--rank_timeout` seconds, or the thread itself was not heard for so
               long (a stopped process). Start-up, saving and waiting for another rank need make no progress.
@@ -20,8 +20,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from vtfast.heartbeat.connection import Door
 from vtfast.heartbeat.judge import RANK_LOST, Member, State
-from vtfast.heartbeat.line import Door
 from vtfast.heartbeat.watch import Hub, Spoke, Watch
 
 __all__ = ["RANK_LOST", "Door", "Member", "beat", "fail", "leave", "patient", "start", "waiting"]

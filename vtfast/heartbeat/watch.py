@@ -16,8 +16,8 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from vtfast.heartbeat.connection import Door, Line, connect
 from vtfast.heartbeat.judge import RANK_LOST, Judge, Member, State, Verdict
-from vtfast.heartbeat.line import Door, Line, connect
 
 INTERVAL = 1.0
 """Seconds between two reports of a rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from vtfast.suggestions import did_you_mean
 
 LONGEST = 1_000_000
 """Characters of a file that is read."""
+BETWEEN = ("&&", "||", "|", "&", ";")
+"""What stands between two commands of a line."""
+REDIRECTION = re.compile(r"(\d|&)?>{1,2}(?P<where>.*)|<")
 PROCESSES = ("num_processes", "nproc_per_node", "nproc-per-node", "num_gpus", "num_accelerators")
 """How launchers say their number of ranks."""
 
@@ -43,6 +46,8 @@ def read(what: str) -> Source:
         source = _launch(what)
     elif not path.is_file():
         wanted = "give a YAML file, a shell script, or a launch line in quotes"
+        if not what.strip():
+            raise UserError(f"nothing is named; {wanted}")
         if path.is_dir():
             raise UserError(f"{what}: is a folder; {wanted}")
         raise UserError(f"{what}: no such file; {did_you_mean(what, wanted)}")
@@ -92,6 +97,9 @@ def _launch(text: str) -> Source:
             source.processes = int(value)
     source.unread = []  # a launcher's own words
     source.values = dict(_flags(words[at + 1 :], source))
+    for name in PROCESSES:  # `trl grpo` takes its launcher's flags among its own
+        if str(source.values.get(name)).isdigit():
+            source.processes = int(source.values.pop(name))
     for name in [name for name, value in source.values.items() if "$" in str(value)]:
         source.unread.append(f"{name}: {source.values.pop(name)} (a shell variable)")
     return source
@@ -108,14 +116,31 @@ def _commands(text: str) -> list[list[str]]:
             raise UserError(
                 f"a line cannot be read as shell words ({error}): {line[:80]!r}"
             ) from None
-        words = [_fill(word, variables) for word in words]
-        while words and re.fullmatch(r"(export|[A-Za-z_]\w*=.*)", words[0]):
-            name, _, value = words.pop(0).partition("=")
-            if name != "export":
-                variables[name] = value
-        if words:
-            commands.append(words)
+        for command in _parted(words):
+            command = [_fill(word, variables) for word in command]
+            while command and re.fullmatch(r"(export|[A-Za-z_]\w*=.*)", command[0]):
+                name, _, value = command.pop(0).partition("=")
+                if name != "export":
+                    variables[name] = value
+            if command:
+                commands.append(command)
     return commands
+
+
+def _parted(words: list[str]) -> Iterator[list[str]]:
+    """The commands of a line, without their redirections: `2>&1 | tee log` is no value of the last flag."""
+    command: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word in BETWEEN:
+            yield command
+            command = []
+        elif found := REDIRECTION.fullmatch(word):
+            if not found["where"]:
+                next(rest, None)  # the file
+        else:
+            command.append(word)
+    yield command
 
 
 def _fill(word: str, variables: Mapping[str, str]) -> str:
@@ -126,8 +151,10 @@ def _fill(word: str, variables: Mapping[str, str]) -> str:
 
 
 def _script_at(words: list[str]) -> int | None:
-    """Place of the script's path, or of the module behind the last `-m`."""
+    """Place of the script's path, of the module behind the last `-m`, or of the command of `trl`."""
     for place, word in enumerate(words):
+        if word.split("/")[-1] == "trl" and words[place + 1 : place + 2] == ["grpo"]:
+            return place + 1
         if word.endswith(".py") and not word.startswith("-"):
             return place
         if word == "-m" and place + 1 < len(words) and not words[place + 1].startswith("torch."):

@@ -5,9 +5,12 @@ A rule is a name of ours (the value carries over), `Drop(reason)`, or a function
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from vtfast.config.runs import SCHEDULES
 
 Outcome = tuple[dict[str, Any], str]
 
@@ -75,6 +78,14 @@ def _loggers(value: Any) -> Outcome:
     ) else "the console shows a progress bar"
 
 
+def _schedule(value: Any) -> Outcome:
+    if value in SCHEDULES:
+        return {"lr_scheduler_type": value}, ""
+    if str(value).startswith("cosine"):
+        return {"lr_scheduler_type": "cosine"}, "falls to zero here, over all steps"
+    return {}, f"not here; there are {', '.join(SCHEDULES)}"
+
+
 def _per_question(value: Any) -> Outcome:
     scale = {"true": "group", "false": "none"}.get(str(value).lower(), value)
     return {"scale_rewards": scale}, ""
@@ -91,6 +102,15 @@ def _held_out(value: Any) -> Outcome:
     return {"eval_data": data, "eval_split": split or "val"}, ""
 
 
+def _modules(value: Any) -> Outcome:
+    """Names between blanks, commas, or both: TRL's own examples say `"q_proj", "v_proj"`."""
+    if value is None:
+        return {}, "not set"
+    words = value if isinstance(value, list) else [value]
+    names = [name for word in words for name in re.split(r"[,\s]+", str(word)) if name]
+    return {"lora_target_modules": names}, ""
+
+
 def _positive(ours: str) -> Rule:
     return lambda value: ({ours: value}, "") if int(value) > 0 else ({}, "off there")
 
@@ -102,6 +122,7 @@ WITH_FILES = Drop("checkpoints are whole; nothing to choose")
 OURS_DIFFERS = Drop(
     "has no counterpart: prompts are packed without padding, and workers are not needed"
 )
+WITHIN = Drop("give the file itself: vtfast migrate FILE")
 NO_HUB = Drop(
     "nothing is uploaded; checkpoints are ordinary Hugging Face folders, `hf upload` takes them"
 )
@@ -115,13 +136,13 @@ TRL: Mapping[str, Rule] = {
     "epsilon_high": "epsilon_high", "delta": "delta", "loss_type": "loss_type",
     "importance_sampling_level": "importance_sampling_level", "num_iterations": "num_iterations",
     "reward_weights": "reward_weights", "scale_rewards": _per_question, "reward_funcs": _rewards,
-    "learning_rate": "learning_rate", "lr_scheduler_type": "lr_scheduler_type", "warmup_steps": "warmup_steps",
+    "learning_rate": "learning_rate", "lr_scheduler_type": _schedule, "warmup_steps": "warmup_steps",
     "weight_decay": "weight_decay", "adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2",
     "adam_epsilon": "adam_epsilon", "max_grad_norm": "max_grad_norm", "max_steps": _max_steps,
     "seed": "seed", "save_steps": "save_steps", "save_total_limit": "save_total_limit",
     "report_to": _loggers, "min_pixels": "min_pixels", "max_pixels": "max_pixels",
     "use_peft": _switch("use_peft"), "lora_r": "lora_r", "lora_alpha": "lora_alpha",
-    "lora_target_modules": "lora_target_modules",
+    "lora_target_modules": _modules,
     "gradient_checkpointing": _switch("gradient_checkpointing"), "bf16": _bf16, "fp16": _fp16,
     "torch_dtype": "dtype", "dtype": "dtype", "use_liger_kernel": _switch("use_liger_kernel"),
     "use_vllm": _switch("use_vllm"), "vllm_gpu_memory_utilization": "vllm_gpu_memory_utilization",
@@ -157,7 +178,7 @@ TRL: Mapping[str, Rule] = {
     "mask_truncated_completions": Drop("not here: cut-off answers are trained on, with their rewards"),
     "use_bias_correction_kl": Drop("the trainer's KL is uncorrected (the kernels have it: GRPOLoss)"),
     "top_entropy_quantile": Drop("not here: all tokens are trained on"),
-    "dataset_config": Drop("name the file or folder in --data"), "local_rank": Drop("the launcher's"),
+    "config": WITHIN, "dataset_config": Drop("name the file or folder in --data"), "local_rank": Drop("the launcher's"),
 }  # fmt: skip
 """Flags of TRL's GRPOTrainer and, through its forks of TRL 0.14, of R1-V and VisualThinker-R1-Zero."""
 
@@ -207,12 +228,13 @@ EASYR1: Mapping[str, Rule] = {
     "trainer.val_freq": Drop("--eval_data is asked before and after training"),
     "trainer.val_before_train": Drop("--eval_data is asked before and after training"),
     "trainer.val_only": Drop("`vtfast eval`"), "trainer.val_generations_to_log": EVERY_STEP,
-    "config": Drop("give the file itself: vtfast migrate FILE"),
+    "config": WITHIN,
 }  # fmt: skip
 FOLDED = {
     "worker.actor.fsdp.": "ZeRO-2 in place of FSDP", "worker.actor.offload.": "ZeRO-2 in place of FSDP",
     "worker.ref.": "the reference shares frozen weights; --offload_reference true moves it off the GPU",
     "worker.rollout.val_override_config.": "held-out answers: once sampled, once greedy",
+    "lr_scheduler_kwargs.": "schedules have no options here",
     "generation_kwargs.": "--top_k, --top_p, --min_p, --repetition_penalty",
     "model_init_kwargs.": "chosen by itself here",
 }  # fmt: skip
@@ -238,7 +260,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "easyr1": {
         "beta": 0.01, "seed": 1, "epsilon_high": 0.3, "delta": 3.0, "loss_type": "dapo", "weight_decay": 0.01,
-        "lr_scheduler_type": "constant", "num_generations": 5,
+        "lr_scheduler_type": "constant", "num_generations": 5, "max_prompt_length": 2048,
+        "max_completion_length": 2048, "min_pixels": 262144, "max_pixels": 4194304, "gradient_checkpointing": True,
     },
 }  # fmt: skip
-"""What they do where nothing is said, and this trainer does not."""
+"""What they do where nothing is said, and this trainer does not. EasyR1: its `examples/config.yaml`, on which its
+launch lines build."""

@@ -14,8 +14,10 @@ vllm is imported by the constructor and nowhere else. Checked against vLLM's sig
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -28,6 +30,12 @@ from vtfast.model import Policy
 from vtfast.processor import Processor, Prompt
 from vtfast.rollout.loop import row_key
 from vtfast.rollout.sampling import Completion, Sampling
+
+
+def check_installed() -> None:
+    """Raises UserError where there is no vllm. Does not import it, which takes long and may take the device."""
+    if sys.modules.get("vllm") is None and importlib.util.find_spec("vllm") is None:
+        raise UserError("not installed (pip install vllm); or leave the flag out")
 
 
 class VLLMEngine:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench._recorded import Recorded
+from bench._recorded_run import Recorded
 from bench._scaling import Measured, Work
 from bench._workload import MID, TINY, TWO_B, Shape, model_config
 from vtfast.blueprint import skeleton
