@@ -51,7 +51,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     checks: list[tuple[str, Callable[[], object]]] = [
         ("output_dir", lambda: check_output_dir(config)),
         ("report_to", lambda: check_trackers(config.report_to)),
-        ("use_vllm", lambda: config.use_vllm and check_installed()),
+        *([("use_vllm", check_installed)] if config.use_vllm else []),
         ("template", lambda: load_template(config.template)),
         ("target", lambda: hasattr(config, "target") and load_target(config.target)),
         ("data", lambda: _check_data(config.data, config.split)),

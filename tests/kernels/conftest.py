@@ -37,7 +37,8 @@ def device(impl) -> str:
 def poisoned_buffers():
     """Every `torch.empty` of the code under test holds NaN, so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # `make_deterministic` leaves that out
+    # `make_deterministic`, which another test may have called, leaves it out.
+    torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
