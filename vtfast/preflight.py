@@ -51,7 +51,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     checks: list[tuple[str, Callable[[], object]]] = [
         ("output_dir", lambda: check_output_dir(config)),
         ("report_to", lambda: check_trackers(config.report_to)),
-        *([("use_vllm", check_installed)] if config.use_vllm else []),
+        ("use_vllm", lambda: _check_engine(config)),
         ("template", lambda: load_template(config.template)),
         ("target", lambda: hasattr(config, "target") and load_target(config.target)),
         ("data", lambda: _check_data(config.data, config.split)),
@@ -77,6 +77,11 @@ def _check_data(source: str | None, split: str | None) -> None:
         return
     if expand(source).exists() or not is_hub_id(source):
         find_files(source, split, stream=True)
+
+
+def _check_engine(config: RunConfig) -> None:
+    if config.use_vllm:
+        check_installed()
 
 
 def _kind(config: RunConfig) -> str:
