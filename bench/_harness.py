@@ -184,12 +184,17 @@ def commit() -> str:
     if not (ROOT / ".git").exists():
         return "unknown"
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"
         )
     except FileNotFoundError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return f"{head}-dirty" if head and changed else head or "unknown"
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
