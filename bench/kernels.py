@@ -20,7 +20,6 @@ from vtfast_kernels.linear_logprob import linear_logprob
 from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
-    ROOT,
     absence,
     append,
     device_name,
@@ -33,8 +32,8 @@ from bench._harness import (
     versions,
 )
 
-TESTS = ROOT / "tests" / "kernels"
-sys.path.insert(0, str(TESTS))  # the oracles
+TESTS = tuple(f"kernels/test_{op}.py" for op in ("grpo_loss", "linear_grpo_loss", "linear_logprob"))
+sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # the oracles
 GOALS = {"trl": 0.4, "plain": 1.15}  # on the CPU, our time / theirs
 TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}
 """How far a peer's gradients may be from ours, relative; bf16 rounds more. One that is gets no numbers,
@@ -300,9 +299,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests and not tests_pass(
-        *(TESTS / f"test_{op}.py" for op in ("grpo_loss", "linear_grpo_loss", "linear_logprob"))
-    ):
+    if not options.no_tests and not tests_pass(TESTS):
         return NO_NUMBERS
     devices = [("cpu", CPU_BENCH)]
     if torch.cuda.is_available():

@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
-    ROOT,
     alternate,
     append,
     device_name,
@@ -41,6 +40,7 @@ from vtfast.rollout.attention import BACKENDS
 from vtfast.rollout.loop import Rollout
 from vtfast.roofline import Weights
 
+TESTS = ("rollout/test_rollout.py", "rollout/test_rollout_graphs.py")
 GOALS = {"mid": 1 / 2.5, "tiny": 1 / 1.5, "Qwen2-VL-2B": 1 / 20}  # our time / generate's
 
 
@@ -219,9 +219,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests and not tests_pass(
-        *(ROOT / "tests" / f"test_{x}.py" for x in ("rollout", "rollout_graphs"))
-    ):
+    if not options.no_tests and not tests_pass(TESTS):
         return NO_NUMBERS
     names = options.sizes or (["tiny", "mid"] if options.device == "cpu" else ["2B"])
     shapes = [SIZES[name] for name in names]

@@ -31,7 +31,6 @@ from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
     RESULTS,
-    ROOT,
     absence,
     alternate,
     append,
@@ -48,6 +47,7 @@ from bench._workload import MID, SIZES, Shape
 PHASES = ("data", "rollout", "rewards", "reference", "update", "optimizer", "rest")
 """`data`: images and text to tensors. `update`: forward and backward. `rest`: advantages, metrics, bookkeeping."""
 CONTESTANTS = {"ours": "_ours:Ours", "trl": "_trl:TRL", "original": "_original:Original"}
+TESTS = ("training/test_step.py", "model/test_scoring.py", "rollout/test_rollout.py")
 GOALS = {"mid": {"trl": 1 / 3, "original": 1 / 8}}
 """On the CPU, our time / theirs, by model."""
 PROPORTIONAL = Optimizer(learning_rate=0.3, adam_epsilon=1.0, max_grad_norm=0.0)
@@ -280,8 +280,7 @@ def main(argv: list[str]) -> int:
     slow_rounds = options.slow_rounds or (1 if on_gpu else options.rounds)
     torch.set_num_threads(options.threads)
     quiet()
-    tests = (ROOT / "tests" / f"test_{x}.py" for x in ("step", "scoring", "rollout"))
-    if not options.no_tests and not tests_pass(*tests):
+    if not options.no_tests and not tests_pass(TESTS):
         return NO_NUMBERS
     measured, met = {}, []
     for size in sizes:

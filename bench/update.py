@@ -25,7 +25,6 @@ from vtfast_kernels.grpo_loss import GRPOLoss
 from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
-    ROOT,
     absence,
     alternate,
     append,
@@ -49,6 +48,7 @@ from vtfast.packing import Part
 from vtfast.questions import Question
 from vtfast.rollout import Completion
 
+TESTS = ("model/test_packing.py", "model/test_scoring.py")
 GOALS = {"hf": 1 / 2.5, "trl": 1 / 2}  # on the CPU, our time / theirs
 MFU_GOAL = 0.4
 GPU_GOALS = {200: 1 / 4, 700: 1 / 2.3}  # ours / TRL's by tokens of a completion
@@ -324,9 +324,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests and not tests_pass(
-        *(ROOT / "tests" / f"test_{x}.py" for x in ("packing", "scoring"))
-    ):
+    if not options.no_tests and not tests_pass(TESTS):
         return NO_NUMBERS
     shapes = CPU_SHAPES if options.device == "cpu" else GPU_SHAPES
     if options.sizes:

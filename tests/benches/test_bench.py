@@ -1,6 +1,7 @@
 """What the benches share: one schema, what is listed, and a GPU day that says what it cannot run."""
 
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -23,6 +24,13 @@ def test_kept_rows_have_the_one_schema(file):
         header, *rest = csv.reader(rows)
     assert tuple(header) == _harness.COLUMNS
     assert rest and {len(row) for row in rest} == {len(header)}
+
+
+@pytest.mark.parametrize("name", ["kernels", "rollout", "update", "step"])
+def test_the_tests_that_come_first_are_there(name):
+    tests = importlib.import_module(f"bench.{name}").TESTS
+    assert tests and all((_harness.ROOT / "tests" / file).is_file() for file in tests)
+    assert (_harness.ROOT / gpu.GRAPHS).is_file()
 
 
 def test_rows_are_appended_and_another_schema_is_refused(tmp_path, monkeypatch):
