@@ -20,6 +20,7 @@ from vtfast_kernels.linear_logprob import linear_logprob
 from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
+    ROOT,
     absence,
     append,
     device_name,
