@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,12 @@ def shortened(text: object, longest: int = 200) -> str:
     text = str(text)
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def step_of(name: str) -> int | None:
+    """N of a folder called `step-N`, a checkpoint or an evaluation of one; None for another name."""
+    found = re.fullmatch(r"step-(\d+)", name)
+    return int(found[1]) if found else None
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from vtfast.errors import UserError
-from vtfast.files import expand
+from vtfast.files import expand, step_of
 from vtfast.suggestions import ASSETS, DATA, MODELS, SHIPPED, did_you_mean, near
 
 Kind = Literal["dataset", "model"]
@@ -84,8 +84,8 @@ def _check_is_no_run(folder: Path) -> None:
     """Raises UserError for a run folder in the place of one of its checkpoints, and names the newest."""
     if (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
         return
-    steps = [path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
-    newest = max(steps, key=lambda path: int(path.name[5:]), default=None)
+    found = [(step_of(path.name), path) for path in (folder / "checkpoints").glob("step-*")]
+    _, newest = max(((step, path) for step, path in found if step is not None), default=(0, None))
     what = f"give one of its checkpoints, such as {newest}" if newest else "it has no checkpoint"
     raise UserError(f"no model folder {folder}: it is a run folder; {what}")
 

@@ -35,7 +35,11 @@ def did_you_mean(
     source: str | Path, otherwise: str, ids: Sequence[str] = (), bare: Sequence[str] = ()
 ) -> str:
     """How the message about a `source` that is nowhere ends: `did you mean X?`, or `otherwise`. As `near`."""
-    meant = near(source, ids, bare)
+    return question(near(source, ids, bare), otherwise)
+
+
+def question(meant: str | None, otherwise: str) -> str:
+    """`did you mean X?`, or `otherwise` where nothing seems to be meant."""
     return f"did you mean {meant}?" if meant else otherwise
 
 

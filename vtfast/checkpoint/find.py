@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtfast.checkpoint.files import CHECKSUMS, SETTINGS, damage, unlisted
-from vtfast.checkpoint.save import STEP, checkpoints
+from vtfast.checkpoint.save import checkpoints
 from vtfast.checkpoint.state import State, read_state
 from vtfast.config import RunConfig
 from vtfast.errors import UserError
-from vtfast.files import expand
+from vtfast.files import expand, step_of
 from vtfast.suggestions import did_you_mean
 
 log = logging.getLogger("vtfast")
@@ -116,7 +116,7 @@ def _read(folder: Path) -> Checkpoint:
 
 def _midway(folder: Path, config: RunConfig) -> str | None:
     """A run that uses its answers several times can go on only where it asks anew."""
-    step, every = int(STEP.fullmatch(folder.name)[1]), getattr(config, "num_iterations", 1)
+    step, every = step_of(folder.name), getattr(config, "num_iterations", 1)
     if step % every == 0 or step >= (config.max_steps or step):
         return None
     return f"was saved between two uses of the same answers (--num_iterations {every})"
@@ -131,7 +131,7 @@ def _meaning(wanted: str) -> tuple[Path, Path | None]:
     if not path.is_dir():
         meant = did_you_mean(wanted, "name a run folder or a checkpoint, or use last")
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder; {meant}")
-    if STEP.fullmatch(path.name):
+    if step_of(path.name) is not None:
         return path.parent.parent, path
     return (path.parent if path.name == "checkpoints" else path), None
 

@@ -10,7 +10,6 @@ waited for at once, and nothing is copied.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,10 +27,9 @@ from vtfast.checkpoint.optimizer import fragments, to_tensors
 from vtfast.checkpoint.rng import rng_state
 from vtfast.distributed import Ranks
 from vtfast.errors import SharedError, UserError
-from vtfast.files import flush
+from vtfast.files import flush, step_of
 
 log = logging.getLogger("vtfast")
-STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of a run's checkpoints, newest first; whole or not."""
     if not folder.is_dir():
         return []
-    found = [(STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    found = [(step_of(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted(((step, path) for step, path in found if step is not None), reverse=True)
 
 
 def model_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 from vtfast.blueprint import read_model_config
 from vtfast.errors import UserError
-from vtfast.files import expand, read_mapping
+from vtfast.files import expand, read_mapping, step_of
 from vtfast.hub import ASSETS
 from vtfast.model_folder import check_folder
 from vtfast.prompts import load_template
-from vtfast.suggestions import near_run
+from vtfast.suggestions import near_run, question
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int | None:
-        found = re.fullmatch(r"step-(\d+)", self.name) if self.config else None
-        return int(found[1]) if found else None
+        return step_of(self.name) if self.config else None
 
 
 def find_checkpoint(model: str) -> Checkpoint:
@@ -64,10 +62,9 @@ def check_model(checkpoint: Checkpoint) -> None:
                 raise UserError(
                     f"--model {folder}: is a run that has saved no checkpoint yet; name another"
                 )
-            meant = near_run(folder)
             raise UserError(
                 f"--model {folder}: is neither a run folder (it has no config.yaml) nor a model folder (no"
-                f" config.json); {f'did you mean {meant}?' if meant else 'name another'}"
+                f" config.json); {question(near_run(folder), 'name another')}"
             )
         try:
             check_folder(folder)
@@ -78,9 +75,9 @@ def check_model(checkpoint: Checkpoint) -> None:
 
 def _newest(folder: Path) -> Path:
     steps = {
-        int(found[1]): path
+        step: path
         for path in folder.glob("step-*")
-        if (found := re.fullmatch(r"step-(\d+)", path.name)) and _is_model(path)
+        if (step := step_of(path.name)) is not None and _is_model(path)
     }
     if not steps:
         raise UserError(f"--model {folder / 'last'}: there is no checkpoint (step-N) in {folder}")

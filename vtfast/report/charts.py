@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vtfast import paper
+from vtfast.files import step_of
 from vtfast.report.completions import Completions
 from vtfast.report.reflection import THRESHOLD, WORDS
-from vtfast.report.run_folder import Run, evaluation_step, number
+from vtfast.report.run_folder import Run, number
 
 POINTS = 4000
 """Most points of a line; longer ones are averaged over equal stretches of steps."""
@@ -52,9 +53,9 @@ def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
 
     def totals(run: Run, bench: str) -> tuple[list[int], list[Any]]:
         points = [
-            (evaluation_step(name), scores[bench].get("total"))
+            (step_of(name), scores[bench].get("total"))
             for name, scores in run.evaluations.items()
-            if evaluation_step(name) is not None and bench in scores
+            if step_of(name) is not None and bench in scores
         ]
         return [x for x, _ in points], [y for _, y in points]
 

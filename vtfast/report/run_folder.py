@@ -6,7 +6,6 @@ What is missing or cannot be read becomes a note for the page. Only a folder tha
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtfast.errors import UserError
-from vtfast.files import read_mapping, write_json
-from vtfast.suggestions import did_you_mean, near_run
+from vtfast.files import read_mapping, step_of, write_json
+from vtfast.suggestions import did_you_mean, near_run, question
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOut
@@ -112,18 +111,16 @@ def _since_rewind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    meant = near_run(folder)
-    wanted = (
-        f"did you mean {meant}?" if meant else "name the folder that training wrote (--output_dir)"
-    )
+    asked_for = "name the folder that training wrote (--output_dir)"
     if folder.is_file():
-        raise UserError(f"{folder}: is a file; {wanted}")
+        raise UserError(f"{folder}: is a file; {question(near_run(folder), asked_for)}")
     if not folder.is_dir():
         wanted = "name a run folder, such as runs/tiny-spatial"
         raise UserError(f"{folder}: no such folder; {did_you_mean(folder, wanted)}")
     if not any((folder / file).is_file() for file in ("config.yaml", "metrics.jsonl")):
         raise UserError(
-            f"{folder}: no run folder, for it holds neither config.yaml nor metrics.jsonl; {wanted}"
+            f"{folder}: no run folder, for it holds neither config.yaml nor metrics.jsonl;"
+            f" {question(near_run(folder), asked_for)}"
         )
     notes: list[str] = []
     lines = JsonLines(folder / "metrics.jsonl")
@@ -212,14 +209,8 @@ def is_step(value: Any) -> bool:
 
 def _by_step(name: str) -> tuple[bool, int, str]:
     """step-9 before step-10, and both before folders with other names."""
-    step = evaluation_step(name)
+    step = step_of(name)
     return (step is None, step or 0, name)
-
-
-def evaluation_step(name: str) -> int | None:
-    """The step of an evaluation's folder, `step-N`; None for a folder with another name."""
-    match = re.fullmatch(r"step-(\d+)", name)
-    return int(match[1]) if match else None
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtfast import paper
-from vtfast.report.run_folder import Run, evaluation_step, number
+from vtfast.files import step_of
+from vtfast.report.run_folder import Run, number
 
 Table = dict[str, Any]
 
@@ -158,7 +159,7 @@ def _paper_row(name: str, cells: Sequence[float]) -> dict[str, Any]:
 
 def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[str, Any]:
     scores = run.evaluations[name]
-    step = evaluation_step(name)
+    step = step_of(name)
     notes = [name if step is None else f"step {step:,}"]
     for bench in dict.fromkeys(bench for _, bench, _ in columns):
         count, full = number(scores.get(bench, {}).get("count")), paper.QUESTIONS[bench]
@@ -171,7 +172,7 @@ def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[
 def _newest(run: Run) -> list[str]:
     """The evaluation of the latest step; if no folder names a step, the last by name. At most one."""
     names = list(run.evaluations)
-    return ([name for name in names if evaluation_step(name) is not None] or names)[-1:]
+    return ([name for name in names if step_of(name) is not None] or names)[-1:]
 
 
 def _accuracy(score: dict[str, Any] | None, task: str | None) -> str:
