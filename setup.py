@@ -4,7 +4,7 @@
 for it, so our folder must never be importable under that name (it has no `__init__.py`).
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 RUNTIME = [
     "torch>=2.11",
@@ -29,23 +29,9 @@ setup(
     version="0.1.0",
     description="GRPO for vision-language models with fused kernels: VisualThinker-R1-Zero, faster",
     python_requires=">=3.10",
-    packages=[
-        "vtfast",
-        "vtfast.checkpoint",
-        "vtfast.commands",
-        "vtfast.config",
-        "vtfast.data",
-        "vtfast.evaluate",
-        "vtfast.heartbeat",
-        "vtfast.integrations",
-        "vtfast.migrate",
-        "vtfast.report",
-        "vtfast.rewards",
-        "vtfast.rollout",
-        "vtfast_kernels",
-    ],
+    packages=[*find_packages(include=["vtfast", "vtfast.*"]), "vtfast_kernels"],
     package_dir={"vtfast_kernels": "kernels"},
-    package_data={"vtfast": ["recipes/*.yaml", "templates/*.txt", "assets/*/*", "report/assets/*"]},
+    package_data={"vtfast": ["config/recipes/*.yaml", "data/templates/*.txt", "model/assets/*/*", "report/assets/*"]},
     install_requires=RUNTIME,
     extras_require={
         # qwen_vl_utils needs torchvision, which package indexes hold as a CUDA build only

@@ -26,9 +26,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in names:
         print(f"bench {argv[0]}: unknown; there are {', '.join(names)}", file=sys.stderr)
         return 2
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # as `vtfast` has it; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `vtfast` has it; read when torch is imported
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
 
 

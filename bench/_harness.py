@@ -27,9 +27,24 @@ import torch
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(os.environ.get("VTFAST_RESULTS", Path(__file__).parent / "results"))
 COLUMNS = (
-    "op", "peer", "shape", "dtype", "metric", "p20", "p50", "p80", "ratio", "ratio_low", "ratio_high", "share",
-    "device", "versions", "commit", "date", "clocks",
-)  # fmt: skip
+    "op",
+    "peer",
+    "shape",
+    "dtype",
+    "metric",
+    "p20",
+    "p50",
+    "p80",
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+    "share",
+    "device",
+    "versions",
+    "commit",
+    "date",
+    "clocks",
+)
 """Of every file. `ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor
 or peak, where one is known. `clocks`: the SM clock in MHz, median over the runs that a row comes from; empty on the
 CPU. A `metric` of "not installed" or "failed" says why a peer has no numbers."""
@@ -105,10 +120,7 @@ def _nvml() -> ctypes.CDLL | None:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    device: str,
-    limits: Mapping[str, int] = MappingProxyType({}),
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str, limits: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, list[float]]:
     """Seconds of every run in each round; every other round goes backwards, so that no one always comes first.
 
@@ -186,9 +198,7 @@ def commit() -> str:
         return "unknown"
     try:
         head = _git("rev-parse", "--short", "HEAD")
-        changed = _git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"
-        )
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     except FileNotFoundError:
         return "unknown"
     return f"{head}-dirty" if head and changed else head or "unknown"
@@ -209,9 +219,7 @@ def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
         with path.open(newline="") as old:
             header = tuple(next(csv.reader(old), ()))
         if header != COLUMNS:
-            raise ValueError(
-                f"{path}: its columns are {', '.join(header)}, not bench._harness.COLUMNS"
-            )
+            raise ValueError(f"{path}: its columns are {', '.join(header)}, not bench._harness.COLUMNS")
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
     common = {"commit": commit(), "date": stamp}
     if _clocks:

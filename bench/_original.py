@@ -21,7 +21,8 @@ from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
 from bench._phases import Phases
 from bench._task import BETA, MAX_PIXELS, Task, variety
-from vtfast.processor import Processor, Prompt
+from vtfast.data.processor import Processor
+from vtfast.data.prompt import Prompt
 
 END = 0
 """Pads; `min_new_tokens` keeps it from ending an answer."""
@@ -39,13 +40,20 @@ class Original:
         settings = task.optimizer
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=settings.learning_rate, eps=settings.adam_epsilon, weight_decay=0.0, fused=True
-        )  # fmt: skip
+        )
         n, config = task.shape.completion, module.config
         self.generation = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=n, min_new_tokens=n,
-            eos_token_id=END, pad_token_id=END, use_cache=True,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            eos_token_id=END,
+            pad_token_id=END,
+            use_cache=True,
             suppress_tokens=[config.image_token_id, config.video_token_id],  # they would want features of their own
-        )  # fmt: skip
+        )
 
     def step(self) -> None:
         prompts = len(self.task.questions)
@@ -86,9 +94,7 @@ class Original:
         inputs = self.inputs(prompt.ids[None], prompt, 1)
         with torch.no_grad():
             answers = [
-                self.module.generate(**inputs, generation_config=self.generation)[
-                    0, len(prompt.ids) :
-                ]
+                self.module.generate(**inputs, generation_config=self.generation)[0, len(prompt.ids) :]
                 for _ in range(self.task.shape.G)
             ]
         return pad_sequence(answers, batch_first=True, padding_value=END)

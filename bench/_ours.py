@@ -9,7 +9,7 @@ from typing import ClassVar
 from bench._phases import Phases
 from bench._task import BETA, MAX_PIXELS, Task
 from vtfast.config import load_config
-from vtfast.questions import batches
+from vtfast.data.batches import batches
 from vtfast.rollout import Completion
 from vtfast.trainer import Trainer
 
@@ -47,14 +47,11 @@ class Ours:
         trainer.policy.eos_ids = ()  # the tokenizer's end mark is a token like any other: lengths are fixed
         self.module = trainer.policy.module
         if task.answers:
-            trainer.rollout = Planted(
-                dict(zip(map(task.text, range(prompts)), task.answers, strict=True))
-            )
+            trainer.rollout = Planted(dict(zip(map(task.text, range(prompts)), task.answers, strict=True)))
         self.numbers = itertools.count(1)
         self.questions = batches(
-            trainer.asker, trainer.train_samples, range(1, 1_000_000),
-            per_rank=prompts, rank=0, ranks=1, seed=0,
-        )  # fmt: skip
+            trainer.asker, trainer.train_samples, range(1, 1_000_000), per_rank=prompts, rank=0, ranks=1, seed=0
+        )
         phases.watch(trainer.rollout, "generate", "rollout")
         phases.watch(trainer.scorer, "score", "rewards")
         phases.watch(trainer, "score_old", "reference")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from vtfast.blueprint import read_model_config, skeleton
 from vtfast.config import Config, load_config
-from vtfast.devices import DEVICES, Rates, data_sheet
-from vtfast.errors import UserError
-from vtfast.hub import model_path
-from vtfast.load_balancing import Size
-from vtfast.lora import add_lora
+from vtfast.cost.devices import DEVICES, Rates, data_sheet
+from vtfast.cost.micro_batches import Size
+from vtfast.cost.roofline import Weights
+from vtfast.model.blueprint import read_model_config, skeleton
+from vtfast.model.lora import add_lora
 from vtfast.report.run_folder import JsonLines, read_runs
-from vtfast.roofline import Weights
+from vtfast.utils.errors import UserError
+from vtfast.utils.hub import model_path
 
 NEEDED = ("step", "row", "length", "prompt_length", "patches", "advantage", "rank")
 
@@ -62,9 +62,7 @@ def read_recorded(folder: Path, device: str | None = None, dtype: str | None = N
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: holds no config.yaml, so its settings are unknown")
     config = load_config(file=folder / "config.yaml")
-    checkpoints = sorted(
-        (folder / "checkpoints").glob("step-*/config.json"), key=lambda p: p.stat().st_mtime
-    )
+    checkpoints = sorted((folder / "checkpoints").glob("step-*/config.json"), key=lambda p: p.stat().st_mtime)
     model = str(checkpoints[-1].parent) if checkpoints else model_path(config.model)
     precision = _dtype(folder, config, run.metrics, dtype)
     policy = skeleton(read_model_config(model), precision, [] if config.use_peft else config.freeze)
@@ -119,15 +117,13 @@ def _dtype(folder: Path, config: Config, metrics: list[dict], asked: str | None)
     sizes = {line.get("roofline/weight_bytes") for line in metrics} - {None}
     name = asked or (config.dtype if config.dtype != "auto" else None)
     if name is None and not sizes:
-        raise UserError(
-            f"{folder}: precision of the weights unknown; add --dtype float32 or bfloat16"
-        )
+        raise UserError(f"{folder}: precision of the weights unknown; add --dtype float32 or bfloat16")
     return getattr(torch, name) if name else {4: torch.float32, 2: torch.bfloat16}[max(sizes)]
 
 
 def _rates(
     folder: Path, config: Config, metrics: list[dict], device: str | None, dtype: torch.dtype, ranks: int
-) -> Rates:  # fmt: skip
+) -> Rates:
     if device is not None:
         rates = data_sheet(device, dtype, link=ranks > 1)
         if rates is None:
@@ -140,6 +136,4 @@ def _rates(
             " (or train with --roofline_rates measured)"
         )
     last, source = known[-1], config.roofline_rates.replace("_", " ")
-    return Rates(
-        last["roofline/flops"], last["roofline/bandwidth"], last.get("roofline/link"), source
-    )
+    return Rates(last["roofline/flops"], last["roofline/bandwidth"], last.get("roofline/link"), source)

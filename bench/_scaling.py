@@ -5,7 +5,7 @@
     update     the same, then: gradients all-reduced in every pass, as far as the backward pass does not hide them;
                AdamW on 1 / n of the states, at the memory's bandwidth; trained weights gathered once
 
-Floors are those of vtfast/roofline.py. With one GPU the prediction is the measurement.
+Floors are those of vtfast/cost/roofline.py. With one GPU the prediction is the measurement.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench._cluster import Cluster
-from vtfast.devices import Rates
-from vtfast.load_balancing import Size, passes_of
-from vtfast.roofline import Weights, decode_floor, optimizer_floor, prefill_floor
+from vtfast.cost.devices import Rates
+from vtfast.cost.micro_batches import Size, passes_of
+from vtfast.cost.roofline import Weights, decode_floor, optimizer_floor, prefill_floor
 
 BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces in one call (its reduce_bucket_size)."""
@@ -138,9 +138,14 @@ class Model:
     def but(self, work: Work | None = None, choices: Choices | None = None) -> Model:
         """This model with other choices, or another work for the same measurement."""
         other = Model(
-            work or self.work, self.measured, self.rates, self.cluster, choices or self.choices,
-            draws=self.draws, seed=self.seed,
-        )  # fmt: skip
+            work or self.work,
+            self.measured,
+            self.rates,
+            self.cluster,
+            choices or self.choices,
+            draws=self.draws,
+            seed=self.seed,
+        )
         other.pool = self.pool  # which depends on neither
         if work is None:
             other.shares = self.shares
@@ -258,10 +263,7 @@ class Slowest:
     def of(cls, drawn: Sequence[tuple[np.ndarray, int]]) -> Slowest:
         """`drawn`: pools, and the draws from each."""
         values = np.unique(np.concatenate([pool for pool, _ in drawn]))
-        each = [
-            (np.searchsorted(np.sort(pool), values, side="right") / len(pool)) ** draws
-            for pool, draws in drawn
-        ]
+        each = [(np.searchsorted(np.sort(pool), values, side="right") / len(pool)) ** draws for pool, draws in drawn]
         return cls(values, np.prod(each, axis=0))
 
     @property
@@ -272,9 +274,7 @@ class Slowest:
         return float(self.values[np.searchsorted(self.below, q)])
 
 
-def from_there_on(
-    predictions: Sequence[Prediction], holds: Callable[[Prediction], bool]
-) -> Prediction | None:
+def from_there_on(predictions: Sequence[Prediction], holds: Callable[[Prediction], bool]) -> Prediction | None:
     """The smallest number of GPUs for which it holds, and for all that are shown beyond."""
     found = list(itertools.takewhile(holds, reversed(predictions)))
     return found[-1] if found else None

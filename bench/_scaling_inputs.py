@@ -14,19 +14,12 @@ import torch
 from bench._recorded_run import Recorded
 from bench._scaling import Measured, Work
 from bench._workload import MID, TINY, TWO_B, Shape, model_config
-from vtfast.blueprint import skeleton
-from vtfast.devices import DEVICES, Rates, data_sheet
-from vtfast.errors import UserError
-from vtfast.load_balancing import Size
-from vtfast.roofline import (
-    PHASES,
-    Weights,
-    decode_floor,
-    optimizer_floor,
-    pass_floor,
-    phase_seconds,
-    prefill_floor,
-)
+from vtfast.cost.devices import DEVICES, Rates, data_sheet
+from vtfast.cost.micro_batches import Size
+from vtfast.cost.roofline import PHASES, Weights, decode_floor, optimizer_floor, pass_floor, prefill_floor
+from vtfast.model.blueprint import skeleton
+from vtfast.training.speed import phase_seconds
+from vtfast.utils.errors import UserError
 
 EFFICIENCY = (0.6, 0.4)
 """Shares of the floor's speed of rollout and update where nothing is measured: what `bench rollout` and `bench update`
@@ -54,9 +47,7 @@ def from_run(run: Recorded) -> Start:
         raise UserError(f"{run.name}: --num_iterations above 1 is not modelled")
     steps = run.settled
     times = [phase_seconds(step.metrics) for step in steps]
-    mean = {
-        name: float(np.mean([time.get(name, 0.0) for time in times])) for name in (*PHASES, "step")
-    }
+    mean = {name: float(np.mean([time.get(name, 0.0) for time in times])) for name in (*PHASES, "step")}
     split = [time["prefill"] + time["decode"] for time in times if "decode" in time]
     groups = [group for step in steps for group in step.everyone[0]]
     if not any(group.trained for group in groups):
@@ -89,9 +80,7 @@ def from_rows(files: Sequence[Path], device: str | None) -> Start:
     pairs = {key: pair for key, pair in rows.items() if len(pair) == 2}
     if not pairs:
         names = ", ".join(map(str, files))
-        raise UserError(
-            f"{names}: no shape with rows of `ours` in ms for both op rollout and op update"
-        )
+        raise UserError(f"{names}: no shape with rows of `ours` in ms for both op rollout and op update")
     key = max(pairs, key=lambda key: min(row["date"] for row in pairs[key].values()))
     shape, where, dtype = parse_shape(key[0]), key[1], getattr(torch, key[2])
     groups = sizes_of(shape)
@@ -123,9 +112,7 @@ def sizes_of(shape: Shape) -> list[Size]:
     ]
 
 
-def estimate(
-    model: str, device: str, prompts: int, lengths: str, efficiency: tuple[float, float], seed: int
-) -> Start:
+def estimate(model: str, device: str, prompts: int, lengths: str, efficiency: tuple[float, float], seed: int) -> Start:
     """A step of `prompts` prompts (an image of 2,048 patches and 100 tokens of text, G = 8) from floors alone."""
     rates = known_rates(device, torch.bfloat16)
     weights = Weights.of(skeleton(model_config(model), torch.bfloat16))
@@ -134,10 +121,7 @@ def estimate(
     groups = [Size(prompt, draw(lengths, G, rng), [2048]) for _ in range(512)]
     budget = prompt + max(sum(group.lengths) for group in groups)
     held = [groups[i : i + prompts] for i in range(0, len(groups) - prompts + 1, prompts)]
-    rollouts = [
-        (prefill_floor(weights, rates, mine) + decode_floor(weights, rates, mine)).seconds
-        for mine in held
-    ]
+    rollouts = [(prefill_floor(weights, rates, mine) + decode_floor(weights, rates, mine)).seconds for mine in held]
     updates = [sum(pass_floor(weights, rates, [group]).seconds for group in mine) for mine in held]
     work = Work(weights, groups, budget)
     optimizer = optimizer_floor(weights, rates).seconds
@@ -168,15 +152,11 @@ def draw(lengths: str, count: int, rng: np.random.Generator) -> list[int]:
         }[kind, len(values)](*values)
         return [max(1, round(value)) for value in found]
     except (KeyError, ValueError, OverflowError):
-        raise UserError(
-            f"--lengths {lengths}: must be fixed:N, uniform:LOW:HIGH or exponential:MEAN"
-        ) from None
+        raise UserError(f"--lengths {lengths}: must be fixed:N, uniform:LOW:HIGH or exponential:MEAN") from None
 
 
 def known_rates(device: str, dtype: torch.dtype) -> Rates:
     rates = data_sheet(device, dtype)
     if rates is None:
-        raise UserError(
-            f"device {device}: not listed; name one with --device: {', '.join(DEVICES)}"
-        )
+        raise UserError(f"device {device}: not listed; name one with --device: {', '.join(DEVICES)}")
     return rates

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
 
 from bench._workload import Shape, model_config
-from vtfast.prompts import IMAGE
-from vtfast.tiny_model import SPECIAL_IDS, build_tiny_model
+from vtfast.data.prompts import IMAGE
+from vtfast.model.tiny_model import SPECIAL_IDS, build_tiny_model
 
 PATCH = 14
 BETA = 0.04
@@ -93,8 +93,7 @@ def planted_answers(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Ordinary tokens at random: what `Task.answers` holds where contestants are to learn the same."""
     rng, words = random.Random(1), min(SPECIAL_IDS.values())
     return tuple(
-        tuple(tuple(rng.randrange(words) for _ in range(shape.completion)) for _ in range(shape.G))
-        for _ in shape.text
+        tuple(tuple(rng.randrange(words) for _ in range(shape.completion)) for _ in range(shape.G)) for _ in shape.text
     )
 
 

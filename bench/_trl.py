@@ -31,8 +31,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bench._phases import Phases
 from bench._task import BETA, MAX_PIXELS, Task, variety
-from vtfast.processor import Processor
-from vtfast.prompts import IMAGE
+from vtfast.data.processor import Processor
+from vtfast.data.prompts import IMAGE
 
 TEMPLATE = (
     "{% for message in messages %}{% for item in message.content %}"
@@ -61,9 +61,8 @@ class TRL:
             task.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
         )
         model = Qwen2VLForConditionalGeneration.from_pretrained(
-            task.checkpoint, dtype=task.dtype,
-            attn_implementation="flash_attention_2" if has_flash else "sdpa",
-        )  # fmt: skip
+            task.checkpoint, dtype=task.dtype, attn_implementation="flash_attention_2" if has_flash else "sdpa"
+        )
         rows = {
             "prompt": [[{"role": "user", "content": question}] for question in task.questions],
             "images": [[str(task.image(prompt))] for prompt in range(prompts)],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from vtfast.processor import Prompt, mrope_positions
+from vtfast.data.prompt import Prompt, mrope_positions
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Shape:
     def __str__(self) -> str:
         tokens = [n + a * b // 4 for n, (a, b) in zip(self.text, self.grids, strict=True)]
         prompts = f"{min(tokens)}" if min(tokens) == max(tokens) else f"{min(tokens)}-{max(tokens)}"
-        return (
-            f"{self.model} prompts={len(tokens)}x{prompts} G={self.G} completion={self.completion}"
-        )
+        return f"{self.model} prompts={len(tokens)}x{prompts} G={self.G} completion={self.completion}"
 
 
 # "mid" keeps Qwen2-VL-2B's proportions of vision tower, trunk and head at a size that a CPU trains.
@@ -39,26 +37,41 @@ class Shape:
 MODELS = {
     "tiny": dict(
         text=dict(
-            hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=400, sections=[4, 4, 4],
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=400,
+            sections=[4, 4, 4],
         ),
         vision=dict(depth=2, embed_dim=64, num_heads=4, mlp_ratio=2),
     ),
     "mid": dict(
         text=dict(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=4096, sections=[8, 12, 12],
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=4096,
+            sections=[8, 12, 12],
         ),
         vision=dict(depth=4, embed_dim=128, num_heads=4, mlp_ratio=4),
     ),
     "Qwen2-VL-2B": dict(
         text=dict(
-            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-            num_key_value_heads=2, vocab_size=151936, sections=[16, 24, 24],
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            vocab_size=151936,
+            sections=[16, 24, 24],
         ),
         vision=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4),
     ),
-}  # fmt: skip
+}
 MID = Shape("mid", (50, 60, 70, 80), ((20, 20), (24, 24), (26, 26), (28, 28)), 64)
 TINY = replace(MID, model="tiny")
 TWO_B = Shape("Qwen2-VL-2B", (100, 100), ((32, 64), (32, 64)), 200)
@@ -84,11 +97,7 @@ def model_config(name: str) -> Qwen2VLConfig:
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": text["sections"],
-            },
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": text["sections"]},
         ),
         vision_config=dict(hidden_size=text["hidden_size"], **vision),
     )

@@ -29,7 +29,8 @@ from vtfast_kernels import cases as registry
 from vtfast_kernels import checks
 from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
-from vtfast_kernels.paged_attention import Pages, paged_attention
+from vtfast_kernels.paged_attention import paged_attention
+from vtfast_kernels.pages import Pages
 from vtfast_kernels.rope_append import rope_append
 from vtfast_kernels.silu_mul import silu_mul
 
@@ -38,9 +39,13 @@ SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for 
 WITH_TMA = ("logprob_kernel", "linear_sample_kernel")  # what sm_90 launches so
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,16 @@ def record(arch: int) -> list[Launch]:
 
 
 BY_HAND = {
-    "linear_logprob", "linear_sample", "linear_grpo_loss", "grpo_loss", "group_advantage", "paged_attention",
-    "rope_append", "add_rms_norm", "silu_mul",
-}  # fmt: skip
+    "linear_logprob",
+    "linear_sample",
+    "linear_grpo_loss",
+    "grpo_loss",
+    "group_advantage",
+    "paged_attention",
+    "rope_append",
+    "add_rms_norm",
+    "silu_mul",
+}
 """Ops whose options change a kernel; any other is compiled for the registry's inputs in each dtype."""
 
 
@@ -192,10 +204,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", cubin.name],
-            capture_output=True,
-            text=True,
-            check=True,
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     ptx = compiled.asm["ptx"]
@@ -210,18 +219,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     }
 
 
-COLUMNS = (
-    "kernel",
-    "variant",
-    "arch",
-    "registers",
-    "stack",
-    "shared",
-    "wgmma",
-    "tma",
-    "mma",
-    "verdict",
-)
+COLUMNS = ("kernel", "variant", "arch", "registers", "stack", "shared", "wgmma", "tma", "mma", "verdict")
 ROW = "{:<24} {:<28} {:<6} {:>9} {:>6} {:>7} {:>6} {:>4} {:>4}  {}"
 
 

@@ -87,14 +87,20 @@ STEPS = (
         ("-m", "bench", "profile", "--out", OUT, "--size", "rehearsal"),
         needs=("deepspeed",),
     ),
-)  # fmt: skip
+)
 
 
 def environment(links: Path, out: Path, rehearse: bool) -> dict[str, str]:
     """Of the steps: the checkout's own packages first, whether it is installed or not. Of several GPUs the first, since
     a peer would share out its batch among all it sees; for a rehearsal none."""
     (links / "vtfast_kernels").symlink_to(ROOT / "kernels")
-    paths = [str(ROOT), str(links), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(ROOT),
+        str(links),
+        str(ROOT / "tests"),
+        str(ROOT / "tests" / "helpers"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -125,12 +131,7 @@ def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bo
     began, log = time.perf_counter(), out / f"{step.name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(seconds)

@@ -45,9 +45,7 @@ MEMORY_GOAL = 1 / 3  # on the CPU, our growth / plain's
 def inputs_of(shape: Shape, device: str) -> dict:
     """Sixteenths of the tokens are sequences; on-policy with KL, what a first update sees."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    inputs = linear_grpo_inputs(
-        Shape(16, shape.V, shape.D), dtype, device, spec=GRPOLoss(), ignored=0.0
-    )
+    inputs = linear_grpo_inputs(Shape(16, shape.V, shape.D), dtype, device, spec=GRPOLoss(), ignored=0.0)
     generator = torch.Generator().manual_seed(0)
     N = shape.N
     inputs["hidden"] = torch.randn(N, shape.D, generator=generator).to(device, dtype)
@@ -86,9 +84,7 @@ def contestants(inputs: dict, device: str) -> dict[str, Callable[[], torch.Tenso
         from oracles import trl_loss
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        logp, *_ = ChunkedLogProbFunction.apply(
-            hidden, weight, None, target, 1.0, 32768, None, 1.0, ("entropy",)
-        )
+        logp, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ("entropy",))
         return trl_loss(logp, **rest)
 
     def liger():
@@ -111,16 +107,9 @@ def contestants(inputs: dict, device: str) -> dict[str, Callable[[], torch.Tenso
 
         return plain_loss(-linear_cross_entropy(hidden, weight, target, reduction="none"))
 
-    out = {
-        "ours": lambda: linear_grpo_loss(**inputs).loss,
-        "plain": plain,
-        "trl": trl,
-        "liger": liger,
-    }
+    out = {"ours": lambda: linear_grpo_loss(**inputs).loss, "plain": plain, "trl": trl, "liger": liger}
     if device == "cuda":
-        compiled = torch.compile(
-            lambda h, w, t: torch.log_softmax((h @ w.t()).float(), -1).gather(1, t[:, None])[:, 0]
-        )
+        compiled = torch.compile(lambda h, w, t: torch.log_softmax((h @ w.t()).float(), -1).gather(1, t[:, None])[:, 0])
 
         out["compile"] = lambda: plain_loss(compiled(hidden, weight, target))
         out["liger hopper"] = liger_hopper
@@ -155,17 +144,14 @@ def step(forward: Callable[[], torch.Tensor], inputs: dict) -> Callable[[], None
 def growth(name: str, shape: Shape, threads: int) -> float:
     """Peak resident memory in MB that one forward + backward adds in a process of its own."""
     return growth_in_child(
-        "from vtfast_kernels.cases import Shape; from bench.kernels import grow;"
-        f" grow({name!r}, {shape!r}, {threads})"
+        f"from vtfast_kernels.cases import Shape; from bench.kernels import grow; grow({name!r}, {shape!r}, {threads})"
     )
 
 
 def grow(name: str, shape: Shape, threads: int) -> None:
     torch.set_num_threads(threads)
     small = inputs_of(Shape(64, 512, shape.D), "cpu")
-    step(
-        contestants(small, "cpu")[name], small
-    )()  # imports and thread pools are not the op's memory
+    step(contestants(small, "cpu")[name], small)()  # imports and thread pools are not the op's memory
     inputs = inputs_of(shape, "cpu")
     measure_growth(step(contestants(inputs, "cpu")[name], inputs))
 
@@ -216,22 +202,9 @@ def compare(shape: Shape, device: str, rounds: int, slow_rounds: int, threads: i
         elif device == "cpu":
             memory[name] = growth(name, shape, threads)
     flops = OPS["linear_grpo_loss"].flops(shape)
-    print(
-        f"\nlinear_grpo_loss forward + backward, {shape}, {device}, {rounds} rounds, order alternated"
-    )
+    print(f"\nlinear_grpo_loss forward + backward, {shape}, {device}, {rounds} rounds, order alternated")
     row = "  {:<18} {:>9} {:>9} {:>9} {:>8} {:>16} {:>10} {:>12}"
-    print(
-        row.format(
-            "provider",
-            "p20 ms",
-            "p50 ms",
-            "p80 ms",
-            "TFLOP/s",
-            "ours / theirs",
-            "growth MB",
-            "|d_hidden|",
-        )
-    )
+    print(row.format("provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "ours / theirs", "growth MB", "|d_hidden|"))
     ok = True
     floor = quantiles(times["three matmuls"])[1] if "three matmuls" in times else None
     for name, t in times.items():
@@ -287,16 +260,12 @@ def _row(shape: Shape, device: str, provider: str, metric: str, *values: float) 
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench kernels", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include Liger")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--tokens", type=int, nargs="+", help="only these sizes")
-    parser.add_argument(
-        "--shape", type=int, nargs=3, metavar=("N", "V", "D"), help="this one instead"
-    )
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "V", "D"), help="this one instead")
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

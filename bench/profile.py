@@ -38,9 +38,7 @@ def costliest(recorded: profile, device: str) -> list[tuple[str, int, float, flo
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench profile", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="mid; 2B on a GPU")
@@ -62,10 +60,7 @@ def main(argv: list[str]) -> int:
         player.close()
     options.out.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(options.out / "step-trace.json.gz"))
-    lines = [
-        f"one step, {shape}, {device_name(options.device)}",
-        f"{'ms':>10}{'share':>8}{'calls':>8}  kernel",
-    ]
+    lines = [f"one step, {shape}, {device_name(options.device)}", f"{'ms':>10}{'share':>8}{'calls':>8}  kernel"]
     for name, calls, ms, share in costliest(recorded, options.device):
         lines.append(f"{ms:>10.2f}{share:>8.1%}{calls:>8}  {name[:90]}")
     (options.out / "step-kernels.txt").write_text("\n".join(lines) + "\n")

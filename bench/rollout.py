@@ -30,15 +30,15 @@ from bench._harness import (
     seconds,
     tests_pass,
     versions,
-)  # fmt: skip
+)
 from bench._workload import SIZES, Shape, Workload
-from vtfast.attention import choose_backend
-from vtfast.metrics import PEAK_BANDWIDTH, peak
-from vtfast.model import Policy
+from vtfast.cost.devices import PEAK_BANDWIDTH, peak
+from vtfast.cost.roofline import Weights
+from vtfast.model.attention import choose_backend
+from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.attention import BACKENDS
-from vtfast.rollout.loop import Rollout
-from vtfast.roofline import Weights
+from vtfast.rollout.scheduler import Rollout
 
 TESTS = ("rollout/test_rollout.py", "rollout/test_rollout_graphs.py")
 GOALS = {"mid": 1 / 2.5, "tiny": 1 / 1.5, "Qwen2-VL-2B": 1 / 20}  # our time / generate's
@@ -62,9 +62,7 @@ def hugging_face(work: Workload) -> Callable[[], object]:
     ids = pad_sequence(prompts, batch_first=True).flip(1)
     batch = {
         "input_ids": ids,
-        "attention_mask": pad_sequence(
-            [torch.ones_like(p) for p in prompts], batch_first=True
-        ).flip(1),
+        "attention_mask": pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True).flip(1),
         "pixel_values": torch.cat([p.pixels for p in work.prompts]).to(work.dtype),
         "image_grid_thw": torch.cat([p.grid for p in work.prompts]),
         "mm_token_type_ids": (ids == work.config.image_token_id).long(),
@@ -72,9 +70,17 @@ def hugging_face(work: Workload) -> Callable[[], object]:
     batch = {name: value.to(work.device) for name, value in batch.items()}
     n = work.shape.completion
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=work.shape.G, max_new_tokens=n,
-        min_new_tokens=n, eos_token_id=0, pad_token_id=0, use_cache=True,
-    )  # fmt: skip
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=work.shape.G,
+        max_new_tokens=n,
+        min_new_tokens=n,
+        eos_token_id=0,
+        pad_token_id=0,
+        use_cache=True,
+    )
     return lambda: module.generate(**batch, generation_config=settings)
 
 
@@ -86,19 +92,14 @@ FLOOR_GOAL = {64: 0.6}  # share of the floor, by rows
 @torch.no_grad()
 def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool:
     """Milliseconds of a decode step by rows, and how near to the floor they are."""
-    print(
-        f"\ndecode, {shape.model}, {shape.completion} tokens at most, {device_name(device)}, attention {attention}"
-    )
+    print(f"\ndecode, {shape.model}, {shape.completion} tokens at most, {device_name(device)}, attention {attention}")
     names = ("p20 ms", "p50 ms", "p80 ms", "tokens/s", "of floor", "kernels/layer")
     print(f"  {'rows':>6}{'':>8}" + "".join(f"{name:>14}" for name in names))
     met, rows = True, []
     for count in ROWS[device]:
         G = min(8, count)
         prompts = count // G
-        work = Workload(
-            replace(shape, text=shape.text[:1] * prompts, grids=shape.grids[:1] * prompts, G=G),
-            device,
-        )
+        work = Workload(replace(shape, text=shape.text[:1] * prompts, grids=shape.grids[:1] * prompts, G=G), device)
         policy = Policy(work.module.eval(), (), choose_backend("auto", device, work.dtype))
         for mode in ("graph", "eager") if device == "cuda" else ("eager",):
             engine = RolloutEngine(policy, graphs=mode == "graph", attention=attention, poll=STEPS)
@@ -106,9 +107,7 @@ def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool
             times = [seconds(run.decode, device) / STEPS * 1e3 for _ in range(rounds)]
             p20, p50, p80 = quantiles(times)
             tokens = sum(len(prompt.ids) for prompt in work.prompts)
-            own = (
-                STEPS * (rounds + 2) / 2
-            )  # the middle of what was timed, behind the steps of `start`
+            own = STEPS * (rounds + 2) / 2  # the middle of what was timed, behind the steps of `start`
             share = share_of_floor(policy, tokens + count * own, p50 / 1e3)
             kernels = kernels_a_layer(run, policy) if device == "cuda" and mode == "eager" else None
             cells = [*(f"{x:.3f}" for x in (p20, p50, p80)), f"{count / p50 * 1e3:.0f}"]
@@ -119,11 +118,19 @@ def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool
                 met = False
             rows.append(
                 {
-                    "op": "decode", "peer": f"{mode}, {attention} attention", "shape": f"{shape.model} rows={count}",
-                    "dtype": str(work.dtype).removeprefix("torch."), "metric": "ms a step", "p20": p20, "p50": p50,
-                    "p80": p80, "share": share, "device": device_name(device), "versions": versions("torch", "triton"),
+                    "op": "decode",
+                    "peer": f"{mode}, {attention} attention",
+                    "shape": f"{shape.model} rows={count}",
+                    "dtype": str(work.dtype).removeprefix("torch."),
+                    "metric": "ms a step",
+                    "p20": p20,
+                    "p50": p50,
+                    "p80": p80,
+                    "share": share,
+                    "device": device_name(device),
+                    "versions": versions("torch", "triton"),
                 }
-            )  # fmt: skip
+            )
             run.release()
     append("rollout.csv", rows)
     return met
@@ -205,17 +212,13 @@ def compare(shape, device: str, rounds: int) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench rollout", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench rollout", description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny and mid; 2B on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument(
-        "--attention", choices=("auto", *BACKENDS), default="auto", help="of decode steps"
-    )
+    parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto", help="of decode steps")
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

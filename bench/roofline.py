@@ -1,9 +1,9 @@
 """`python -m bench roofline RUN`: how near to the device's limits each phase of a run was.
 
 Work, times and rates come from the run folder's own files (config.yaml, metrics.jsonl, completions.jsonl and a
-checkpoint's config.json): no weights are loaded and nothing is run. The floors are those of vtfast/roofline.py, step by
-step; the page shows means over all steps but the first. RUN/roofline.md is the page, RUN/roofline.png the picture.
-Lines that the run logged are compared with the page: more than a tenth apart is an error.
+checkpoint's config.json): no weights are loaded and nothing is run. The floors, step by step, are those of
+vtfast/cost/roofline.py; the page shows means over all steps but the first. RUN/roofline.md is the page,
+RUN/roofline.png the picture. Lines that the run logged are compared with the page: more than a tenth apart is an error.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench._recorded_run import Recorded, Step, read_recorded
-from vtfast.devices import DEVICES
-from vtfast.errors import UserError
-from vtfast.roofline import PHASES, Floor, phase_seconds, shares, step_floors
+from vtfast.cost.devices import DEVICES
+from vtfast.cost.roofline import PHASES, Floor, step_floors
+from vtfast.training.speed import phase_seconds, shares
+from vtfast.utils.errors import UserError
 
 ROWS = (
     ("rollout", "rollout"),
@@ -117,9 +118,9 @@ def draw(floors: Mapping[str, Floor], seconds: Mapping[str, float], path: Path) 
     figure, axis = plt.subplots(figsize=(7, 0.7 * len(names) + 1), layout="constrained")
     for i, name in enumerate(names):
         floor = floors.get(name, Floor())
-        axis.barh(i - 0.2, floor.seconds * 1e3, 0.4, color="tab:green", label="floor" if not i else None)  # fmt: skip
-        axis.barh(i + 0.2, seconds[name] * 1e3, 0.4, color="tab:gray", label="measured" if not i else None)  # fmt: skip
-        axis.text(seconds[name] * 1e3, i + 0.2, f" {floor.seconds / seconds[name]:.0%}", va="center")  # fmt: skip
+        axis.barh(i - 0.2, floor.seconds * 1e3, 0.4, color="tab:green", label="floor" if not i else None)
+        axis.barh(i + 0.2, seconds[name] * 1e3, 0.4, color="tab:gray", label="measured" if not i else None)
+        axis.text(seconds[name] * 1e3, i + 0.2, f" {floor.seconds / seconds[name]:.0%}", va="center")
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel("ms a step")
@@ -129,9 +130,7 @@ def draw(floors: Mapping[str, Floor], seconds: Mapping[str, float], path: Path) 
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench roofline", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench roofline", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--device", help=f"count against its data sheet: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights")

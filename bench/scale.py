@@ -2,7 +2,7 @@
 
     --run RUN          start from the phase times and completions of a run folder (of one GPU)
     --rows FILE ...    start from rows of bench/results: `ours` of op rollout and of op update, one shape
-    neither            an estimate: floors of vtfast/roofline.py over a stated efficiency; everything shown says so
+    neither            an estimate: floors of vtfast/cost/roofline.py over a stated efficiency; everything shown says so
 
 Weak scaling keeps the prompts of a GPU, strong scaling those of a step. The page states its assumptions, then shows a
 table of each, from where on communication and waiting take more than a quarter of a step, and what other choices would
@@ -25,8 +25,8 @@ from bench._recorded_run import read_recorded
 from bench._scaling import Choices, Model, Prediction, first_above, reduce_dominates
 from bench._scaling_inputs import EFFICIENCY, Start, estimate, from_rows, from_run
 from bench._workload import MODELS
-from vtfast.devices import DEVICES, LINKS, listed
-from vtfast.errors import UserError
+from vtfast.cost.devices import DEVICES, LINKS, listed
+from vtfast.utils.errors import UserError
 
 GPUS = tuple(2**i for i in range(11))
 LIMIT = 0.25
@@ -40,9 +40,7 @@ def link_rate(name: str) -> float:
     except ValueError:
         rate = 0.0
     if not rate > 0:
-        raise UserError(
-            f"{name}: no link; give GB/s of one direction, or one of {', '.join(LINKS)}"
-        )
+        raise UserError(f"{name}: no link; give GB/s of one direction, or one of {', '.join(LINKS)}")
     return rate
 
 
@@ -51,9 +49,7 @@ def link_rate(name: str) -> float:
 
 def assumptions(start: Start, model: Model) -> list[str]:
     cluster, choices, work, one = model.cluster, model.choices, start.work, start.measured
-    p20, p50, p80, top = np.quantile(
-        [n for g in work.groups for n in g.lengths], (0.2, 0.5, 0.8, 1)
-    )
+    p20, p50, p80, top = np.quantile([n for g in work.groups for n in g.lengths], (0.2, 0.5, 0.8, 1))
     link, network, rates = cluster.link / 1e9, cluster.network / 1e9, start.rates
     said = {
         "One GPU": f"""{start.source}. {one.prompts} prompts a step; rollout {one.rollout:.4g} s, score
@@ -76,9 +72,21 @@ def assumptions(start: Start, model: Model) -> list[str]:
 
 
 COLUMNS = (
-    "GPUs", "prompts", "step s", "p20 - p80", "rollout", "score", "update", "AdamW", "waiting", "gradients", "gather",
-    "lost", "tokens/s", "efficiency",
-)  # fmt: skip
+    "GPUs",
+    "prompts",
+    "step s",
+    "p20 - p80",
+    "rollout",
+    "score",
+    "update",
+    "AdamW",
+    "waiting",
+    "gradients",
+    "gather",
+    "lost",
+    "tokens/s",
+    "efficiency",
+)
 
 
 def table(predictions: Sequence[Prediction], efficiency: Sequence[float]) -> list[str]:
@@ -173,9 +181,7 @@ def verdict(steps: Sequence[Prediction], shares: Sequence[float]) -> str:
     if half is not None:
         said.append(f"Efficiency is under one half from {half.gpus:,} on.")
         if half.rollout > half.waiting + half.reduce + half.gather:
-            said.append(
-                "The rollout does not shrink as its rows do: every decode step reads all weights."
-            )
+            said.append("The rollout does not shrink as its rows do: every decode step reads all weights.")
     return " ".join(said)
 
 
@@ -206,43 +212,27 @@ def picture(kinds: Kinds, path: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench scale", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", type=Path, help="a run folder")
     source.add_argument("--rows", type=Path, nargs="+", help="CSV files of bench/results")
     parser.add_argument("--device", help=f"data sheet to count floors with: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a run's weights")
-    parser.add_argument(
-        "--gpus", type=int, nargs="+", default=GPUS, help="default 1, 2, 4 ... 1024"
-    )
+    parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="default 1, 2, 4 ... 1024")
     parser.add_argument("--link", help=f"inside a machine: GB/s, or one of {', '.join(LINKS)}")
-    parser.add_argument(
-        "--network", default="ndr", help="a GPU's port to other machines, likewise (default ndr)"
-    )
+    parser.add_argument("--network", default="ndr", help="a GPU's port to other machines, likewise (default ndr)")
     parser.add_argument("--node", type=int, default=8, help="GPUs of a machine (default 8)")
-    parser.add_argument(
-        "--overlap", type=float, default=0.5, help="share of the backward pass that hides gradients"
-    )
-    parser.add_argument(
-        "--strong", type=int, help="prompts of a step in strong scaling (default: 64 GPUs' worth)"
-    )
+    parser.add_argument("--overlap", type=float, default=0.5, help="share of the backward pass that hides gradients")
+    parser.add_argument("--strong", type=int, help="prompts of a step in strong scaling (default: 64 GPUs' worth)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--draws", type=int, default=512, help="rollouts simulated for each number of prompts"
-    )
+    parser.add_argument("--draws", type=int, default=512, help="rollouts simulated for each number of prompts")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of page and picture")
     guess = parser.add_argument_group("an estimate's")
     guess.add_argument("--model", choices=MODELS, default="Qwen2-VL-2B")
     guess.add_argument("--prompts", type=int, default=8, help="of a GPU in a step")
-    guess.add_argument(
-        "--lengths", default="uniform:100:700", help="fixed:N, uniform:LOW:HIGH or exponential:MEAN"
-    )
-    guess.add_argument(
-        "--efficiency", type=float, nargs=2, default=EFFICIENCY, metavar=("ROLLOUT", "UPDATE")
-    )
-    return parser  # fmt: skip
+    guess.add_argument("--lengths", default="uniform:100:700", help="fixed:N, uniform:LOW:HIGH or exponential:MEAN")
+    guess.add_argument("--efficiency", type=float, nargs=2, default=EFFICIENCY, metavar=("ROLLOUT", "UPDATE"))
+    return parser
 
 
 def start_of(options: argparse.Namespace) -> Start:
@@ -260,9 +250,13 @@ def start_of(options: argparse.Namespace) -> Start:
     if options.rows:
         return from_rows(options.rows, options.device)
     return estimate(
-        options.model, options.device or "H100", options.prompts, options.lengths, tuple(options.efficiency),
+        options.model,
+        options.device or "H100",
+        options.prompts,
+        options.lengths,
+        tuple(options.efficiency),
         options.seed,
-    )  # fmt: skip
+    )
 
 
 def model_of(start: Start, options: argparse.Namespace) -> Model:

@@ -86,9 +86,7 @@ def seats(task: Task) -> Iterator[tuple[dict[str, tuple[Contestant, Phases]], di
             player.close()
 
 
-def take_step(
-    name: str, players: dict[str, tuple[Contestant, Phases]], absent: dict[str, str]
-) -> None:
+def take_step(name: str, players: dict[str, tuple[Contestant, Phases]], absent: dict[str, str]) -> None:
     """A peer that fails, for want of memory, say, leaves its seat; so does what it held."""
     if name in absent:
         return
@@ -118,9 +116,7 @@ def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
     moves: dict[str, dict[str, Tensor]] = {}
     with make_task(shape, device, threads, torch.float32) as task:
         planted = replace(task, optimizer=PROPORTIONAL, answers=planted_answers(shape))
-        exact = torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False
-        )  # patches are a convolution to the peers
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # patches are a convolution to the peers
         with exact, seats(planted) as (players, absent):
             for name in list(players):
                 before = weights(players[name][0].module)
@@ -174,9 +170,7 @@ def measure(
         return {name: phases for name, (_, phases) in players.items()}, absent
 
 
-def report(
-    shape: Shape, device: str, measured: Mapping[str, Phases], absent: Mapping[str, str]
-) -> bool:
+def report(shape: Shape, device: str, measured: Mapping[str, Phases], absent: Mapping[str, str]) -> bool:
     """Tables, rows of step.csv; whether the goals are met."""
     times = {name: phases.totals() for name, phases in measured.items()}
     print(f"\nstep, {shape}, {device_name(device)}, {len(times['ours'])} rounds")
@@ -211,9 +205,7 @@ def picture(measured: Mapping[str, Mapping[str, Phases]], device: str, path: Pat
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        len(measured), figsize=(9, 0.8 + 1.6 * len(measured)), squeeze=False
-    )
+    figure, panels = pyplot.subplots(len(measured), figsize=(9, 0.8 + 1.6 * len(measured)), squeeze=False)
     for panel, (title, contestants) in zip(panels[:, 0], measured.items(), strict=True):
         names, left = list(contestants), [0.0] * len(contestants)
         medians = [phases.medians(PHASES) for phases in contestants.values()]
@@ -245,9 +237,7 @@ def quiet() -> None:
         importlib.import_module("datasets").disable_progress_bars()
 
 
-def _row(
-    shape: Shape, device: str, peer: str, metric: str, seconds: Sequence[float]
-) -> dict[str, object]:
+def _row(shape: Shape, device: str, peer: str, metric: str, seconds: Sequence[float]) -> dict[str, object]:
     values = [1e3 * value for value in quantiles(seconds)] if seconds else []
     return {
         "op": "step",
@@ -262,16 +252,12 @@ def _row(
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench step", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny and mid; 2B on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--slow-rounds", type=int, help="rounds that include the original; all, or 1 on a GPU"
-    )
+    parser.add_argument("--slow-rounds", type=int, help="rounds that include the original; all, or 1 on a GPU")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)

@@ -37,16 +37,15 @@ from bench._harness import (
     versions,
 )
 from bench._workload import MID, SIZES, TWO_B, Shape, Workload
-from vtfast.attention import choose_backend
-from vtfast.devices import listed
-from vtfast.flops import update_flops
-from vtfast.groups import Batch, Group
-from vtfast.metrics import PEAK_FLOPS
-from vtfast.model import Policy
-from vtfast.objective import Objective
-from vtfast.packing import Part
-from vtfast.questions import Question
+from vtfast.cost.devices import PEAK_FLOPS, listed
+from vtfast.cost.micro_batches import Part
+from vtfast.data.prompt_builder import Question
+from vtfast.model.attention import choose_backend
+from vtfast.model.policy import Policy
 from vtfast.rollout import Completion
+from vtfast.training.groups import Batch, Group
+from vtfast.training.grpo_objective import Objective
+from vtfast.training.metrics import update_flops
 
 TESTS = ("model/test_packing.py", "model/test_scoring.py")
 GOALS = {"hf": 1 / 2.5, "trl": 1 / 2}  # on the CPU, our time / theirs
@@ -60,7 +59,7 @@ class Ours:
         backend = choose_backend("auto", work.device, work.dtype)
         self.policy = Policy(module, (0,), backend)
         if work.device == "cuda":
-            from vtfast.liger import use_liger
+            from vtfast.model.liger import use_liger
 
             use_liger(self.policy)
         self.module = module
@@ -120,7 +119,7 @@ class TRL:
         from transformers import PreTrainedTokenizerFast
         from trl import GRPOConfig, GRPOTrainer
 
-        from vtfast.tiny_model import build_tokenizer
+        from vtfast.model.tiny_model import build_tokenizer
 
         rows = work.shape.G * len(work.prompts)
         self.folder = tempfile.TemporaryDirectory()
@@ -143,9 +142,7 @@ class TRL:
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": "?"}] * rows),
             processing_class=PreTrainedTokenizerFast(
-                tokenizer_object=build_tokenizer(),
-                eos_token="<|endoftext|>",
-                pad_token="<|endoftext|>",
+                tokenizer_object=build_tokenizer(), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
             ),
         )
         self.module, self.batches = self.trainer.model.train(), work.batches()
@@ -220,9 +217,7 @@ def memory_growth(name: str, run: Callable[[], Tensor], work: Workload, threads:
 def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
     work = Workload(shape, device)
     players, runs, rows = {}, {}, []
-    tolerance = (
-        (1e-5, 1e-3) if device == "cpu" else (5e-2, 0.5)
-    )  # bf16 gradients differ by rounding
+    tolerance = (1e-5, 1e-3) if device == "cpu" else (5e-2, 0.5)  # bf16 gradients differ by rounding
 
     def leaves(name: str, error: Exception) -> None:
         """A peer that cannot run, or does not fit, must not stop the others."""
@@ -263,9 +258,7 @@ def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
     name = device_name(work.device)
     peak = listed(PEAK_FLOPS, name)
     print(f"\nupdate, {work.shape}, {work.dtype}, {name}, {len(times['ours'])} rounds")
-    print(
-        f"  {'':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}"
-    )
+    print(f"  {'':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}")
     goals = GOALS if work.device == "cpu" else {"trl": GPU_GOALS.get(work.shape.completion)}
     rows, ok = [], True
     for peer, values in times.items():
@@ -274,24 +267,18 @@ def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
         share = flops / (p50 / 1e3) / peak if peak else None
         shown = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]"
         mfu = "" if share is None else f"{share:.2f}"
-        print(
-            f"  {peer:<14}{p20:>10.1f}{p50:>10.1f}{p80:>10.1f}{shown:>22}{memory[peer]:>10.0f}{mfu:>7}"
-        )
+        print(f"  {peer:<14}{p20:>10.1f}{p50:>10.1f}{p80:>10.1f}{shown:>22}{memory[peer]:>10.0f}{mfu:>7}")
         extra = {"ratio": ratio[0], "ratio_low": ratio[1], "ratio_high": ratio[2]}
         extra |= {} if share is None else {"share": share}
         rows.append(_row(work, peer, "ms", (p20, p50, p80)) | extra)
         if peer == "ours" and share is not None:
             ok &= share >= MFU_GOAL
-            print(
-                f"  goal: MFU of at least {MFU_GOAL}, {'met' if share >= MFU_GOAL else 'NOT met'}"
-            )
+            print(f"  goal: MFU of at least {MFU_GOAL}, {'met' if share >= MFU_GOAL else 'NOT met'}")
         rows.append(_row(work, peer, "growth_mb", (memory[peer],) * 3))
         if goals.get(peer):
             met = ratio[0] <= goals[peer]
             ok &= met
-            print(
-                f"         goal: at most {goals[peer]:.3f} of {peer}, {'met' if met else 'NOT met'}"
-            )
+            print(f"         goal: at most {goals[peer]:.3f} of {peer}, {'met' if met else 'NOT met'}")
     append("update.csv", rows)
     return ok
 
@@ -310,17 +297,11 @@ def _row(work: Workload, peer: str, metric: str, values: tuple[float, ...]) -> d
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench update", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--sizes", nargs="+", choices=SIZES, help="mid; on a GPU 2B, 200 and 700 tokens"
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench update", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="mid; on a GPU 2B, 200 and 700 tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

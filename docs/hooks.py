@@ -6,7 +6,8 @@ from dataclasses import MISSING, fields
 
 from latex2mathml.converter import convert
 
-from vtfast.config import Config, SFTConfig, field_help, sections
+from vtfast.config import Config, SFTConfig, field_help
+from vtfast.config import fields as sections
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
@@ -26,20 +27,10 @@ def _mathml(found: re.Match) -> str:
 def settings() -> str:
     """A table a section, each setting with its default and its help."""
     parts = []
-    for section in (
-        sections.Task,
-        sections.GRPO,
-        sections.SFT,
-        sections.Rollout,
-        sections.Optimizer,
-        sections.Output,
-    ):
+    for section in (sections.Task, sections.GRPO, sections.SFT, sections.Rollout, sections.Optimizer, sections.Output):
         of_run = SFTConfig if section is sections.SFT else Config
         help_of = field_help(of_run)
-        rows = [
-            f"| `--{field.name}` | {_default(field)} | {_cell(help_of[field.name])} |"
-            for field in fields(section)
-        ]
+        rows = [f"| `--{field.name}` | {_default(field)} | {_cell(help_of[field.name])} |" for field in fields(section)]
         title = f"## {section.__name__}\n\n{section.__doc__}\n"
         parts.append("\n".join([title, "| flag | default | |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"

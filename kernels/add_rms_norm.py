@@ -14,13 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, op_scope, require, trusting
+from .checks import check_norm, choose_impl, op_scope, trusting
 
 
 @triton.jit
-def add_rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """One program a row."""
     lane = tl.arange(0, BLOCK)
     here = lane < D
@@ -37,26 +35,10 @@ def add_rms_norm_kernel(
     tl.store(out_ptr + at, out.to(x.dtype), mask=here)
 
 
-def check_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str
-) -> None:
-    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
-    check_tensor("x", x, (None, None), dtypes, x)
-    check_tensor("weight", weight, (x.shape[1],), (x.dtype,), x)
-    if delta is not None:
-        check_tensor("delta", delta, tuple(x.shape), (x.dtype,), x)
-    require(isinstance(eps, float) and eps >= 0, "eps", f"a number not below 0, got {eps!r}")
-
-
 @op_scope
 @torch.no_grad()
 def add_rms_norm(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    *,
-    eps: float = 1e-6,
-    impl: str = "auto",
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, *, eps: float = 1e-6, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (x + delta, its RMS norm times weight). No gradient.
 
@@ -82,9 +64,16 @@ def add_rms_norm(
         total, out = x if delta is None else torch.empty_like(x), torch.empty_like(x)
         if len(x):
             add_rms_norm_kernel[(len(x),)](
-                x, x if delta is None else delta.contiguous(), weight.contiguous(), total, out,
-                x.shape[1], eps, ADD=delta is not None, BLOCK=triton.next_power_of_2(x.shape[1]),
-            )  # fmt: skip
+                x,
+                x if delta is None else delta.contiguous(),
+                weight.contiguous(),
+                total,
+                out,
+                x.shape[1],
+                eps,
+                ADD=delta is not None,
+                BLOCK=triton.next_power_of_2(x.shape[1]),
+            )
         return total, out
     total = x if delta is None else x + delta
     wide = total.float()

@@ -20,7 +20,8 @@ from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
 from .loss_names import LOSS_TYPES, TOKEN_LEVEL
-from .paged_attention import Pages, paged_attention
+from .paged_attention import paged_attention
+from .pages import Pages
 from .rope_append import rope_append
 from .silu_mul import silu_mul
 
@@ -88,10 +89,7 @@ def specs() -> dict[str, GRPOLoss]:
         "token-truncate": {"vllm_importance_sampling_mode": "token_truncate"},
         "sequence-truncate": {"vllm_importance_sampling_mode": "sequence_truncate"},
     }
-    bounds = {
-        "vllm_importance_sampling_clip_max": 1.01,
-        "vllm_importance_sampling_clip_min": 0.98,
-    }
+    bounds = {"vllm_importance_sampling_clip_max": 1.01, "vllm_importance_sampling_clip_min": 0.98}
     for name, options in variations.items():
         options = options if "sampling" not in str(options) else options | bounds
         out[name] = GRPOLoss(temperature=TEMPERATURE, **options)
@@ -106,19 +104,18 @@ def _head(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> tuple:
 
 
 def logprob_inputs(
-    shape: Shape,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-    ignored: float = 0.1,
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, ignored: float = 0.1
 ) -> dict[str, Any]:
     generator, hidden, weight = _head(shape, dtype, device, seed)
     target = torch.randint(shape.V, (shape.N,), generator=generator)
     target[torch.rand(shape.N, generator=generator) < ignored] = -100
     return {
-        "hidden": hidden, "weight": weight, "target": target.to(device),
-        "temperature": TEMPERATURE, "entropy": True,
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "target": target.to(device),
+        "temperature": TEMPERATURE,
+        "entropy": True,
+    }
 
 
 def sequences(N: int, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
@@ -137,29 +134,16 @@ def neighbours(logp: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed + 2)
     noise = torch.randn(3, len(logp), generator=generator).to(logp.device)
     old = logp + 0.2 * noise[0]
-    return {
-        "old_logp": old,
-        "ref_logp": logp + 0.3 * noise[1],
-        "sampler_logp": old + 0.02 * noise[2],
-    }
+    return {"old_logp": old, "ref_logp": logp + 0.3 * noise[1], "sampler_logp": old + 0.02 * noise[2]}
 
 
 def grpo_inputs(
-    shape: Shape,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-    spec: GRPOLoss | None = None,
+    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, spec: GRPOLoss | None = None
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     logp = (torch.randn(shape.N, generator=generator) - 3).to(device)
     spec = spec or GRPOLoss(temperature=TEMPERATURE)
-    return {
-        "logp": logp,
-        **sequences(shape.N, device, seed),
-        **neighbours(logp, seed),
-        "spec": spec,
-    }
+    return {"logp": logp, **sequences(shape.N, device, seed), **neighbours(logp, seed), "spec": spec}
 
 
 def linear_grpo_inputs(
@@ -173,9 +157,7 @@ def linear_grpo_inputs(
     head = logprob_inputs(shape, dtype, device, seed, ignored)
     spec = spec or GRPOLoss(temperature=TEMPERATURE)
     with torch.no_grad():
-        logp = linear_logprob(
-            head["hidden"], head["weight"], head["target"], temperature=spec.temperature
-        )
+        logp = linear_logprob(head["hidden"], head["weight"], head["target"], temperature=spec.temperature)
     head = {name: head[name] for name in ("hidden", "weight", "target")}
     return {**head, **sequences(shape.N, device, seed), **neighbours(logp, seed), "spec": spec}
 
@@ -195,22 +177,22 @@ def sample_inputs(
     _, hidden, weight = _head(shape, dtype, device, seed)
     row = torch.arange(shape.N, device=device)
     return {
-        "hidden": hidden, "weight": weight, "temperature": TEMPERATURE,
-        "seed": seed, "row_key": row * 977, "position": row % 5,
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "temperature": TEMPERATURE,
+        "seed": seed,
+        "row_key": row * 977,
+        "position": row % 5,
+    }
 
 
-def gate_inputs(
-    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> dict[str, Any]:
+def gate_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     gate_up = 3 * torch.randn(shape.N, 2 * shape.D, generator=generator)
     return {"gate_up": gate_up.to(device, dtype)}
 
 
-def norm_inputs(
-    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> dict[str, Any]:
+def norm_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     x, delta = torch.randn(2, shape.N, shape.D, generator=generator).to(device, dtype)
     weight = 1 + 0.3 * torch.randn(shape.D, generator=generator)
@@ -231,9 +213,7 @@ def _pool(pages: int, d: int, dtype: torch.dtype, device: str, seed: int) -> dic
     return dict(zip(("keys", "values"), pools, strict=True))
 
 
-def rope_inputs(
-    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> dict[str, Any]:
+def rope_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Every row writes somewhere of its own."""
     generator = torch.Generator().manual_seed(seed)
     R, d, pages = shape.N, _head_size(shape), shape.N // PAGE + 1
@@ -241,14 +221,15 @@ def rope_inputs(
     angle = 40 * torch.rand(R, d // 2, generator=generator).repeat(1, 2)
     slot = torch.randperm(pages * PAGE, generator=generator)[:R]
     return {
-        "qkv": qkv.to(device, dtype), "cos": angle.cos().to(device, dtype), "sin": angle.sin().to(device, dtype),
-        "slot": slot.to(device), **_pool(pages, d, dtype, device, seed),
-    }  # fmt: skip
+        "qkv": qkv.to(device, dtype),
+        "cos": angle.cos().to(device, dtype),
+        "sin": angle.sin().to(device, dtype),
+        "slot": slot.to(device),
+        **_pool(pages, d, dtype, device, seed),
+    }
 
 
-def page_inputs(
-    shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> dict[str, Any]:
+def page_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Groups of three rows that share their first page; 5 to 12 tokens a row. Few rows: the interpreter runs a program
     for every row, head and split."""
     generator = torch.Generator().manual_seed(seed)
@@ -258,9 +239,10 @@ def page_inputs(
     table[:, 0] = row // 3 * 3 * n
     query = torch.randn(R, HEADS, d, generator=generator)
     return {
-        "query": query.to(device, dtype), **_pool(n * R, d, dtype, device, seed),
+        "query": query.to(device, dtype),
+        **_pool(n * R, d, dtype, device, seed),
         "pages": Pages(table, 5 + row % 8, row // 3, torch.ones_like(row), PAGE),
-    }  # fmt: skip
+    }
 
 
 HEAD = ("hidden", "weight")

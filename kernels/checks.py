@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+SCALES = ("group", "batch", "none")
+
 IMPLS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_FLOATS = (*FLOATS, torch.float64)  # float64 is the oracle's dtype
@@ -66,9 +68,7 @@ def align_rows(*matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def tma_ready(*matrices: torch.Tensor) -> bool:
     """Whether the tensor-copy engine exists and is worth it for these aligned matrices."""
     half = matrices[0].dtype != torch.float32  # in fp32 it only costs registers
-    aligned = all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices
-    )
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
     return half and capability(matrices[0]) >= 90 and aligned
 
 
@@ -102,11 +102,7 @@ def choose_impl(impl: str, tensor: torch.Tensor, name: str = "hidden") -> str:
     if impl == "auto":
         return "triton" if tensor.is_cuda else "torch"
     runnable = impl != "triton" or runs_triton(tensor)
-    require(
-        runnable,
-        "impl",
-        "'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before the first import",
-    )
+    require(runnable, "impl", "'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before the first import")
     return impl
 
 
@@ -115,9 +111,7 @@ def check_values(tensor: torch.Tensor) -> bool:
     return CHECK_VALUES or not tensor.is_cuda
 
 
-def check_tensor(
-    name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple, like: torch.Tensor
-) -> None:
+def check_tensor(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple, like: torch.Tensor) -> None:
     """`shape` may hold None for a free size; `like` fixes the device."""
     require(isinstance(x, torch.Tensor), name, f"expected a tensor, got {type(x).__name__}")
     got = x.shape
@@ -140,11 +134,7 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, impl: str) -> None:
     dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
     check_tensor("hidden", hidden, (None, None), dtypes, hidden)
     check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden)
-    require(
-        weight.shape[0] > 0 and weight.shape[1] > 0,
-        "weight",
-        "needs at least one row and one column",
-    )
+    require(weight.shape[0] > 0 and weight.shape[1] > 0, "weight", "needs at least one row and one column")
 
 
 def check_target(target: torch.Tensor, hidden: torch.Tensor, vocab: int) -> None:
@@ -152,9 +142,7 @@ def check_target(target: torch.Tensor, hidden: torch.Tensor, vocab: int) -> None
     if target.numel() and check_values(target):
         low, high = (int(v) for v in target.aminmax())
         in_range = high < vocab and (low >= 0 or bool(((target >= 0) | (target == IGNORED)).all()))
-        require(
-            in_range, "target", f"ids must be {IGNORED} or in [0, {vocab}), got {low} .. {high}"
-        )
+        require(in_range, "target", f"ids must be {IGNORED} or in [0, {vocab}), got {low} .. {high}")
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
@@ -172,19 +160,66 @@ def check_sequences(sequence_id: torch.Tensor, advantage: torch.Tensor, like: to
         ordered = bool((sequence_id[1:] >= sequence_id[:-1]).all())
         require(ordered, "sequence_id", "must be non-decreasing")
         low, high, S = int(sequence_id[0]), int(sequence_id[-1]), advantage.shape[0]
-        require(
-            low >= 0 and high < S, "sequence_id", f"ids must be in [0, {S}), got {low} .. {high}"
-        )
+        require(low >= 0 and high < S, "sequence_id", f"ids must be in [0, {S}), got {low} .. {high}")
 
 
 def check_denominator(name: str, value: "int | float | torch.Tensor | None") -> None:
     if isinstance(value, torch.Tensor):
-        require(
-            value.dim() == 0,
-            name,
-            f"expected a number or a 0-d tensor, got shape {tuple(value.shape)}",
-        )
+        require(value.dim() == 0, name, f"expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
     elif value is not None:
-        require(
-            isinstance(value, (int, float)) and value > 0, name, f"a positive number, got {value!r}"
-        )
+        require(isinstance(value, (int, float)) and value > 0, name, f"a positive number, got {value!r}")
+
+
+def check_reward(reward: torch.Tensor, group_size: int, scale: str, eps: float) -> None:
+    dtypes = (*REFERENCE_FLOATS, torch.int32, torch.int64)
+    check_tensor("reward", reward, (None,), dtypes, reward)
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    require(whole, "group_size", f"a positive integer, got {group_size!r}")
+    S = reward.shape[0]
+    require(S % group_size == 0, "reward", f"{S} rewards are not whole groups of {group_size}")
+    require(scale in SCALES, "scale", f"one of {', '.join(SCALES)}, got {scale!r}")
+    require(isinstance(eps, (int, float)) and eps >= 0, "eps", f"not negative, got {eps!r}")
+    if check_values(reward):
+        require(bool(torch.isfinite(reward).all()), "reward", "holds a value that is not finite")
+
+
+def check_rows(hidden: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor) -> None:
+    check_tensor("row_key", row_key, (hidden.shape[0],), (torch.int64,), hidden)
+    check_tensor("position", position, (hidden.shape[0],), (torch.int64,), hidden)
+
+
+def check_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str) -> None:
+    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
+    check_tensor("x", x, (None, None), dtypes, x)
+    check_tensor("weight", weight, (x.shape[1],), (x.dtype,), x)
+    if delta is not None:
+        check_tensor("delta", delta, tuple(x.shape), (x.dtype,), x)
+    require(isinstance(eps, float) and eps >= 0, "eps", f"a number not below 0, got {eps!r}")
+
+
+def check_rope(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slot: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    impl: str,
+) -> None:
+    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
+    check_tensor("qkv", qkv, (None, None), dtypes, qkv)
+    check_tensor("keys", keys, (None, None, None, None), (qkv.dtype,), qkv)
+    check_tensor("values", values, tuple(keys.shape), (qkv.dtype,), qkv)
+    in_place = keys.is_contiguous() and values.is_contiguous()
+    require(in_place, "keys", "pages must be contiguous, since they are written in place")
+    B, page, K, d = keys.shape
+    require(d % 2 == 0, "keys", f"the head size must be even to be rotated, got {d}")
+    R, columns = qkv.shape
+    whole = columns % d == 0 and columns > 2 * K * d
+    require(whole, "qkv", f"{columns} columns are not heads of {d}, {K} keys and {K} values among them")
+    check_tensor("cos", cos, (R, d), (qkv.dtype,), qkv)
+    check_tensor("sin", sin, (R, d), (qkv.dtype,), qkv)
+    check_tensor("slot", slot, (R,), (torch.int64,), qkv)
+    if R and check_values(slot):
+        low, high, limit = int(slot.min()), int(slot.max()), B * page
+        require(low >= 0 and high < limit, "slot", f"must be in [0, {limit}), got {low} .. {high}")

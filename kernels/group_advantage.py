@@ -15,22 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import REFERENCE_FLOATS, check_tensor, check_values, choose_impl, op_scope, require
-
-SCALES = ("group", "batch", "none")
-
-
-def check_reward(reward: torch.Tensor, group_size: int, scale: str, eps: float) -> None:
-    dtypes = (*REFERENCE_FLOATS, torch.int32, torch.int64)
-    check_tensor("reward", reward, (None,), dtypes, reward)
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
-    require(whole, "group_size", f"a positive integer, got {group_size!r}")
-    S = reward.shape[0]
-    require(S % group_size == 0, "reward", f"{S} rewards are not whole groups of {group_size}")
-    require(scale in SCALES, "scale", f"one of {', '.join(SCALES)}, got {scale!r}")
-    require(isinstance(eps, (int, float)) and eps >= 0, "eps", f"not negative, got {eps!r}")
-    if check_values(reward):
-        require(bool(torch.isfinite(reward).all()), "reward", "holds a value that is not finite")
+from .checks import check_reward, choose_impl, op_scope
 
 
 @triton.jit
@@ -52,18 +37,14 @@ def _std(ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def group_advantage_kernel(
-    reward_ptr, advantage_ptr, S, G, eps, SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
+def group_advantage_kernel(reward_ptr, advantage_ptr, S, G, eps, SCALE: tl.constexpr, BLOCK: tl.constexpr):
     """One program a group."""
     first = tl.program_id(0) * G
     std, shift = _std(reward_ptr + first, G, BLOCK)
     divisor = 1.0
     if SCALE == "group":
         divisor = std + eps
-    elif (
-        SCALE == "batch"
-    ):  # a few thousand cached rewards: cheaper again in each program than a launch
+    elif SCALE == "batch":  # a few thousand cached rewards: cheaper again in each program than a launch
         whole, _ = _std(reward_ptr, S, BLOCK)
         divisor = whole + eps
     if SCALE != "none":
@@ -77,12 +58,7 @@ def group_advantage_kernel(
 
 @op_scope
 def group_advantage(
-    reward: torch.Tensor,
-    group_size: int,
-    *,
-    scale: str = "group",
-    eps: float = 1e-4,
-    impl: str = "auto",
+    reward: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4, impl: str = "auto"
 ) -> torch.Tensor:
     """Advantages [S] fp32 of rewards [S], normalised within groups of `group_size` neighbours.
 
@@ -96,17 +72,12 @@ def group_advantage(
     impl = choose_impl(impl, reward, "reward")
     check_reward(reward, group_size, scale, eps)
     if impl == "triton":
-        reward, advantage = (
-            reward.float().contiguous(),
-            torch.empty_like(reward, dtype=torch.float32),
-        )
+        reward, advantage = (reward.float().contiguous(), torch.empty_like(reward, dtype=torch.float32))
         S, groups = len(reward), len(reward) // group_size
         # one reward has no deviation: leave it undivided, as the reference does
         scale = "none" if (scale == "group" and group_size == 1) or S == 1 else scale
         if S > 0:
-            group_advantage_kernel[(groups,)](
-                reward, advantage, S, group_size, eps, SCALE=scale, BLOCK=1024
-            )
+            group_advantage_kernel[(groups,)](reward, advantage, S, group_size, eps, SCALE=scale, BLOCK=1024)
         return advantage
     from . import reference  # a few thousand numbers: the plain formula is the CPU's fast path too
 

@@ -16,22 +16,16 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .checks import (
-    REFERENCE_FLOATS,
-    check_denominator,
-    check_sequences,
-    check_tensor,
-    choose_impl,
-    op_scope,
-    require,
-)
+from .checks import check_tensor, choose_impl, op_scope
 from .objective import (
     Evaluation,
     GRPOLoss,
     GRPOLossOutput,
     Tokens,
+    check_loss_inputs,
     describe_tokens,
     evaluate,
+    output_of,
     sampler_ratio,
     token_loss,
     vespo_term,
@@ -41,9 +35,7 @@ __all__ = ["GRPOLoss", "GRPOLossOutput", "grpo_loss"]
 
 
 @triton.jit
-def load_token(
-    logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr
-):
+def load_token(logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr):
     """-> log importance of the policy, log ratio of behaviour policy to sampler; 0 where not `keep`."""
     old = logp
     if HAS_OLD:
@@ -57,12 +49,27 @@ def load_token(
 
 @triton.jit
 def grpo_loss_kernel(
-    logp_ptr, advantage_ptr, scale_ptr, scored_ptr, old_ptr, ref_ptr, sampler_ptr,  # [N]
-    count_ptr, end_ptr,  # [S]
-    loss_ptr, gradient_ptr, kl_ptr, low_ptr, high_ptr,  # [N]
-    first, last,
-    SPEC: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logp_ptr,
+    advantage_ptr,
+    scale_ptr,
+    scored_ptr,
+    old_ptr,
+    ref_ptr,
+    sampler_ptr,  # [N]
+    count_ptr,
+    end_ptr,  # [S]
+    loss_ptr,
+    gradient_ptr,
+    kl_ptr,
+    low_ptr,
+    high_ptr,  # [N]
+    first,
+    last,
+    SPEC: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_SAMPLER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a sequence; tokens first .. last belong to this launch."""
     sequence = tl.program_id(0)
     begin = tl.load(end_ptr + sequence - 1, mask=sequence > 0, other=0)
@@ -79,9 +86,7 @@ def grpo_loss_kernel(
             offset = block + tl.arange(0, BLOCK)
             keep = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
             logp = tl.load(logp_ptr + offset, mask=keep, other=0.0)
-            log_ratio, drift = load_token(
-                logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER
-            )
+            log_ratio, drift = load_token(logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER)
             sum_drift += tl.sum(drift, 0)
             if SPEC.loss_type == "vespo":
                 own = drift
@@ -103,9 +108,7 @@ def grpo_loss_kernel(
         logp = tl.load(logp_ptr + offset, mask=keep, other=0.0)
         advantage = tl.load(advantage_ptr + offset, mask=here, other=0.0)
         scale = tl.load(scale_ptr + offset, mask=here, other=0.0)
-        log_ratio, drift = load_token(
-            logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER
-        )
+        log_ratio, drift = load_token(logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER)
         correction = 1.0 + 0.0 * logp
         if sequence_sampler:
             correction = sampler_ratio(0.0 * drift + sum_drift, SPEC)
@@ -145,47 +148,29 @@ def empty_evaluation(logp: torch.Tensor) -> Evaluation:
     return Evaluation(*(torch.empty_like(logp) for _ in range(3)), *flags)
 
 
-def evaluate_triton(
-    logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, out: Evaluation, first: int, last: int
-) -> None:
+def evaluate_triton(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, out: Evaluation, first: int, last: int) -> None:
     """`evaluate` for the tokens first .. last of the whole batch, written into `out`."""
     old, ref, sampler = (logp if x is None else x for x in (tokens.old, tokens.ref, tokens.sampler))
     S = tokens.end.shape[0]
     if S > 0 and last > first:
         grpo_loss_kernel[(S,)](
-            logp, tokens.advantage, tokens.scale, tokens.scored, old, ref, sampler,
-            tokens.count, tokens.end, *out, first, last,
-            spec, tokens.old is not None, tokens.sampler is not None, BLOCK=1024,
-        )  # fmt: skip
-
-
-def check_loss_inputs(
-    spec: GRPOLoss,
-    like: torch.Tensor,
-    sequence_id: torch.Tensor,
-    advantage: torch.Tensor,
-    optional: dict[str, torch.Tensor | None],
-    denominators: dict[str, int | float | torch.Tensor | None],
-) -> None:
-    """The checks that `grpo_loss` and `linear_grpo_loss` share; `like` is the [N, ...] tensor."""
-    require(isinstance(spec, GRPOLoss), "spec", f"expected a GRPOLoss, got {type(spec).__name__}")
-    check_sequences(sequence_id, advantage, like)
-    for name, x in optional.items():
-        if x is not None:
-            check_tensor(name, x, (like.shape[0],), REFERENCE_FLOATS, like)
-    for name, value in denominators.items():
-        check_denominator(name, value)
-    missing = spec.beta != 0 and optional["ref_logp"] is None
-    require(not missing, "ref_logp", f"needed, because beta is {spec.beta}")
-
-
-def output_of(
-    spec: GRPOLoss, loss: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor | None,
-    kl: torch.Tensor, clip_low: torch.Tensor, clip_high: torch.Tensor, scored: torch.Tensor,
-) -> GRPOLossOutput:  # fmt: skip
-    total = scored.sum().clamp(min=1)
-    low, high = (clipped.sum() / total for clipped in (clip_low, clip_high))
-    return GRPOLossOutput(loss, logp, entropy, kl if spec.beta != 0 else None, low, high)
+            logp,
+            tokens.advantage,
+            tokens.scale,
+            tokens.scored,
+            old,
+            ref,
+            sampler,
+            tokens.count,
+            tokens.end,
+            *out,
+            first,
+            last,
+            spec,
+            tokens.old is not None,
+            tokens.sampler is not None,
+            BLOCK=1024,
+        )
 
 
 class _GRPOLoss(torch.autograd.Function):
@@ -242,17 +227,32 @@ def grpo_loss(
         from . import reference
 
         return reference.grpo_loss(
-            logp, sequence_id, advantage, spec=spec, old_logp=old_logp, ref_logp=ref_logp,
-            sampler_logp=sampler_logp, num_sequences=num_sequences, num_tokens=num_tokens,
-        )  # fmt: skip
+            logp,
+            sequence_id,
+            advantage,
+            spec=spec,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            sampler_logp=sampler_logp,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+        )
     check_tensor("logp", logp, (None,), (torch.float32,), logp)
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, logp, sequence_id, advantage, optional, denominators)
     scored = torch.ones_like(sequence_id, dtype=torch.bool)
     tokens = describe_tokens(
-        spec, sequence_id, advantage, scored, logp.dtype, old_logp,
-        ref_logp if spec.beta != 0 else None, sampler_logp, num_sequences, num_tokens,
-    )  # fmt: skip
+        spec,
+        sequence_id,
+        advantage,
+        scored,
+        logp.dtype,
+        old_logp,
+        ref_logp if spec.beta != 0 else None,
+        sampler_logp,
+        num_sequences,
+        num_tokens,
+    )
     loss, kl, low, high = _GRPOLoss.apply(logp, tokens, spec, impl)
     return output_of(spec, loss, logp.detach(), None, kl, low, high, scored)

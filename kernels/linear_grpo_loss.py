@@ -25,13 +25,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .checks import IGNORED, check_head, check_target, choose_impl, op_scope
-from .grpo_loss import (
-    check_loss_inputs,
-    empty_evaluation,
-    evaluate_triton,
-    load_token,
-    output_of,
-)
+from .grpo_loss import check_loss_inputs, empty_evaluation, evaluate_triton, load_token, output_of
 from .linear_logprob import linear_logprob
 from .logit_rows import (
     Chunk,
@@ -44,15 +38,7 @@ from .logit_rows import (
     row_statistics,
     write_dlogits,
 )
-from .objective import (
-    GRPOLoss,
-    GRPOLossOutput,
-    Tokens,
-    describe_tokens,
-    evaluate,
-    sampler_ratio,
-    token_loss,
-)
+from .objective import GRPOLoss, GRPOLossOutput, Tokens, describe_tokens, evaluate, sampler_ratio, token_loss
 
 WORTH_COMPACTING = 0.9  # share of rows with a gradient below which moving them together is cheaper
 COMPACT_ROWS = 128  # rows in flight while they move
@@ -60,13 +46,31 @@ COMPACT_ROWS = 128  # rows in flight while they move
 
 @triton.jit
 def grpo_rows_kernel(
-    logits_ptr, target_ptr,  # [n, V], [n]: this chunk
-    advantage_ptr, scale_ptr, scored_ptr, old_ptr, ref_ptr, sampler_ptr,  # [N]
-    logp_ptr, entropy_ptr, loss_ptr, gradient_ptr, kl_ptr, low_ptr, high_ptr,  # [N]
-    first, V, stride_logits, inv_temperature,
-    SPEC: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr, STATISTICS: tl.constexpr,
+    logits_ptr,
+    target_ptr,  # [n, V], [n]: this chunk
+    advantage_ptr,
+    scale_ptr,
+    scored_ptr,
+    old_ptr,
+    ref_ptr,
+    sampler_ptr,  # [N]
+    logp_ptr,
+    entropy_ptr,
+    loss_ptr,
+    gradient_ptr,
+    kl_ptr,
+    low_ptr,
+    high_ptr,  # [N]
+    first,
+    V,
+    stride_logits,
+    inv_temperature,
+    SPEC: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_SAMPLER: tl.constexpr,
+    STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place.
     STATISTICS stops after log-prob and entropy: the loss needs the other tokens of the sequence."""
     row = tl.program_id(0)
@@ -82,9 +86,7 @@ def grpo_rows_kernel(
     tl.store(logp_ptr + token, logp)
     tl.store(entropy_ptr + token, tl.where(scored, log_total - mean / total, 0.0))
     if not STATISTICS:
-        log_ratio, drift = load_token(
-            logp, old_ptr, sampler_ptr, token, scored, HAS_OLD, HAS_SAMPLER
-        )
+        log_ratio, drift = load_token(logp, old_ptr, sampler_ptr, token, scored, HAS_OLD, HAS_SAMPLER)
         correction = 1.0
         if HAS_SAMPLER:
             correction = sampler_ratio(drift, SPEC)
@@ -102,9 +104,7 @@ def grpo_rows_kernel(
         tl.store(low_ptr + token, low & scored)
         tl.store(high_ptr + token, high & scored)
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        write_dlogits(
-            row_ptr, V, target, top, log_total, 0.0, gradient, 0.0, inv_temperature, False, BLOCK
-        )
+        write_dlogits(row_ptr, V, target, top, log_total, 0.0, gradient, 0.0, inv_temperature, False, BLOCK)
 
 
 def _spans(tokens: Tokens, rows: int, whole_sequences: bool) -> list[tuple[int, int]] | None:
@@ -189,12 +189,27 @@ class _TritonChunks:
         torch.mm(self.hidden[a:b], self.weight.t(), out=logits)
         old, ref, sampler = (self.logp if x is None else x for x in (t.old, t.ref, t.sampler))
         grpo_rows_kernel[(b - a,)](
-            logits, self.target[a:b], t.advantage, t.scale, t.scored, old, ref, sampler,
-            self.logp, self.entropy, *self.result,
-            a, logits.shape[1], logits.stride(0), self.inv_temperature,
-            self.spec, t.old is not None, t.sampler is not None, self.coupled,
+            logits,
+            self.target[a:b],
+            t.advantage,
+            t.scale,
+            t.scored,
+            old,
+            ref,
+            sampler,
+            self.logp,
+            self.entropy,
+            *self.result,
+            a,
+            logits.shape[1],
+            logits.stride(0),
+            self.inv_temperature,
+            self.spec,
+            t.old is not None,
+            t.sampler is not None,
+            self.coupled,
             **row_config(logits.shape[1]),
-        )  # fmt: skip
+        )
         self.is_gradient = not self.coupled
         if self.coupled:
             evaluate_triton(self.logp, t, self.spec, self.result, a, b)
@@ -304,10 +319,18 @@ def linear_grpo_loss(
         from . import reference
 
         return reference.linear_grpo_loss(
-            hidden, weight, target, sequence_id, advantage, spec=spec, old_logp=old_logp,
-            ref_logp=ref_logp, sampler_logp=sampler_logp, num_sequences=num_sequences,
+            hidden,
+            weight,
+            target,
+            sequence_id,
+            advantage,
+            spec=spec,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            sampler_logp=sampler_logp,
+            num_sequences=num_sequences,
             num_tokens=num_tokens,
-        )  # fmt: skip
+        )
     check_head(hidden, weight, impl)
     check_target(target, hidden, weight.shape[0])
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
@@ -315,9 +338,17 @@ def linear_grpo_loss(
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
     scored = target != IGNORED
     tokens = describe_tokens(
-        spec, sequence_id, advantage, scored, torch.float32, old_logp,
-        ref_logp if spec.beta != 0 else None, sampler_logp, num_sequences, num_tokens,
-    )  # fmt: skip
+        spec,
+        sequence_id,
+        advantage,
+        scored,
+        torch.float32,
+        old_logp,
+        ref_logp if spec.beta != 0 else None,
+        sampler_logp,
+        num_sequences,
+        num_tokens,
+    )
     if impl == "triton":
         hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
     recording = torch.is_grad_enabled()

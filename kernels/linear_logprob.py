@@ -27,23 +27,8 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import (
-    IGNORED,
-    check_head,
-    check_target,
-    check_temperature,
-    choose_impl,
-    interpreted,
-    op_scope,
-)
-from .logit_rows import (
-    Chunk,
-    add_matmul,
-    chunk_rows,
-    dlogits_triton,
-    matmul_over_vocabulary,
-    row_spans,
-)
+from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted, op_scope
+from .logit_rows import Chunk, add_matmul, chunk_rows, dlogits_triton, matmul_over_vocabulary, row_spans
 
 SPLIT = 4096  # vocabulary columns of a work item
 GROUP = 48  # row blocks that walk all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
@@ -58,13 +43,30 @@ FP32_TILE = (64, 64, 16, 8, 2)
 
 @triton.jit
 def logprob_kernel(
-    hidden, weight, target_ptr,
-    max_ptr, sum_ptr, mean_ptr, target_logit_ptr,  # [splits, N]
-    N, V, D: tl.constexpr, inv_temperature, num_splits,
-    stride_hidden, stride_weight,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, ENTROPY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    target_ptr,
+    max_ptr,
+    sum_ptr,
+    mean_ptr,
+    target_logit_ptr,  # [splits, N]
+    N,
+    V,
+    D: tl.constexpr,
+    inv_temperature,
+    num_splits,
+    stride_hidden,
+    stride_weight,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """`hidden` and `weight` are tensor descriptors if TMA, else pointers."""
     lane_n = tl.arange(0, BLOCK_N)
     lane_v = tl.arange(0, BLOCK_V)
@@ -99,12 +101,14 @@ def logprob_kernel(
                     in_d = offs_d < D
                     x = tl.load(
                         x_ptr + lane_n[:, None] * stride_hidden + offs_d[None, :],
-                        mask=in_n[:, None] & in_d[None, :], other=0.0,
-                    )  # fmt: skip
+                        mask=in_n[:, None] & in_d[None, :],
+                        other=0.0,
+                    )
                     w = tl.load(
                         w_ptr + lane_v[:, None] * stride_weight + offs_d[None, :],
-                        mask=(offs_v < V)[:, None] & in_d[None, :], other=0.0,
-                    )  # fmt: skip
+                        mask=(offs_v < V)[:, None] & in_d[None, :],
+                        other=0.0,
+                    )
                 if UPCAST:
                     x = x.to(tl.float32)
                     w = w.to(tl.float32)
@@ -130,9 +134,18 @@ def logprob_kernel(
 
 @triton.jit
 def combine_splits_kernel(
-    max_ptr, sum_ptr, mean_ptr, target_logit_ptr, target_ptr, logp_ptr, entropy_ptr,
-    N, num_splits, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    max_ptr,
+    sum_ptr,
+    mean_ptr,
+    target_logit_ptr,
+    target_ptr,
+    logp_ptr,
+    entropy_ptr,
+    N,
+    num_splits,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Online log-sum-exp over the splits, in their order."""
     offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_n = offs_n < N
@@ -173,12 +186,19 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         shapes = ([block_n, block_d], [block_v, block_d])
         matrices = tuple(map(TensorDescriptor.from_tensor, matrices, shapes))
     constants = {
-        "D": hidden.shape[1], "stride_hidden": hidden.stride(0), "stride_weight": weight.stride(0),
-        "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_D": block_d, "TMA": tma,
-        "PRECISION": "ieee" if is_fp32 else "tf32", "num_warps": warps, "num_stages": stages,
+        "D": hidden.shape[1],
+        "stride_hidden": hidden.stride(0),
+        "stride_weight": weight.stride(0),
+        "BLOCK_N": block_n,
+        "BLOCK_V": block_v,
+        "BLOCK_D": block_d,
+        "TMA": tma,
+        "PRECISION": "ieee" if is_fp32 else "tf32",
+        "num_warps": warps,
+        "num_stages": stages,
         # Triton's interpreter takes bf16 operands of a dot for integers
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
-    }  # fmt: skip
+    }
     return matrices, constants
 
 
@@ -194,10 +214,22 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
     if hidden.is_cuda:
         programs = 2 * torch.cuda.get_device_properties(hidden.device).multi_processor_count
     logprob_kernel[(min(items, programs),)](
-        x, w, target, top, total, mean, target_logit,
-        N=N, V=V, inv_temperature=inv_temperature, num_splits=splits,
-        SPLIT=SPLIT, GROUP=GROUP, ENTROPY=entropy, **constants,
-    )  # fmt: skip
+        x,
+        w,
+        target,
+        top,
+        total,
+        mean,
+        target_logit,
+        N=N,
+        V=V,
+        inv_temperature=inv_temperature,
+        num_splits=splits,
+        SPLIT=SPLIT,
+        GROUP=GROUP,
+        ENTROPY=entropy,
+        **constants,
+    )
     combine_splits_kernel[(triton.cdiv(N, 128),)](
         top, total, mean, target_logit, target, logp, ent, N, splits, ENTROPY=entropy, BLOCK=128
     )
@@ -260,11 +292,7 @@ class _LinearLogprob(torch.autograd.Function):
             return (None,) * 6
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         scored = target != IGNORED
-        g = (
-            torch.zeros_like(scored, dtype=torch.float32)
-            if grad_logp is None
-            else grad_logp * scored
-        )
+        g = torch.zeros_like(scored, dtype=torch.float32) if grad_logp is None else grad_logp * scored
         h = None if grad_entropy is None else grad_entropy * scored
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -304,9 +332,7 @@ def linear_logprob(
     if impl == "reference":
         from . import reference
 
-        return reference.linear_logprob(
-            hidden, weight, target, temperature=temperature, entropy=entropy
-        )
+        return reference.linear_logprob(hidden, weight, target, temperature=temperature, entropy=entropy)
     if impl == "triton":
         hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
     logp, ent = _LinearLogprob.apply(hidden, weight, target, 1.0 / temperature, entropy, impl)

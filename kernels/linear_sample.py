@@ -22,24 +22,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import (
-    check_head,
-    check_temperature,
-    check_tensor,
-    choose_impl,
-    interpreted,
-    op_scope,
-    require,
-)
+from .checks import check_head, check_rows, check_temperature, choose_impl, interpreted, op_scope
 from .logit_rows import LN_2
+from .noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
-GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
-MIX_1: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
-MIX_2: tl.constexpr = tl.constexpr(0x94D049BB133111EB)
-BELOW_ONE: tl.constexpr = tl.constexpr(
-    1.0 - 2.0**-24
-)  # u = 1 would bar a token that may hold all the mass
 
 # BLOCK_V, BLOCK_D, stages; the vocabulary is the matmul's M, so that few rows fill a wgmma
 WGMMA_TILE = (128, 64, 5)
@@ -47,35 +34,31 @@ FP32_TILE = (64, 16, 2)
 
 
 @triton.jit
-def mix(x):
-    """splitmix64's finaliser, uint64 -> uint64."""
-    x = (x ^ (x >> 30)) * MIX_1
-    x = (x ^ (x >> 27)) * MIX_2
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def exponential(state, ids):
-    """Exp(1) noise of the vocabulary ids; accurate near 0, where the unlikely tokens win."""
-    pair = (ids >> 1).to(tl.uint64) + 1
-    bits = (mix(state + pair * GOLDEN) >> ((ids & 1) * 32).to(tl.uint64)) & 0x7FFFFFFF
-    u = tl.minimum(
-        bits.to(tl.int32).to(tl.float32) * (1 / 2147483648) + (1 / 4294967296), BELOW_ONE
-    )
-    # -log1p(-u): seven terms reach fp32 for u < 1/8, above that 1 - u loses nothing
-    series = 1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7 + u * (1 / 8))))
-    series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * series)))
-    return tl.where(u < 0.125, series, -tl.log(1.0 - u))
-
-
-@triton.jit
 def linear_sample_kernel(
-    hidden, weight, row_key_ptr, position_ptr, seed_ptr,
-    score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr,  # [tiles, R]
-    R, V, D: tl.constexpr, inv_temperature, stride_hidden, stride_weight,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GREEDY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    row_key_ptr,
+    position_ptr,
+    seed_ptr,
+    score_ptr,
+    token_ptr,
+    logit_ptr,
+    top_ptr,
+    total_ptr,  # [tiles, R]
+    R,
+    V,
+    D: tl.constexpr,
+    inv_temperature,
+    stride_hidden,
+    stride_weight,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GREEDY: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """One program a vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
     `hidden` and `weight` are tensor descriptors if TMA, else pointers."""
     tile = tl.program_id(1)  # row blocks run fastest, so that they share the tile's weights in L2
@@ -96,12 +79,14 @@ def linear_sample_kernel(
             in_d = offs_d < D
             w = tl.load(
                 w_ptr + lane_v[:, None] * stride_weight + offs_d[None, :],
-                mask=(offs_v < V)[:, None] & in_d[None, :], other=0.0,
-            )  # fmt: skip
+                mask=(offs_v < V)[:, None] & in_d[None, :],
+                other=0.0,
+            )
             x = tl.load(
                 hidden + offs_r[:, None] * stride_hidden + offs_d[None, :],
-                mask=in_r[:, None] & in_d[None, :], other=0.0,
-            )  # fmt: skip
+                mask=in_r[:, None] & in_d[None, :],
+                other=0.0,
+            )
         if UPCAST:
             w = w.to(tl.float32)
             x = x.to(tl.float32)
@@ -129,9 +114,8 @@ def linear_sample_kernel(
 
 @triton.jit
 def combine_tiles_kernel(
-    score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, sample_ptr, logp_ptr,
-    R, tiles, V, BLOCK: tl.constexpr,
-):  # fmt: skip
+    score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, sample_ptr, logp_ptr, R, tiles, V, BLOCK: tl.constexpr
+):
     """One program a row: the winner of the winners, and its log-prob."""
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -162,11 +146,18 @@ def sample_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         shapes = ([block_r, block_d], [block_v, block_d])
         matrices = tuple(map(TensorDescriptor.from_tensor, matrices, shapes))
     constants = {
-        "D": hidden.shape[1], "stride_hidden": hidden.stride(0), "stride_weight": weight.stride(0),
-        "BLOCK_R": block_r, "BLOCK_V": block_v, "BLOCK_D": block_d, "TMA": tma,
-        "PRECISION": "ieee" if is_fp32 else "tf32", "num_warps": warps, "num_stages": stages,
+        "D": hidden.shape[1],
+        "stride_hidden": hidden.stride(0),
+        "stride_weight": weight.stride(0),
+        "BLOCK_R": block_r,
+        "BLOCK_V": block_v,
+        "BLOCK_D": block_d,
+        "TMA": tma,
+        "PRECISION": "ieee" if is_fp32 else "tf32",
+        "num_warps": warps,
+        "num_stages": stages,
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
-    }  # fmt: skip
+    }
     return matrices, constants
 
 
@@ -180,62 +171,26 @@ def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, gre
     score, logit, top, total = logp.new_empty(4, tiles, R)
     winner = torch.empty_like(score, dtype=torch.int32)
     linear_sample_kernel[(triton.cdiv(R, constants["BLOCK_R"]), tiles)](
-        x, w, row_key, position, seed, score, winner, logit, top, total,
-        R=R, V=V, inv_temperature=inv_temperature, GREEDY=greedy, **constants,
-    )  # fmt: skip
+        x,
+        w,
+        row_key,
+        position,
+        seed,
+        score,
+        winner,
+        logit,
+        top,
+        total,
+        R=R,
+        V=V,
+        inv_temperature=inv_temperature,
+        GREEDY=greedy,
+        **constants,
+    )
     combine_tiles_kernel[(R,)](
-        score, winner, logit, top, total, token, logp, R, tiles, V,
-        BLOCK=triton.next_power_of_2(tiles),
-    )  # fmt: skip
+        score, winner, logit, top, total, token, logp, R, tiles, V, BLOCK=triton.next_power_of_2(tiles)
+    )
     return token, logp
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same 64 bits."""
-    x &= (1 << 64) - 1
-    return x - (1 << 64) if x >> 63 else x
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64, in place; the masks make the shifts logical."""
-    x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MIX_1.value))
-    x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MIX_2.value))
-    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
-
-
-def seed_tensor(seed: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """0-d int64 on the device of `like`. A tensor is taken as it is: a captured graph then reads each call's own."""
-    if isinstance(seed, torch.Tensor):
-        check_tensor("seed", seed, (), (torch.int64,), like)
-        return seed
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    require(whole, "seed", f"an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    return torch.full((), _signed(seed), device=like.device)
-
-
-def row_state(seed: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """[R] int64: where in the 2^64 cycle the noise of this row at this position starts."""
-    start = _mix(row_key * _signed(GOLDEN.value) + (seed + 1) * _signed(MIX_2.value))
-    return _mix(start.add_(position * _signed(GOLDEN.value)))
-
-
-def negative_noise(state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """-E [R, stop - start] fp32 for the vocabulary ids start .. stop; start is even."""
-    pair = torch.arange(start // 2 + 1, (stop + 1) // 2 + 1, device=state.device)
-    bits = _mix(state[:, None] + pair.mul_(_signed(GOLDEN.value)))
-    u = bits.view(torch.int32)[:, : stop - start].bitwise_and_(0x7FFFFFFF).float()
-    return u.mul_(-(2.0**-31)).sub_(2.0**-32).clamp_(min=-BELOW_ONE.value).log1p_()
-
-
-def exponential_noise(
-    seed: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor, start: int, stop: int
-) -> torch.Tensor:
-    return negative_noise(row_state(seed, row_key, position), start, stop).neg_()
-
-
-def check_rows(hidden: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor) -> None:
-    check_tensor("row_key", row_key, (hidden.shape[0],), (torch.int64,), hidden)
-    check_tensor("position", position, (hidden.shape[0],), (torch.int64,), hidden)
 
 
 def _sample_torch(
@@ -312,9 +267,8 @@ def linear_sample(
         from . import reference
 
         return reference.linear_sample(
-            hidden, weight, temperature=temperature, seed=seed, row_key=row_key,
-            position=position, greedy=greedy,
-        )  # fmt: skip
+            hidden, weight, temperature=temperature, seed=seed, row_key=row_key, position=position, greedy=greedy
+        )
     if impl == "triton":
         hidden, weight = hidden.contiguous(), weight.contiguous()
         row_key, position = row_key.contiguous(), position.contiguous()

@@ -47,9 +47,8 @@ def row_statistics(row_ptr, V, inv_temperature, BLOCK: tl.constexpr):
 
 @triton.jit
 def write_dlogits(
-    row_ptr, V, target, top, log_total, entropy, g, h, inv_temperature,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    row_ptr, V, target, top, log_total, entropy, g, h, inv_temperature, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
     """Overwrite a row of raw logits by g (1_y - p) - h p (log p + H), chained through the temperature."""
     lane = tl.arange(0, BLOCK)
     for column in range(0, V, BLOCK):
@@ -66,9 +65,16 @@ def write_dlogits(
 
 @triton.jit
 def dlogits_kernel(
-    logits_ptr, target_ptr, grad_logp_ptr, grad_entropy_ptr, V, stride_logits, inv_temperature,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    target_ptr,
+    grad_logp_ptr,
+    grad_entropy_ptr,
+    V,
+    stride_logits,
+    inv_temperature,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a row."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
@@ -78,9 +84,18 @@ def dlogits_kernel(
     if ENTROPY:
         h = tl.load(grad_entropy_ptr + row)
     write_dlogits(
-        row_ptr, V, tl.load(target_ptr + row), top, log_total, log_total - mean / total,
-        tl.load(grad_logp_ptr + row), h, inv_temperature, ENTROPY, BLOCK,
-    )  # fmt: skip
+        row_ptr,
+        V,
+        tl.load(target_ptr + row),
+        top,
+        log_total,
+        log_total - mean / total,
+        tl.load(grad_logp_ptr + row),
+        h,
+        inv_temperature,
+        ENTROPY,
+        BLOCK,
+    )
 
 
 def row_config(V: int) -> dict:
@@ -174,15 +189,18 @@ class Chunk:
 
 
 def dlogits_triton(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    g: torch.Tensor,
-    h: torch.Tensor | None,
-    inv_temperature: float,
+    logits: torch.Tensor, target: torch.Tensor, g: torch.Tensor, h: torch.Tensor | None, inv_temperature: float
 ) -> torch.Tensor:
     """Raw logits [n, V] -> their gradient, in place."""
     dlogits_kernel[(len(logits),)](
-        logits, target, g, g if h is None else h, logits.shape[1], logits.stride(0), inv_temperature,
-        ENTROPY=h is not None, **row_config(logits.shape[1]),
-    )  # fmt: skip
+        logits,
+        target,
+        g,
+        g if h is None else h,
+        logits.shape[1],
+        logits.stride(0),
+        inv_temperature,
+        ENTROPY=h is not None,
+        **row_config(logits.shape[1]),
+    )
     return logits

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import require
+from .checks import REFERENCE_FLOATS, check_denominator, check_sequences, check_tensor, require
 from .loss_names import LOSS_TYPES, SAMPLER_MODES, TOKEN_LEVEL
 
 
@@ -235,9 +235,7 @@ def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.c
 @triton.jit
 def token_loss(logp, log_weight, log_product, ref, advantage, correction, SPEC: tl.constexpr):
     """`policy_loss` plus beta KL -> value, d/d log_weight, d/d logp, kl, clipped below, clipped above."""
-    value, d_weight, d_logp, low, high = policy_loss(
-        logp, log_weight, log_product, advantage, correction, SPEC
-    )
+    value, d_weight, d_logp, low, high = policy_loss(logp, log_weight, log_product, advantage, correction, SPEC)
     kl = 0.0 * logp
     if SPEC.beta != 0.0:
         kl = k3(logp, ref)
@@ -261,15 +259,17 @@ def _bound(pick):
 
 
 def _exp(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp2(
-        x * (1 / math.log(2.0))
-    )  # torch.exp stalls on MKL's threads right after a matmul
+    return torch.exp2(x * (1 / math.log(2.0)))  # torch.exp stalls on MKL's threads right after a matmul
 
 
 _TORCH_TL = types.SimpleNamespace(
-    exp=_exp, log=torch.log, where=torch.where,
-    minimum=_bound(torch.minimum), maximum=_bound(torch.maximum), constexpr=None,
-)  # fmt: skip
+    exp=_exp,
+    log=torch.log,
+    where=torch.where,
+    minimum=_bound(torch.minimum),
+    maximum=_bound(torch.maximum),
+    constexpr=None,
+)
 _TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach, "__builtins__": __builtins__}
 
 
@@ -341,14 +341,17 @@ def describe_tokens(
     else:
         scale = 1.0 / _scalar(num_tokens, dtype, scored.device).clamp(min=1)
     return Tokens(
-        sequence_id, scored, advantage.to(dtype)[sequence_id], scored * scale, count, end,
+        sequence_id,
+        scored,
+        advantage.to(dtype)[sequence_id],
+        scored * scale,
+        count,
+        end,
         *(None if x is None else x.detach().to(dtype).contiguous() for x in (old, ref, sampler)),
-    )  # fmt: skip
+    )
 
 
-def _scalar(
-    x: "int | float | torch.Tensor", dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _scalar(x: "int | float | torch.Tensor", dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """0-d on the device. A number is filled in there: a copy from the host would wait for the device."""
     if isinstance(x, torch.Tensor):
         return x.to(device, dtype)
@@ -399,3 +402,38 @@ def evaluate(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss) -> Evaluation:
         d_weight = per_sequence(d_weight) / count * scored
     gradient = d_weight + d_logp * scale
     return Evaluation(value * scale, gradient, kl * scored, low & scored, high & scored)
+
+
+def check_loss_inputs(
+    spec: GRPOLoss,
+    like: torch.Tensor,
+    sequence_id: torch.Tensor,
+    advantage: torch.Tensor,
+    optional: dict[str, torch.Tensor | None],
+    denominators: dict[str, int | float | torch.Tensor | None],
+) -> None:
+    """The checks that `grpo_loss` and `linear_grpo_loss` share; `like` is the [N, ...] tensor."""
+    require(isinstance(spec, GRPOLoss), "spec", f"expected a GRPOLoss, got {type(spec).__name__}")
+    check_sequences(sequence_id, advantage, like)
+    for name, x in optional.items():
+        if x is not None:
+            check_tensor(name, x, (like.shape[0],), REFERENCE_FLOATS, like)
+    for name, value in denominators.items():
+        check_denominator(name, value)
+    missing = spec.beta != 0 and optional["ref_logp"] is None
+    require(not missing, "ref_logp", f"needed, because beta is {spec.beta}")
+
+
+def output_of(
+    spec: GRPOLoss,
+    loss: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    kl: torch.Tensor,
+    clip_low: torch.Tensor,
+    clip_high: torch.Tensor,
+    scored: torch.Tensor,
+) -> GRPOLossOutput:
+    total = scored.sum().clamp(min=1)
+    low, high = (clipped.sum() / total for clipped in (clip_low, clip_high))
+    return GRPOLossOutput(loss, logp, entropy, kl if spec.beta != 0 else None, low, high)

@@ -16,26 +16,14 @@ Measured on a GPU: not yet.
 Shapes: R rows, H query heads, K key heads, d head size, B pages in the pool, n pages of a row's table.
 """
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from . import checks
-from .checks import (
-    FLOATS,
-    REFERENCE_FLOATS,
-    check_tensor,
-    check_values,
-    choose_impl,
-    interpreted,
-    op_scope,
-    require,
-)
+from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, interpreted, op_scope, require
+from .pages import Gathered, Pages
 
-INTEGERS = (torch.int32, torch.int64)
 MOST_QUERIES = 64  # queries (rows x heads) of a group in one program; wgmma's least
 BLOCK_TOKENS = 64
 PROGRAMS = 528  # enough to fill 132 multiprocessors four times
@@ -44,13 +32,35 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def paged_attention_kernel(
-    query_ptr, keys_ptr, values_ptr, table_ptr, lengths_ptr, group_ptr, place_ptr, shared_ptr,
-    peak_ptr, total_ptr, sum_ptr,  # [R, H, parts], [R, H, parts], [R, H, parts, d]
-    R, n, scale,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr, PARTS: tl.constexpr,
-    PAGE: tl.constexpr, K: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    lengths_ptr,
+    group_ptr,
+    place_ptr,
+    shared_ptr,
+    peak_ptr,
+    total_ptr,
+    sum_ptr,  # [R, H, parts], [R, H, parts], [R, H, parts, d]
+    R,
+    n,
+    scale,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    K: tl.constexpr,
+    REP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """One program: a key head, a stretch of the context, and the queries of one row, or (SHARED) of the up to ROWS rows
     of a group from here on, if this row is the first of such a block. Leaves an unnormalised part of the softmax."""
     row = tl.program_id(0)
@@ -74,11 +84,7 @@ def paged_attention_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     in_d = offs_d < D
     heads = rows.to(tl.int64) * (K * REP) + head * REP + lane % REP
-    q = tl.load(
-        query_ptr + heads[:, None] * D + offs_d[None, :],
-        mask=mine[:, None] & in_d[None, :],
-        other=0.0,
-    )
+    q = tl.load(query_ptr + heads[:, None] * D + offs_d[None, :], mask=mine[:, None] & in_d[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     peak = tl.full([BLOCK_M], -1e38, tl.float32)
@@ -110,9 +116,15 @@ def paged_attention_kernel(
 
 @triton.jit
 def combine_parts_kernel(
-    peak_ptr, total_ptr, sum_ptr, out_ptr,
-    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    peak_ptr,
+    total_ptr,
+    sum_ptr,
+    out_ptr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One program a row and head: the parts, brought to the same scale, over their total."""
     at = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
@@ -121,96 +133,11 @@ def combine_parts_kernel(
     peak = tl.load(peak_ptr + at * PARTS + part, mask=here, other=-1e38)
     total = tl.load(total_ptr + at * PARTS + part, mask=here, other=0.0)
     x = tl.load(
-        sum_ptr + (at * PARTS + part)[:, None] * D + offs_d[None, :],
-        mask=here[:, None] & in_d[None, :], other=0.0,
-    )  # fmt: skip
+        sum_ptr + (at * PARTS + part)[:, None] * D + offs_d[None, :], mask=here[:, None] & in_d[None, :], other=0.0
+    )
     weight = tl.exp2(peak - tl.max(peak, 0))
     out = tl.sum(x * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out_ptr + at * D + offs_d, out, mask=in_d)
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where the rows of a step find their keys and values. Made once a step and read by every layer."""
-
-    block_table: torch.Tensor
-    """[R, n] int, the row's pages in order; places behind its length may hold any valid page."""
-    lengths: torch.Tensor
-    """[R] int, tokens that the row sees, its own new one included."""
-    group: torch.Tensor
-    """[R] int, non-decreasing; rows of a group share their first pages."""
-    shared: torch.Tensor
-    """[R] int, how many; full pages, equal within a group."""
-    page: int
-    """Tokens of a page."""
-    memory: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """The PyTorch path keeps gathered shared pages here, by pool. Pass the same dict while the rows stay the same."""
-
-    def __post_init__(self) -> None:
-        if checks.trusting():
-            return
-        table, lengths = self.block_table, self.lengths
-        check_tensor("block_table", table, (None, None), INTEGERS, table)
-        for name in ("lengths", "group", "shared"):
-            check_tensor(name, getattr(self, name), (table.shape[0],), INTEGERS, table)
-        require(self.page >= 1, "page", f"at least 1 token, got {self.page}")
-        if not len(lengths) or not check_values(lengths):
-            return
-        low, high, most = int(lengths.min()), int(lengths.max()), table.shape[1] * self.page
-        require(
-            low >= 1 and high <= most, "lengths", f"must be in [1, {most}], got {low} .. {high}"
-        )
-        ordered = bool((self.group[1:] >= self.group[:-1]).all())
-        require(ordered, "group", "must be non-decreasing")
-        inside = bool((self.shared * self.page <= lengths).all()) and int(self.shared.min()) >= 0
-        require(inside, "shared", "more pages than the row's length fills")
-
-    @functools.cached_property
-    def place(self) -> torch.Tensor:
-        """[R] int32, the row's number within its group."""
-        start = torch.searchsorted(self.group, self.group)
-        return (torch.arange(len(start), device=start.device) - start).to(torch.int32)
-
-    @functools.cached_property
-    def gathered(self) -> "Gathered":
-        return Gathered(self)
-
-
-class Gathered:
-    """Indices and masks of the PyTorch path: shared pages once a group, own pages once a row."""
-
-    def __init__(self, pages: Pages) -> None:
-        table, page = pages.block_table.long(), pages.page
-        R, device = table.shape[0], table.device
-        _, counts = torch.unique_consecutive(pages.group, return_counts=True)
-        first = counts.cumsum(0) - counts
-        group_shared = pages.shared[first].long()
-        self.G, self.most, self.n = len(counts), int(counts.max()), int(group_shared.max())
-        own_start = pages.shared.long()
-        own_lengths = pages.lengths.long() - own_start * page
-        self.m = -(-int(own_lengths.max()) // page)
-        place = own_start[:, None] + torch.arange(self.m, device=device)
-        own = table.gather(1, place.clamp_(max=table.shape[1] - 1))
-        self.own, self.first_own = own.flatten(), int(own[0, 0])
-        self.apart = int(own[1, 0]) - self.first_own if R > 1 else self.m
-        """Pages from one row's own ones to the next row's, where all rows lie so; else 0."""
-        regular = self.first_own + self.apart * torch.arange(R, device=device)[:, None]
-        if self.apart < self.m or not torch.equal(
-            own, regular + torch.arange(self.m, device=device)
-        ):
-            self.apart = 0
-        self.shared = table[first, : self.n].flatten()
-        self.regular = self.G * self.most == R
-        """All groups have equally many rows."""
-        number = torch.repeat_interleave(torch.arange(self.G, device=device), counts)
-        self.slot = number * self.most + torch.arange(R, device=device) - first[number]
-        """[R] places of the rows where every group has `most` of them."""
-        token = torch.arange(self.n * page, device=device)
-        hidden = [(token >= (group_shared * page)[:, None])[number]]
-        hidden.append(torch.arange(self.m * page, device=device) >= own_lengths[:, None])
-        hidden = torch.cat(hidden, dim=1)[:, None]
-        self.bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
-        """[R, 1, shared tokens + own tokens]: 0 for what a row sees, else -inf. Adding it is cheaper than masking."""
 
 
 @op_scope
@@ -248,9 +175,7 @@ def paged_attention(
 
         return reference.paged_attention(query, keys, values, pages, scale=scale)
     if impl == "triton":
-        return _paged_triton(
-            query.contiguous(), keys.contiguous(), values.contiguous(), pages, scale
-        )
+        return _paged_triton(query.contiguous(), keys.contiguous(), values.contiguous(), pages, scale)
     return _gathered(query, keys, values, pages.gathered, pages.memory, scale)
 
 
@@ -274,21 +199,50 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
     peak, total = query.new_empty(2, R, H, parts, dtype=torch.float32)
     sums, out = query.new_empty(R, H, parts, D, dtype=torch.float32), torch.empty_like(query)
     constants = {
-        "SPLITS": splits, "PARTS": parts, "PAGE": pages.page, "K": K, "REP": rep, "D": D,
-        "BLOCK_N": 32 if is_fp32 else BLOCK_TOKENS, "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "PRECISION": "ieee" if is_fp32 else "tf32", "UPCAST": interpreted() and not is_fp32,
-    }  # fmt: skip
+        "SPLITS": splits,
+        "PARTS": parts,
+        "PAGE": pages.page,
+        "K": K,
+        "REP": rep,
+        "D": D,
+        "BLOCK_N": 32 if is_fp32 else BLOCK_TOKENS,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "PRECISION": "ieee" if is_fp32 else "tf32",
+        "UPCAST": interpreted() and not is_fp32,
+    }
     block_table = pages.block_table.contiguous()
     for is_shared, of in ((True, rows), (False, 1)):
         paged_attention_kernel[(R, K, splits)](
-            query, keys, values, block_table, pages.lengths, pages.group, pages.place, pages.shared,
-            peak, total, sums, R, block_table.shape[1], scale, SHARED=is_shared, ROWS=of,
-            FIRST=0 if is_shared else splits, BLOCK_M=max(16, triton.next_power_of_2(of * rep)), **constants,
-        )  # fmt: skip
+            query,
+            keys,
+            values,
+            block_table,
+            pages.lengths,
+            pages.group,
+            pages.place,
+            pages.shared,
+            peak,
+            total,
+            sums,
+            R,
+            block_table.shape[1],
+            scale,
+            SHARED=is_shared,
+            ROWS=of,
+            FIRST=0 if is_shared else splits,
+            BLOCK_M=max(16, triton.next_power_of_2(of * rep)),
+            **constants,
+        )
     combine_parts_kernel[(R * H,)](
-        peak, total, sums, out, PARTS=parts, BLOCK_P=triton.next_power_of_2(parts), D=D,
+        peak,
+        total,
+        sums,
+        out,
+        PARTS=parts,
+        BLOCK_P=triton.next_power_of_2(parts),
+        D=D,
         BLOCK_D=triton.next_power_of_2(D),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -299,18 +253,14 @@ def _own(pool: torch.Tensor, at: Gathered) -> torch.Tensor:
         return pool.index_select(0, at.own).view(-1, at.m * page, K, d)
     R, size = len(at.own) // at.m, page * K * d
     stride = (at.apart * size, K * d, d, 1)
-    return pool.as_strided(
-        (R, at.m * page, K, d), stride, pool.storage_offset() + at.first_own * size
-    )
+    return pool.as_strided((R, at.m * page, K, d), stride, pool.storage_offset() + at.first_own * size)
 
 
 def _shared(keys, values, at: Gathered, memory: dict | None) -> tuple[torch.Tensor, torch.Tensor]:
     """[G, shared tokens, K, d] each"""
     found = None if memory is None else memory.get(keys.data_ptr())
     if found is None:
-        found = tuple(
-            x.index_select(0, at.shared).view(at.G, -1, *x.shape[2:]) for x in (keys, values)
-        )
+        found = tuple(x.index_select(0, at.shared).view(at.G, -1, *x.shape[2:]) for x in (keys, values))
         if memory is not None:
             memory[keys.data_ptr()] = found
     return found

@@ -9,14 +9,19 @@ Shapes: N scored tokens, V vocabulary, D hidden, S sequences, R rows, G group.
 import torch
 from torch.nn.functional import silu
 
-from .add_rms_norm import check_norm
-from .checks import IGNORED, check_head, check_target, check_temperature
-from .group_advantage import check_reward
-from .grpo_loss import check_loss_inputs, output_of
-from .linear_sample import check_rows, exponential_noise, seed_tensor
-from .objective import GRPOLoss, GRPOLossOutput, describe_tokens, evaluate
-from .paged_attention import Pages
-from .rope_append import check_rope
+from .checks import (
+    IGNORED,
+    check_head,
+    check_norm,
+    check_reward,
+    check_rope,
+    check_rows,
+    check_target,
+    check_temperature,
+)
+from .noise import exponential_noise, seed_tensor
+from .objective import GRPOLoss, GRPOLossOutput, check_loss_inputs, describe_tokens, evaluate, output_of
+from .pages import Pages
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -47,12 +52,7 @@ def linear_logprob(
 
 
 def group_advantage(
-    reward: torch.Tensor,
-    group_size: int,
-    *,
-    scale: str = "group",
-    eps: float = 1e-4,
-    impl: str = "reference",
+    reward: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4, impl: str = "reference"
 ) -> torch.Tensor:
     check_reward(reward, group_size, scale, eps)
     r = reward.double().view(-1, group_size)  # a mean in fp32 would cost digits
@@ -66,14 +66,12 @@ def group_advantage(
 
 
 def _loss(
-    logp, entropy, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp,
-    num_sequences, num_tokens,
-) -> GRPOLossOutput:  # fmt: skip
+    logp, entropy, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
+) -> GRPOLossOutput:
     ref_logp = ref_logp if spec.beta != 0 else None
     tokens = describe_tokens(
-        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp,
-        num_sequences, num_tokens,
-    )  # fmt: skip
+        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
+    )
     e = evaluate(logp, tokens, spec)
     e = e._replace(kl=e.kl.detach())
     return output_of(spec, e.loss.sum(), logp.detach(), entropy, *e[2:], scored)
@@ -97,9 +95,8 @@ def grpo_loss(
     check_loss_inputs(spec, logp, sequence_id, advantage, optional, denominators)
     scored = torch.ones_like(sequence_id, dtype=torch.bool)
     return _loss(
-        logp, None, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp,
-        num_sequences, num_tokens,
-    )  # fmt: skip
+        logp, None, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
+    )
 
 
 def linear_grpo_loss(
@@ -120,13 +117,20 @@ def linear_grpo_loss(
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
-    logp, entropy = linear_logprob(
-        hidden, weight, target, temperature=spec.temperature, entropy=True
-    )
+    logp, entropy = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True)
     return _loss(
-        logp, entropy.detach(), sequence_id, advantage, target != IGNORED, spec, old_logp, ref_logp,
-        sampler_logp, num_sequences, num_tokens,
-    )  # fmt: skip
+        logp,
+        entropy.detach(),
+        sequence_id,
+        advantage,
+        target != IGNORED,
+        spec,
+        old_logp,
+        ref_logp,
+        sampler_logp,
+        num_sequences,
+        num_tokens,
+    )
 
 
 def linear_sample(
@@ -164,24 +168,15 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rep = query.shape[1] // keys.shape[2]
     rows = []
-    for q, places, length in zip(
-        query, pages.block_table.long(), pages.lengths.tolist(), strict=True
-    ):
-        k, v = (
-            x[places].flatten(0, 1)[:length].repeat_interleave(rep, dim=1) for x in (keys, values)
-        )
+    for q, places, length in zip(query, pages.block_table.long(), pages.lengths.tolist(), strict=True):
+        k, v = (x[places].flatten(0, 1)[:length].repeat_interleave(rep, dim=1) for x in (keys, values))
         weight = torch.einsum("hd,thd->ht", q, k).mul(scale).softmax(-1)
         rows.append(torch.einsum("ht,thd->hd", weight, v))
     return torch.stack(rows) if rows else query.clone()
 
 
 def add_rms_norm(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    *,
-    eps: float = 1e-6,
-    impl: str = "reference",
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, *, eps: float = 1e-6, impl: str = "reference"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_norm(x, delta, weight, eps, "reference")
     total = x if delta is None else x + delta

@@ -17,25 +17,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import (
-    FLOATS,
-    REFERENCE_FLOATS,
-    check_tensor,
-    check_values,
-    choose_impl,
-    op_scope,
-    require,
-    trusting,
-)
-
-INTEGERS = (torch.int64,)
+from .checks import check_rope, choose_impl, op_scope, trusting
 
 
 @triton.jit
 def rope_append_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, slot_ptr, query_ptr, keys_ptr, values_ptr,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    slot_ptr,
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One program a row and head of queries, keys or values."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -48,9 +46,7 @@ def rope_append_kernel(
         tl.store(values_ptr + (slot * K + head - H - K) * D + lane, x, mask=here)
     else:
         half = D // 2
-        other = tl.load(
-            start + tl.where(lane < half, lane + half, lane - half), mask=here, other=0.0
-        )
+        other = tl.load(start + tl.where(lane < half, lane + half, lane - half), mask=here, other=0.0)
         sign = tl.where(lane < half, -1.0, 1.0)
         at = row * D + lane
         cos = tl.load(cos_ptr + at, mask=here, other=0.0).to(tl.float32)
@@ -60,36 +56,6 @@ def rope_append_kernel(
             tl.store(query_ptr + (row * H + head) * D + lane, turned, mask=here)
         else:
             tl.store(keys_ptr + (slot * K + head - H) * D + lane, turned, mask=here)
-
-
-def check_rope(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slot: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    impl: str,
-) -> None:
-    dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
-    check_tensor("qkv", qkv, (None, None), dtypes, qkv)
-    check_tensor("keys", keys, (None, None, None, None), (qkv.dtype,), qkv)
-    check_tensor("values", values, tuple(keys.shape), (qkv.dtype,), qkv)
-    in_place = keys.is_contiguous() and values.is_contiguous()
-    require(in_place, "keys", "pages must be contiguous, since they are written in place")
-    B, page, K, d = keys.shape
-    require(d % 2 == 0, "keys", f"the head size must be even to be rotated, got {d}")
-    R, columns = qkv.shape
-    whole = columns % d == 0 and columns > 2 * K * d
-    require(
-        whole, "qkv", f"{columns} columns are not heads of {d}, {K} keys and {K} values among them"
-    )
-    check_tensor("cos", cos, (R, d), (qkv.dtype,), qkv)
-    check_tensor("sin", sin, (R, d), (qkv.dtype,), qkv)
-    check_tensor("slot", slot, (R,), INTEGERS, qkv)
-    if R and check_values(slot):
-        low, high, limit = int(slot.min()), int(slot.max()), B * page
-        require(low >= 0 and high < limit, "slot", f"must be in [0, {limit}), got {low} .. {high}")
 
 
 @op_scope
@@ -127,9 +93,19 @@ def rope_append(
         query = qkv.new_empty(R, H, d)
         if R:
             rope_append_kernel[(R, H + 2 * K)](
-                qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, query, keys, values,
-                H=H, K=K, D=d, BLOCK_D=triton.next_power_of_2(d), num_warps=1,
-            )  # fmt: skip
+                qkv.contiguous(),
+                cos.contiguous(),
+                sin.contiguous(),
+                slot,
+                query,
+                keys,
+                values,
+                H=H,
+                K=K,
+                D=d,
+                BLOCK_D=triton.next_power_of_2(d),
+                num_warps=1,
+            )
         return query
     if impl == "reference":
         from . import reference

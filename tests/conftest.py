@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-LONG = (
-    "test_interpreter.py",
-    "test_trainer.py",
-    "test_elsewhere.py",
-    "test_torchvision.py",
-    "test_rollout_graphs.py",
-)
+LONG = ("test_interpreter.py", "test_trainer.py", "test_elsewhere.py", "test_torchvision.py", "test_rollout_graphs.py")
 """Files of few tests that take long. They are begun first, so that the processes of `make test` end together."""
 
 
@@ -25,7 +19,7 @@ def base_path() -> Path:
     """The checkpoint that ships with vtfast."""
     import vtfast
 
-    return Path(vtfast.__file__).parent / "assets" / "tiny-spatial-base"
+    return Path(vtfast.__file__).parent / "model" / "assets" / "tiny-spatial-base"
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +32,7 @@ def random_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def policy(random_path):
-    from vtfast.model import load_model
+    from vtfast.model.loading import load_model
 
     return load_model(random_path)
 
@@ -55,7 +49,7 @@ def prompts(processor):
     """Four prompts: one image, two images of different sizes, text alone, a large image."""
     from PIL import Image
 
-    from vtfast.prompts import IMAGE
+    from vtfast.data.prompts import IMAGE
 
     generator = torch.Generator().manual_seed(0)
 
@@ -64,21 +58,23 @@ def prompts(processor):
         return Image.fromarray(pixels.numpy())
 
     return [
-        processor.encode(
-            IMAGE + "User: How many? Choose: 1 or 2\nAssistant: <think>", [picture(84, 84)]
-        ),
-        processor.encode(
-            f"First {IMAGE} then {IMAGE} differ how?", [picture(56, 84), picture(112, 56)]
-        ),
+        processor.encode(IMAGE + "User: How many? Choose: 1 or 2\nAssistant: <think>", [picture(84, 84)]),
+        processor.encode(f"First {IMAGE} then {IMAGE} differ how?", [picture(56, 84), picture(112, 56)]),
         processor.encode("User: no picture at all\nAssistant:", []),
         processor.encode(IMAGE + "What is here?", [picture(140, 112)]),
     ]
 
 
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1200,900",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1200,900",
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,7 @@ def chromium(tmp_path_factory):
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory) -> dict[str, str]:
     """Settings of a run on a few rendered questions, for those that need not have the embedded default's 2,048."""
-    from vtfast.synthetic import write_dataset
+    from vtfast.data.synthetic import write_dataset
 
     folder = tmp_path_factory.mktemp("questions")
     write_dataset(folder, train=20, val=4, seed=0)

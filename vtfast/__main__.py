@@ -2,7 +2,7 @@
 
 import sys
 
-from vtfast.cli import main
+from vtfast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

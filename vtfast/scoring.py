@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from vtfast_kernels.linear_logprob import linear_logprob
 
-from vtfast.errors import UserError
-from vtfast.model import Policy
-from vtfast.packing import Completions, Pack, check_group, plan, split
-from vtfast.processor import Prompt
+from vtfast.cost.micro_batches import plan, split
+from vtfast.data.prompt import Prompt
+from vtfast.model.packing import Completions, Pack, check_group
+from vtfast.model.policy import Policy
+from vtfast.utils.errors import UserError
 
 
 def packed_logprobs(policy: Policy, pack: Pack, temperature: float = 1.0) -> list[Tensor]:

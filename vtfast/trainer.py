@@ -17,27 +17,27 @@ from pathlib import Path
 import torch
 from vtfast_kernels.group_advantage import group_advantage
 
-from vtfast import heartbeat
 from vtfast.config import Config
+from vtfast.cost.devices import mfu
+from vtfast.data.prompt_builder import Question
+from vtfast.data.prompts import response_prefix
+from vtfast.distributed import heartbeat
 from vtfast.evaluate.held_out import HeldOut
-from vtfast.flops import update_flops
-from vtfast.groups import Group, completion_rows, reward
-from vtfast.health import warn
-from vtfast.load_balancing import Work
-from vtfast.metrics import Timer, mfu, process_metrics, step_metrics, summary
-from vtfast.model import Policy
-from vtfast.objective import SUMS, Objective, loss_spec
-from vtfast.preflight import check_start
-from vtfast.prompts import response_prefix
-from vtfast.questions import Question
-from vtfast.reference_model import Reference
+from vtfast.model.policy import Policy
+from vtfast.model.reference import Reference
 from vtfast.report import draw_curves
 from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
 from vtfast.rollout.engine import GivenUp
-from vtfast.roofline import Roofline
-from vtfast.run import Run
 from vtfast.scoring import packed_logprobs
+from vtfast.training.groups import Group, reward
+from vtfast.training.grpo_objective import SUMS, Objective, loss_spec
+from vtfast.training.health import warn
+from vtfast.training.load_balancing import Work
+from vtfast.training.loop import Run
+from vtfast.training.metrics import Timer, completion_rows, process_metrics, step_metrics, summary, update_flops
+from vtfast.training.preflight import check_start
+from vtfast.training.speed import Roofline
 
 NOTHING = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
 """The sums of a step in which no question could be used."""
@@ -52,13 +52,16 @@ class Trainer(Run):
     def __init__(self, config: Config) -> None:
         check_start(config)
         self.scorer = Scorer(
-            config.reward_funcs, config.reward_mode,
-            workers=config.reward_workers, timeout=config.reward_timeout,
-        )  # fmt: skip
+            config.reward_funcs, config.reward_mode, workers=config.reward_workers, timeout=config.reward_timeout
+        )
         self.sampling = Sampling(
-            config.temperature, config.max_completion_length, top_k=config.top_k, top_p=config.top_p,
-            min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-        )  # fmt: skip
+            config.temperature,
+            config.max_completion_length,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+        )
         self.groups: list[Group] = []
         self.work = Work([], 0, 0, 0.0)
         super().__init__(config)
@@ -66,9 +69,7 @@ class Trainer(Run):
 
     def objective(self) -> Objective:
         config = self.config
-        self.reference = (
-            Reference(self.policy, config.offload_reference) if config.beta > 0 else None
-        )
+        self.reference = Reference(self.policy, config.offload_reference) if config.beta > 0 else None
         return Objective(self.policy, loss_spec(config), config.vllm_importance_sampling_correction)
 
     def run(self) -> Path:
@@ -211,9 +212,7 @@ class Trainer(Run):
         if work.num_sequences == 0:
             self.keeper.empty(self.at_step)
             return NOTHING, math.nan, self.engine.get_lr()[0]
-        (losses, sums, drift), grad_norm, learning_rate = self.optimize(
-            work, work.num_sequences, work.num_tokens
-        )
+        (losses, sums, drift), grad_norm, learning_rate = self.optimize(work, work.num_sequences, work.num_tokens)
         lengths = [group.lengths[i] for batch in work.batches for group, i in batch.sequences]
         result = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
         result["loss"] = float(losses.sum())

@@ -39,9 +39,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def fine_tune(model, rows: list[dict], folder: str, **settings) -> FusedLossTrainer:
-    arguments = TrainingArguments(
-        output_dir=folder, report_to=[], remove_unused_columns=False, **settings
-    )
+    arguments = TrainingArguments(output_dir=folder, report_to=[], remove_unused_columns=False, **settings)
     trainer = FusedLossTrainer(model, arguments, data_collator=collate, train_dataset=rows)
     trainer.train()
     return trainer
@@ -49,13 +47,7 @@ def fine_tune(model, rows: list[dict], folder: str, **settings) -> FusedLossTrai
 
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else "Qwen/Qwen2.5-0.5B"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(name),
-        AutoTokenizer.from_pretrained(name),
-    )
+    model, tokenizer = (AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name))
     pairs = [("The capital of France is", " Paris"), ("Two and three make", " five")]
-    rows = [
-        {"input_ids": tokenizer(a + b).input_ids, "prompt": len(tokenizer(a).input_ids)}
-        for a, b in pairs
-    ]
+    rows = [{"input_ids": tokenizer(a + b).input_ids, "prompt": len(tokenizer(a).input_ids)} for a, b in pairs]
     fine_tune(model, rows, "runs/example-sft", max_steps=20, learning_rate=1e-4)

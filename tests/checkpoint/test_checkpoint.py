@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from whole_runs import assert_same_run, build, rows, run, step, steps, truncate, unequal, weights
 
-from vtfast.checkpoint import files, save, settings_of
-from vtfast.checkpoint.find import find_checkpoint
-from vtfast.checkpoint.rng import rng_state, set_rng_state
-from vtfast.commands.settings import read_settings
+from vtfast.cli.settings import read_settings
 from vtfast.config import Config, SFTConfig
-from vtfast.errors import UserError
+from vtfast.training.checkpoint import checksums as files
+from vtfast.training.checkpoint import save, settings_of
+from vtfast.training.checkpoint.find import find_checkpoint
+from vtfast.training.checkpoint.rng import rng_state, set_rng_state
+from vtfast.utils.errors import UserError
 
 
 def flip(path: Path) -> None:
@@ -47,16 +48,8 @@ DAMAGE = {
     "sums cut off": ("resume/checksums.json", truncate, "is damaged"),
     "no sums": ("resume/checksums.json", Path.unlink, "is missing"),
     "empty sums": ("resume/checksums.json", lambda path: path.write_text("{}"), "does not list"),
-    "sums without end": (
-        "resume/checksums.json",
-        lambda path: path.write_text("[" * 100_000),
-        "is damaged",
-    ),
-    "sums of infinite files": (
-        "resume/checksums.json",
-        lambda path: relist(path, "config.json", 1e999),
-        "is damaged",
-    ),
+    "sums without end": ("resume/checksums.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
+    "sums of infinite files": ("resume/checksums.json", lambda path: relist(path, "config.json", 1e999), "is damaged"),
     "a list for sums": ("resume/checksums.json", lambda path: path.write_text("[]"), "is damaged"),
 }
 
@@ -185,10 +178,7 @@ def test_what_a_path_may_name(copy, wanted):
 def test_paths_without_a_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     for wanted in ("empty", "nowhere"):
-        for look in (
-            lambda path: find_checkpoint(config(None, path)),
-            lambda p: settings_of(p, None),
-        ):
+        for look in (lambda path: find_checkpoint(config(None, path)), lambda p: settings_of(p, None)):
             with pytest.raises(UserError, match=f"--resume_from_checkpoint .*{wanted}"):
                 look(str(tmp_path / wanted))
     with pytest.raises(UserError, match="needs --output_dir"):
@@ -204,9 +194,7 @@ def test_all_damaged_starts_from_the_beginning(copy, whole, sft, caplog):
     assert "starting from the beginning" in caplog.text
     assert_same_run(whole, copy)
     assert steps(copy / "superseded-1") == ["step-1", "step-2", "step-3", "step-4"]
-    assert (copy / "superseded-1" / "metrics.jsonl").read_text() == (
-        whole / "metrics.jsonl"
-    ).read_text()
+    assert (copy / "superseded-1" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty"])
@@ -215,9 +203,7 @@ def test_last_starts_a_run(folder, tmp_path, sft):
     run(tmp_path / folder, resume_from_checkpoint="last", max_steps=1, **sft)
     assert steps(tmp_path / folder) == ["step-1"]
     written = yaml.safe_load((tmp_path / folder / "config.yaml").read_text())
-    assert written["resume_from_checkpoint"] is None, (
-        "the file starts a run, and does not resume one"
-    )
+    assert written["resume_from_checkpoint"] is None, "the file starts a run, and does not resume one"
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, sft):
@@ -312,13 +298,7 @@ def test_what_changes_is_said(copy, sft, caplog):
     said = {record.getMessage(): record.levelname for record in caplog.records}
     assert said["--learning_rate: 0.0005, was 0.001 in step-4"] == "INFO"
     loud = [text for text, level in said.items() if level == "WARNING"]
-    assert (
-        sum(
-            text.startswith(("--seed: 5, was 0", "--per_device_train_batch_size: 2, was 3"))
-            for text in loud
-        )
-        == 2
-    )
+    assert sum(text.startswith(("--seed: 5, was 0", "--per_device_train_batch_size: 2, was 3")) for text in loud) == 2
     assert any(text.startswith("2 prompts a step on 1 rank(s), were 3 on 1") for text in loud)
     (group,) = trainer.engine.optimizer.param_groups
     assert group["lr"] == pytest.approx(5e-4 / 3), "4 of 5 steps are done, 2 of them warm-up"
@@ -327,18 +307,10 @@ def test_what_changes_is_said(copy, sft, caplog):
 def test_the_settings_come_from_the_checkpoint(copy):
     flags = ["--resume_from_checkpoint", "last", "--output_dir", str(copy), "--max_steps", "7"]
     settings = read_settings(flags, SFTConfig, prog="", description="")
-    assert (settings.max_steps, settings.warmup_steps, settings.recipe) == (
-        7,
-        2,
-        "tiny-spatial-sft",
-    )
-    settings = read_settings(
-        ["--resume_from_checkpoint", str(copy)], SFTConfig, prog="", description=""
-    )
+    assert (settings.max_steps, settings.warmup_steps, settings.recipe) == (7, 2, "tiny-spatial-sft")
+    settings = read_settings(["--resume_from_checkpoint", str(copy)], SFTConfig, prog="", description="")
     assert settings.output_dir is None and settings.max_steps == 4, "the run goes on where it lies"
-    settings = read_settings(
-        ["--recipe", "tiny-spatial", *flags[:4]], Config, prog="", description=""
-    )
+    settings = read_settings(["--recipe", "tiny-spatial", *flags[:4]], Config, prog="", description="")
     assert settings.max_steps == 120, "as given"
 
 
@@ -346,12 +318,7 @@ def test_the_settings_come_from_the_checkpoint(copy):
 
 
 def test_nothing_is_unpickled(copy, sft, monkeypatch):
-    for module, name in (
-        (pickle, "load"),
-        (pickle, "loads"),
-        (pickle, "Unpickler"),
-        (torch, "load"),
-    ):
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("pickle"))
     build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
 
@@ -385,9 +352,7 @@ def test_writing_beside_training_writes_the_same(tmp_path, whole, sft, monkeypat
     assert_same_run(whole, tmp_path / "run")
     for number in range(1, 5):
         assert unequal(weights(whole, number), weights(tmp_path / "run", number)) == []
-        parts = (
-            step(f, number) / "resume" / "rank-0.safetensors" for f in (whole, tmp_path / "run")
-        )
+        parts = (step(f, number) / "resume" / "rank-0.safetensors" for f in (whole, tmp_path / "run"))
         assert unequal(*map(load_file, parts)) == []
         assert files.damage(step(tmp_path / "run", number)) is None
 
@@ -407,12 +372,7 @@ def test_random_numbers_go_on():
     state = rng_state()
 
     def draw():
-        return (
-            random.gauss(0, 1),
-            np.random.standard_normal(),
-            torch.rand(1).item(),
-            random.random(),
-        )
+        return (random.gauss(0, 1), np.random.standard_normal(), torch.rand(1).item(), random.random())
 
     first = draw()
     assert draw() != first

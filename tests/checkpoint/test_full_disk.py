@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 from whole_runs import assert_same_run, build, run, step, steps, truncate
 
-from vtfast.checkpoint import files, save
-from vtfast.errors import UserError
-from vtfast.tracking import Rows, Tracker
+from vtfast.report.tracking import Rows, Tracker
+from vtfast.training.checkpoint import checksums as files
+from vtfast.training.checkpoint import save
+from vtfast.utils.errors import UserError
 
 
 def full(at: int):
@@ -32,14 +33,10 @@ def full(at: int):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(
-    background, tmp_path, sft, monkeypatch
-):
+def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(background, tmp_path, sft, monkeypatch):
     monkeypatch.setattr(save, "save_file", full(at=3))
     trainer = build(output_dir=str(tmp_path / "run"), async_save=background, **sft)
-    with pytest.raises(
-        UserError, match=r"step-3: cannot be written: .*No space left.*step-2 is intact"
-    ):
+    with pytest.raises(UserError, match=r"step-3: cannot be written: .*No space left.*step-2 is intact"):
         trainer.run()
     assert steps(tmp_path / "run") == ["step-1", "step-2"]
     assert files.damage(step(tmp_path / "run", 2)) is None
@@ -70,16 +67,11 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
             trainer.run()
         assert steps(tmp_path / "run") == ["step-1"]
     else:
-        with pytest.raises(
-            UserError, match=r"step-4: the trained weights could not be saved; .*step-1 is"
-        ):
+        with pytest.raises(UserError, match=r"step-4: the trained weights could not be saved; .*step-1 is"):
             trainer.run()
         assert (trainer.folder / "report.html").is_file()
         assert not (trainer.folder / "completed.json").exists()
-        assert (
-            "step 4: /dev/full" in caplog.text
-            and "the rows of its last steps are lost" in caplog.text
-        )
+        assert "step 4: /dev/full" in caplog.text and "the rows of its last steps are lost" in caplog.text
         assert steps(tmp_path / "run") == ["step-1"], "no checkpoint is ahead of its logs"
 
 
@@ -143,15 +135,12 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
         "from vtfast.cli import main\n"
         "sys.exit(main(['sft', *sys.argv[1:]]))\n"
     )
-    flags = {"max_steps": 3, "save_steps": 1, "eval_data": "none", "report_to": "none"} | questions | {
-        "eval_data": "none", "output_dir": tmp_path / "run", "per_device_train_batch_size": 2
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        *(f"--{name}={value}" for name, value in flags.items()),
-    ]
+    flags = (
+        {"max_steps": 3, "save_steps": 1, "eval_data": "none", "report_to": "none"}
+        | questions
+        | {"eval_data": "none", "output_dir": tmp_path / "run", "per_device_train_batch_size": 2}
+    )
+    command = [sys.executable, "-c", script, *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "step-2: cannot be written" in done.stderr and "step-1 is intact" in done.stderr

@@ -26,9 +26,7 @@ KINDS = {
 SLOW = ("reference", "frozen", "passes")
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS])
 def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path, questions):
     settings = questions | KINDS[kind]
     run(tmp_path / "whole", **settings)
@@ -41,9 +39,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(kind, tmp_path, questions):
 def test_prompts_of_many_lengths(tmp_path):
     """What the rollout keeps between steps is larger in the run that nobody ended."""
     settings = {
-        "data": str(mixed_rows(tmp_path / "mixed.parquet")), "eval_data": "none", "reward_funcs": "length",
+        "data": str(mixed_rows(tmp_path / "mixed.parquet")),
+        "eval_data": "none",
+        "reward_funcs": "length",
         "template": "r1-zero",
-    }  # fmt: skip
+    }
     run(tmp_path / "whole", **settings)
     run(tmp_path / "killed", kill_at=4, **settings)
     run(tmp_path / "killed", resume_from_checkpoint="last", **settings)
@@ -52,21 +52,12 @@ def test_prompts_of_many_lengths(tmp_path):
 
 def test_checkpoints_wait_for_the_end_of_a_batch_of_answers(tmp_path, questions, caplog):
     """Answers are not saved, so a run goes on only where it asks anew; its last step is saved wherever it falls."""
-    settings = questions | {
-        "num_iterations": 2,
-        "save_steps": 3,
-        "max_steps": 7,
-        "eval_data": "none",
-    }
+    settings = questions | {"num_iterations": 2, "save_steps": 3, "max_steps": 7, "eval_data": "none"}
     run(tmp_path / "run", **settings)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == ["step-4", "step-6", "step-7"]
     with caplog.at_level(logging.WARNING, "vtfast"):
-        trainer = build(
-            output_dir=str(tmp_path / "run"),
-            resume_from_checkpoint="last",
-            **settings | {"max_steps": 8},
-        )
+        trainer = build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **settings | {"max_steps": 8})
     assert trainer.done == 6
     assert "step-7: was saved between two uses of the same answers" in caplog.text
 
@@ -112,8 +103,11 @@ def test_curves_go_on_where_they_were(tmp_path, questions, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", curves)
     curves.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     settings = questions | {
-        "eval_data": "none", "recipe": "tiny-spatial-sft", "report_to": "wandb,tensorboard", "save_steps": 2,
-    }  # fmt: skip
+        "eval_data": "none",
+        "recipe": "tiny-spatial-sft",
+        "report_to": "wandb,tensorboard",
+        "save_steps": 2,
+    }
     run(tmp_path / "run", kill_at=4, **settings)
     run(tmp_path / "run", resume_from_checkpoint="last", **settings)
     fork = str(tmp_path / "run" / "checkpoints" / "step-2")

@@ -19,9 +19,23 @@ pytestmark = pytest.mark.slow
 
 TWO = deepspeed_launcher()
 FLAGS = [
-    "--max_steps", "4", "--eval_data", "none", "--num_generations", "4", "--max_completion_length", "12",
-    "--save_steps", "1", "--warmup_steps", "2", "--beta", "0.04", "--report_to", "none",
-]  # fmt: skip
+    "--max_steps",
+    "4",
+    "--eval_data",
+    "none",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "12",
+    "--save_steps",
+    "1",
+    "--warmup_steps",
+    "2",
+    "--beta",
+    "0.04",
+    "--report_to",
+    "none",
+]
 
 
 def command(folder: Path, ranks: int, *flags: str, script: Path = ROOT / "train.py") -> list[str]:
@@ -33,8 +47,12 @@ def command(folder: Path, ranks: int, *flags: str, script: Path = ROOT / "train.
 def run(folder: Path, ranks: int, *flags: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(folder, ranks, *flags, **options),
-        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=280,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        timeout=280,
+    )
 
 
 def killer(folder: Path, rank: int, step: int) -> Path:
@@ -125,8 +143,13 @@ def test_a_signal_to_one_rank_stops_both(whole, tmp_path):
     """As DeepSpeed's launcher sends them: one rank after the other. The run saves, and ends with code 75."""
     process = subprocess.Popen(
         command(tmp_path / "run", 2, "--max_steps", "400", "--save_steps", "0"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
+    )
     try:
         wait_for(lambda: len(rows(tmp_path / "run")) >= 2, tmp_path / "run" / "metrics.jsonl")
         os.kill(rank_of(process.pid, rank=1), signal.SIGTERM)
@@ -148,7 +171,7 @@ def test_an_error_while_a_checkpoint_is_being_written(tmp_path, kind):
     script.write_text(
         "import sys, threading\n"
         "from vtfast import errors, run, trainer\n"
-        "from vtfast.checkpoint import save\n"
+        "from vtfast.training.checkpoint import save\n"
         "failing, write, step = threading.Event(), save.save_file, trainer.Trainer.step\n"
         "def late(tensors, path, **options):\n"
         "    assert 'step-2' not in str(path) or failing.wait(60)\n"

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from whole_runs import build, rows, run
 
-from vtfast import questions as questions_module
-from vtfast.checkpoint import files, keep_data
-from vtfast.errors import UserError
+from vtfast.data import prompt_builder as questions_module
+from vtfast.training.checkpoint import checksums as files
+from vtfast.training.checkpoint import keep_data
+from vtfast.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,7 @@ def test_a_run_inside_another_is_not_gone_on_with_in_the_outer_one(copy, whole, 
     before = contents(copy)
     with pytest.raises(UserError, match=r"is not known as the run of .*old/checkpoints/step-1"):
         build(
-            output_dir=str(copy),
-            resume_from_checkpoint=str(inner / "checkpoints" / "step-1"),
-            **sft | {"max_steps": 2},
+            output_dir=str(copy), resume_from_checkpoint=str(inner / "checkpoints" / "step-1"), **sft | {"max_steps": 2}
         )
     assert contents(copy) == before
 
@@ -107,9 +106,14 @@ def test_rendered_questions_are_in_the_run_folder_whole_or_not_at_all(tmp_path, 
 
     monkeypatch.setattr(questions_module, "SYNTHETIC_TRAIN", 12)
     settings = {
-        "data": "synthetic", "eval_data": "synthetic", "recipe": "tiny-spatial-sft", "max_steps": 1,
-        "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "last", "eval_samples": 4,
-    }  # fmt: skip
+        "data": "synthetic",
+        "eval_data": "synthetic",
+        "recipe": "tiny-spatial-sft",
+        "max_steps": 1,
+        "output_dir": str(tmp_path / "run"),
+        "resume_from_checkpoint": "last",
+        "eval_samples": 4,
+    }
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shutil, "copytree", dies)
         build(**settings)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from whole_runs import build, run
 
-from vtfast.checkpoint import files, save
-from vtfast.checkpoint.save import Saver
-from vtfast.distributed import Ranks
-from vtfast.errors import SharedError, UserError
+from vtfast.distributed.ranks import Ranks
+from vtfast.training.checkpoint import checksums as files
+from vtfast.training.checkpoint import save
+from vtfast.training.checkpoint.save import Saver
+from vtfast.utils.errors import SharedError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,8 @@ def fails_in_step_2(folder: Path, monkeypatch, error: BaseException, problem=Non
     return trainer
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("a bad row"), RuntimeError("a bug"), KeyboardInterrupt()], ids=repr
-)
-def test_an_error_does_not_lose_the_checkpoint_that_is_being_written(
-    error, tmp_path, sft, monkeypatch
-):
+@pytest.mark.parametrize("error", [UserError("a bad row"), RuntimeError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_an_error_does_not_lose_the_checkpoint_that_is_being_written(error, tmp_path, sft, monkeypatch):
     trainer = fails_in_step_2(tmp_path / "run", monkeypatch, error, **sft)
     with pytest.raises(type(error)) as raised:
         trainer.run()
@@ -81,9 +78,7 @@ def test_an_error_does_not_lose_the_checkpoint_that_is_being_written(
         (TypeError("ours"), "step-1: could not be written; .*none has been written yet"),
     ],
 )
-def test_a_save_that_fails_too_is_said_and_hides_nothing(
-    problem, said, tmp_path, sft, monkeypatch, caplog
-):
+def test_a_save_that_fails_too_is_said_and_hides_nothing(problem, said, tmp_path, sft, monkeypatch, caplog):
     trainer = fails_in_step_2(tmp_path / "run", monkeypatch, UserError("first"), problem, **sft)
     with pytest.raises(UserError, match=r"^first$"):
         trainer.run()
@@ -164,9 +159,7 @@ def test_whole_checkpoints_are_not_read_again_at_every_save(tmp_path, sft, monke
     """Those of this process, and the one that it goes on from; others once."""
     run(tmp_path, **sft | {"max_steps": 3})
     read = []
-    monkeypatch.setattr(
-        save, "damage", lambda folder: read.append(folder.name) or files.damage(folder)
-    )
+    monkeypatch.setattr(save, "damage", lambda folder: read.append(folder.name) or files.damage(folder))
     settings = sft | {"max_steps": 5, "save_total_limit": 3, "resume_from_checkpoint": "last"}
     run(tmp_path, **settings)
     assert steps(tmp_path) == ["step-3", "step-4", "step-5"] and read == ["step-2"]

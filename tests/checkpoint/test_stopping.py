@@ -6,16 +6,12 @@ import signal
 import pytest
 from whole_runs import assert_same_run, build, run, steps
 
-from vtfast.errors import Stopped
-from vtfast.stopping import StopNotice
+from vtfast.training.stopping import StopNotice
+from vtfast.utils.errors import Stopped
 
 
 @pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT)),
-    ],
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT))]
 )
 def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questions):
     """Nothing of the step in hand is kept, and the whole run's numbers follow when it is resumed."""
@@ -31,9 +27,7 @@ def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questio
         return begin(*arguments)
 
     trainer.rollout.begin = signalled
-    with pytest.raises(
-        Stopped, match=rf"stopped by {number.name} after step 2; go on with .*last --output_dir"
-    ):
+    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step 2; go on with .*last --output_dir"):
         trainer.run()
     assert signal.getsignal(number) not in (trainer.stop._notice,), "the handlers are put back"
     assert steps(tmp_path / "run") == ["step-2"] and not trainer.stop.file.exists()

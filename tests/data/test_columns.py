@@ -7,7 +7,7 @@ from make_files import R1_V, encoded, picture, sat_row, write_jsonl, write_sat
 
 from vtfast.data import BadRow, NotSelected, Selection, load_samples, read_row
 from vtfast.data.columns import Columns
-from vtfast.errors import UserError
+from vtfast.utils.errors import UserError
 
 PNG = encoded(kind="PNG")
 
@@ -33,11 +33,7 @@ PUBLISHED = {
         ("Find ∠A.", [], "B", 1),
     ),
     "MATH": (
-        {
-            "problem": "1/2 + 1/4?",
-            "solution": "So \\boxed{\\frac{3}{4}}.",
-            "answer": "\\frac{3}{4}",
-        },
+        {"problem": "1/2 + 1/4?", "solution": "So \\boxed{\\frac{3}{4}}.", "answer": "\\frac{3}{4}"},
         ("1/2 + 1/4?", [], "\\frac{3}{4}", 0),
     ),
     "choices": (
@@ -48,18 +44,9 @@ PUBLISHED = {
         {"question": "?", "answers": ["a", "a", "b"], "answer": "a"},
         ("?", [], "a", 0),
     ),
-    "marks of where images go": (
-        {"question": "<image>\n<image> Which?", "answer": "left"},
-        ("Which?", [], "left", 0),
-    ),
-    "an empty list of options": (
-        {"question": "?", "answer": "a", "options": []},
-        ("?", [], "a", 0),
-    ),
-    "no letter behind a colon": (
-        {"question": "?", "answer": "Answer: Bricks"},
-        ("?", [], "Answer: Bricks", 0),
-    ),
+    "marks of where images go": ({"question": "<image>\n<image> Which?", "answer": "left"}, ("Which?", [], "left", 0)),
+    "an empty list of options": ({"question": "?", "answer": "a", "options": []}, ("?", [], "a", 0)),
+    "no letter behind a colon": ({"question": "?", "answer": "Answer: Bricks"}, ("?", [], "Answer: Bricks", 0)),
     "a number": ({"question": "1 + 1?", "answer": 2}, ("1 + 1?", [], "2", 0)),
 }
 
@@ -86,11 +73,9 @@ def test_r1_vs_parquet(tmp_path):
     rows = [
         {"image": {"bytes": PNG, "path": None}, "problem": "How many?", "solution": "<answer>3</answer>"},
         {"image": None, "problem": "2 + 2?", "solution": "<answer>4</answer>"},
-    ]  # fmt: skip
+    ]
     (tmp_path / "data").mkdir()
-    pq.write_table(
-        pa.Table.from_pylist(rows, R1_V), tmp_path / "data" / "train-00000-of-00001.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist(rows, R1_V), tmp_path / "data" / "train-00000-of-00001.parquet")
     samples = load_samples(tmp_path)
     assert [(s.answer, len(s.images)) for s in samples] == [("3", 1), ("4", 0)]
     assert samples[0].images[0].size == (40, 30)
@@ -100,13 +85,7 @@ def test_columns_of_ones_own(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "b.png").write_bytes(encoded(picture(60, 50), "PNG"))
     row = {"q": "Same?", "gold": "yes", "pick": ["yes", "no"], "question": "-", "answer": "-"}
-    rows = [
-        row | {"img": "a.png"},
-        row | {"img": ["a.png", "b.png"]},
-        row | {"img": None},
-        row,
-        row | {"pick": None},
-    ]
+    rows = [row | {"img": "a.png"}, row | {"img": ["a.png", "b.png"]}, row | {"img": None}, row, row | {"pick": None}]
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     samples = load_samples(path, columns=Columns("q", "gold", "pick", "img"))
     assert {sample.question for sample in samples} == {"Same?"}
@@ -137,7 +116,7 @@ def test_the_unsaid_columns_are_still_recognised():
         (Columns(image="img"), r"no column 'img', which --image_column names \(there is: answer, q\)"),
         (Columns(), r"none of them is the question \(--question_column\)"),
     ],
-)  # fmt: skip
+)
 def test_a_column_that_is_not_there(tmp_path, kind, columns, message):
     path = tmp_path / f"mine.{kind}"
     if kind == "jsonl":
@@ -157,11 +136,7 @@ def test_parquet_reads_only_what_is_needed(tmp_path):
 
 BAD = {
     "no options: not a list but str": {"question": "?", "answer": "a", "options": "a, b"},
-    "the answer '1' is not among the options": {
-        "question": "?",
-        "answer": 1,
-        "options": ["a", "b"],
-    },
+    "the answer '1' is not among the options": {"question": "?", "answer": 1, "options": ["a", "b"]},
     "the answer is not text but bool": {"question": "?", "answer": True},
     "the answer is nan": {"question": "?", "answer": float("nan")},
     "the answer is not text but list": {"question": "?", "answer": ["a"]},
@@ -215,9 +190,7 @@ def test_question_types(tmp_path):
         samples = load_samples(path, selection=Selection(question_types=wanted))
         assert [sample.row for sample in samples] == found
         assert {sample.question_type for sample in samples} == set(wanted)
-    with pytest.raises(
-        UserError, match=r"no usable row among 4.*row 0 \(counted from 0\): question_type other"
-    ):
+    with pytest.raises(UserError, match=r"no usable row among 4.*row 0 \(counted from 0\): question_type other"):
         load_samples(path, selection=Selection(question_types=("ego_movement",)))
     with pytest.raises(BadRow, match="no question_type, which --question_types goes by"):
         read_row({"question": "?", "answer": "a"}, selection=Selection(question_types=("other",)))

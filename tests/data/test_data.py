@@ -20,17 +20,10 @@ from make_files import (
 )
 from PIL import Image, ImageFile
 
-import vtfast.images
-from vtfast.data import (
-    BadRow,
-    Sample,
-    load_samples,
-    question_kind,
-    read_row,
-    shuffle_options,
-)
-from vtfast.errors import UserError
-from vtfast.images import Images
+import vtfast.data.images
+from vtfast.data import BadRow, Sample, load_samples, question_kind, read_row, shuffle_options
+from vtfast.data.images import Images
+from vtfast.utils.errors import UserError
 
 # ---------------------------------------------------------------------------------- sources
 
@@ -89,9 +82,7 @@ BAD = {
     "image 0: empty": {"image_bytes": [b""]},
     "image 0: not an image of any known format": {"image_bytes": [b"\xff\xd8 nonsense \xff\xd9"]},
     "image 0: corrupt image": {"image_bytes": [encoded(picture(200, 200))[:-200]]},
-    "image 1: corrupt image": {
-        "image_bytes": [encoded(), encoded(picture(200, 200), "PNG")[:-2000]],
-    },
+    "image 1: corrupt image": {"image_bytes": [encoded(), encoded(picture(200, 200), "PNG")[:-2000]]},
     "aspect ratio above 200": {"image_bytes": [encoded(picture(805, 4))]},
     "20000 x 80 pixels: aspect ratio above 200": {"image_bytes": [encoded(picture(20000, 80))]},
     "a side of one pixel": {"image_bytes": [encoded(picture(1, 1))]},
@@ -148,7 +139,7 @@ def test_a_long_strip_within_the_ratio_is_an_image():
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(vtfast.images, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(vtfast.data.images, "MAX_PIXELS", 1000)
     rows = [sat_row(0, image_bytes=[encoded(picture(20, 20))]), sat_row(1)]
     samples = load_samples(write_sat(tmp_path / "x.parquet", rows))
     assert samples.skipped[0] == (1, "image 0: image of 40 x 30 pixels, more than 1000")
@@ -169,8 +160,7 @@ def test_rows_count_over_all_files(tmp_path, caplog):
     assert [row for row, _ in samples.skipped] == [1, 3, 5]
     assert [sample.row for sample in samples] == [0, 2, 4]
     assert all(
-        f"train-0000{number}-of-00003.parquet, row 1 (counted from 0): no options" in caplog.text
-        for number in range(3)
+        f"train-0000{number}-of-00003.parquet, row 1 (counted from 0): no options" in caplog.text for number in range(3)
     )
 
 
@@ -192,9 +182,7 @@ def test_the_generators_known_bug_is_undone(tmp_path):
 
 def test_all_rows_bad(tmp_path):
     path = write_sat(tmp_path / "x.parquet", [sat_row(answers=[])] * 5)
-    with pytest.raises(
-        UserError, match=r"no usable row among 5.*row 0 \(counted from 0\): no options.*row 2 \("
-    ):
+    with pytest.raises(UserError, match=r"no usable row among 5.*row 0 \(counted from 0\): no options.*row 2 \("):
         load_samples(path)
 
 
@@ -290,10 +278,7 @@ def test_a_sample_from_its_four_names():
 # ------------------------------------------------------------------------------------ kinds
 
 KINDS = {
-    "count": [
-        "How many Chairs are visible in the scene?",
-        "How many organs are in the image?",
-    ],
+    "count": ["How many Chairs are visible in the scene?", "How many organs are in the image?"],
     "depth": [
         "Which point is closer to the camera taking this photo, point A  or point B?",
         "Which object is closer to the camera taking this photo, cup (marked A) or bed (marked B)?",

@@ -7,12 +7,12 @@ import pytest
 from make_files import ROWS, encoded, picture, png_header, sat_row, write_jsonl, write_sat
 from PIL import Image
 
-from vtfast.cli import main
+from vtfast.cli.main import main
 from vtfast.config import load_config
 from vtfast.data import load_samples, shuffle_options
 from vtfast.data.inspection import inspect_data, summary
-from vtfast.processor import Processor
-from vtfast.prompts import load_template, render
+from vtfast.data.processor import Processor
+from vtfast.data.prompts import load_template, render
 
 MIXED = [
     sat_row(0),
@@ -57,9 +57,7 @@ def test_bad_rows_are_grouped_and_named(tmp_path, inspect):
         (1, "image …: image of more than … pixels"),
     ]
     assert found[0]["first"] == [f"{path}, row {n} (counted from 0): no options" for n in (6, 8, 9)]
-    assert found[1]["first"][1].startswith(
-        f"{path}, row 3 (counted from 0): the answer '9' is not among"
-    )
+    assert found[1]["first"][1].startswith(f"{path}, row 3 (counted from 0): the answer '9' is not among")
 
 
 def test_what_a_selection_leaves_out(tmp_path, inspect):
@@ -79,15 +77,11 @@ def test_prompt_lengths_are_those_of_the_run(tmp_path, inspect, base_path):
     found = inspect(path, *flags, "--model", base_path, "--seed", 3)
     processor = Processor.from_pretrained(base_path, 3136, 3136)
     prompts = [
-        processor.encode(
-            render(load_template("instruct"), sample, literal_image=True), sample.images
-        )
+        processor.encode(render(load_template("instruct"), sample, literal_image=True), sample.images)
         for sample in shuffle_options(load_samples(path), 3)
     ]
     lengths = sorted(len(prompt.ids) for prompt in prompts)
-    assert (
-        found["prompt_tokens"]["min"] == lengths[0] and found["prompt_tokens"]["max"] == lengths[-1]
-    )
+    assert found["prompt_tokens"]["min"] == lengths[0] and found["prompt_tokens"]["max"] == lengths[-1]
     assert found["prompt_tokens"]["median"] == sum(lengths[1:3]) / 2
     assert found["prompt"] == prompts[0].text
     assert inspect(path, *flags, "--max_prompt_length", lengths[-1])["usable"] == 4

@@ -10,11 +10,12 @@ import torch
 from make_files import encoded, picture
 from PIL import Image
 
-from vtfast import processor as processing
-from vtfast.errors import UserError
-from vtfast.images import Images, image_sizes
-from vtfast.processor import PLACEHOLDER, Processor, mrope_positions
-from vtfast.tiny_model import build_tiny_model
+from vtfast.data import processor as processing
+from vtfast.data.images import Images, image_sizes
+from vtfast.data.processor import PLACEHOLDER, Processor
+from vtfast.data.prompt import mrope_positions
+from vtfast.model.tiny_model import build_tiny_model
+from vtfast.utils.errors import UserError
 
 SIZES = [(84, 84), (300, 100), (64, 200)]  # width, height
 
@@ -50,9 +51,7 @@ def test_positions_are_the_models_own(folder, processor, images):
 
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
     prompt = prompt_of(processor, images)
-    expected, delta = model.model.get_rope_index(
-        prompt.ids[None], prompt.image_mask[None].int(), prompt.grid
-    )
+    expected, delta = model.model.get_rope_index(prompt.ids[None], prompt.image_mask[None].int(), prompt.grid)
     assert prompt.positions.dtype == torch.int64
     assert torch.equal(prompt.positions, expected[:, 0])
     assert prompt.rope_delta == delta.item()

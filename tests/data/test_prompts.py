@@ -4,15 +4,8 @@ import pytest
 from make_files import picture
 
 from vtfast.data import Sample
-from vtfast.errors import UserError
-from vtfast.prompts import (
-    IMAGE,
-    join_options,
-    load_template,
-    render,
-    response_prefix,
-    template_names,
-)
+from vtfast.data.prompts import IMAGE, join_options, load_template, render, response_prefix, template_names
+from vtfast.utils.errors import UserError
 
 OURS = [name for name in template_names() if not name.startswith("eval")]
 
@@ -122,7 +115,7 @@ def test_parts_that_are_left_out():
         ("{question}[[\n{options}\n]]", "Is A left of B?\nyes or no\n", "Is A left of B?"),
         ("{question} [[1, 2]] ]] [[", "Is A left of B? [[1, 2]] ]] [[", "Is A left of B? [[1, 2]] ]] [["),
         ("[[[{options}]]]{question}", "[yes or no]Is A left of B?", "]Is A left of B?"),
-    ):  # fmt: skip
+    ):
         full = full if "{images}" in template else IMAGE + full
         assert render(template, both) == full
         assert render(template, neither) == empty
@@ -142,9 +135,7 @@ def test_brackets_in_the_data_are_text():
 
 def test_the_literal_image_is_a_switch():
     for name in template_names():
-        plain, literal = (
-            render(load_template(name), sample(), literal_image=on) for on in (False, True)
-        )
+        plain, literal = (render(load_template(name), sample(), literal_image=on) for on in (False, True))
         assert "<image>" not in plain and literal.replace("<image>", "") == plain
         assert "<image>" not in render(load_template(name), sample(images=0), literal_image=True)
 
@@ -175,9 +166,7 @@ def test_options_read_as_visualthinker_wrote_them():
 
 def test_braces_in_the_data_are_text():
     asked = sample(question="{options} {images} {question} {0} {", options=("{question}", "{}"))
-    assert render("{question}|{options}", asked) == (
-        IMAGE + "{options} {images} {question} {0} {|{question} or {}"
-    )
+    assert render("{question}|{options}", asked) == (IMAGE + "{options} {images} {question} {0} {|{question} or {}")
 
 
 def test_a_template_of_ones_own(tmp_path):

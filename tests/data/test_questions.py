@@ -7,7 +7,8 @@ from make_files import encoded, picture, sat_row, write_jsonl, write_sat
 
 from vtfast.config import load_config
 from vtfast.data import RECOGNISED, Selection
-from vtfast.questions import Asker, columns, load_questions, selection
+from vtfast.data.prompt_builder import Asker
+from vtfast.data.splits import columns, load_questions, selection
 from vtfast.trainer import Trainer
 
 TWO = {"image_bytes": [encoded(), encoded()], "question_type": "goal_aim"}
@@ -64,11 +65,21 @@ def test_a_run_on_rows_of_ones_own(tmp_path):
     ]
     data = write_jsonl(tmp_path / "mine.jsonl", rows)
     settings = {
-        "data": str(data), "eval_data": "none", "output_dir": str(tmp_path / "run"), "template": "r1-zero",
-        "question_column": "q", "answer_column": "gold", "options_column": "pick", "image_column": "img",
-        "max_steps": 2, "per_device_train_batch_size": 3, "num_generations": 2, "max_completion_length": 4,
-        "max_pixels": 12544, "device": "cpu",
-    }  # fmt: skip
+        "data": str(data),
+        "eval_data": "none",
+        "output_dir": str(tmp_path / "run"),
+        "template": "r1-zero",
+        "question_column": "q",
+        "answer_column": "gold",
+        "options_column": "pick",
+        "image_column": "img",
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "max_pixels": 12544,
+        "device": "cpu",
+    }
     run = Trainer(load_config(overrides=settings)).run()
     answered = [json.loads(line) for line in (run / "completions.jsonl").open()]
     assert {(row["step"], row["row"], row["answer"]) for row in answered} == {

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vtfast import synthetic
-from vtfast.synthetic import KINDS, question_key, sample_question, sample_questions, split_of
+from vtfast.data import synthetic
+from vtfast.data.synthetic import KINDS, question_key, sample_question, sample_questions, split_of
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +123,7 @@ def objects(scene):
     for name, rgb in synthetic.COLOURS.items():
         ys, xs = np.nonzero((np.abs(pixels - rgb).max(-1)) == 0)
         if len(xs):
-            found[name] = (
-                (xs.min() + xs.max()) / 2,
-                (ys.min() + ys.max()) / 2,
-                xs.max() - xs.min() + 1,
-                len(xs),
-            )
+            found[name] = ((xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2, xs.max() - xs.min() + 1, len(xs))
     return found
 
 
@@ -182,9 +177,7 @@ def test_traces_speak_of_the_scene_and_hasty_answers_are_often_wrong():
             shape = re.search(r"How many (\w+)s ", question.text)[1]
             numbered = re.findall(r"(\d) (\w+)", question.trace)
             assert [n for n, _ in numbered] == [str(i + 1) for i in range(len(numbered))]
-            assert {c for _, c in numbered} == {
-                t.colour for t in things.values() if t.shape == shape
-            }
+            assert {c for _, c in numbered} == {t.colour for t in things.values() if t.shape == shape}
     wrong = {k: [q.hasty != q.answer for q in drawn() if q.kind == k] for k in KINDS}
     assert all(0.3 < sum(w) / len(w) < 0.7 for w in wrong.values()), wrong
 

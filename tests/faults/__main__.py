@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trials = plan(given.trials, given.seed, [int(ranks) for ranks in given.ranks.split(",")])
     if given.only:
         trials = [trials[int(number)] for number in given.only.split(",")]
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # so that no trainer outlives the campaign
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no trainer outlives the campaign
     with tempfile.TemporaryDirectory(prefix="vtfast-faults-") as scratch:
         campaign = Campaign(given.keep or Path(scratch))
         results = []
@@ -43,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [str(result.trial.number) for result in results if result.problems]
     if failed:
         again = f"--trials {given.trials} --seed {given.seed} --ranks {given.ranks}"
-        print(
-            f"to look closer: python -m tests.faults {again} --only {','.join(failed)} --keep DIR"
-        )
+        print(f"to look closer: python -m tests.faults {again} --only {','.join(failed)} --keep DIR")
     return 1 if failed else 0
 
 

@@ -97,7 +97,7 @@ class Campaign:
 
     def _render(self) -> None:
         if not self.data.exists():
-            from vtfast.synthetic import write_dataset
+            from vtfast.data.synthetic import write_dataset
 
             write_dataset(self.data.parent, train=20, val=1, seed=0)
 
@@ -105,9 +105,7 @@ class Campaign:
 class _Trial:
     """A trial while it is played."""
 
-    def __init__(
-        self, trial: Trial, run: Path, flags: list[str], reference: Reference, launcher: Launcher
-    ) -> None:
+    def __init__(self, trial: Trial, run: Path, flags: list[str], reference: Reference, launcher: Launcher) -> None:
         self.trial, self.run, self.flags = trial, run, flags
         self.reference, self.launcher = reference, launcher
         self.damaged: set[int] = set()
@@ -178,9 +176,7 @@ class _Trial:
         iterations = settings.own.get("num_iterations", 1)
         done = max((line["step"] for line in verify.metrics(self.run)), default=0)
         if done - max(whole, default=0) >= iterations:
-            result.lost.append(
-                f"start {result.starts}: {done} steps done at the SIGTERM, saved: {whole}"
-            )
+            result.lost.append(f"start {result.starts}: {done} steps done at the SIGTERM, saved: {whole}")
 
     def damage(self, name: str) -> None:
         """Do something to the newest whole checkpoint. The next start must say that it does not take it."""

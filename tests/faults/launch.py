@@ -51,17 +51,19 @@ class Launcher:
         path = os.pathsep.join(dict.fromkeys([str(ROOT), *(part for part in sys.path if part)]))
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {
-            "PYTHONPATH": path, "PATH": binaries, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
+            "PYTHONPATH": path,
+            "PATH": binaries,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([f"{__package__}.preloaded"])
         first = self._fork(os.getpid)  # which waits until all is imported
         first.join()
 
-    def ordinary(
-        self, ranks: int, flags: Sequence[str], run: Path, moment: Moment | None = None
-    ) -> Ended:
+    def ordinary(self, ranks: int, flags: Sequence[str], run: Path, moment: Moment | None = None) -> Ended:
         """`python train.py`, or DeepSpeed's launcher and `train.py`. With a moment, `start` is run in its place."""
         script, planted = [str(ROOT / "train.py")], {}
         if moment is not None:
@@ -75,9 +77,14 @@ class Launcher:
         began, hung = time.monotonic(), False
         with (run.parent / "output").open("a") as output:
             process = subprocess.Popen(
-                [*command, *flags], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, start_new_session=True,
-            )  # fmt: skip
+                [*command, *flags],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
             try:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
@@ -89,12 +96,7 @@ class Launcher:
         return Ended([process.returncode], time.monotonic() - began, {process.pid}, hung)
 
     def forked(
-        self,
-        ranks: int,
-        flags: Sequence[str],
-        run: Path,
-        moment: Moment | None = None,
-        kill_after: float | None = None,
+        self, ranks: int, flags: Sequence[str], run: Path, moment: Moment | None = None, kill_after: float | None = None
     ) -> Ended:
         """A fork for each rank. `kill_after`: seconds, after which all ranks are killed."""
         common = Orders(str(journal(run)), str(run), moment).encode() | {MARK: str(run)}

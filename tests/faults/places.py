@@ -21,7 +21,7 @@ from pathlib import Path
 VARIABLE = "VTFAST_FAULT"
 """Environment variable that carries the orders to a trainer."""
 WRAPPED = {
-    "rollout": "vtfast.rollout.loop.Rollout.decode",  # a token for every row
+    "rollout": "vtfast.rollout.scheduler.Rollout.decode",  # a token for every row
     "backward": "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.process_gradients",  # a weight's gradient
     "optimizer": "torch.optim.AdamW.step",  # this rank's share of the weights is new, the others' are not yet
 }
@@ -155,9 +155,7 @@ class Watch:
             lands = self.checkpoint_of(target)
             if lands:
                 self.visit("rename")
-            elif self.is_inside(source, self.checkpoints) and self.is_inside(
-                target, self.checkpoints
-            ):
+            elif self.is_inside(source, self.checkpoints) and self.is_inside(target, self.checkpoints):
                 if self.checkpoint_of(source):
                     self.visit("drop")
             elif self.is_inside(source, self.folder):
@@ -198,7 +196,7 @@ class Watch:
 
     def watch_log(self) -> None:
         """A line is torn by cutting what a step has just written, in the order in which it was written."""
-        from vtfast.tracking import Tracker
+        from vtfast.report.tracking import Tracker
 
         log, folder = Tracker.log, Path(self.orders.folder)
         files = [folder / "metrics.jsonl", folder / "completions.jsonl"]

@@ -115,9 +115,7 @@ def plan(trials: int, seed: int, ranks: Sequence[int]) -> list[Trial]:
         possible = [s for s in SETTINGS if s.ranks == wanted and (s.limit or not kind.needs_limit)]
         settings = chance.choice(possible)
         launcher = (
-            wanted > 1
-            and kind.name in LAUNCHER
-            and not any(trial.launcher and trial.kind is kind for trial in result)
+            wanted > 1 and kind.name in LAUNCHER and not any(trial.launcher and trial.kind is kind for trial in result)
         )
         result.append(Trial(number, kind, settings, f"{seed}/{number}", launcher))
     return result

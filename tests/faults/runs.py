@@ -49,4 +49,4 @@ SETTINGS = (
     Settings("kl-async", 1, {"save_steps": 4, "num_iterations": 2, "beta": 0.04, "async_save": "true"}),
     Settings("ranks-kl", 2, {"save_steps": 3, "save_total_limit": 2, "beta": 0.04}),
     Settings("ranks-async", 2, {"save_steps": 2, "save_total_limit": 3, "async_save": "true"}),
-)  # fmt: skip
+)

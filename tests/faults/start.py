@@ -16,7 +16,7 @@ from .places import plant, read_orders
 
 def train(arguments: Sequence[str]) -> int:
     """`vtfast` with `arguments` and what the environment orders. Returns the exit code."""
-    from vtfast.cli import main
+    from vtfast.cli.main import main
 
     watch = plant(read_orders(), int(os.environ.get("RANK", 0)))
     try:

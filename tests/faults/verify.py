@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from vtfast.tracking import MEASURED
+from vtfast.report.tracking import MEASURED
 
 from .damage import CHECKSUMS
 
@@ -39,9 +39,7 @@ def problem(checkpoint: Path) -> str | None:
             return str(error)
         if hashlib.sha256(data).hexdigest() != digest:
             return f"{name}: its bytes are not those that were written"
-    present = {
-        str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()
-    }
+    present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     unlisted = present - set(digests) - {CHECKSUMS}
     return f"files without a checksum: {', '.join(sorted(unlisted))}" if unlisted else None
 
@@ -68,10 +66,7 @@ def whole(folder: Path) -> list[int]:
 
 def metrics(folder: Path) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(MEASURED)}
-        for line in lines
-    ]
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(MEASURED)} for line in lines]
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:
@@ -85,15 +80,11 @@ def tensors(checkpoint: Path) -> dict[str, str]:
                 value = file.get_tensor(name)
                 data = value.contiguous().reshape(-1).view(dtype=_bytes()).numpy().tobytes()
                 what = f"{value.dtype} {tuple(value.shape)} ".encode()
-                digests[f"{path.relative_to(checkpoint)}/{name}"] = hashlib.sha256(
-                    what + data
-                ).hexdigest()
+                digests[f"{path.relative_to(checkpoint)}/{name}"] = hashlib.sha256(what + data).hexdigest()
     return digests
 
 
-def differences(
-    reference: Path, folder: Path, stops: Collection[int] = (), limit: int | None = None
-) -> Iterator[str]:
+def differences(reference: Path, folder: Path, stops: Collection[int] = (), limit: int | None = None) -> Iterator[str]:
     """What tells a finished run from the uninterrupted one, in words; nothing if they are equal.
 
     `stops`: steps that it has saved beside the due ones, since it was asked to stop; `limit`: its save_total_limit."""
@@ -108,10 +99,7 @@ def differences(
                     f" instead of {left.get(key, 'absent')!r}"
                 )
     for name in MUST_EQUAL:
-        contents = [
-            path.read_bytes() if path.exists() else None
-            for path in (reference / name, folder / name)
-        ]
+        contents = [path.read_bytes() if path.exists() else None for path in (reference / name, folder / name)]
         if contents[0] != contents[1]:
             yield f"{name} differs"
     kept, there = checkpoints(reference), checkpoints(folder)
@@ -122,9 +110,7 @@ def differences(
         yield f"checkpoints of steps {sorted(there)} instead of {steps}"
     for step in sorted(kept.keys() & there.keys()):
         left, right = tensors(kept[step]), tensors(there[step])
-        different = [
-            name for name in left.keys() | right.keys() if left.get(name) != right.get(name)
-        ]
+        different = [name for name in left.keys() | right.keys() if left.get(name) != right.get(name)]
         if different:
             yield f"step-{step}: {len(different)} of {len(left)} tensors differ, {min(different)} first"
 

@@ -10,21 +10,19 @@ import pytest
 import torch
 from hugging_face import COMPLETIONS, flat, logprobs
 from plain_attention import KEYS, LENGTHS, D, plain, rows
-from vtfast_kernels.paged_attention import Pages, paged_attention
+from vtfast_kernels.paged_attention import paged_attention
+from vtfast_kernels.pages import Pages
 
-from vtfast.attention import BACKENDS, Layout, _usable, attend
-from vtfast.liger import use_liger
-from vtfast.model import load_model
+from vtfast.model.attention import BACKENDS, Layout, _usable, attend
+from vtfast.model.liger import use_liger
+from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.attention import BACKENDS as DECODE_BACKENDS
 from vtfast.rollout.attention import _usable as _decode_usable
 from vtfast.rollout.attention import decode_attention
 from vtfast.scoring import completion_logprobs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,9 +35,7 @@ def test_attention_backends(backend, window):
     ours = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
     expected = plain(*exact, LENGTHS, KEYS, window=window)
     out = attend(*ours, Layout(LENGTHS, KEYS, backend=backend, device="cuda"), D**-0.5, window)
-    weight = torch.randn(
-        expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weight = weight.bfloat16()
     grads = torch.autograd.grad(out, ours, weight.cuda())
     expected_grads = torch.autograd.grad(expected, exact, weight.double())
@@ -50,9 +46,7 @@ def test_attention_backends(backend, window):
 def gradients(policy, total):
     policy.module.zero_grad()
     total.backward()
-    return {
-        n: p.grad.double().cpu() for n, p in policy.module.named_parameters() if p.grad is not None
-    }
+    return {n: p.grad.double().cpu() for n, p in policy.module.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("liger", [False, True])
@@ -78,10 +72,7 @@ def test_bf16_is_no_worse_than_hugging_faces(random_path, prompts, liger):
         "ours": (ours, flat(completion_logprobs(ours, prompts, COMPLETIONS))),
         "theirs": (theirs, unpacked(theirs)),
     }
-    error = {
-        n: (s.detach().double().cpu() - scores["gold"][1].detach()).norm()
-        for n, (_, s) in scores.items()
-    }
+    error = {n: (s.detach().double().cpu() - scores["gold"][1].detach()).norm() for n, (_, s) in scores.items()}
     assert error["ours"] <= 1.5 * error["theirs"] + 1e-3
     grads = {name: gradients(policy, logp.sum()) for name, (policy, logp) in scores.items()}
     for name, wanted in grads["gold"].items():
@@ -89,41 +80,28 @@ def test_bf16_is_no_worse_than_hugging_faces(random_path, prompts, liger):
         assert mine <= 2 * other + 1e-2 * wanted.norm(), name
 
 
-PAGES_OPTIONAL = pytest.mark.xfail(
-    raises=RuntimeError, reason="PyTorch's own flash attention may refuse pages"
-)
+PAGES_OPTIONAL = pytest.mark.xfail(raises=RuntimeError, reason="PyTorch's own flash attention may refuse pages")
 
 
 @pytest.mark.parametrize(
-    "backend",
-    [pytest.param(x, marks=PAGES_OPTIONAL) if x == "varlen" else x for x in DECODE_BACKENDS],
+    "backend", [pytest.param(x, marks=PAGES_OPTIONAL) if x == "varlen" else x for x in DECODE_BACKENDS]
 )
 def test_decode_attention_backends(backend):
     """bf16 over pages of 256 tokens against float64."""
     if not _decode_usable(backend, torch.device("cuda"), torch.bfloat16):
         pytest.skip(f"{backend} is not installed here")
     generator = torch.Generator().manual_seed(0)
-    query, pool = (
-        torch.randn(8, 12, 64, generator=generator),
-        torch.randn(2, 40, 256, 2, 64, generator=generator),
-    )
+    query, pool = (torch.randn(8, 12, 64, generator=generator), torch.randn(2, 40, 256, 2, 64, generator=generator))
     query, (keys, values) = query.bfloat16(), pool.bfloat16()
     row, table = torch.arange(8), torch.randperm(40, generator=generator)
     table = torch.stack(
-        [
-            torch.cat([table[:2] if r < 4 else table[2:4], table[4 + 4 * r : 8 + 4 * r]])
-            for r in range(8)
-        ]
+        [torch.cat([table[:2] if r < 4 else table[2:4], table[4 + 4 * r : 8 + 4 * r]]) for r in range(8)]
     )
     lengths = torch.tensor([520, 513, 900, 1300, 515, 777, 1024, 1025])
     where = [table.int(), lengths.int(), row // 4, 0 * row + 2]
-    expected = paged_attention(
-        query.double(), keys.double(), values.double(), Pages(*where, 256), impl="reference"
-    )
+    expected = paged_attention(query.double(), keys.double(), values.double(), Pages(*where, 256), impl="reference")
     on_gpu = [x.cuda() for x in (query, keys, values)]
-    ours = decode_attention(backend, "cuda", torch.bfloat16)(
-        *on_gpu, Pages(*(x.cuda() for x in where), 256), 0.125
-    )
+    ours = decode_attention(backend, "cuda", torch.bfloat16)(*on_gpu, Pages(*(x.cuda() for x in where), 256), 0.125)
     torch.testing.assert_close(ours.cpu().double(), expected, rtol=2e-2, atol=2e-2)
 
 
@@ -139,9 +117,7 @@ def test_graphs_equal_eager_to_the_bit(random_path, prompts, dtype):
     assert graphs.workspace.graphs.replays
     with torch.no_grad():
         policy.language_model.layers[0].mlp.up_proj.weight.mul_(-1)
-    assert (
-        graphs.generate(prompts, 7, sampling, 2) == eager.generate(prompts, 7, sampling, 2) != plain
-    )
+    assert graphs.generate(prompts, 7, sampling, 2) == eager.generate(prompts, 7, sampling, 2) != plain
 
 
 def EAGER(step, rows):
@@ -172,11 +148,7 @@ def test_rollout_on_the_gpu_is_the_cpus(random_path, prompts):
     sampling = Sampling(max_new_tokens=16)
     theirs = RolloutEngine(cpu).generate(prompts, 4, sampling, seed=3)
     ours = RolloutEngine(cuda).generate(prompts, 4, sampling, seed=3)
-    same = [
-        a.tokens == b.tokens
-        for x, y in zip(ours, theirs, strict=True)
-        for a, b in zip(x, y, strict=True)
-    ]
+    same = [a.tokens == b.tokens for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
     assert sum(same) >= 0.9 * len(same)
     with torch.no_grad():
         scored = completion_logprobs(cuda, prompts, [[c.tokens for c in group] for group in ours])
@@ -185,15 +157,24 @@ def test_rollout_on_the_gpu_is_the_cpus(random_path, prompts):
             assert completion.logprobs == pytest.approx(logp.tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--beta", "0.04", "--gradient_checkpointing", "true", "--token_budget", "300"]]
-)
+@pytest.mark.parametrize("flags", [[], ["--beta", "0.04", "--gradient_checkpointing", "true", "--token_budget", "300"]])
 def test_a_short_run(tmp_path, flags):
     root = Path(__file__).parents[2]
     command = [
-        sys.executable, str(root / "train.py"), "--max_steps", "3", "--eval_samples", "16", "--device", "cuda",
-        "--max_completion_length", "16", "--output_dir", str(tmp_path / "run"), *flags,
-    ]  # fmt: skip
+        sys.executable,
+        str(root / "train.py"),
+        "--max_steps",
+        "3",
+        "--eval_samples",
+        "16",
+        "--device",
+        "cuda",
+        "--max_completion_length",
+        "16",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -15,17 +15,25 @@ from pretend_cuda import DEVICE, OnDevice, pretend_cuda
 from torch import nn
 from vtfast_kernels import checks
 
-from vtfast import distributed, trainer
-from vtfast.distributed import Ranks
-from vtfast.model import load_model
-from vtfast.reference_model import Reference
+from vtfast import trainer
+from vtfast.distributed import launch as distributed
+from vtfast.distributed.ranks import Ranks
+from vtfast.model.loading import load_model
+from vtfast.model.reference import Reference
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
 
 OPS = (
-    "add_rms_norm", "group_advantage", "grpo_loss", "linear_grpo_loss", "linear_logprob", "linear_sample",
-    "paged_attention", "rope_append", "silu_mul",
-)  # fmt: skip
+    "add_rms_norm",
+    "group_advantage",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logprob",
+    "linear_sample",
+    "paged_attention",
+    "rope_append",
+    "silu_mul",
+)
 
 
 @pytest.fixture
@@ -40,9 +48,7 @@ def device(monkeypatch):
         monkeypatch.setattr(module, "choose_impl", choose)
     with pretend_cuda() as log:
         yield log
-        assert not [x for x in log.waits if "index on the host" in x], (
-            "CUDA takes it, and waits for a copy"
-        )
+        assert not [x for x in log.waits if "index on the host" in x], "CUDA takes it, and waits for a copy"
 
 
 def test_the_rules_of_cuda(device):
@@ -78,11 +84,7 @@ def test_gradients_and_ties(device):
     expected, module[0].weight.grad = module[0].weight.grad, None
     module.cuda()
     weight = module[1].weight
-    assert (
-        weight is module[0].weight
-        and isinstance(weight, OnDevice)
-        and isinstance(weight, nn.Parameter)
-    )
+    assert weight is module[0].weight and isinstance(weight, OnDevice) and isinstance(weight, nn.Parameter)
     module(ids.cuda()).square().sum().backward()
     torch.testing.assert_close(weight.grad.cpu(), expected)
 
@@ -97,9 +99,7 @@ def deterministic():
 def scored(policy, prompts):
     logp = flat(completion_logprobs(policy, prompts, COMPLETIONS))
     logp.square().sum().backward()
-    grads = {
-        name: p.grad.cpu() for name, p in policy.module.named_parameters() if p.grad is not None
-    }
+    grads = {name: p.grad.cpu() for name, p in policy.module.named_parameters() if p.grad is not None}
     return logp.detach().cpu(), grads
 
 
@@ -113,11 +113,7 @@ def test_log_probs_and_gradients(random_path, prompts, device):
 
 @pytest.mark.parametrize(
     "warp",
-    [
-        {},
-        {"greedy": True},
-        {"top_k": 9, "top_p": 0.8, "min_p": 0.01, "min_new_tokens": 2, "repetition_penalty": 1.2},
-    ],
+    [{}, {"greedy": True}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01, "min_new_tokens": 2, "repetition_penalty": 1.2}],
     ids=["plain", "greedy", "warped"],
 )
 def test_rollouts(random_path, prompts, device, deterministic, warp):
@@ -148,9 +144,7 @@ def test_an_offloaded_reference_comes_and_goes(random_path, device):
             assert model is reference.copy and all(p.is_cuda for p in model.module.parameters())
             for parameter, value in zip(own, started, strict=True):
                 assert parameter.cpu().equal(value)
-        assert [p.data.data_ptr() for p in own] == places, (
-            "what was fetched is let go of, not fetched back"
-        )
+        assert [p.data.data_ptr() for p in own] == places, "what was fetched is let go of, not fetched back"
 
 
 class PlainEngine:
@@ -226,16 +220,7 @@ def test_whole_steps(tmp_path, device, monkeypatch, settings):
     cpu, cuda = (stepped(tmp_path / x, x, monkeypatch, **settings) for x in ("cpu", "cuda"))
     for ours, theirs in zip(cuda[0], cpu[0], strict=True):
         assert theirs["grad_norm"] > 0
-        for name in (
-            "reward",
-            "loss",
-            "grad_norm",
-            "entropy",
-            "kl",
-            "sampler_drift",
-            "passes",
-            "num_tokens",
-        ):
+        for name in ("reward", "loss", "grad_norm", "entropy", "kl", "sampler_drift", "passes", "num_tokens"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
     for name, value in cpu[1].items():
         torch.testing.assert_close(cuda[1][name], value, rtol=1e-5, atol=1e-5, msg=name)
@@ -243,8 +228,6 @@ def test_whole_steps(tmp_path, device, monkeypatch, settings):
 
 def test_kernels_and_captured_steps(random_path):
     """Everything once more with Triton's kernels, interpreted, and graphs that are recorded and replayed."""
-    script = Path(__file__).parents[1] / "with_pretend_cuda.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(random_path)], capture_output=True, text=True
-    )
+    script = Path(__file__).parents[1] / "helpers/with_pretend_cuda.py"
+    done = subprocess.run([sys.executable, str(script), str(random_path)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]

@@ -12,11 +12,7 @@ from vtfast_kernels.cases import FP32_TOLERANCE, LARGE, OPS, SMALL, VOCABULARIES
 def shapes() -> list:
     """The registry's sizes; what takes minutes (the interpreter at a real vocabulary) is slow."""
     slow = pytest.mark.slow
-    real = (
-        [pytest.param(s, marks=slow) for s in VOCABULARIES]
-        if checks.interpreted()
-        else VOCABULARIES
-    )
+    real = [pytest.param(s, marks=slow) for s in VOCABULARIES] if checks.interpreted() else VOCABULARIES
     return [*SMALL, *real, *(pytest.param(s, marks=slow) for s in LARGE)]
 
 
@@ -57,11 +53,7 @@ NATS = ("logp", "entropy", "kl", "loss")
 
 
 def assert_close(
-    got: dict,
-    want: dict,
-    tolerance: float = FP32_TOLERANCE,
-    plain: dict | None = None,
-    nats: bool = True,
+    got: dict, want: dict, tolerance: float = FP32_TOLERANCE, plain: dict | None = None, nats: bool = True
 ) -> None:
     """Within the tolerance, or no further from the truth than 1.5 x `plain` (PyTorch in the same precision)."""
     assert got.keys() == want.keys()

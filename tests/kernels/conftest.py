@@ -5,9 +5,7 @@ of this process may have done already: hence the child."""
 
 import os
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # deterministic algorithms need it on CUDA
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it on CUDA
 
 import pytest
 import torch

@@ -44,9 +44,7 @@ def sampler_ratio(spec: GRPOLoss, old: torch.Tensor, sampler: torch.Tensor) -> t
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
-def trl_loss(
-    logp, sequence_id, advantage, *, spec, old_logp=None, ref_logp=None, sampler_logp=None
-):
+def trl_loss(logp, sequence_id, advantage, *, spec, old_logp=None, ref_logp=None, sampler_logp=None):
     """TRL 1.16's `GRPOTrainer._compute_loss` of the same tokens, differentiable in `logp`."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -54,29 +52,44 @@ def trl_loss(
     padded = pad(logp)
     old = padded.detach() if old_logp is None else pad(old_logp)
     args = SimpleNamespace(
-        delta=spec.delta, use_bias_correction_kl=spec.use_bias_correction_kl, steps_per_generation=1,
+        delta=spec.delta,
+        use_bias_correction_kl=spec.use_bias_correction_kl,
+        steps_per_generation=1,
         **{name: getattr(spec, name) for name in vars(spec) if name.startswith(("sapo", "vespo"))},
-    )  # fmt: skip
+    )
     trainer = SimpleNamespace(
-        args=args, loss_type=spec.loss_type, beta=spec.beta, epsilon_low=spec.epsilon_low,
-        epsilon_high=spec.epsilon_high, importance_sampling_level=spec.importance_level,
-        max_completion_length=spec.max_completion_length, top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None, aux_loss_enabled=False, _entropy_bonus_enabled=False,
-        use_vllm=sampler_logp is not None, vllm_importance_sampling_correction=True,
-        current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(
-            num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x
-        ),
-        get_gamma_weights=GRPOTrainer.get_gamma_weights, _metrics={"train": defaultdict(list)},
+        args=args,
+        loss_type=spec.loss_type,
+        beta=spec.beta,
+        epsilon_low=spec.epsilon_low,
+        epsilon_high=spec.epsilon_high,
+        importance_sampling_level=spec.importance_level,
+        max_completion_length=spec.max_completion_length,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        use_vllm=sampler_logp is not None,
+        vllm_importance_sampling_correction=True,
+        current_gradient_accumulation_steps=1,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *a, **k: (padded, torch.zeros_like(padded), None),
-    )  # fmt: skip
+    )
     mask = pad.mask.to(logp.dtype)
     ids = torch.zeros_like(pad.mask, dtype=torch.long)
     inputs = {
-        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids,
-        "completion_mask": mask, "advantages": advantage, "old_per_token_logps": old,
-        "ref_per_token_logps": pad(ref_logp), "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": advantage,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": pad(ref_logp),
+        "num_items_in_batch": mask.sum(),
+    }
     if sampler_logp is not None:
         ratio = sampler_ratio(spec, old, pad(sampler_logp))
         if spec.loss_type == "vespo" and ratio.shape[1] == mask.shape[1]:
@@ -86,9 +99,8 @@ def trl_loss(
 
 
 def liger_loss(
-    hidden, weight, target, sequence_id, advantage, *, spec, old_logp=None, ref_logp=None,
-    sampler_logp=None,
-):  # fmt: skip
+    hidden, weight, target, sequence_id, advantage, *, spec, old_logp=None, ref_logp=None, sampler_logp=None
+):
     """Liger's fused loss of the same tokens, differentiable in `hidden` and `weight`."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -96,18 +108,30 @@ def liger_loss(
     names = "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg"
     options = {name: getattr(spec, name) for name in names.split()}
     loss = LigerFusedLinearGRPOLoss(
-        beta=spec.beta, compiled=False, use_ref_model=spec.beta != 0, epsilon_low=spec.epsilon_low,
-        epsilon_high=spec.epsilon_high, loss_type=spec.loss_type, delta=spec.delta,
-        max_completion_length=spec.max_completion_length, temperature=spec.temperature,
+        beta=spec.beta,
+        compiled=False,
+        use_ref_model=spec.beta != 0,
+        epsilon_low=spec.epsilon_low,
+        epsilon_high=spec.epsilon_high,
+        loss_type=spec.loss_type,
+        delta=spec.delta,
+        max_completion_length=spec.max_completion_length,
+        temperature=spec.temperature,
         importance_sampling_level=spec.importance_level,
-        use_bias_correction_kl=spec.use_bias_correction_kl, **options,
-    )  # fmt: skip
+        use_bias_correction_kl=spec.use_bias_correction_kl,
+        **options,
+    )
     ratio = None
     if sampler_logp is not None:
         ratio = sampler_ratio(spec, pad(old_logp), pad(sampler_logp))
     out = loss(
-        pad(hidden), weight, pad(target), pad.mask.to(hidden.dtype), advantage,
+        pad(hidden),
+        weight,
+        pad(target),
+        pad.mask.to(hidden.dtype),
+        advantage,
         ref_per_token_logps=pad(ref_logp) if spec.beta != 0 else None,
-        old_per_token_logps=pad(old_logp), vllm_is_ratio=ratio,
-    )  # fmt: skip
+        old_per_token_logps=pad(old_logp),
+        vllm_is_ratio=ratio,
+    )
     return out[0]

@@ -36,9 +36,7 @@ def test_norm_equals_hugging_faces(impl, device, R, D, add):
     x, delta, weight = on(device, x, delta, norm.weight.data)
     mine_total, mine = add_rms_norm(x, delta, weight, eps=1e-5, impl=impl)
     torch.testing.assert_close(mine_total.cpu(), total, rtol=0, atol=0)
-    torch.testing.assert_close(
-        mine.cpu(), norm.double()(total.double()).float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(mine.cpu(), norm.double()(total.double()).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -58,15 +56,16 @@ H, K, D, PAGE, B = 6, 2, 12, 4, 9
 
 
 def rope_case(dtype=torch.float32, R=5):
-    angles = torch.tensor([3.0, 0, 39, 7, 7])[:R, None] * 10000.0 ** -(
-        torch.arange(D // 2) / (D // 2)
-    )
+    angles = torch.tensor([3.0, 0, 39, 7, 7])[:R, None] * 10000.0 ** -(torch.arange(D // 2) / (D // 2))
     cos, sin = (torch.cat([f(angles)] * 2, dim=1).to(dtype) for f in (torch.cos, torch.sin))
     return {
-        "qkv": normal(R, (H + 2 * K) * D, dtype=dtype), "cos": cos, "sin": sin,
+        "qkv": normal(R, (H + 2 * K) * D, dtype=dtype),
+        "cos": cos,
+        "sin": sin,
         "slot": torch.tensor([1, 0, 35, 17, 18])[:R],
-        "keys": normal(B, PAGE, K, D, dtype=dtype, seed=3), "values": normal(B, PAGE, K, D, dtype=dtype, seed=4),
-    }  # fmt: skip
+        "keys": normal(B, PAGE, K, D, dtype=dtype, seed=3),
+        "values": normal(B, PAGE, K, D, dtype=dtype, seed=4),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -79,9 +78,7 @@ def test_rotation_equals_hugging_faces(impl, device, dtype, R):
     expected = {"keys": k[0].transpose(0, 1), "values": v}
     mine = {name: x.to(device) for name, x in case.items()}
     query = rope_append(**mine, impl=impl)
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    )
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(query.cpu().double(), q[0].transpose(0, 1), **tolerance)
     for name, new in expected.items():
         after, before = mine[name].cpu().flatten(0, 1), case[name].flatten(0, 1).double()
@@ -98,9 +95,7 @@ def test_silu_mul_equals_pytorchs(impl, device, dtype, R, F):
     gate_up = 4 * normal(R, 2 * F, dtype=dtype)
     mine = silu_mul(gate_up.to(device), impl=impl).cpu()
     expected = silu(gate_up[:, :F]) * gate_up[:, F:]
-    torch.testing.assert_close(
-        mine, expected, **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3})
-    )
+    torch.testing.assert_close(mine, expected, **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}))
     if R and dtype != torch.float32 and rounds(dtype):
         assert (mine != expected).float().mean() < 0.02
 

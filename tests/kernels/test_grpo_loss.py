@@ -35,10 +35,7 @@ def test_matches_float64_and_autograd(impl, device, name, policies):
 @pytest.mark.parametrize("name", [n for n in SPECS if SPECS[n].loss_type not in OURS_ALONE])
 def test_matches_trl(name, policies):
     inputs = inputs_for(name, policies)
-    inputs = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
+    inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     ours, theirs = (inputs["logp"].clone().requires_grad_() for _ in range(2))
     out = grpo_loss(**{**inputs, "logp": ours}, impl="reference")
     out.loss.backward()
@@ -49,9 +46,7 @@ def test_matches_trl(name, policies):
 
 
 @pytest.mark.parametrize("N", [0, 1, 7, 1030, 2500])
-@pytest.mark.parametrize(
-    "name", ["grpo-token", "grpo-sequence", "vespo-token", "sequence-truncate"]
-)
+@pytest.mark.parametrize("name", ["grpo-token", "grpo-sequence", "vespo-token", "sequence-truncate"])
 def test_sizes(impl, device, name, N):
     """One token, one-token sequences, empty sequences, sequences longer than the kernel's block."""
     inputs = grpo_inputs(Shape(N), device=device, spec=SPECS[name])
@@ -59,12 +54,7 @@ def test_sizes(impl, device, name, N):
     for other in ("old_logp", "sampler_logp"):
         inputs[other] = inputs["logp"] + (inputs[other] - inputs["logp"]) / max(1, N / 60)
     want = run("grpo_loss", inputs, "reference", torch.float64)
-    assert_close(
-        run("grpo_loss", inputs, impl),
-        want,
-        plain=run("grpo_loss", inputs, "reference"),
-        nats=False,
-    )
+    assert_close(run("grpo_loss", inputs, impl), want, plain=run("grpo_loss", inputs, "reference"), nats=False)
 
 
 def test_sampler_equal_to_the_policy_changes_nothing(impl, device):
@@ -92,10 +82,7 @@ def test_micro_batches_add_up_under_global_denominators(impl, device, loss_type)
     cut, S = int((inputs["sequence_id"] < 4).sum()), len(inputs["advantage"])
     total, grads = 0.0, []
     for part in (slice(0, cut), slice(cut, None)):
-        half = {
-            k: v[part] if torch.is_tensor(v) and len(v) == len(inputs["logp"]) else v
-            for k, v in inputs.items()
-        }
+        half = {k: v[part] if torch.is_tensor(v) and len(v) == len(inputs["logp"]) else v for k, v in inputs.items()}
         half |= {"num_sequences": S, "num_tokens": torch.tensor(len(inputs["logp"]), device=device)}
         out = run("grpo_loss", half, impl)
         total, grads = total + out["loss"], [*grads, out["d_logp"]]
@@ -104,9 +91,7 @@ def test_micro_batches_add_up_under_global_denominators(impl, device, loss_type)
 
 
 def test_epsilon_high_defaults_to_epsilon_low():
-    assert GRPOLoss(epsilon_low=0.1, epsilon_high=None) == GRPOLoss(
-        epsilon_low=0.1, epsilon_high=0.1
-    )
+    assert GRPOLoss(epsilon_low=0.1, epsilon_high=None) == GRPOLoss(epsilon_low=0.1, epsilon_high=0.1)
 
 
 @pytest.mark.parametrize("name", ["grpo-token", "grpo-sequence", "linear"])
@@ -115,8 +100,7 @@ def test_strided_inputs(impl, device, name):
     op = "linear_grpo_loss" if name == "linear" else "grpo_loss"
     inputs = OPS[op].inputs(Shape(61, 123, 16), device=device, spec=SPECS.get(name, GRPOLoss()))
     strided = {
-        k: torch.stack([v, torch.full_like(v, 3)], -1)[..., 0] if torch.is_tensor(v) else v
-        for k, v in inputs.items()
+        k: torch.stack([v, torch.full_like(v, 3)], -1)[..., 0] if torch.is_tensor(v) else v for k, v in inputs.items()
     }
     assert not strided["old_logp"].is_contiguous()
     want, got = run(op, inputs, impl), run(op, strided, impl)

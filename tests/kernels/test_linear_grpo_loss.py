@@ -89,9 +89,7 @@ def test_repeats_are_bitwise_equal(impl, device, small_chunks):
 def test_matches_liger(name):
     spec = SPECS[name]
     if name == "luspo-token":
-        pytest.skip(
-            "Liger multiplies by the sequence length where TRL sums; defined for sequences only"
-        )
+        pytest.skip("Liger multiplies by the sequence length where TRL sums; defined for sequences only")
     inputs = linear_grpo_inputs(SHAPE, spec=spec, ignored=0.0)
     inputs["sequence_id"] = torch.arange(SHAPE.N) * len(inputs["advantage"]) // SHAPE.N
     if spec.loss_type == "vespo":
@@ -114,9 +112,7 @@ def test_matches_trl_over_its_own_head(name):
 
     inputs = linear_grpo_inputs(SHAPE, spec=SPECS[name], ignored=0.0)
     other = {k: v for k, v in inputs.items() if k not in ("hidden", "weight", "target")}
-    ours, theirs = (
-        [inputs[k].clone().requires_grad_() for k in ("hidden", "weight")] for _ in range(2)
-    )
+    ours, theirs = ([inputs[k].clone().requires_grad_() for k in ("hidden", "weight")] for _ in range(2))
     out = linear_grpo_loss(*ours, inputs["target"], **other)
     out.loss.backward()
     temperature = inputs["spec"].temperature
@@ -191,9 +187,7 @@ def test_tied_embedding_and_hooks(impl, device):
         table = inputs["weight"].clone().requires_grad_()
         table.register_post_accumulate_grad_hook(lambda p: fired.append(p))
         hidden = torch.tanh(torch.nn.functional.embedding(ids, table))
-        linear_grpo_loss(
-            **{**inputs, "hidden": hidden, "weight": table}, impl=which
-        ).loss.backward()
+        linear_grpo_loss(**{**inputs, "hidden": hidden, "weight": table}, impl=which).loss.backward()
         grads.append(table.grad)
     assert len(fired) == 2
     assert error(grads[0], grads[1]) < 1e-5

@@ -35,9 +35,7 @@ def test_logits_up_to_forty(impl, device, temperature):
 def test_certain_tokens_have_no_entropy(impl, device):
     """One logit 80 above the rest: probabilities underflow, nothing becomes infinite."""
     weight = torch.eye(64, device=device)
-    logp, entropy = linear_logprob(
-        80 * weight[:5], weight, torch.arange(5, device=device), entropy=True, impl=impl
-    )
+    logp, entropy = linear_logprob(80 * weight[:5], weight, torch.arange(5, device=device), entropy=True, impl=impl)
     assert (logp.abs() < 1e-6).all() and (entropy.abs() < 1e-6).all()
 
 
@@ -97,9 +95,7 @@ def test_a_row_does_not_depend_on_its_batch(impl, device):
         pytest.skip("BLAS chooses its own order of summation per shape")
     inputs = logprob_inputs(Shape(150, 500, 64), device=device)
     together = linear_logprob(**inputs, impl=impl)[0]
-    alone = linear_logprob(
-        **{**inputs, **{k: inputs[k][140:141] for k in ("hidden", "target")}}, impl=impl
-    )[0]
+    alone = linear_logprob(**{**inputs, **{k: inputs[k][140:141] for k in ("hidden", "target")}}, impl=impl)[0]
     assert torch.equal(together[140:141], alone)
 
 

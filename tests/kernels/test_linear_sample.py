@@ -4,7 +4,8 @@ import pytest
 import torch
 from compare import error, shapes
 from vtfast_kernels.cases import Shape, sample_inputs
-from vtfast_kernels.linear_sample import exponential_noise, linear_sample
+from vtfast_kernels.linear_sample import linear_sample
+from vtfast_kernels.noise import exponential_noise
 
 
 @pytest.mark.parametrize("greedy", [False, True])

@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from make_kv_pages import CASES, PAGE, D, H, K, case, exactly
-from vtfast_kernels.paged_attention import Pages, paged_attention
+from vtfast_kernels.paged_attention import paged_attention
+from vtfast_kernels.pages import Pages
 
 
 def on(device, inputs):
-    pages = {
-        k: v.to(device) for k, v in vars(inputs["pages"]).items() if isinstance(v, torch.Tensor)
-    }
+    pages = {k: v.to(device) for k, v in vars(inputs["pages"]).items() if isinstance(v, torch.Tensor)}
     moved = {k: v.to(device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     return moved | {"pages": Pages(**pages, page=PAGE)}
 
@@ -34,8 +33,7 @@ def test_rows_at_equal_distances_are_read_in_place(impl, device, apart):
     inputs = case([2, 2], [[9, 12, 10], [9, 16, 11]])
     old = inputs["pages"].block_table
     new = torch.tensor(
-        [[40 + 4 * (r // 3), 41 + 4 * (r // 3), 3 + r * apart, 4 + r * apart] for r in range(6)],
-        dtype=torch.int32,
+        [[40 + 4 * (r // 3), 41 + 4 * (r // 3), 3 + r * apart, 4 + r * apart] for r in range(6)], dtype=torch.int32
     )
     known = torch.arange(4) * PAGE < inputs["pages"].lengths[:, None]
     for name in ("keys", "values"):
@@ -86,10 +84,7 @@ def test_bf16_is_no_worse_than_plain(impl, device):
 def test_no_rows(impl, device):
     none = torch.empty(0, dtype=torch.int32)
     inputs = case([1], [[5]])
-    inputs["query"], inputs["pages"] = (
-        inputs["query"][:0],
-        Pages(none.view(0, 2), none, none, none, PAGE),
-    )
+    inputs["query"], inputs["pages"] = (inputs["query"][:0], Pages(none.view(0, 2), none, none, none, PAGE))
     assert paged_attention(**on(device, inputs), impl=impl).shape == (0, H, D)
 
 

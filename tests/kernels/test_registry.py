@@ -17,11 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_op_is_in_the_registry():
     """An op is a file with a function of its name."""
-    files = {
-        file.stem
-        for file in (ROOT / "kernels").glob("*.py")
-        if f"def {file.stem}(" in file.read_text()
-    }
+    files = {file.stem for file in (ROOT / "kernels").glob("*.py") if f"def {file.stem}(" in file.read_text()}
     assert set(OPS) == files
     assert all(op.function.__name__ == name for name, op in OPS.items())
 
@@ -35,9 +31,7 @@ def test_every_op_is_in_the_pages():
 
 @pytest.mark.parametrize("name", OPS)
 def test_signature_is_that_of_the_reference(name):
-    ours, plain = (
-        inspect.signature(f).parameters for f in (OPS[name].function, getattr(reference, name))
-    )
+    ours, plain = (inspect.signature(f).parameters for f in (OPS[name].function, getattr(reference, name)))
     assert list(ours) == list(plain)
     assert ours["impl"].default == "auto"
     for parameter in ours.keys() - {"impl"}:
@@ -70,7 +64,5 @@ def test_half_precision_error_is_near_that_of_plain_pytorch(impl, device, name, 
 
 @pytest.mark.parametrize("name", OPS)
 def test_the_same_call_twice_is_bitwise_equal(impl, device, name):
-    first, second = (
-        run(name, OPS[name].inputs(Shape(13, 123, 16), device=device), impl) for _ in range(2)
-    )
+    first, second = (run(name, OPS[name].inputs(Shape(13, 123, 16), device=device), impl) for _ in range(2))
     assert all(torch.equal(first[output], second[output]) for output in first)

@@ -5,7 +5,7 @@
     refused    a UserError of one line that names the file, row or flag
 
 Never another exception, never a hang, never a file half written. `python -m tests.malformed [FACTOR]` tries every kind
-and prints how many inputs of each ended how; `tests/reliability/test_malformed.py` does so in the test suite. A kind of
+and prints how many inputs of each ended how; `tests/campaigns/test_malformed.py` does so in the test suite. A kind of
 input is a line in `KINDS`: a strategy that draws inputs and a function that enters one. The draws are the same each
 time.
 """
@@ -30,8 +30,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from vtfast.errors import UserError
-from vtfast.terminal import message
+from vtfast.utils.errors import UserError
+from vtfast.utils.terminal import message
 
 SECONDS = 120
 """For one input: far more than any needs, on a machine that does other things too."""
@@ -64,9 +64,13 @@ def campaign(kind: Kind, factor: float = 1.0) -> Counter[str]:
     endings: dict[bytes, str] = {}
 
     @settings(
-        max_examples=max(1, round(kind.count * factor)), derandomize=True, deadline=None, database=None,
-        phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+        max_examples=max(1, round(kind.count * factor)),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(kind.inputs)
     def enter(given_input: Any) -> None:
         ending = verdict(kind, given_input)
@@ -116,7 +120,7 @@ def command(*arguments: str) -> str:
     """A call of the command line, in this process; its error as a UserError."""
     import io
 
-    from vtfast.cli import BAD_INPUT, main
+    from vtfast.cli.main import BAD_INPUT, main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "helpers")]
 
 from malformed import REFUSED, SKIPPED, WORKS, campaign  # noqa: E402
 from malformed.table import KINDS  # noqa: E402
@@ -17,10 +17,7 @@ def main(factor: float) -> None:
     for kind in KINDS:
         ended = campaign(kind, factor)
         total += ended.total()
-        print(
-            f"{kind.name:40} {ended.total():6} {ended[WORKS]:8} {ended[SKIPPED]:8} {ended[REFUSED]:8}",
-            flush=True,
-        )
+        print(f"{kind.name:40} {ended.total():6} {ended[WORKS]:8} {ended[SKIPPED]:8} {ended[REFUSED]:8}", flush=True)
     print(f"{'all':40} {total:6}")
 
 

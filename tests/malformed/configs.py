@@ -13,7 +13,7 @@ from malformed import WORKS, Kind, command
 from malformed.values import NUMBERS, TEXTS, VALUES, damage
 from vtfast.config import field_names, load_config
 
-RECIPE = Path(vtfast.__file__).parent / "recipes" / "tiny-spatial.yaml"
+RECIPE = Path(vtfast.__file__).parent / "config" / "recipes" / "tiny-spatial.yaml"
 
 
 def settings_file(text: str | bytes, folder: Path) -> str:
@@ -28,13 +28,38 @@ def _yaml(settings: Any) -> str:
 
 
 NAMES = st.sampled_from([*field_names(), "base", "recipe"])
-YAML_TEXTS = st.sampled_from([
-    "!!python/object/apply:os.system ['true']", "seed: !!python/name:os.system", "a: &a [x]\nfreeze: *a",
-    "a: &a [x, x]\nb: &b [*a, *a]\nfreeze: [*b, *b]", "<<: {seed: 1}", "? [a]\n: 1", "1: 2", "seed: 2024-99-99",
-    "seed: 1:99:99", "seed: 0x" + "f" * 6000, "seed: " + "9" * 6000, "- seed", "seed: 1\n---\nseed: 2", "seed: \0",
-    "\ufeffseed: 1", "seed: 'open", "%YAML 9.9\n---\nseed: 1", "seed: !!binary x", "seed: !!set {a, b}", "[" * 5000,
-    "{a: " * 5000, "null", "", "recipe: ../../x", "base: ../../x", "base: [a]", "seed: .inf", "recipe: \"\"",
-])  # fmt: skip
+YAML_TEXTS = st.sampled_from(
+    [
+        "!!python/object/apply:os.system ['true']",
+        "seed: !!python/name:os.system",
+        "a: &a [x]\nfreeze: *a",
+        "a: &a [x, x]\nb: &b [*a, *a]\nfreeze: [*b, *b]",
+        "<<: {seed: 1}",
+        "? [a]\n: 1",
+        "1: 2",
+        "seed: 2024-99-99",
+        "seed: 1:99:99",
+        "seed: 0x" + "f" * 6000,
+        "seed: " + "9" * 6000,
+        "- seed",
+        "seed: 1\n---\nseed: 2",
+        "seed: \0",
+        "\ufeffseed: 1",
+        "seed: 'open",
+        "%YAML 9.9\n---\nseed: 1",
+        "seed: !!binary x",
+        "seed: !!set {a, b}",
+        "[" * 5000,
+        "{a: " * 5000,
+        "null",
+        "",
+        "recipe: ../../x",
+        "base: ../../x",
+        "base: [a]",
+        "seed: .inf",
+        'recipe: ""',
+    ]
+)
 SETTINGS = st.one_of(
     YAML_TEXTS,
     st.dictionaries(NAMES, VALUES, min_size=1, max_size=4).map(_yaml),
@@ -61,7 +86,7 @@ FLAGS = st.lists(
 
 def template(data: bytes, folder: Path) -> str:
     from vtfast.data import Sample
-    from vtfast.prompts import load_template, render
+    from vtfast.data.prompts import load_template, render
 
     (folder / "template.txt").write_bytes(data)
     text = load_template(folder / "template.txt")

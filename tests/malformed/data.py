@@ -19,13 +19,13 @@ import vtfast
 from malformed import SKIPPED, WORKS, Kind
 from malformed.values import DEEP, VALUES, changed, damage, json_bytes
 
-BASE = Path(vtfast.__file__).parent / "assets" / "tiny-spatial-base"
+BASE = Path(vtfast.__file__).parent / "model" / "assets" / "tiny-spatial-base"
 
 
 def rows(file: tuple[str, bytes], folder: Path) -> str:
     """Read, shuffled, rendered and tokenized, as a run does it. What is skipped is told by its number."""
     from vtfast.data import load_samples, shuffle_options
-    from vtfast.prompts import load_template, render
+    from vtfast.data.prompts import load_template, render
 
     name, data = file
     (folder / name).write_bytes(data)
@@ -61,15 +61,17 @@ def _lines(row: Any) -> bytes:
 
 
 JSON_ROWS = st.one_of(
-    changed(GOOD), changed(MESSAGES), VALUES,
+    changed(GOOD),
+    changed(MESSAGES),
+    VALUES,
     st.dictionaries(st.sampled_from(["image", "images", "question_type", *GOOD]), VALUES).map(lambda x: GOOD | x),
-)  # fmt: skip
+)
 JSONL = st.one_of(
     JSON_ROWS.map(_lines), JSON_ROWS.map(_lines), damage(_lines(GOOD)), DEEP.map(lambda text: text.encode() + b"\n")
-).map(lambda data: ("rows.jsonl", data))  # fmt: skip
-JSON_FILES = st.one_of(
-    JSON_ROWS.map(lambda row: json.dumps([GOOD, row]).encode()), json_bytes([GOOD, MESSAGES])
-).map(lambda data: ("rows.json", data))
+).map(lambda data: ("rows.jsonl", data))
+JSON_FILES = st.one_of(JSON_ROWS.map(lambda row: json.dumps([GOOD, row]).encode()), json_bytes([GOOD, MESSAGES])).map(
+    lambda data: ("rows.json", data)
+)
 
 
 def _parquet(columns: dict[str, pa.Array]) -> bytes:
@@ -80,9 +82,7 @@ def _parquet(columns: dict[str, pa.Array]) -> bytes:
 
 SAT_ROWS = pa.Table.from_pylist([sat_row(seed) for seed in range(3)], SAT)
 INVALID = pa.Array.from_buffers(
-    pa.string(),
-    3,
-    [None, pa.py_buffer(struct.pack("4i", 0, 1, 2, 3)), pa.py_buffer(b"\xff\xfe\x80")],
+    pa.string(), 3, [None, pa.py_buffer(struct.pack("4i", 0, 1, 2, 3)), pa.py_buffer(b"\xff\xfe\x80")]
 )
 """Three texts that are no UTF-8."""
 ARRAYS = [
@@ -140,7 +140,7 @@ PARQUET = parquet() | damage(_parquet({n: SAT_ROWS[n] for n in SAT_ROWS.column_n
 
 
 def image(data: bytes, folder: Path) -> str:
-    from vtfast.images import Images, image_sizes
+    from vtfast.data.images import Images, image_sizes
 
     (folder / "rows.jsonl").write_bytes(_lines(GOOD | {"image": "picture"}))
     (folder / "picture").write_bytes(data)
@@ -151,7 +151,7 @@ def image(data: bytes, folder: Path) -> str:
 
 
 ALLOWED = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
-OTHERS = ["TIFF", "ICO", "PPM", "TGA", "PCX", "ICNS", "EPS", "PDF", "JPEG2000", "AVIF", "DDS", "SGI", "IM"]  # fmt: skip
+OTHERS = ["TIFF", "ICO", "PPM", "TGA", "PCX", "ICNS", "EPS", "PDF", "JPEG2000", "AVIF", "DDS", "SGI", "IM"]
 
 
 @cache

@@ -18,8 +18,8 @@ from malformed.values import damage, json_bytes
 def model(changes: tuple[str, bytes | None], folder: Path) -> str:
     """Loaded, asked with an image and answered in four tokens."""
     from vtfast.data import Processor
-    from vtfast.model import load_model
-    from vtfast.prompts import IMAGE
+    from vtfast.data.prompts import IMAGE
+    from vtfast.model.loading import load_model
     from vtfast.rollout import RolloutEngine, Sampling
 
     name, data = changes
@@ -82,7 +82,7 @@ ADAPTER = {
 
 
 def adapter(data: bytes, folder: Path) -> str:
-    from vtfast.model import load_model
+    from vtfast.model.loading import load_model
 
     (folder / "model").mkdir()
     (folder / "model" / "adapter_model.safetensors").write_bytes(_adapter_weights())
@@ -96,11 +96,15 @@ def _adapter_weights() -> bytes:
     import torch
     from safetensors.torch import save
 
-    return save({
-        f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj.lora_{name}.weight": torch.zeros(shape)
-        for layer in range(3)
-        for name, shape in (("A", (4, 96)), ("B", (96, 4)))
-    })  # fmt: skip
+    return save(
+        {
+            f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj.lora_{name}.weight": torch.zeros(
+                shape
+            )
+            for layer in range(3)
+            for name, shape in (("A", (4, 96)), ("B", (96, 4)))
+        }
+    )
 
 
 KINDS = [

@@ -21,9 +21,11 @@ def run_folder(changes: tuple[str, bytes], folder: Path) -> str:
     """Its report is whole, or not there."""
     name, data = changes
     run = write_run(
-        folder / "run", [metrics_row(1), metrics_row(2)], [completion_row(1), completion_row(2)],
+        folder / "run",
+        [metrics_row(1), metrics_row(2)],
+        [completion_row(1), completion_row(2)],
         {"step-2": {"cvbench": {"total": 0.5, "by_task": {"Count": 0.5}, "count": 10}}},
-    )  # fmt: skip
+    )
     (run / "held_out.json").write_text(json.dumps(HELD_OUT))
     (run / name).write_bytes(data)
     try:
@@ -48,7 +50,7 @@ RUN_FILES = st.one_of(
     st.tuples(
         st.just("config.yaml"), SETTINGS.map(lambda x: x if isinstance(x, bytes) else x.encode("utf-8", "replace"))
     ),
-)  # fmt: skip
+)
 
 
 def answers(changes: tuple[str, bytes], folder: Path) -> str:
@@ -63,16 +65,23 @@ def answers(changes: tuple[str, bytes], folder: Path) -> str:
 
 
 ANSWER = {
-    "index": 0, "task": "Count", "source": "COCO", "question": "How many?", "options": ["1", "2"], "gold": "A",
-    "images": "", "response": "<answer>1</answer>", "correct": True, "strict_correct": True, "tokens": 4,
+    "index": 0,
+    "task": "Count",
+    "source": "COCO",
+    "question": "How many?",
+    "options": ["1", "2"],
+    "gold": "A",
+    "images": "",
+    "response": "<answer>1</answer>",
+    "correct": True,
+    "strict_correct": True,
+    "tokens": 4,
     "finish_reason": "stop",
-}  # fmt: skip
+}
 ANSWERS = st.one_of(
     st.tuples(st.just("cvbench.jsonl"), json_bytes(ANSWER).map(lambda line: line + b"\n")),
     st.tuples(st.just("cvbench.jsonl"), json_bytes(ANSWER).map(lambda line: line + b"\n")),
-    st.tuples(
-        st.just("settings.json"), json_bytes({"cvbench": {"template": "x", "min_pixels": 1}})
-    ),
+    st.tuples(st.just("settings.json"), json_bytes({"cvbench": {"template": "x", "min_pixels": 1}})),
     st.tuples(st.just("scores.json"), json_bytes(SCORES)),
 )
 
@@ -101,15 +110,13 @@ def benchmark(given_input: tuple[str, Any], folder: Path) -> str:
         data = write_cvbench(folder / "cvbench", [cvbench_row(0), cvbench_row(1, "Depth")])
         (data / "test_2d.parquet").write_bytes(change)
     output = folder / "out"
-    evaluate(
-        policy(), bench, data, processor=processor(), max_completion_length=2, output=output, progress=False
-    )  # fmt: skip
+    evaluate(policy(), bench, data, processor=processor(), max_completion_length=2, output=output, progress=False)
     return WORKS
 
 
 @cache
 def policy() -> Any:
-    from vtfast.model import load_model
+    from vtfast.model.loading import load_model
 
     return load_model(BASE)
 

@@ -9,25 +9,58 @@ from typing import Any
 from hypothesis import strategies as st
 
 TEXTS = st.one_of(
-    st.sampled_from([
-        "", " ", "\n", "\0", "\x1b]0;title\x07\x1b[2J", "\ud800", "\u202eevil", "\u2028", "../" * 40 + "etc/passwd",
-        "/dev/zero", "/etc/passwd", "http://localhost:1/x.png", "data:image/png;base64,AAAA", "a" * 5000, "<script>",
-        "${jndi:x}", "{question}", "{}", "%s%n", "NaN", "null", "none", "-1", "1e999", "<|image_pad|>", "os:system",
-        "~", "~nobody", "*", "?", "con", "9" * 5000, "'; DROP TABLE", "True", "Ａ", "😀" * 50, "x" * 300 + "/y",
-    ]),
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "\n",
+            "\0",
+            "\x1b]0;title\x07\x1b[2J",
+            "\ud800",
+            "\u202eevil",
+            "\u2028",
+            "../" * 40 + "etc/passwd",
+            "/dev/zero",
+            "/etc/passwd",
+            "http://localhost:1/x.png",
+            "data:image/png;base64,AAAA",
+            "a" * 5000,
+            "<script>",
+            "${jndi:x}",
+            "{question}",
+            "{}",
+            "%s%n",
+            "NaN",
+            "null",
+            "none",
+            "-1",
+            "1e999",
+            "<|image_pad|>",
+            "os:system",
+            "~",
+            "~nobody",
+            "*",
+            "?",
+            "con",
+            "9" * 5000,
+            "'; DROP TABLE",
+            "True",
+            "Ａ",
+            "😀" * 50,
+            "x" * 300 + "/y",
+        ]
+    ),
     st.text(max_size=20),
-)  # fmt: skip
+)
 NUMBERS = st.one_of(
     st.sampled_from([0, -1, 1, 2, 3, 7, 10**6, 10**12, 2**63, -(2**64), 10**400, 0.0, -0.5, 1e-308, 1e308]),
     st.sampled_from([float("nan"), float("inf"), float("-inf")]),
     st.integers(-1000, 1000),
-)  # fmt: skip
+)
 PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES = st.recursive(
     PLAIN,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=6,
 )
 """Anything that JSON or YAML can say."""

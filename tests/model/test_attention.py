@@ -9,9 +9,9 @@ import pytest
 import torch
 from plain_attention import KEYS, LENGTHS, D, H, K, plain, rows
 
-from vtfast import attention, backends
-from vtfast.attention import Layout, attend, choose_backend, language_attention, vision_attention
-from vtfast.errors import UserError
+from vtfast.model import attention, backends
+from vtfast.model.attention import Layout, attend, choose_backend, language_attention, vision_attention
+from vtfast.utils.errors import UserError
 
 
 def assert_same(layout, lengths, keys, **options):
@@ -21,9 +21,7 @@ def assert_same(layout, lengths, keys, **options):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     weight = torch.randn(ours.shape, dtype=ours.dtype)
     for mine, expected in zip(
-        torch.autograd.grad(ours, tensors, weight),
-        torch.autograd.grad(theirs, tensors, weight),
-        strict=True,
+        torch.autograd.grad(ours, tensors, weight), torch.autograd.grad(theirs, tensors, weight), strict=True
     ):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
@@ -74,51 +72,98 @@ def reference_varlen(q, k, v, cu_q, cu_k, causal, window, scale):
         length = len(segment)
         out.append(
             plain(
-                segment, k[cu_k[s] : cu_k[s + 1]], v[cu_k[s] : cu_k[s + 1]],
-                [length], [[(0, cu_k[s + 1] - cu_k[s])]], causal, left,
+                segment,
+                k[cu_k[s] : cu_k[s + 1]],
+                v[cu_k[s] : cu_k[s + 1]],
+                [length],
+                [[(0, cu_k[s + 1] - cu_k[s])]],
+                causal,
+                left,
             )
-        )  # fmt: skip
+        )
     return torch.cat(out)
 
 
 def flash_attn_2(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-    return_attn_probs=False, block_table=None,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
     assert dropout_p == 0 and (max_seqlen_q, max_seqlen_k) == (7, 12)
     return reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale)
 
 
 def flash_attn_3(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
-    deterministic=False, sm_margin=0,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+):
     out = reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale)
     return out, None
 
 
-def varlen_210(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
-):
+def varlen_210(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
     assert query.shape[1] == key.shape[1], "this version knows no grouped heads"
     return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, is_causal, (-1, -1), None)
 
 
 def varlen_211(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
-):  # fmt: skip
+):
     assert query.shape[1] == key.shape[1], "this version knows no grouped heads"
     causal = window_size[1] == 0
     return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, causal, window_size, scale)
 
 
 def varlen_213(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     assert enable_gqa
     causal = window_size[1] == 0
     return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, causal, window_size, scale)
@@ -135,9 +180,7 @@ VARLEN = [
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("backend, module, name, function", VARLEN)
-def test_varlen_kernels_get_their_own_signatures(
-    monkeypatch, backend, module, name, function, window
-):
+def test_varlen_kernels_get_their_own_signatures(monkeypatch, backend, module, name, function, window):
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: function}))
     layout = Layout(LENGTHS, KEYS, backend=backend)
     if function is varlen_210 and window is not None:
@@ -153,9 +196,7 @@ def test_varlen_kernels_get_their_own_signatures(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend, module, name, function", VARLEN)
-def test_varlen_kernels_are_told_what_is_causal(
-    monkeypatch, backend, module, name, function, causal
-):
+def test_varlen_kernels_are_told_what_is_causal(monkeypatch, backend, module, name, function, causal):
     """Images see all of themselves; and the longest query and key stand in their own places."""
     bound = {}
 
@@ -184,9 +225,7 @@ def test_the_choice(monkeypatch, caplog):
     backends._say.cache_clear()
     with caplog.at_level(logging.INFO, logger="vtfast"):
         assert choose_backend() == choose_backend("sdpa", "cpu") == "sdpa"
-    assert [record.message for record in caplog.records] == [
-        "packed attention (cpu, float32): sdpa"
-    ]
+    assert [record.message for record in caplog.records] == ["packed attention (cpu, float32): sdpa"]
     with pytest.raises(UserError, match="must be one of auto, flash_attn_3"):
         choose_backend("flash")
     with pytest.raises(UserError, match="usable here: sdpa"):

@@ -9,38 +9,50 @@ import transformers
 from hugging_face import inputs, logprobs
 from make_files import picture
 
-from vtfast.cli import main
+from vtfast.cli.main import main
 from vtfast.config import field_help
-from vtfast.errors import UserError
-from vtfast.flops import forward_flops
-from vtfast.model import FAMILIES, Policy, layer_types, load_model
-from vtfast.processor import Processor, Prompt
-from vtfast.prompts import IMAGE
+from vtfast.cost.flops import forward_flops
+from vtfast.data.processor import Processor
+from vtfast.data.prompt import Prompt
+from vtfast.data.prompts import IMAGE
+from vtfast.model.loading import FAMILIES, load_model
+from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
+from vtfast.utils.errors import UserError
 
 V, END = 400, 386
 TEXT = dict(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=V, max_position_embeddings=2048, bos_token_id=END, eos_token_id=END,
-)  # fmt: skip
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-MARKS = dict(
-    image_token_id=398, video_token_id=399, vision_start_token_id=395, vision_end_token_id=396
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=V,
+    max_position_embeddings=2048,
+    bos_token_id=END,
+    eos_token_id=END,
 )
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+MARKS = dict(image_token_id=398, video_token_id=399, vision_start_token_id=395, vision_end_token_id=396)
 
 
 VISION = dict(
-    depth=3, hidden_size=32, num_heads=2, intermediate_size=40, out_hidden_size=48, window_size=56,
+    depth=3,
+    hidden_size=32,
+    num_heads=2,
+    intermediate_size=40,
+    out_hidden_size=48,
+    window_size=56,
     fullatt_block_indexes=[1],
-)  # fmt: skip
+)
 CONFIGURATIONS = {
     "qwen2_5_vl": transformers.Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_parameters": MROPE}, vision_config=VISION, tie_word_embeddings=True, **MARKS
     ),
     "qwen2": transformers.Qwen2Config(**TEXT, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=False),
-}  # fmt: skip
+}
 
 
 def with_random_weights(module):
@@ -73,18 +85,11 @@ def model(folder):
 @pytest.fixture(scope="module")
 def questions(folder, model):
     processor = Processor.from_pretrained(folder)
-    questions = [
-        processor.encode("User: how many?\nAssistant:", []),
-        processor.encode("Left or right", []),
-    ]
+    questions = [processor.encode("User: how many?\nAssistant:", []), processor.encode("Left or right", [])]
     if model.visual is None:
         return questions
     wide, small = picture(196, 84, seed=1), picture(56, 112, seed=2)
-    return [
-        *questions,
-        processor.encode(f"{IMAGE}and{IMAGE}?", [wide, small]),
-        processor.encode(f"{IMAGE}!", [small]),
-    ]
+    return [*questions, processor.encode(f"{IMAGE}and{IMAGE}?", [wide, small]), processor.encode(f"{IMAGE}!", [small])]
 
 
 COMPLETIONS = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14], [15, 16]], [[1, 2], [3]]]
@@ -107,9 +112,7 @@ def flat(groups):
 
 def oracle(model, questions):
     pairs = zip(questions, COMPLETIONS, strict=False)
-    return torch.cat(
-        [logprobs(model, prompt, tokens) for prompt, group in pairs for tokens in group]
-    )
+    return torch.cat([logprobs(model, prompt, tokens) for prompt, group in pairs for tokens in group])
 
 
 @pytest.mark.parametrize("freeze", [[], ["language"]])
@@ -159,9 +162,7 @@ def test_remembered_images_are_the_same(folder, questions, freeze):
 def test_rollout_equals_hugging_faces_generate(model, questions):
     engine = RolloutEngine(model)
     greedy = engine.generate(questions, 1, Sampling(max_new_tokens=10, greedy=True))
-    config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=10, eos_token_id=[END], pad_token_id=0
-    )
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=10, eos_token_id=[END], pad_token_id=0)
     for prompt, (row,) in zip(questions, greedy, strict=True):
         theirs = model.module.generate(**inputs(prompt), generation_config=config)
         assert row.tokens == theirs[0, len(prompt.ids) :].tolist()
@@ -175,22 +176,12 @@ def test_rollout_equals_hugging_faces_generate(model, questions):
 
 def test_flops_count_every_matmul(folder, model):
     """Against the sizes of the weights, where every token passes every one."""
-    linear = [
-        m.weight.numel() for m in model.language_model.modules() if isinstance(m, torch.nn.Linear)
-    ]
+    linear = [m.weight.numel() for m in model.language_model.modules() if isinstance(m, torch.nn.Linear)]
     flops = forward_flops(model.module.config, 7, [3, 5], [] if model.visual is None else [64])
     assert flops.trunk == 2 * 15 * sum(linear) and flops.head == 2 * 8 * V * 48
     if model.visual is not None:
-        blocks = sum(
-            m.weight.numel()
-            for m in model.visual.blocks.modules()
-            if isinstance(m, torch.nn.Linear)
-        )
-        merger = sum(
-            m.weight.numel()
-            for m in model.visual.merger.modules()
-            if isinstance(m, torch.nn.Linear)
-        )
+        blocks = sum(m.weight.numel() for m in model.visual.blocks.modules() if isinstance(m, torch.nn.Linear))
+        merger = sum(m.weight.numel() for m in model.visual.merger.modules() if isinstance(m, torch.nn.Linear))
         patch = model.visual.patch_embed.proj.weight.numel()
         attention = 4 * 64 * 32 * (64 + 2 * 16)  # one whole block, two of windows of 4 x 4 patches
         assert flops.vision == 2 * 64 * (blocks + patch + merger / 4) + attention
@@ -199,32 +190,12 @@ def test_flops_count_every_matmul(folder, model):
 def test_a_short_run(folder, model, tmp_path, monkeypatch):
     """From rows to a checkpoint that loads again, on questions without images."""
     rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(6)]
-    (tmp_path / "letters.py").write_text(
-        "def count(completion, sample):\n    return len(completion)"
-    )
+    (tmp_path / "letters.py").write_text("def count(completion, sample):\n    return len(completion)")
     monkeypatch.syspath_prepend(tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [
-        "--max_steps",
-        "2",
-        "--per_device_train_batch_size",
-        "2",
-        "--num_generations",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    flags += [
-        "--max_completion_length",
-        "5",
-        "--template",
-        "r1-zero-text",
-        "--beta",
-        "0.04",
-        "--cpu_threads",
-        "1",
-    ]
+    flags = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--num_generations", "2", "--device", "cpu"]
+    flags += ["--max_completion_length", "5", "--template", "r1-zero-text", "--beta", "0.04", "--cpu_threads", "1"]
     flags += [
         "--eval_data",
         str(data),
@@ -236,20 +207,11 @@ def test_a_short_run(folder, model, tmp_path, monkeypatch):
         "letters:count",
     ]
     run = tmp_path / "run"
-    assert (
-        main(
-            ["train", "--model", str(folder), "--data", str(data), *flags, "--output_dir", str(run)]
-        )
-        == 0
-    )
+    assert main(["train", "--model", str(folder), "--data", str(data), *flags, "--output_dir", str(run)]) == 0
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(step["sampler_drift"] < 1e-5 for step in steps)
     again = load_model(run / "checkpoints" / "step-2")
-    changed = [
-        n
-        for n, p in again.module.named_parameters()
-        if not torch.equal(p, model.module.get_parameter(n))
-    ]
+    changed = [n for n, p in again.module.named_parameters() if not torch.equal(p, model.module.get_parameter(n))]
     assert any("layers" in name for name in changed) and again.eos_ids == (END,)
     Processor.from_pretrained(run / "checkpoints" / "step-2")
 
@@ -267,9 +229,7 @@ def test_images_for_a_text_model_are_refused(folder, model):
 def test_other_families_are_named(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=f"is a gpt2 model; those of {', '.join(FAMILIES)} can be trained"
-    ):
+    with pytest.raises(UserError, match=f"is a gpt2 model; those of {', '.join(FAMILIES)} can be trained"):
         load_model(tmp_path)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtfast.gather_rows import RowGather
+from vtfast.model.row_gather import RowGather
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,13 +8,10 @@ from pathlib import Path
 
 
 def test_liger_computes_what_hugging_face_does(random_path):
-    child = Path(__file__).parents[1] / "with_liger.py"
+    child = Path(__file__).parents[1] / "helpers/with_liger.py"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(child), str(random_path)],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, str(child), str(random_path)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     error, patched = re.search(r"error (\S+) patched (\d+)", done.stdout).groups()
@@ -26,7 +23,7 @@ def test_liger_computes_what_hugging_face_does(random_path):
 def test_cpu_tensors_are_rotated_as_before():
     import torch
 
-    from vtfast.liger import _on_cuda
+    from vtfast.model.liger import _on_cuda
 
     def never(*_):
         raise AssertionError("called for CPU tensors")

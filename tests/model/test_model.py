@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from vtfast.errors import UserError
-from vtfast.lora import add_lora
-from vtfast.model import embed_patches, freeze_parts, load_model
-from vtfast.reference_model import Reference
+from vtfast.model.loading import load_model
+from vtfast.model.lora import add_lora
+from vtfast.model.policy import freeze_parts
+from vtfast.model.reference import Reference
+from vtfast.model.vision import embed_patches
 from vtfast.scoring import completion_logprobs
+from vtfast.utils.errors import UserError
 
 COMPLETIONS = [[[5, 6, 7], [8]], [[9, 10]]]
 PARTS = {
@@ -25,9 +27,7 @@ PARTS = {
 
 def scores(policy, prompts):
     with torch.no_grad():
-        return torch.cat(
-            [x for group in completion_logprobs(policy, prompts[:2], COMPLETIONS) for x in group]
-        )
+        return torch.cat([x for group in completion_logprobs(policy, prompts[:2], COMPLETIONS) for x in group])
 
 
 def shake(policy):
@@ -127,9 +127,7 @@ def test_lora_folders_load_merged(random_path, prompts, tmp_path):
     loaded = load_model(tmp_path)
     assert not any("lora" in name for name, _ in loaded.module.named_parameters())
     assert all(p.requires_grad for p in loaded.module.parameters())
-    torch.testing.assert_close(
-        scores(loaded, prompts), scores(policy, prompts), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(scores(loaded, prompts), scores(policy, prompts), rtol=1e-5, atol=1e-5)
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)  # and transformers loads it too
     assert Reference(loaded).copy is not loaded, "it has no adapter that could be switched off"
     loaded.module.save_pretrained(tmp_path / "whole")

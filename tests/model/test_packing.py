@@ -5,14 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtfast.errors import UserError
-from vtfast.flops import forward_flops, update_flops
-from vtfast.groups import Batch, Group
-from vtfast.model import load_model
-from vtfast.packing import Pack, Part, check_group, plan, split
-from vtfast.processor import Prompt, mrope_positions
-from vtfast.questions import Question
+from vtfast.cost.flops import forward_flops
+from vtfast.cost.micro_batches import Part, plan, split
+from vtfast.data.prompt import Prompt, mrope_positions
+from vtfast.data.prompt_builder import Question
+from vtfast.model.loading import load_model
+from vtfast.model.packing import Pack, check_group
 from vtfast.rollout import Completion
+from vtfast.training.groups import Batch, Group
+from vtfast.training.metrics import update_flops
+from vtfast.utils.errors import UserError
 
 
 def text_prompt(*ids):
@@ -55,11 +57,7 @@ def swapped_images():
     mask = torch.tensor([False] + [True] * 4 + [False] + [True] * 8 + [False])
     grid = torch.tensor([[1, 4, 8], [1, 4, 4]])
     return Prompt(
-        torch.where(mask, 99, 7),
-        torch.zeros(3, 15, dtype=torch.int64),
-        torch.zeros(48, 1176),
-        grid,
-        image_mask=mask,
+        torch.where(mask, 99, 7), torch.zeros(3, 15, dtype=torch.int64), torch.zeros(48, 1176), grid, image_mask=mask
     )
 
 
@@ -71,9 +69,7 @@ def parts_of(groups, budget):
     ]
 
 
-groups = st.lists(
-    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=5)), max_size=12
-)
+groups = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=5)), max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
@@ -81,9 +77,7 @@ groups = st.lists(
 def test_plan_keeps_everything_within_the_budget(groups, budget, ranks):
     passes = plan(parts_of(groups, budget), budget, ranks)
     assert passes and all(len(bins) == ranks for bins in passes)
-    seen = [
-        (part.group, i) for bins in passes for bin in bins for part in bin for i in part.members
-    ]
+    seen = [(part.group, i) for bins in passes for bin in bins for part in bin for i in part.members]
     assert sorted(seen) == [(g, i) for g, (_, n) in enumerate(groups) for i in range(len(n))]
     for bin in (bin for bins in passes for bin in bins):
         assert sum(part.tokens for part in bin) <= budget or len(bin) == 1
@@ -157,12 +151,16 @@ def test_flops_of_qwen2_vl_2b():
 
     config = Qwen2VLConfig(
         text_config=dict(
-            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-            num_key_value_heads=2, vocab_size=151936,
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            vocab_size=151936,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         ),
         vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=1536),
-    )  # fmt: skip
+    )
     flops = forward_flops(config, 612, [700] * 8, [2048])
     assert flops.trunk / (612 + 5600) == pytest.approx(2.62e9, rel=0.005)
     assert flops.head / 5600 == pytest.approx(0.467e9, rel=0.005)
@@ -176,14 +174,10 @@ def test_flops_of_qwen2_vl_2b():
     "freeze, trunk, head, vision",
     [([], 3, 3, 3), (["vision"], 3, 3, 0), (["language"], 2, 2, 3), (["embeddings"], 3, 2, 3)],
 )
-def test_an_update_costs_less_where_parts_are_frozen(
-    random_path, prompts, freeze, trunk, head, vision
-):
+def test_an_update_costs_less_where_parts_are_frozen(random_path, prompts, freeze, trunk, head, vision):
     policy = load_model(random_path, freeze=freeze)
     group = Group(Question(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2)
-    batch = Batch(
-        [Part(7, (1,), 0, 0.0)], {7: group}, policy
-    )  # one of the two: the other is on another rank
+    batch = Batch([Part(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
     patches = prompts[0].grid.prod(-1).tolist()
     flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
     expected = trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision

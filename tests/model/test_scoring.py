@@ -6,11 +6,11 @@ import pytest
 import torch
 from hugging_face import COMPLETIONS, flat, logprobs, plain
 
-from vtfast import attention
-from vtfast.errors import UserError
-from vtfast.lora import add_lora
-from vtfast.model import load_model
+from vtfast.model import attention
+from vtfast.model.loading import load_model
+from vtfast.model.lora import add_lora
 from vtfast.scoring import completion_logprobs
+from vtfast.utils.errors import UserError
 
 
 def oracle(policy, prompts, completions=COMPLETIONS, temperature=1.0) -> torch.Tensor:
@@ -83,9 +83,7 @@ def test_gradients_under_checkpointing(random_path, prompts):
     assert_same_gradients(policy, prompts, judge=load_model(random_path))
 
 
-@pytest.mark.parametrize(
-    "freeze", [["vision"], ["language"], ["merger"], ["vision", "merger"], ["embeddings"]]
-)
+@pytest.mark.parametrize("freeze", [["vision"], ["language"], ["merger"], ["vision", "merger"], ["embeddings"]])
 @pytest.mark.parametrize("remember", [False, True])
 def test_gradients_under_frozen_parts(random_path, prompts, freeze, remember):
     policy = load_model(random_path, freeze=freeze)
@@ -203,7 +201,7 @@ def test_a_sampled_vision_token_is_text(policy, prompts, token):
 
 def test_sliding_windows(tmp_path, prompts):
     """A model whose upper layers see a few tokens back only: completions see the prompt's last ones, as in one row."""
-    from vtfast.tiny_model import random_model, write_folder
+    from vtfast.model.tiny_model import random_model, write_folder
 
     module = random_model(3)
     text = module.config.text_config

@@ -19,18 +19,18 @@ def test_where_torchvision_is_installed():
     folder = Path(__file__).parents[1]
     environment = outside_ranks() | ({} if installed else {"PYTHONPATH": str(ASIDE)})
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(folder / "with_torchvision.py")],
-        env=environment, cwd=folder.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "-q", str(folder / "helpers/with_torchvision.py")],
+        env=environment,
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_transformers_loads_without_vtfast():
     """The environment that `make setup` makes must not break other people's imports."""
-    subprocess.run(
-        [sys.executable, "-c", "from transformers import Qwen2VLForConditionalGeneration"],
-        check=True,
-    )
+    subprocess.run([sys.executable, "-c", "from transformers import Qwen2VLForConditionalGeneration"], check=True)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_transformers_loads_without_vtfast():
 )
 def test_a_torchvision_that_loads_is_left_alone(monkeypatch, torch_version, torchvision_version):
     """Declaring its operators first would break one that brings them itself."""
-    from vtfast import torchvision_shim
+    from vtfast.data import torchvision_shim
 
     texts = {"torch": torch_version, "torchvision": torchvision_version}
     monkeypatch.setattr(torchvision_shim, "_version_file", texts.get)

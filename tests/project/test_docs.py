@@ -54,14 +54,8 @@ def test_every_page_opens_with_its_pictures_and_asks_nobody_else(served, chromiu
         assert broken == [], name
         assert len(chromium.find_element("tag name", "article").text) > 300, f"{name} is empty"
         events = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
-        asked = [
-            e["params"]["request"]["url"]
-            for e in events
-            if e["method"] == "Network.requestWillBeSent"
-        ]
-        assert not [
-            url for url in asked if url.startswith("http") and not url.startswith(served)
-        ], name
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert not [url for url in asked if url.startswith("http") and not url.startswith(served)], name
         severe = [e for e in chromium.get_log("browser") if e["level"] == "SEVERE"]
         assert severe == [], name
 
@@ -76,8 +70,7 @@ def test_the_search_finds_a_setting(served, chromium):
     box.send_keys("rollout_max_rows")
     found = WebDriverWait(chromium, 20).until(
         lambda page: [
-            link.get_attribute("href")
-            for link in page.find_elements("css selector", "a.md-search-result__link")
+            link.get_attribute("href") for link in page.find_elements("css selector", "a.md-search-result__link")
         ]
     )
     assert any("settings.html" in href for href in found)
@@ -99,9 +92,7 @@ def test_formulas_are_drawn(site):
     blocks = written.count("$$") // 2
     inline = len(re.findall(r"\$[^$]+\$", written.replace("$$", "")))
     assert page.count('display="block"') == blocks and page.count('display="inline"') == inline
-    assert "arithmatex" not in page and "$" not in re.sub(
-        r"<script.*?</script>", "", page, flags=re.S
-    )
+    assert "arithmatex" not in page and "$" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
 
 
 def test_the_examples_are_on_their_page(site):
@@ -114,9 +105,7 @@ def test_the_examples_are_on_their_page(site):
 def test_files_that_the_pages_name_exist():
     """`vtfast/x.py`, `tests/y.py`, `kernels/z.py` in any page; and `folder/file.py` of vtfast's own folders."""
     for page in [*PAGES.glob("*.md"), ROOT / "README.md"]:
-        for name in re.findall(
-            r"`((?:vtfast|kernels|tests|bench|docs)/[\w./-]*)`", page.read_text()
-        ):
+        for name in re.findall(r"`((?:vtfast|kernels|tests|bench|docs)/[\w./-]*)`", page.read_text()):
             if "NAME" not in name:
                 assert (ROOT / name).exists(), f"{page.name}: {name}"
 

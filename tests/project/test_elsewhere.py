@@ -10,7 +10,7 @@ import pytest
 from launchers import outside_ranks
 
 
-@pytest.mark.parametrize(("file", "tests"), [("with_examples.py", 2), ("with_trl.py", 17)])
+@pytest.mark.parametrize(("file", "tests"), [("helpers/with_examples.py", 2), ("helpers/with_trl.py", 17)])
 def test_in_a_process_of_its_own(file, tests):
     path = Path(__file__).parents[1] / file
     command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "-x"]

@@ -1,7 +1,7 @@
 """What gets installed, and that our folder `kernels/` never stands in for Hugging Face's package of that name."""
 
-import ast
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,16 +13,13 @@ from launchers import outside_ranks
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_package_is_listed():
-    call = next(
-        node
-        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
-        if isinstance(node, ast.keyword) and node.arg == "packages"
-    )
-    on_disk = {
-        ".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("vtfast/**/__init__.py")
-    }
-    assert set(ast.literal_eval(call.value)) == on_disk | {"vtfast_kernels"}
+def test_every_package_is_listed(monkeypatch):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    on_disk = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("vtfast/**/*.py")}
+    assert set(given["packages"]) == on_disk | {"vtfast_kernels"}
 
 
 def test_kernels_has_no_init():
@@ -62,9 +59,7 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", str(work)], cwd=copy, **quiet)
     (sdist,) = work.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(work), str(sdist)], **quiet
-    )
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(work), str(sdist)], **quiet)
     (wheel,) = work.glob("*.whl")
     target = work / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], **quiet)
@@ -80,25 +75,23 @@ def test_sdist_and_wheel_hold_every_file_of_the_packages(installed):
         }
 
     assert files(installed, "vtfast") == files(ROOT, "vtfast")
-    ours = {
-        name.replace("kernels/", "vtfast_kernels/", 1)
-        for name in files(ROOT, "kernels")
-        if name.endswith(".py")
-    }
+    ours = {name.replace("kernels/", "vtfast_kernels/", 1) for name in files(ROOT, "kernels") if name.endswith(".py")}
     assert files(installed, "vtfast_kernels") == ours
 
 
 def test_the_installed_package_runs_from_anywhere(installed, tmp_path):
     environment = outside_ranks() | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-m", "vtfast", "train", "--dry-run", "--max_steps", "3"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "max_steps: 3" in done.stdout
     where = subprocess.run(
         [sys.executable, "-c", "import vtfast, vtfast_kernels.linear_sample as k; print(vtfast.__file__, k.__file__)"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert all(path.startswith(str(installed)) for path in where.stdout.split())
 
 

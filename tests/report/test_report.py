@@ -6,10 +6,10 @@ import re
 import pytest
 from make_runs import completion_row, metrics_row, read, write_run
 
-from vtfast.errors import UserError
 from vtfast.report.completions import Seen, evenly, pick, read_completions
 from vtfast.report.reflection import PATTERN, count_words, first_step, in_words
 from vtfast.report.run_folder import read_runs
+from vtfast.utils.errors import UserError
 
 # ---- reading a run folder
 
@@ -27,8 +27,7 @@ def test_torn_and_odd_lines_become_notes(tmp_path):
     folder = write_run(tmp_path / "run", max_steps=9)
     lines = [
         json.dumps(metrics_row(1, kl=None)),
-        '{"step": 2, "kl": NaN, "entropy": -Infinity, "loss": "high", "grad_norm": true, "reward": 1%s}'
-        % ("0" * 400),
+        '{"step": 2, "kl": NaN, "entropy": -Infinity, "loss": "high", "grad_norm": true, "reward": 1%s}' % ("0" * 400),
         "not json",
         "[1, 2]",
         '{"loss": 1.0}',
@@ -64,16 +63,12 @@ def test_missing_files_are_notes_and_an_empty_run_is_a_run(tmp_path):
     assert run.notes == ["metrics.jsonl is missing.", "config.yaml cannot be read."]
     assert read_completions(tmp_path).notes == ["completions.jsonl is missing."]
     run = read(write_run(tmp_path / "empty"))
-    assert run.notes == ["metrics.jsonl holds no step yet."] and run.status.startswith(
-        "step 0 of 3"
-    )
+    assert run.notes == ["metrics.jsonl holds no step yet."] and run.status.startswith("step 0 of 3")
 
 
 def test_evaluations_come_in_order_of_steps_and_broken_ones_are_notes(tmp_path):
     score = {"vsr": {"total": 0.5, "count": 10}}
-    folder = write_run(
-        tmp_path / "run", evaluations={"step-10": score, "step-9": score, "mine": {}}
-    )
+    folder = write_run(tmp_path / "run", evaluations={"step-10": score, "step-9": score, "mine": {}})
     (folder / "evaluations" / "mine" / "scores.json").write_text("{")
     run = read(folder)
     assert list(run.evaluations) == ["step-9", "step-10"]
@@ -122,9 +117,7 @@ def test_the_first_step_that_reaches_the_threshold_is_dated():
     text = in_words({1: 0.0, 2: 0.0999, 3: 0.1, 4: 0.5})
     assert text.startswith("First seen at step 3: 10.0% ") and "step 1: 0.0%" in text
     assert "training did not bring it about" in in_words({1: 0.2, 2: 0.3})
-    assert in_words({1: 0.0, 2: 0.05}).startswith("None seen") and "5.0% at step 2" in in_words(
-        {1: 0.0, 2: 0.05}
-    )
+    assert in_words({1: 0.0, 2: 0.05}).startswith("None seen") and "5.0% at step 2" in in_words({1: 0.0, 2: 0.05})
     assert "no word at all" in in_words({1: 0.0}) and "No completions" in in_words({})
 
 
@@ -134,15 +127,7 @@ def test_the_first_step_that_reaches_the_threshold_is_dated():
 def test_few_completions_are_all_kept(tmp_path):
     rows = [completion_row(step, text) for step in (1, 2) for text in ("yes", "Wait, aha, wait")]
     found = read_completions(write_run(tmp_path / "run", completions=rows))
-    assert (
-        found.total == 4
-        and [row["completion"] for row in found.shown]
-        == [
-            "yes",
-            "Wait, aha, wait",
-        ]
-        * 2
-    )
+    assert found.total == 4 and [row["completion"] for row in found.shown] == ["yes", "Wait, aha, wait"] * 2
     assert found.shares == {1: 0.5, 2: 0.5}
     assert found.words[1] == {"wait": 2, "aha": 1}
     assert [row["reflects"] for row in found.shown] == [0, 3, 0, 3]
@@ -160,9 +145,7 @@ def test_odd_completions(tmp_path):
         {"step": 1, "completion": "bare"},
         completion_row(1, 7),
         completion_row(None),
-        completion_row(
-            1, reward=float("nan"), rewards=["x"], question=None, length="many", answer=0
-        ),
+        completion_row(1, reward=float("nan"), rewards=["x"], question=None, length="many", answer=0),
         completion_row(1, "x" * 50_000),
     ]
     found = read_completions(write_run(tmp_path / "run", completions=rows))

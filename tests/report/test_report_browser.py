@@ -31,9 +31,7 @@ def completions():
         text = "Wait, it is the left one." if step >= 30 else "It is the left one."
         yield completion_row(step, f"<think>{text}", reward=0.0, length=step, advantage=-1.0)
         yield completion_row(step, HOSTILE if step == 7 else "<think>plain", length=100 - step)
-        yield completion_row(
-            step, f"<think>needle{step}", kind="depth", reward=2.0, length=500 + step
-        )
+        yield completion_row(step, f"<think>needle{step}", kind="depth", reward=2.0, length=500 + step)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +84,7 @@ def requests(chromium) -> set[str]:
     """Addresses that our pages asked for, their own among them; the browser's start page asks for others."""
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return {
-        request["request"]["url"] for request in sent if request["documentURL"].startswith("file:")
-    }
+    return {request["request"]["url"] for request in sent if request["documentURL"].startswith("file:")}
 
 
 def all_of(page, selector):
@@ -106,9 +102,7 @@ def shown(page) -> int:
 
 
 def steps(page) -> list[int]:
-    headers = [
-        header.text.split("·")[0] for header in all_of(page, ".completion header span:first-child")
-    ]
+    headers = [header.text.split("·")[0] for header in all_of(page, ".completion header span:first-child")]
     return [int(header.replace("step", "")) for header in headers]
 
 
@@ -121,24 +115,21 @@ def test_every_section_and_its_charts_are_there(opened):
     page = opened()
     headings = [heading.text for heading in all_of(page, "h2")]
     assert headings == [
-        "Overview", "Accuracy and length", "Training", "Time and speed", "Evaluations", "Reflection", "Completions",
+        "Overview",
+        "Accuracy and length",
+        "Training",
+        "Time and speed",
+        "Evaluations",
+        "Reflection",
+        "Completions",
         "All settings",
-    ]  # fmt: skip
+    ]
     assert the(page, "h1").text == "one" and "finished, 40 steps" in the(page, "header p").text
-    charts = {
-        chart.find_element(By.TAG_NAME, "figcaption").text: chart
-        for chart in all_of(page, "figure.chart")
-    }
-    assert {
-        "Benchmark accuracy %",
-        "Response length tokens",
-        "Reward",
-        "Time of a step by phase seconds",
-    } <= set(charts)
-    assert all(
-        chart.find_elements(By.CSS_SELECTOR, "path.curve, polygon.area")
-        for chart in charts.values()
+    charts = {chart.find_element(By.TAG_NAME, "figcaption").text: chart for chart in all_of(page, "figure.chart")}
+    assert {"Benchmark accuracy %", "Response length tokens", "Reward", "Time of a step by phase seconds"} <= set(
+        charts
     )
+    assert all(chart.find_elements(By.CSS_SELECTOR, "path.curve, polygon.area") for chart in charts.values())
     assert "Zero at every step: clipped tokens." in the(page, "#training").text
     assert "59.47" in the(page, "#evaluations").text and "60.00" in the(page, "#evaluations").text
 
@@ -148,10 +139,7 @@ def test_a_chart_is_to_scale(opened):
     page = opened()
     (line,) = all_of(page, "svg[aria-label^='Response length'] path.curve")
     points = [tuple(map(float, pair.split(","))) for pair in line.get_attribute("d")[1:].split("L")]
-    labels = {
-        text.text: text.location["y"]
-        for text in all_of(page, "svg[aria-label^='Response length'] text")
-    }
+    labels = {text.text: text.location["y"] for text in all_of(page, "svg[aria-label^='Response length'] text")}
     assert len(points) == 40 and points[0][0] < points[-1][0] and points[0][1] > points[-1][1]
     pixels = (points[0][1] - points[-1][1]) / 39
     assert pixels == pytest.approx((labels["0"] - labels["150"]) / 150, rel=0.02)
@@ -167,9 +155,7 @@ def test_an_unknown_value_is_a_gap(opened):
 def test_a_long_line_has_a_running_mean(opened):
     """A value that jumps between 0 and 1 has a mean near 0.5."""
     paths = all_of(opened("long"), "svg[aria-label^='KL'] path.curve")
-    raw, smooth = (
-        [float(y) for y in re.findall(r",([\d.]+)", path.get_attribute("d"))] for path in paths
-    )
+    raw, smooth = ([float(y) for y in re.findall(r",([\d.]+)", path.get_attribute("d"))] for path in paths)
     middle, height = (min(raw) + max(raw)) / 2, max(raw) - min(raw)
     assert len(raw) == len(smooth) == 200 and height > 100
     assert all(abs(y - middle) < 0.2 * height for y in smooth)
@@ -190,9 +176,7 @@ def test_the_areas_of_a_stack_lie_upon_each_other(opened):
 def test_values_under_the_pointer_and_by_keyboard(opened):
     page = opened()
     chart = the(page, "svg[aria-label^='Benchmark accuracy']")
-    page.execute_script(
-        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart
-    )
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
     ActionChains(page).move_to_element(chart).perform()
     tooltip = chart.find_element(By.XPATH, "../div[@class='tooltip']")
     assert tooltip.text.splitlines() == ["step 20", "CV-Bench 50.0 %"]
@@ -269,8 +253,18 @@ def test_a_completion_is_shown_with_all_that_belongs_to_it(opened):
     page = opened()
     set_slider(page, 1)
     text = all_of(page, ".completion")[0].text
-    for part in ("step 1 · count", "reward 0", "How many chairs?", "Right answer: 3", "<think>It is the left one.",
-                 "accuracy 0", "format 1", "advantage -1", "tokens 1", "finish: stop"):  # fmt: skip
+    for part in (
+        "step 1 · count",
+        "reward 0",
+        "How many chairs?",
+        "Right answer: 3",
+        "<think>It is the left one.",
+        "accuracy 0",
+        "format 1",
+        "advantage -1",
+        "tokens 1",
+        "finish: stop",
+    ):
         assert part in text
 
 
@@ -284,16 +278,11 @@ def test_reflection_is_dated_and_found(opened):
 def test_several_runs_side_by_side(opened):
     page = opened("three")
     legend = the(page, "#figure-1 figure.chart:last-child .legend").text.splitlines()
-    assert legend == ["nothing frozen", "vision encoder frozen"], (
-        "the run that has no step has no line"
-    )
+    assert legend == ["nothing frozen", "vision encoder frozen"], "the run that has no step has no line"
     settings = the(page, "#settings").text
     assert "freeze" in settings and "max_steps" in settings and "num_generations" not in settings
     assert "two: metrics.jsonl: the last line is cut off" in the(page, ".notes").text
-    assert (
-        "bare: None seen" not in the(page, ".dated").text
-        and "No completions" in the(page, ".dated").text
-    )
+    assert "bare: None seen" not in the(page, ".dated").text and "No completions" in the(page, ".dated").text
     Select(the(page, "#run")).select_by_visible_text("two")
     assert shown(page) == 30 and "two · step 1" in the(page, ".completion").text
 
@@ -303,9 +292,7 @@ def test_several_runs_side_by_side(opened):
 def test_it_fits_a_phone_in_light_and_dark(opened, name, scheme):
     page = opened(name, width=1200, scheme=scheme)
     resize(page, 400)
-    widest = (
-        "return Math.max(...[...document.querySelectorAll('svg')].map((svg) => svg.clientWidth))"
-    )
+    widest = "return Math.max(...[...document.querySelectorAll('svg')].map((svg) => svg.clientWidth))"
     WebDriverWait(page, 5).until(lambda page: 200 < page.execute_script(widest) < 400)
     assert page.execute_script("return document.documentElement.scrollWidth") <= 400
     ground = page.execute_script("return getComputedStyle(document.body).backgroundColor")

@@ -3,7 +3,7 @@
 import pytest
 from make_runs import completion_row, metrics_row, read, write_run
 
-from vtfast import paper
+from vtfast.evaluate import paper
 from vtfast.report import charts, tables
 from vtfast.report.completions import read_completions
 from vtfast.report.run_folder import read_runs, save_held_out
@@ -42,11 +42,7 @@ def test_several_runs_show_one_quantity_a_chart_and_keep_their_colours(tmp_path)
 
 
 def test_the_phases_of_a_step_and_what_is_left(tmp_path):
-    rows = [
-        metrics_row(1),
-        metrics_row(2, **{"time/score": None}),
-        metrics_row(3, **{"time/step": 3}),
-    ]
+    rows = [metrics_row(1), metrics_row(2, **{"time/score": None}), metrics_row(3, **{"time/step": 3})]
     run = read(write_run(tmp_path / "run", rows))
     phases = charts.time_charts([run])[0]
     assert phases["stacked"] and phases["unit"] == "seconds"
@@ -100,11 +96,7 @@ CVBENCH_ROWS = {"Count": 788, "Relation": 650, "Depth": 600, "Distance": 600}
 
 def by_task(row, columns):
     """Of a published row: (micro average of CV-Bench's tasks, the total printed)."""
-    cells = {
-        task: value
-        for value, (_, bench, task) in zip(row, columns, strict=True)
-        if bench == "cvbench"
-    }
+    cells = {task: value for value, (_, bench, task) in zip(row, columns, strict=True) if bench == "cvbench"}
     total = sum(CVBENCH_ROWS[task] * cells[task] for task in CVBENCH_ROWS) / 2638
     return total, cells[None]
 
@@ -120,20 +112,10 @@ def test_the_papers_totals_follow_from_its_tasks(row, columns):
 
 
 def test_table_3_places_each_score_under_its_heading(tmp_path):
-    first = {
-        "cvbench": {"total": 0.3138, "by_task": {"Count": 0.5469, "Depth": 0.1016}, "count": 2638}
-    }
+    first = {"cvbench": {"total": 0.3138, "by_task": {"Count": 0.5469, "Depth": 0.1016}, "count": 2638}}
     last = {
-        "cvbench": {
-            "total": 0.5,
-            "by_task": {"Relation": 0.25, "Distance": float("nan")},
-            "count": 2638,
-        },
-        "blink": {
-            "total": 0.1,
-            "by_task": {"Relative Depth": 0.2, "Spatial_Relation": 0.3},
-            "count": 40,
-        },
+        "cvbench": {"total": 0.5, "by_task": {"Relation": 0.25, "Distance": float("nan")}, "count": 2638},
+        "blink": {"total": 0.1, "by_task": {"Relative Depth": 0.2, "Spatial_Relation": 0.3}, "count": 40},
         "vsr": {"total": None, "by_task": "none"},
     }
     folder = write_run(tmp_path / "run", evaluations={"step-0": first, "step-30": last, "a": first})
@@ -146,10 +128,7 @@ def test_table_3_places_each_score_under_its_heading(tmp_path):
     assert (before["note"], after["note"]) == ("step 0", "step 30; 40 of 267 BLINK questions")
     other = write_run(tmp_path / "other")
     rows = tables.table_3(read_runs([folder, other]))["rows"][3:]
-    assert [(row["label"], row["note"][:7]) for row in rows] == [
-        ("run", "step 30"),
-        ("other", "not eva"),
-    ]
+    assert [(row["label"], row["note"][:7]) for row in rows] == [("run", "step 30"), ("other", "not eva")]
     assert all(len(row["cells"]) == len(table["columns"]) for row in [*table["rows"], *rows])
 
 
@@ -188,8 +167,7 @@ def test_only_the_settings_that_differ(tmp_path):
 
 def test_the_overview_is_of_the_last_steps(tmp_path):
     rows = [
-        metrics_row(step, reward=0.0 if step <= 2 else 1.5, kl=None, **{"time/step": 10.5})
-        for step in range(1, 13)
+        metrics_row(step, reward=0.0 if step <= 2 else 1.5, kl=None, **{"time/step": 10.5}) for step in range(1, 13)
     ]
     runs = [read(write_run(tmp_path / name, rows)) for name in ("short", "long")]
     runs[1].metrics[0]["time/step"] = 7200.0
@@ -210,15 +188,8 @@ def test_held_out_scores_survive_the_way_through_the_file(tmp_path):
     assert read(folder).held_out is None
     save_held_out(folder, before, after)
     (table,) = tables.held_out([read(folder)])
-    assert table["columns"] == [
-        "accuracy, sampled",
-        "accuracy, greedy",
-        "format, sampled",
-        "format, greedy",
-    ]
-    assert table["rows"] == [
-        {"label": "all", "cells": ["0.28 → 0.99", "0.56 → 1.00", "0.45 → 1.00", "0.98 → 1.00"]}
-    ]
+    assert table["columns"] == ["accuracy, sampled", "accuracy, greedy", "format, sampled", "format, greedy"]
+    assert table["rows"] == [{"label": "all", "cells": ["0.28 → 0.99", "0.56 → 1.00", "0.45 → 1.00", "0.98 → 1.00"]}]
     (folder / "held_out.json").write_text('{"before": {"count": 1}}')
     run = read(folder)
     assert run.held_out is None and "held_out.json cannot be read." in run.notes

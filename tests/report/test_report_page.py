@@ -8,10 +8,10 @@ import re
 import pytest
 from make_runs import completion_row, metrics_row, write_lines, write_run
 
-from vtfast.cli import main
-from vtfast.errors import UserError
+from vtfast.cli.main import main
 from vtfast.report import write_report
 from vtfast.report.page import embed
+from vtfast.utils.errors import UserError
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -33,9 +33,7 @@ def run(tmp_path):
 
 
 def embedded(html: str) -> str:
-    return re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[
-        1
-    ]
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1]
 
 
 def test_nothing_embedded_can_end_its_element():
@@ -58,9 +56,7 @@ def test_the_page_asks_for_nothing_and_admits_its_own_script_alone(run):
     shell = html.replace(embedded(html), "")
     addresses = set(re.findall(r"[a-z]+://[^\"'\s]+", shell))
     assert addresses == {"http://www.w3.org/2000/svg"}, "a namespace, not an address"
-    assert not re.search(
-        r"<link|\bsrc=|url\(|@import|innerHTML|insertAdjacent|document\.write", shell
-    )
+    assert not re.search(r"<link|\bsrc=|url\(|@import|innerHTML|insertAdjacent|document\.write", shell)
     policy = re.search(r'Content-Security-Policy" content="(.*?)"', html)[1]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     for tag in ("style", "script"):

@@ -31,9 +31,7 @@ class Text(HTMLParser):
 
     def behind(self, *words: str) -> list[str]:
         """The cells behind a run of words."""
-        starts = [
-            i for i in range(len(self.words)) if self.words[i : i + len(words)] == list(words)
-        ]
+        starts = [i for i in range(len(self.words)) if self.words[i : i + len(words)] == list(words)]
         assert len(starts) == 1, (words, self.words)
         return self.words[starts[0] + len(words) :]
 
@@ -46,10 +44,7 @@ def test_result_settings_and_last_step(tmp_path):
     run = write_run(tmp_path / "mine", [metrics_row(step, kl=step / 8) for step in (1, 2, 3)])
     kinds = {"all": [0.25, 0.5], "count": [0.2, 0.4]}
     better = {"all": [0.75, 1.0], "count": [0.7, 0.9]}
-    scores = {
-        when: {"count": 40, "scores": {"greedy": part}}
-        for when, part in (("before", kinds), ("after", better))
-    }
+    scores = {when: {"count": 40, "scores": {"greedy": part}} for when, part in (("before", kinds), ("after", better))}
     (run / "held_out.json").write_text(json.dumps(scores))
     text = page_of(run)
     assert text.behind("all")[:2] == ["0.25 → 0.75", "0.50 → 1.00"]

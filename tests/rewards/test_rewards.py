@@ -9,14 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vtfast.data import Sample
-from vtfast.errors import UserError
-from vtfast.rewards import (
-    REWARDS,
-    accuracy_reward,
-    format_reward,
-    get_reward,
-    length_reward,
-)
+from vtfast.rewards import REWARDS, accuracy_reward, format_reward, get_reward, length_reward
+from vtfast.utils.errors import UserError
 
 
 def asked(answer: str, *others: str) -> Sample:
@@ -28,16 +22,14 @@ COUNT = asked("3", "2", "6", "4", "5")
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["left", "Left", " LEFT. ", "\nleft\n", "**left**", '"left"', "(left)", "left!", "“left”"],
+    "answer", ["left", "Left", " LEFT. ", "\nleft\n", "**left**", '"left"', "(left)", "left!", "“left”"]
 )
 def test_right_answers(answer):
     assert accuracy_reward(f"so.</think>\n<answer>{answer}</answer>", SIDE) == 1.0
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["right", "", "left or right", "left, right", "right left", "not left", "le ft", "lefty"],
+    "answer", ["right", "", "left or right", "left, right", "right left", "not left", "le ft", "lefty"]
 )
 def test_wrong_and_hedged_answers(answer):
     assert accuracy_reward(f"so.</think>\n<answer>{answer}</answer>", SIDE) == 0.0
@@ -69,19 +61,7 @@ def test_white_space_inside_an_option():
     assert accuracy_reward("<answer>in front of it</answer>", sample) == 0.0
 
 
-NUMBERS = [
-    "3",
-    "3.",
-    "3.0",
-    "03",
-    "+3",
-    "6/2",
-    r"\boxed{3}",
-    r"\frac{6}{2}",
-    "$3$",
-    "3 chairs",
-    "(3)",
-]
+NUMBERS = ["3", "3.", "3.0", "03", "+3", "6/2", r"\boxed{3}", r"\frac{6}{2}", "$3$", "3 chairs", "(3)"]
 
 
 @pytest.mark.parametrize("answer", NUMBERS)
@@ -94,14 +74,7 @@ def test_equal_numbers(answer):
     [
         *("4", "-3", ".3", "33", "3 or 4", "4 or 3", "3, 4", "4, 3", "3 4", "2-3", "2 to 3"),
         *("not 3", "at least 3", "less than 3", "7 or 3", "no 3", "3 of 5", "", "many"),
-        *(
-            "9**9**9**9",
-            "9^9^9^9",
-            "99999999!",
-            r"\Gamma(99999999)",
-            "3." + "0" * 5000,
-            "0+" * 2000 + "3",
-        ),
+        *("9**9**9**9", "9^9^9^9", "99999999!", r"\Gamma(99999999)", "3." + "0" * 5000, "0+" * 2000 + "3"),
     ],
 )
 def test_other_numbers_and_hedges(answer):
@@ -125,9 +98,7 @@ def test_an_option_of_punctuation_only():
 def test_numbers_are_compared_in_any_thread():
     """Reward workers may be threads, where math_verify's own time limit cannot run."""
     found = []
-    work = threading.Thread(
-        target=lambda: found.append(accuracy_reward("<answer>3.00</answer>", COUNT))
-    )
+    work = threading.Thread(target=lambda: found.append(accuracy_reward("<answer>3.00</answer>", COUNT)))
     work.start()
     work.join()
     assert found == [1.0]

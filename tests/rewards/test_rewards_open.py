@@ -41,7 +41,7 @@ RIGHT = [
     ("12", ["3(4)", "(3)(4)"]),
     ("10^12", ["1000000000000", "10^{12}"]),
     ("10^-3", ["0.001", "10^{-3}"]),
-]  # fmt: skip
+]
 WRONG = [
     ("3", ["4", "-3", ".3", "33", "", "left", "x", "three", "3x", "3 4", "3, 4", "3 or 4", r"3 \text{ or } 4", "3;3"]),
     ("3", ["3 to 4", "at least 3", "not 3", "3 or more", "the answer is 3", "5 = 3", "2 + 1 = 3", "x = 4 = 3"]),
@@ -56,19 +56,15 @@ WRONG = [
     ("x = 3", ["y = 3", "x = 4", "x"]),
     ("x + 1", ["x", "x - 1", "1"]),
     ("5 m/s", ["5 m", "5 km/h"]),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer"), [(gold, answer) for gold, answers in RIGHT for answer in answers]
-)
+@pytest.mark.parametrize(("gold", "answer"), [(gold, answer) for gold, answers in RIGHT for answer in answers])
 def test_the_same_however_written(gold, answer):
     assert judged(answer, gold) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer"), [(gold, answer) for gold, answers in WRONG for answer in answers]
-)
+@pytest.mark.parametrize(("gold", "answer"), [(gold, answer) for gold, answers in WRONG for answer in answers])
 def test_something_else(gold, answer):
     assert judged(answer, gold) == 0.0
 
@@ -80,9 +76,7 @@ def test_only_the_last_answer_is_read():
     assert accuracy_reward("<answer>1</answer><answer>0.75</answer>", sample) == 1.0
 
 
-@pytest.mark.parametrize(
-    "gold", ["left", "on", "A", "AB", "room 12", "the red one", "", "x", r"\triangle ABC"]
-)
+@pytest.mark.parametrize("gold", ["left", "on", "A", "AB", "room 12", "the red one", "", "x", r"\triangle ABC"])
 def test_words_are_text(gold):
     """As a product of letters, `on` would be equal to `no`."""
     assert not is_expression(gold)
@@ -95,7 +89,7 @@ HARMFUL = [
     *("9^{9^{9^{9}}}", "9^9^9^9", "9**9**9**9", "((9^{99})^{99})^{99}", r"9^{99\cdot99\cdot99}", "9^(99*99*99)"),
     *("1+99999999!+1", r"\Gamma(99999999)", "0+" * 2000 + "3", "3." + "0" * 5000, r"\sum_{i=1}^{99999999}i"),
     *(r"\binom{99999999}{999}", "10^-999999999", r"\sqrt[3]{9^9^9^9}", "{" * 100, "(" * 199),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("answer", HARMFUL)
@@ -108,7 +102,7 @@ PIECES = [
     *("3", "12", "4.5", "x", "ab", " ", "cm", "or", "chairs", "+", "-", "*", "/", "^", "_", "=", "<"),
     *("(", ")", "[", "]", "{", "}", ",", ".", "%", "$", "°", "²", "√", "π", "\\frac", "\\sqrt", "\\text{"),
     *("\\boxed{", "\\pi", "\\circ", "\\left(", "\\right)", "\\\\", "\\,", "|", "\n", "\x00", "½", "٣"),
-]  # fmt: skip
+]
 MESS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
 

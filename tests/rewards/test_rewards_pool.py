@@ -14,12 +14,12 @@ from make_files import encoded, picture, sat_row, write_sat
 
 from vtfast.config import load_config
 from vtfast.data import Sample
-from vtfast.errors import UserError
-from vtfast.images import Images
-from vtfast.questions import batches
+from vtfast.data.batches import batches
+from vtfast.data.images import Images
 from vtfast.rewards import Response
 from vtfast.rewards.scorer import Scorer
 from vtfast.trainer import Trainer
+from vtfast.utils.errors import UserError
 
 MODULE = """
 import os, sys, time
@@ -107,9 +107,7 @@ def test_what_goes_wrong_scores_0_and_says_why(make):
 
 
 def test_without_workers_too(make):
-    for (score,), reason in zip(
-        make(*FAILURES, workers=0).score(responses("5")), FAILURES.values(), strict=True
-    ):
+    for (score,), reason in zip(make(*FAILURES, workers=0).score(responses("5")), FAILURES.values(), strict=True):
         assert (score.value, score.failure) == (0.0, reason)
 
 
@@ -126,10 +124,7 @@ def test_jobs_behind_a_hung_one_are_not_lost(make):
 
 def test_scores_do_not_depend_on_the_number_of_workers(make):
     texts = [number for number in range(30) if number % 5 not in (2, 3)]  # in this process too
-    tables = [
-        make("mixed", "number", "accuracy", workers=workers).score(responses(*texts))
-        for workers in (0, 1, 2, 5)
-    ]
+    tables = [make("mixed", "number", "accuracy", workers=workers).score(responses(*texts)) for workers in (0, 1, 2, 5)]
     assert [score.value for score in tables[0][1]] == texts
     assert tables[0] == tables[1] == tables[2] == tables[3]
 
@@ -167,9 +162,7 @@ def test_a_worker_that_cannot_start_ends_the_work_and_not_the_run(module):
     )
     scorer = Scorer(["here_only:one"], workers=2, timeout=5)
     (scores,) = scorer.score(responses(*range(3)))
-    assert {score.failure for score in scores} == {
-        "no worker started: its process ended (exit code 9)"
-    }
+    assert {score.failure for score in scores} == {"no worker started: its process ended (exit code 9)"}
     assert [score.failure for score in scorer.score(responses(1))[0]] == [scores[0].failure]
     (module / "picky.py").write_text(
         f"import os\nif os.getpid() != {os.getpid()}: raise KeyError('x')\ndef one(c, s): return 1"
@@ -224,8 +217,7 @@ def test_a_reward_that_fails_everywhere_is_named(make, caplog):
     with caplog.at_level(logging.WARNING, "vtfast"):
         make("raises", "mixed", "number").score(responses(1, 4))
     assert [record.getMessage() for record in caplog.records] == [
-        "--reward_funcs mine:raises: failed for all 2 completions, which count as 0:"
-        " ValueError: first line"
+        "--reward_funcs mine:raises: failed for all 2 completions, which count as 0: ValueError: first line"
     ]
 
 
@@ -265,9 +257,7 @@ def gone(pid: int, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    "end", ["", "raise SystemExit(3)", "1 / 0", "import os; os.kill(os.getpid(), 9)"]
-)
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0", "import os; os.kill(os.getpid(), 9)"])
 def test_workers_end_with_the_trainer(module, end):
     script = SCRIPT.format(folder=str(module), rewards=1, timeout=5, end=end)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -331,8 +321,15 @@ def trainer(tmp_path):
     def build(**overrides):
         rows = [sat_row(seed) for seed in range(6)]
         data = str(write_sat(tmp_path / "train.parquet", rows))
-        settings = {"data": data, "eval_data": None, "max_steps": 1, "max_completion_length": 12, "num_generations": 4,
-                    "per_device_train_batch_size": 3, "output_dir": str(tmp_path / "run")}  # fmt: skip
+        settings = {
+            "data": data,
+            "eval_data": None,
+            "max_steps": 1,
+            "max_completion_length": 12,
+            "num_generations": 4,
+            "per_device_train_batch_size": 3,
+            "output_dir": str(tmp_path / "run"),
+        }
         return Trainer(load_config(overrides=settings | overrides))
 
     return build
@@ -340,13 +337,9 @@ def trainer(tmp_path):
 
 def test_failures_are_counted_and_told_with_their_completions(trainer, module, caplog):
     (module / "unlucky.py").write_text(
-        "def odd(completion, sample):\n"
-        "    if len(completion) % 2: raise ValueError(len(completion))\n"
-        "    return 0.25\n"
+        "def odd(completion, sample):\n    if len(completion) % 2: raise ValueError(len(completion))\n    return 0.25\n"
     )
-    run = trainer(
-        reward_funcs="length,unlucky:odd,mine:dies", reward_weights="1,1,2", temperature=3.0
-    )
+    run = trainer(reward_funcs="length,unlucky:odd,mine:dies", reward_weights="1,1,2", temperature=3.0)
     with caplog.at_level(logging.WARNING, "vtfast"):
         folder = run.run()
     assert run.scorer.pool.workers == []

@@ -54,12 +54,7 @@ DECISIONS = [
     ("A", "so.</think><answer>(A) left</answer>", 1, 1),
     ("A", "so.</think><answer>B or A</answer>", 1, 1),
     ("A", "so.</think><answer>A or B</answer>", 0, 1),
-    (
-        "A",
-        "so.</think><answer>B A</answer>",
-        0,
-        1,
-    ),  # the space belongs to B, and A has none before it
+    ("A", "so.</think><answer>B A</answer>", 0, 1),  # the space belongs to B, and A has none before it
     ("A", "so.</think><answer>A.</answer>", 0, 1),
     ("A", "so.</think><answer>a</answer>", 0, 1),
     ("I", "so.</think><answer>(I)</answer>", 0, 1),

@@ -8,9 +8,9 @@ import torch
 from make_kv_pages import CASES, case
 from vtfast_kernels.paged_attention import paged_attention
 
-from vtfast.errors import UserError
 from vtfast.rollout import attention
 from vtfast.rollout.attention import decode_attention
+from vtfast.utils.errors import UserError
 
 
 def by_rows(query, keys, values, lengths, table, scale):
@@ -19,31 +19,85 @@ def by_rows(query, keys, values, lengths, table, scale):
     out = []
     for q, n, pages in zip(query, lengths.tolist(), table.long(), strict=True):
         k, v = (x[pages].flatten(0, 1)[:n].repeat_interleave(3, 1) for x in (keys, values))
-        out.append(
-            torch.einsum("ht,thd->hd", (torch.einsum("hd,thd->ht", q, k) * scale).softmax(-1), v)
-        )
+        out.append(torch.einsum("ht,thd->hd", (torch.einsum("hd,thd->ht", q, k) * scale).softmax(-1), v))
     return torch.stack(out)
 
 
-def flash_attn_2(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-                 cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
-                 window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
-                 return_softmax_lse=False):  # fmt: skip
+def flash_attn_2(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+):
     assert q.shape[1] == 1 and num_splits >= 1 and causal
     return by_rows(q[:, 0], k_cache, v_cache, cache_seqlens, block_table, softmax_scale)[:, None]
 
 
-def flash_attn_3(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-                 cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
-                 max_seqlen_q=None, rotary_seqlens=None, softmax_scale=None, causal=False, num_splits=0):  # fmt: skip
+def flash_attn_3(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    qv=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    rotary_seqlens=None,
+    softmax_scale=None,
+    causal=False,
+    num_splits=0,
+):
     return flash_attn_2(
-        q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=page_table, softmax_scale=softmax_scale,
-        causal=causal, num_splits=num_splits,
-    ), None  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens=cache_seqlens,
+        block_table=page_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        num_splits=num_splits,
+    ), None
 
 
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+def varlen_attn(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     assert enable_gqa and cu_seq_q.tolist() == list(range(len(query) + 1)) and max_q == 1
     assert max_k >= int(seqused_k.max())
     return by_rows(query, key, value, seqused_k, block_table, scale)
@@ -78,9 +132,7 @@ def test_the_choice(monkeypatch):
     assert decode_attention("auto", "cpu") is attention._CALLS["torch"]
     with pytest.raises(UserError, match="--rollout_attention flash: must be one of auto"):
         decode_attention("flash")
-    with pytest.raises(
-        UserError, match="--rollout_attention flash_attn: not installed, or not for"
-    ):
+    with pytest.raises(UserError, match="--rollout_attention flash_attn: not installed, or not for"):
         decode_attention("flash_attn", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     half, fp32 = torch.bfloat16, torch.float32

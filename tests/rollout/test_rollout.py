@@ -5,10 +5,10 @@ import torch
 from hugging_face import inputs
 from transformers import GenerationConfig
 
-from vtfast.errors import UserError
-from vtfast.model import load_model
+from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
+from vtfast.utils.errors import UserError
 
 
 def test_greedy_equals_hugging_face_generate(policy, prompts):
@@ -18,28 +18,19 @@ def test_greedy_equals_hugging_face_generate(policy, prompts):
         theirs = policy.module.generate(
             **inputs(prompt),
             generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=12,
-                eos_token_id=list(policy.eos_ids),
-                pad_token_id=0,
+                do_sample=False, max_new_tokens=12, eos_token_id=list(policy.eos_ids), pad_token_id=0
             ),
         )[0, len(prompt.ids) :].tolist()
         assert completion.tokens == theirs
 
 
 def test_logprobs_equal_the_training_forward(policy, prompts):
-    rolled = RolloutEngine(policy).generate(
-        prompts, 3, Sampling(temperature=0.8, max_new_tokens=16), seed=5
-    )
+    rolled = RolloutEngine(policy).generate(prompts, 3, Sampling(temperature=0.8, max_new_tokens=16), seed=5)
     with torch.no_grad():
-        scored = completion_logprobs(
-            policy, prompts, [[c.tokens for c in group] for group in rolled], temperature=0.8
-        )
+        scored = completion_logprobs(policy, prompts, [[c.tokens for c in group] for group in rolled], temperature=0.8)
     for group, logps in zip(rolled, scored, strict=True):
         for completion, logp in zip(group, logps, strict=True):
-            torch.testing.assert_close(
-                torch.tensor(completion.logprobs), logp, rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(torch.tensor(completion.logprobs), logp, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rows_tokens_depend_on_seed_prompt_and_sample_number_only(policy, prompts):
@@ -56,11 +47,7 @@ def test_a_rows_tokens_depend_on_seed_prompt_and_sample_number_only(policy, prom
 
 def test_sampling_follows_the_softmax(policy, prompts):
     """50,000 first tokens, probabilities from a tenth to below 1e-4, against the model's distribution (chi-square)."""
-    engine, sampling, V = (
-        RolloutEngine(policy),
-        Sampling(0.25, max_new_tokens=1),
-        policy.head.shape[0],
-    )
+    engine, sampling, V = (RolloutEngine(policy), Sampling(0.25, max_new_tokens=1), policy.head.shape[0])
     drawn = [
         completion.tokens[0]
         for seed in range(10)
@@ -68,9 +55,7 @@ def test_sampling_follows_the_softmax(policy, prompts):
     ]
     counts = torch.bincount(torch.tensor(drawn), minlength=V).double()
     with torch.no_grad():
-        scored = completion_logprobs(
-            policy, prompts[:1], [[[token] for token in range(V)]], temperature=0.25
-        )
+        scored = completion_logprobs(policy, prompts[:1], [[[token] for token in range(V)]], temperature=0.25)
     expected = 50_000 * torch.stack(scored[0])[:, 0].double().exp()
     rare = expected < 10
     bins = torch.cat([expected[~rare], expected[rare].sum()[None]])
@@ -78,31 +63,22 @@ def test_sampling_follows_the_softmax(policy, prompts):
     statistic, degrees = ((found - bins) ** 2 / bins).sum(), len(bins) - 1
     assert abs(statistic - degrees) < 5 * (2 * degrees) ** 0.5
     near = (expected > 2.5) & (expected < 10)  # about 1e-4
-    assert (
-        near.sum() >= 5
-        and abs(counts[near].sum() - expected[near].sum()) < 5 * expected[near].sum() ** 0.5
-    )
+    assert near.sum() >= 5 and abs(counts[near].sum() - expected[near].sum()) < 5 * expected[near].sum() ** 0.5
 
 
 def test_end_tokens_inside_a_prompt_end_nothing(policy, processor):
     end = processor.tokenizer.convert_ids_to_tokens(policy.eos_ids[0])
     prompt = processor.encode(f"{end}How{end} many?", [])
     assert prompt.ids[0] == policy.eos_ids[0]
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=8, eos_token_id=list(policy.eos_ids), pad_token_id=0
-    )
-    theirs = policy.module.generate(**inputs(prompt), generation_config=config)[
-        0, len(prompt.ids) :
-    ]
+    config = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=list(policy.eos_ids), pad_token_id=0)
+    theirs = policy.module.generate(**inputs(prompt), generation_config=config)[0, len(prompt.ids) :]
     greedy = Sampling(max_new_tokens=8, greedy=True)
     assert RolloutEngine(policy).generate([prompt], 1, greedy)[0][0].tokens == theirs.tolist()
 
 
 def test_one_straggler_runs_to_the_limit(policy, prompts):
     """All rows but one end with their first token; the last one goes on alone, with the tokens it has in company."""
-    free = RolloutEngine(type(policy)(policy.module, ())).generate(
-        prompts, 2, Sampling(max_new_tokens=20), 3
-    )
+    free = RolloutEngine(type(policy)(policy.module, ())).generate(prompts, 2, Sampling(max_new_tokens=20), 3)
     last = free[-1][-1]
     ends = {c.tokens[0] for group in free for c in group if c is not last}
     assert not ends & set(last.tokens), "another seed is needed"
@@ -154,13 +130,9 @@ def test_rows_that_finish_early_leave_the_others_as_they_were(policy, prompts):
     rolled = early.generate(prompts, 8, sampling, seed=4)
     whole = RolloutEngine(type(policy)(policy.module, ())).generate(prompts, 8, sampling, seed=4)
     with torch.no_grad():
-        scored = completion_logprobs(
-            policy, prompts, [[c.tokens for c in group] for group in rolled]
-        )
+        scored = completion_logprobs(policy, prompts, [[c.tokens for c in group] for group in rolled])
     assert len({len(c.tokens) for group in rolled for c in group}) > 4
     for short, long, logps in zip(rolled, whole, scored, strict=True):
         for row, (completion, full) in enumerate(zip(short, long, strict=True)):
             assert completion.tokens == full.tokens[: len(completion.tokens)]
-            torch.testing.assert_close(
-                torch.tensor(completion.logprobs), logps[row], rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(torch.tensor(completion.logprobs), logps[row], rtol=1e-5, atol=1e-5)

@@ -10,35 +10,28 @@ from rollouts import everything_is_free, tokens
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from vtfast.errors import UserError
-from vtfast.lora import add_lora
-from vtfast.model import load_model
-from vtfast.rollout import RolloutEngine, Sampling, engine, loop
+from vtfast.model.loading import load_model
+from vtfast.model.lora import add_lora
+from vtfast.rollout import RolloutEngine, Sampling, engine
+from vtfast.rollout import scheduler as loop
 from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder
-from vtfast.rollout.warp import warped_sample
+from vtfast.rollout.truncated_sampling import warped_sample
 from vtfast.scoring import completion_logprobs
+from vtfast.utils.errors import UserError
 
 SAMPLING = Sampling(max_new_tokens=12)
 
 
 def test_pages_of_a_group_by_hand():
     cache = PagedCache(1, 10, 4, 1, 2, torch.float32, torch.device("cpu"))
-    group = cache.admit(
-        prompt=10, rows=2, new=5
-    )  # 2 full pages; 2 left over + 5 new: 2 pages a row
+    group = cache.admit(prompt=10, rows=2, new=5)  # 2 full pages; 2 left over + 5 new: 2 pages a row
     assert len(group.shared) == 2 and [len(own) for own in group.own] == [2, 2]
     assert len({*group.all}) == 6 and 0 not in group.all and len(cache.free) == 4
     source, slots = cache.prompt_slots(group, 10)
     assert source.tolist() == [*range(8), 8, 9, 8, 9], "the rest of the prompt once for each row"
     pages = [slot // 4 for slot in slots.tolist()]
-    assert (
-        pages
-        == [group.shared[0]] * 4
-        + [group.shared[1]] * 4
-        + [group.own[0][0]] * 2
-        + [group.own[1][0]] * 2
-    )
+    assert pages == [group.shared[0]] * 4 + [group.shared[1]] * 4 + [group.own[0][0]] * 2 + [group.own[1][0]] * 2
     assert cache.admit(10, 2, 5) is None, "6 pages are not free"
     with pytest.raises(UserError, match=r"needs 18 cache pages of 4 tokens; the cache has 10"):
         cache.admit(10, 8, 5)
@@ -84,9 +77,7 @@ def test_groups_wait_behind_rows_that_end_at_once(policy, prompts, limits, every
         sampling = Sampling(max_new_tokens=new)
         expected = tokens(RolloutEngine(hasty).generate(many, 2, sampling, seed=1))
         assert all(row for group in expected for row in group)
-        assert (
-            tokens(RolloutEngine(hasty, **limits).generate(many, 2, sampling, seed=1)) == expected
-        )
+        assert tokens(RolloutEngine(hasty, **limits).generate(many, 2, sampling, seed=1)) == expected
 
 
 def test_the_cache_holds_what_can_be_in_flight(policy, prompts):
@@ -197,12 +188,15 @@ def logits_and_processors(R=64, V=50):
         (
             {"repetition_penalty": 0.8, "temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.1},
             [
-                hf.RepetitionPenaltyLogitsProcessor(0.8), hf.TemperatureLogitsWarper(1.4),
-                hf.TopKLogitsWarper(20), hf.TopPLogitsWarper(0.9), hf.MinPLogitsWarper(0.1),
+                hf.RepetitionPenaltyLogitsProcessor(0.8),
+                hf.TemperatureLogitsWarper(1.4),
+                hf.TopKLogitsWarper(20),
+                hf.TopPLogitsWarper(0.9),
+                hf.MinPLogitsWarper(0.1),
             ],
         ),
     ],
-)  # fmt: skip
+)
 def test_warps_are_transformers(settings, processors):
     """Log-probs of what is drawn, over many positions, and that nothing is drawn that transformers would forbid."""
     hidden, head, history, seen = logits_and_processors()
@@ -210,12 +204,16 @@ def test_warps_are_transformers(settings, processors):
     drawn = set()
     for position in range(20):
         token, logp = warped_sample(
-            hidden, head, Sampling(**settings), seed=torch.tensor(0), row_key=torch.arange(len(hidden)),
-            position=torch.full((len(hidden),), position), eos_ids=torch.tensor([], dtype=torch.int64), seen=seen,
-        )  # fmt: skip
-        torch.testing.assert_close(
-            logp, expected.gather(1, token[:, None])[:, 0], rtol=1e-5, atol=1e-5
+            hidden,
+            head,
+            Sampling(**settings),
+            seed=torch.tensor(0),
+            row_key=torch.arange(len(hidden)),
+            position=torch.full((len(hidden),), position),
+            eos_ids=torch.tensor([], dtype=torch.int64),
+            seen=seen,
         )
+        torch.testing.assert_close(logp, expected.gather(1, token[:, None])[:, 0], rtol=1e-5, atol=1e-5)
         drawn |= {(row, int(t)) for row, t in enumerate(token)}
     assert len(drawn) > 1.5 * len(hidden) and all(expected[row, t] > -torch.inf for row, t in drawn)
 
@@ -223,9 +221,7 @@ def test_warps_are_transformers(settings, processors):
 def test_warps_reach_the_engine(policy, prompts):
     rollout = RolloutEngine(policy)
     greedy = tokens(rollout.generate(prompts, 1, Sampling(max_new_tokens=8, greedy=True)))
-    assert (
-        tokens(rollout.generate(prompts, 1, Sampling(max_new_tokens=8, top_k=1), seed=5)) == greedy
-    )
+    assert tokens(rollout.generate(prompts, 1, Sampling(max_new_tokens=8, top_k=1), seed=5)) == greedy
     plain = tokens(rollout.generate(prompts, 2, Sampling(max_new_tokens=8), seed=5))
     whole = Sampling(max_new_tokens=8, top_k=10**6, min_p=1e-30)
     assert tokens(rollout.generate(prompts, 2, whole, seed=5)) == plain, "the same randomness"
@@ -234,7 +230,7 @@ def test_warps_reach_the_engine(policy, prompts):
         ours = rollout.generate([prompt], 1, penalised)[0][0].tokens
         config = GenerationConfig(
             do_sample=False, max_new_tokens=8, repetition_penalty=1.8, eos_token_id=list(policy.eos_ids), pad_token_id=0
-        )  # fmt: skip
+        )
         theirs = policy.module.generate(**inputs(prompt), generation_config=config)
         assert ours == theirs[0, len(prompt.ids) :].tolist()
         assert group
@@ -270,10 +266,20 @@ def test_stop_texts(policy, prompts, processor):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2},
-            {"min_new_tokens": 65}, {"repetition_penalty": 0}, {"temperature": float("inf")}, {"stop": "x"},
-            {"stop": ("",)}],
-)  # fmt: skip
+    "bad",
+    [
+        {"temperature": 0},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"min_new_tokens": 65},
+        {"repetition_penalty": 0},
+        {"temperature": float("inf")},
+        {"stop": "x"},
+        {"stop": ("",)},
+    ],
+)
 def test_impossible_settings_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)

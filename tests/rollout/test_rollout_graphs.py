@@ -14,12 +14,12 @@ import pytest
 import torch
 from rollouts import everything_is_free, tokens
 
-from vtfast.model import load_model
+from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.decode import Decoder
+from vtfast.rollout.decode_state import LAST_GROUP, Output, Rows
 from vtfast.rollout.graphs import BUCKETS, bucket
-from vtfast.rollout.loop import Rollout
-from vtfast.rollout.rows import LAST_GROUP, Output, Rows
+from vtfast.rollout.scheduler import Rollout
 
 SAMPLING = Sampling(max_new_tokens=12)
 
@@ -76,9 +76,7 @@ def test_each_setting_has_graphs_of_its_own(policy, prompts):
     for sampling in [*settings, *settings]:
         expected = RolloutEngine(policy).generate(prompts, 2, sampling, seed=3)
         assert tokens(engine.generate(prompts, 2, sampling, seed=3)) == tokens(expected)
-    assert len(recorder.captured) == 3, (
-        "a limit is read on the device, a warped step is not captured"
-    )
+    assert len(recorder.captured) == 3, "a limit is read on the device, a warped step is not captured"
 
 
 def test_weights_changed_in_place_are_seen_and_moved_ones_captured_anew(random_path, prompts):
@@ -119,9 +117,7 @@ def test_calls_of_different_shapes_settle_in_one_workspace(policy, prompts):
     seen = []
     for _ in range(3):
         for asked, group, new in shapes:
-            expected = RolloutEngine(policy).generate(
-                asked, group, Sampling(max_new_tokens=new), seed=7
-            )
+            expected = RolloutEngine(policy).generate(asked, group, Sampling(max_new_tokens=new), seed=7)
             found = engine.generate(asked, group, Sampling(max_new_tokens=new), seed=7)
             assert tokens(found) == tokens(expected)
             seen.append(engine.workspace)
@@ -184,7 +180,7 @@ def test_numbers_of_a_broken_model_do_not_outlive_it(random_path, prompts):
 
 def test_the_triton_kernels_make_the_same_rollout(random_path):
     """All of a decode step's kernels under the interpreter, with padded rows and replayed steps."""
-    script = Path(__file__).parents[1] / "with_interpreter.py"
+    script = Path(__file__).parents[1] / "helpers/with_interpreter.py"
     done = subprocess.run([sys.executable, script, random_path], capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 

@@ -9,29 +9,57 @@ import torch
 from rollouts import tokens
 
 from vtfast.config import Config
-from vtfast.errors import UserError
-from vtfast.lora import add_lora
-from vtfast.model import load_model
-from vtfast.processor import Processor
+from vtfast.data.processor import Processor
+from vtfast.model.loading import load_model
+from vtfast.model.lora import add_lora
 from vtfast.rollout import RolloutEngine, Sampling, vllm
-from vtfast.rollout.choice import choose_engine
+from vtfast.rollout.engine_choice import choose_engine
 from vtfast.rollout.vllm import checkpoint_weights
 from vtfast.scoring import completion_logprobs
+from vtfast.utils.errors import UserError
 
 
 class SamplingParams:
-    def __init__(self, *, n=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=None, stop=None,
-                 stop_token_ids=None, ignore_eos=False, max_tokens=16, min_tokens=0, logprobs=None,
-                 repetition_penalty=1.0, include_stop_str_in_output=False):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        n=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        seed=None,
+        stop=None,
+        stop_token_ids=None,
+        ignore_eos=False,
+        max_tokens=16,
+        min_tokens=0,
+        logprobs=None,
+        repetition_penalty=1.0,
+        include_stop_str_in_output=False,
+    ):
         vars(self).update(locals())
 
 
 class LLM:
     """What `vllm.LLM` does here, with a policy and processor of its own: nothing is shared but through its methods."""
 
-    def __init__(self, model, *, dtype, tensor_parallel_size, gpu_memory_utilization, max_model_len,
-                 enable_sleep_mode, enable_prefix_caching, limit_mm_per_prompt, mm_processor_kwargs,
-                 distributed_executor_backend, logprobs_mode, seed):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        *,
+        dtype,
+        tensor_parallel_size,
+        gpu_memory_utilization,
+        max_model_len,
+        enable_sleep_mode,
+        enable_prefix_caching,
+        limit_mm_per_prompt,
+        mm_processor_kwargs,
+        distributed_executor_backend,
+        logprobs_mode,
+        seed,
+    ):
         self.arguments = dict(locals())
         self.policy = load_model(model, dtype)
         self.processor = Processor.from_pretrained(model, **mm_processor_kwargs)
@@ -68,19 +96,20 @@ class LLM:
             prompt = self.processor.encode(text, images)
             assert wanted.ignore_eos and wanted.stop_token_ids == list(self.policy.eos_ids)
             sampling = Sampling(
-                temperature=wanted.temperature or 1.0, max_new_tokens=wanted.max_tokens,
-                greedy=wanted.temperature == 0, top_k=wanted.top_k,
-            )  # fmt: skip
-            (group,) = RolloutEngine(self.policy).generate(
-                [prompt], wanted.n, sampling, wanted.seed
+                temperature=wanted.temperature or 1.0,
+                max_new_tokens=wanted.max_tokens,
+                greedy=wanted.temperature == 0,
+                top_k=wanted.top_k,
             )
+            (group,) = RolloutEngine(self.policy).generate([prompt], wanted.n, sampling, wanted.seed)
             answers = [
                 types.SimpleNamespace(
-                    token_ids=tuple(c.tokens), finish_reason=c.finish_reason,
+                    token_ids=tuple(c.tokens),
+                    finish_reason=c.finish_reason,
                     logprobs=[{t: types.SimpleNamespace(logprob=x)} for t, x in zip(c.tokens, c.logprobs, strict=True)],
                 )
                 for c in group
-            ]  # fmt: skip
+            ]
             ids = prompt.ids.tolist()
             out.append(types.SimpleNamespace(prompt_token_ids=ids, outputs=answers))
         return out
@@ -115,21 +144,15 @@ def test_completions_are_the_policys(fake_vllm, policy, processor, random_path, 
     other = ours.generate(prompts, 3, Sampling(max_new_tokens=12, temperature=0.8), seed=5)
     assert tokens(other) != tokens(rolled)
     greedy = Sampling(max_new_tokens=8, greedy=True)
-    assert tokens(ours.generate(prompts, 1, greedy)) == tokens(
-        RolloutEngine(policy).generate(prompts, 1, greedy)
-    )
+    assert tokens(ours.generate(prompts, 1, greedy)) == tokens(RolloutEngine(policy).generate(prompts, 1, greedy))
     assert ours.generate([], 3) == []
 
 
-def test_it_sleeps_between_rollouts_and_is_told_of_new_weights(
-    fake_vllm, processor, random_path, prompts
-):
+def test_it_sleeps_between_rollouts_and_is_told_of_new_weights(fake_vllm, processor, random_path, prompts):
     policy = load_model(random_path)
     ours = engine(policy, processor, random_path)
     before = tokens(ours.generate(prompts, 2, Sampling(max_new_tokens=8)))
-    assert ours.llm.calls == [
-        "sleep 2", "wake weights", "forget", "wake kv_cache", "generate", "sleep 2",
-    ]  # fmt: skip
+    assert ours.llm.calls == ["sleep 2", "wake weights", "forget", "wake kv_cache", "generate", "sleep 2"]
     with torch.no_grad():
         policy.language_model.layers[0].mlp.down_proj.weight.mul_(-1)
     assert tokens(ours.generate(prompts, 2, Sampling(max_new_tokens=8))) != before
@@ -140,9 +163,7 @@ def test_it_sleeps_between_rollouts_and_is_told_of_new_weights(
     assert awake.llm.arguments["limit_mm_per_prompt"] == {"image": 2}
 
 
-def test_it_falls_asleep_after_a_failure(
-    fake_vllm, policy, processor, random_path, prompts, monkeypatch
-):
+def test_it_falls_asleep_after_a_failure(fake_vllm, policy, processor, random_path, prompts, monkeypatch):
     ours = engine(policy, processor, random_path)
     monkeypatch.setattr(LLM, "generate", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -177,21 +198,14 @@ def test_adapters_are_merged_on_the_way(random_path):
     merged = load_model(random_path)
     merged.module.load_state_dict(pushed, strict=False)
     changed = {name for name in plain if not torch.equal(plain[name], pushed[name])}
-    assert changed == {
-        n for n in plain if n.endswith(("q_proj.weight", "down_proj.weight")) and "language" in n
-    }
+    assert changed == {n for n in plain if n.endswith(("q_proj.weight", "down_proj.weight")) and "language" in n}
     ids = torch.arange(5)[None]
     torch.testing.assert_close(
-        merged.module(input_ids=ids).logits,
-        policy.module(input_ids=ids).logits,
-        rtol=1e-5,
-        atol=1e-5,
+        merged.module(input_ids=ids).logits, policy.module(input_ids=ids).logits, rtol=1e-5, atol=1e-5
     )
 
 
-def test_another_image_size_in_vllm_is_found(
-    fake_vllm, policy, processor, random_path, prompts, monkeypatch
-):
+def test_another_image_size_in_vllm_is_found(fake_vllm, policy, processor, random_path, prompts, monkeypatch):
     ours = engine(policy, processor, random_path)
     monkeypatch.setattr(processor, "resize", lambda image: image.resize((28, 28)))
     with pytest.raises(UserError, match=r"vLLM made \d+ tokens of a prompt of"):

@@ -9,18 +9,11 @@ from vtfast.config import load_config
 from vtfast.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-KIND = re.compile(
-    r"^(count|depth|distance|relation) +([\d.]+) -> ([\d.]+) .* ([\d.]+) -> ([\d.]+) +[\d.]+ -> ",
-    re.M,
-)
-HELD_OUT = re.compile(
-    r"held-out (\w+): ([\d.]+) -> ([\d.]+)  \(sampled; greedy ([\d.]+) -> ([\d.]+)\)"
-)
+KIND = re.compile(r"^(count|depth|distance|relation) +([\d.]+) -> ([\d.]+) .* ([\d.]+) -> ([\d.]+) +[\d.]+ -> ", re.M)
+HELD_OUT = re.compile(r"held-out (\w+): ([\d.]+) -> ([\d.]+)  \(sampled; greedy ([\d.]+) -> ([\d.]+)\)")
 
 
-def learn(
-    trainer_class, tmp_path, capsys, **overrides
-) -> dict[str, tuple[float, float, float, float]]:
+def learn(trainer_class, tmp_path, capsys, **overrides) -> dict[str, tuple[float, float, float, float]]:
     """A run of the embedded default; (sampled before, after, greedy before, after): "accuracy" and "format" of all
     questions, and the accuracy of each kind by its name."""
     config = load_config(overrides={"output_dir": str(tmp_path / "run"), **overrides})
@@ -36,9 +29,7 @@ class ShuffledRewards(Trainer):
 
     def compare(self, groups):
         rewards = torch.cat([group.rewards for group in groups], dim=1)
-        mixed = rewards[:, torch.randperm(rewards.shape[1])].split(
-            self.config.num_generations, dim=1
-        )
+        mixed = rewards[:, torch.randperm(rewards.shape[1])].split(self.config.num_generations, dim=1)
         for group, share in zip(groups, mixed, strict=True):
             group.rewards = share
         super().compare(groups)

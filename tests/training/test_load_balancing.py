@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vtfast import load_balancing
-from vtfast.flops import forward_flops
-from vtfast.groups import Group
-from vtfast.load_balancing import settle, share_out
-from vtfast.packing import Part
-from vtfast.questions import Question
+from vtfast.cost.flops import forward_flops
+from vtfast.cost.micro_batches import Part
+from vtfast.data.prompt_builder import Question
 from vtfast.rollout import Completion
+from vtfast.training import load_balancing
+from vtfast.training.groups import Group
+from vtfast.training.load_balancing import settle, share_out
 
 
 class ThreadRanks:
@@ -85,9 +85,7 @@ def cost(policy, batch):
             policy.module.config,
             len(group.question.prompt.ids),
             [group.lengths[i] for i in part.members],
-            []
-            if group.question.prompt.grid is None
-            else group.question.prompt.grid.prod(-1).tolist(),
+            [] if group.question.prompt.grid is None else group.question.prompt.grid.prod(-1).tolist(),
         ).total
         for part in batch.parts
         for group in [batch.groups[part.group]]

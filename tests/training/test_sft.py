@@ -18,20 +18,21 @@ from make_trainer import assert_same, state
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from vtfast import synthetic
-from vtfast.cli import main
+from vtfast.cli.main import main
 from vtfast.config import SFTConfig, field_help, field_names, load_config, recipe_names
-from vtfast.data import Processor, Sample
-from vtfast.distributed import Ranks
-from vtfast.errors import UserError
-from vtfast.flops import forward_flops, update_flops
-from vtfast.groups import Batch, Group
-from vtfast.load_balancing import share_out
-from vtfast.model import load_model
-from vtfast.questions import Question, batches
+from vtfast.cost.flops import forward_flops
+from vtfast.data import Processor, Sample, synthetic
+from vtfast.data.batches import batches
+from vtfast.data.prompt_builder import Question
+from vtfast.distributed.ranks import Ranks
+from vtfast.model.loading import load_model
 from vtfast.rollout import Completion
-from vtfast.sft import SFTObjective, SFTTrainer
 from vtfast.trainer import Trainer
+from vtfast.training.groups import Batch, Group
+from vtfast.training.load_balancing import share_out
+from vtfast.training.metrics import update_flops
+from vtfast.training.sft import SFTObjective, SFTTrainer
+from vtfast.utils.errors import UserError
 
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 ANSWERS = [[5, 6, 7], [300], [17, 388], [9, 8, 7, 6, 5, 4, 3, 2]]
@@ -53,8 +54,14 @@ def make(tmp_path, data):
     made = itertools.count()
 
     def build(**overrides):
-        few = {"data": data / "train.parquet", "eval_data": data / "val.parquet", "warmup_steps": 0, "max_steps": 3,
-               "per_device_train_batch_size": 8, "output_dir": tmp_path / f"run-{next(made)}"}  # fmt: skip
+        few = {
+            "data": data / "train.parquet",
+            "eval_data": data / "val.parquet",
+            "warmup_steps": 0,
+            "max_steps": 3,
+            "per_device_train_batch_size": 8,
+            "output_dir": tmp_path / f"run-{next(made)}",
+        }
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in (few | overrides).items()}
         trainer = SFTTrainer(load_config(overrides=settings, kind=SFTConfig))
         return trainer, next(questions(trainer))
@@ -159,22 +166,14 @@ def test_three_steps_are_adamws_on_padded_batches(make, completion_only, base_pa
         assert metrics["num_tokens"] == batch["attention_mask"].sum()
     assert_close(weights(trainer), dict(module.named_parameters()), atol=1e-5)
     start = dict(load_model(base_path).module.named_parameters())
-    assert any(
-        not value.allclose(start[name], atol=1e-3) for name, value in weights(trainer).items()
-    )
+    assert any(not value.allclose(start[name], atol=1e-3) for name, value in weights(trainer).items())
 
 
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_cutting_the_batch_changes_nothing(make, completion_only):
     results = []
-    for budget in (
-        None,
-        150,
-        10,
-    ):  # one row; rows of two; every sample, longer than the budget, alone
-        trainer, asked = make(
-            token_budget=budget, completion_only_loss=completion_only, **PROPORTIONAL
-        )
+    for budget in (None, 150, 10):  # one row; rows of two; every sample, longer than the budget, alone
+        trainer, asked = make(token_budget=budget, completion_only_loss=completion_only, **PROPORTIONAL)
         metrics, _ = trainer.step(1, asked)
         results.append((metrics, weights(trainer)))
     (whole, expected), *cut = results
@@ -193,27 +192,45 @@ def test_two_ranks_equal_one(tmp_path):
     """Prompts of very different lengths, a pass in which one rank has nothing: the same weights."""
     rows = str(mixed_rows(tmp_path / "mixed.parquet"))
     settings = itertools.chain(*((f"--{name}", str(value)) for name, value in PROPORTIONAL.items()))
-    flags = ["sft", "--data", rows, "--eval_data", "none", "--max_steps", "2", "--warmup_steps", "0",
-             "--completion_only_loss", "false", "--token_budget", "160", *settings]  # fmt: skip
+    flags = [
+        "sft",
+        "--data",
+        rows,
+        "--eval_data",
+        "none",
+        "--max_steps",
+        "2",
+        "--warmup_steps",
+        "0",
+        "--completion_only_loss",
+        "false",
+        "--token_budget",
+        "160",
+        *settings,
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*flags, "--per_device_train_batch_size", "6", "--output_dir", str(one)]) == 0
-    launched = [*deepspeed_launcher(), "--module", "vtfast", *flags, "--per_device_train_batch_size", "3",
-                "--output_dir", str(two)]  # fmt: skip
+    launched = [
+        *deepspeed_launcher(),
+        "--module",
+        "vtfast",
+        *flags,
+        "--per_device_train_batch_size",
+        "3",
+        "--output_dir",
+        str(two),
+    ]
     done = subprocess.run(launched, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert logged(one)[0]["passes"] > logged(two)[0]["passes"] > 1
     for left, right in zip(logged(one), logged(two), strict=True):
         for key in ("loss", "grad_norm", "mean_token_accuracy", "num_tokens", "num_targets"):
             assert left[key] == pytest.approx(right[key], rel=1e-5), key
-    saved = [
-        load_file(folder / "checkpoints" / "step-2" / "model.safetensors") for folder in (one, two)
-    ]
+    saved = [load_file(folder / "checkpoints" / "step-2" / "model.safetensors") for folder in (one, two)]
     assert_close(*saved)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"completion_only_loss": False}, {"freeze": "vision"}, {"use_peft": True}]
-)
+@pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}, {"freeze": "vision"}, {"use_peft": True}])
 def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     """Every trained weight gets a gradient of zero, in the order in which other ranks get theirs."""
     trainer, asked = make(**settings)
@@ -267,7 +284,7 @@ def test_checkpointing_changes_nothing(make):
         ("sft", "{answer}<|im_end|>\n", "left<|im_end|>\n"),
         ("brief", "</think>{answer}<|endoftext|>", "</think>left<|endoftext|>"),
     ],
-)  # fmt: skip
+)
 def test_targets(make, template, target, text):
     """A `<think>` that the prompt has written is not repeated, and exactly one end mark follows."""
     trainer, _ = make(template=template, target=target)
@@ -320,22 +337,15 @@ def test_a_target_that_is_too_long_is_told_before_the_first_step(make):
     (listed,) = trainer.asker.take_skipped()
     assert (listed["step"], listed["row"]) == (0, samples[2].row)
     assert "--max_completion_length is 20" in listed["reason"]
-    with pytest.raises(
-        UserError, match=r"none of its 1 samples can be used; train\.parquet, row .* is 20"
-    ):
+    with pytest.raises(UserError, match=r"none of its 1 samples can be used; train\.parquet, row .* is 20"):
         trainer.trainable(samples[2:3])
     trainer.asker.on_bad_sample = "error"
-    with pytest.raises(
-        UserError, match=r"row \d+ .*: the target has .*--max_completion_length is 20"
-    ):
+    with pytest.raises(UserError, match=r"row \d+ .*: the target has .*--max_completion_length is 20"):
         trainer.trainable(samples)
 
 
 def test_overlong_targets_stop_no_run(make):
-    with pytest.raises(
-        UserError,
-        match=r"none of its 48 samples can be used; train\.parquet, row 0 .*: the target",
-    ):
+    with pytest.raises(UserError, match=r"none of its 48 samples can be used; train\.parquet, row 0 .*: the target"):
         make(max_completion_length=1)
 
 
@@ -431,12 +441,11 @@ def test_useful_operations(make, monkeypatch):
     assert more - base == pytest.approx(3 * 5 * 2 * 96 * 400)  # D = 96, V = 400
     frozen, _ = make(freeze="vision")
     tower = sum(
-        forward_flops(frozen.policy.module.config, 0, [], q.prompt.grid.prod(-1).tolist()).vision
-        for q in asked
+        forward_flops(frozen.policy.module.config, 0, [], q.prompt.grid.prod(-1).tolist()).vision for q in asked
     )
     assert base - update_flops(frozen.policy, [batch], tower_ran=False) == pytest.approx(2 * tower)
     assert base - update_flops(frozen.policy, [batch]) == pytest.approx(3 * tower)
-    monkeypatch.setattr("vtfast.sft.mfu", lambda flops, *_: flops)
+    monkeypatch.setattr("vtfast.training.sft.mfu", lambda flops, *_: flops)
     assert trainer.step(1, asked)[0]["mfu"] == pytest.approx(base)
     assert frozen.step(1, asked)[0]["mfu"] == pytest.approx(base - 2 * tower)
     whole, _ = make(completion_only_loss=False)
@@ -452,9 +461,22 @@ def test_useful_operations(make, monkeypatch):
 def finished(tmp_path_factory, data):
     """A run of one epoch and a half, 48 samples, 16 a step."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    flags = ["--data", str(data / "train.parquet"), "--eval_data", str(data / "val.parquet"),
-             "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2",
-             "--num_train_epochs", "1.5", "--save_steps", "2", "--output_dir", str(folder)]  # fmt: skip
+    flags = [
+        "--data",
+        str(data / "train.parquet"),
+        "--eval_data",
+        str(data / "val.parquet"),
+        "--per_device_train_batch_size",
+        "8",
+        "--gradient_accumulation_steps",
+        "2",
+        "--num_train_epochs",
+        "1.5",
+        "--save_steps",
+        "2",
+        "--output_dir",
+        str(folder),
+    ]
     assert main(["sft", *flags]) == 0
     return folder
 
@@ -462,8 +484,22 @@ def finished(tmp_path_factory, data):
 def test_the_run_folder(finished):
     metrics = logged(finished)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]  # 72 / 16, rounded up
-    names = {"loss", "learning_rate", "grad_norm", "num_tokens", "mean_token_accuracy", "entropy", "epoch", "mfu",
-             "tokens_per_second", "time/data", "time/pack", "time/update", "time/step", "memory_gb"}  # fmt: skip
+    names = {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "num_tokens",
+        "mean_token_accuracy",
+        "entropy",
+        "epoch",
+        "mfu",
+        "tokens_per_second",
+        "time/data",
+        "time/pack",
+        "time/update",
+        "time/step",
+        "memory_gb",
+    }
     assert all(names <= set(line) for line in metrics)
     assert [line["epoch"] for line in metrics] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
     assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -479,10 +515,16 @@ def test_a_checkpoint_loads_and_grpo_goes_on_from_it(finished, base_path, tmp_pa
     last = finished / "checkpoints" / "step-5"
     module = Qwen2VLForConditionalGeneration.from_pretrained(last)
     base = load_file(base_path / "model.safetensors")
-    moved = [n for n, value in load_file(last / "model.safetensors").items() if not value.equal(base[n])]  # fmt: skip
+    moved = [n for n, value in load_file(last / "model.safetensors").items() if not value.equal(base[n])]
     assert len(moved) == len(base)
-    settings = {"model": str(last), "data": str(data / "train.parquet"), "eval_data": "none", "max_steps": 1,
-                "per_device_train_batch_size": 4, "output_dir": str(tmp_path / "grpo")}  # fmt: skip
+    settings = {
+        "model": str(last),
+        "data": str(data / "train.parquet"),
+        "eval_data": "none",
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "output_dir": str(tmp_path / "grpo"),
+    }
     trainer = Trainer(load_config(overrides=settings))
     assert trainer.policy.head.equal(module.lm_head.weight)
     trainer.run()
@@ -554,13 +596,19 @@ def test_the_papers_text(make, tmp_path):
     trainer, _ = make(template=config.template, target=config.target, literal_image=True)
     sample = Sample("Is it left or right?", ["left", "right"], "left", [None])
     conversation = [
-        {"role": "user", "content": [
-            {"type": "image"},
-            {"type": "text", "text": "<image> Answer in natural language. Is it left or right? "
-                                     "Choose between the following options: left or right"},
-        ]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {
+                    "type": "text",
+                    "text": "<image> Answer in natural language. Is it left or right? "
+                    "Choose between the following options: left or right",
+                },
+            ],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "left"}]},
-    ]  # fmt: skip
+    ]
     tokenizer = trainer.processor.tokenizer
     template = tokenizer.chat_template["instruct"]
     whole = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)

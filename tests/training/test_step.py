@@ -7,9 +7,9 @@ import torch
 from steps import PROPORTIONAL, answered, logprobs, shake, weights
 
 from vtfast.config import Config
-from vtfast.errors import UserError
-from vtfast.groups import Batch
-from vtfast.objective import Objective, loss_spec
+from vtfast.training.groups import Batch
+from vtfast.training.grpo_objective import Objective, loss_spec
+from vtfast.utils.errors import UserError
 
 
 def test_a_step_makes_better_answers_likelier(make):
@@ -114,8 +114,7 @@ def test_a_step_without_any_signal_is_still_a_step(make):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"beta": 0.04}, {"freeze": "language"}, {"freeze": "vision"}, {"use_peft": True}],
+    "settings", [{}, {"beta": 0.04}, {"freeze": "language"}, {"freeze": "vision"}, {"use_peft": True}]
 )
 def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     """Every trained weight gets a gradient of zero, in the order in which other ranks get theirs."""
@@ -150,9 +149,7 @@ def test_checkpointing_recomputes_in_the_update_alone(make):
     groups = answered(trainer, questions)
     work = trainer.share_out(groups)
     calls = []
-    trainer.policy.language_model.layers[0].mlp.register_forward_pre_hook(
-        lambda *_: calls.append(1)
-    )
+    trainer.policy.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.update(work)
     assert len(calls) == 2 * len(work.batches)
     assert not trainer.policy.module.training
@@ -212,9 +209,7 @@ def test_bf16_gradients_are_summed_in_fp32(make, monkeypatch):
     work = trainer.share_out(answered(trainer, questions))
     assert len(work.batches) > 2
     seen = []
-    monkeypatch.setattr(
-        trainer.engine, "step", lambda: seen.extend(trainer.engine.optimizer.averaged_gradients[0])
-    )
+    monkeypatch.setattr(trainer.engine, "step", lambda: seen.extend(trainer.engine.optimizer.averaged_gradients[0]))
     monkeypatch.setattr(trainer.engine, "get_global_grad_norm", lambda: 0.0)
     trainer.update(work)
     assert seen and all(gradient.dtype == torch.float32 for gradient in seen)
@@ -252,16 +247,17 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
 
 def test_the_loss_has_the_settings(make):
     config = Config(
-        loss_type="dapo", beta=0.02, epsilon=0.1, epsilon_high=0.3, delta=2.0, temperature=0.7,
-        importance_sampling_level="sequence", max_completion_length=33,
-    )  # fmt: skip
-    spec = loss_spec(config)
-    assert (spec.loss_type, spec.beta, spec.epsilon_low, spec.epsilon_high) == (
-        "dapo",
-        0.02,
-        0.1,
-        0.3,
+        loss_type="dapo",
+        beta=0.02,
+        epsilon=0.1,
+        epsilon_high=0.3,
+        delta=2.0,
+        temperature=0.7,
+        importance_sampling_level="sequence",
+        max_completion_length=33,
     )
+    spec = loss_spec(config)
+    assert (spec.loss_type, spec.beta, spec.epsilon_low, spec.epsilon_high) == ("dapo", 0.02, 0.1, 0.3)
     assert (spec.delta, spec.temperature, spec.max_completion_length) == (2.0, 0.7, 33)
     assert spec.importance_level == "sequence" and loss_spec(Config()).epsilon_high == 0.2
 
@@ -269,6 +265,4 @@ def test_the_loss_has_the_settings(make):
 def test_the_length_reward_counts_tokens(make):
     trainer, questions = make(reward_funcs="length")
     for group in trainer.answer(questions, step=1):
-        assert group.rewards[0].tolist() == pytest.approx(
-            [0.001 * len(row) for row in group.tokens]
-        )
+        assert group.rewards[0].tolist() == pytest.approx([0.001 * len(row) for row in group.tokens])

@@ -6,7 +6,7 @@ from steps import PROPORTIONAL, answered, logprobs, weights
 from vtfast_kernels import reference
 
 from vtfast.evaluate.held_out import held_out
-from vtfast.objective import loss_spec
+from vtfast.training.grpo_objective import loss_spec
 
 
 def test_old_log_probs_when_answers_are_used_twice(make):
@@ -89,9 +89,7 @@ def test_sampler_scorer_and_loss_have_one_temperature(make):
     sums, *_ = trainer.update(work)
     assert sums["sampler_drift"] / sums["scored_tokens"] < 1e-4
     # and the temperature is not a no-op: at 1 the same answers have other log-probs
-    assert (
-        torch.cat(logprobs(trainer, groups, summed=False)).sum() - batch.sampled().sum()
-    ).abs() > 1
+    assert (torch.cat(logprobs(trainer, groups, summed=False)).sum() - batch.sampled().sum()).abs() > 1
 
 
 def test_the_second_iteration_keeps_the_old_log_probs(make):
@@ -100,16 +98,15 @@ def test_the_second_iteration_keeps_the_old_log_probs(make):
     (batch,) = trainer.work.batches
     old = batch.logps("old").clone()
     metrics, _ = trainer.step(2, None)
-    assert (
-        batch.logps("old").equal(old) and metrics["clip_ratio/low"] + metrics["clip_ratio/high"] > 0
-    )
+    assert batch.logps("old").equal(old) and metrics["clip_ratio/low"] + metrics["clip_ratio/high"] > 0
 
 
 def test_sampler_correction_weighs_by_the_samplers_own_log_probs(make):
     trainer, questions = make(
-        vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=1.5,
-    )  # fmt: skip
+    )
     groups = answered(trainer, questions)
     spoil_the_sampler(groups)
     now = logprobs(trainer, groups, summed=False)
@@ -160,13 +157,7 @@ def test_greedy_judging_has_no_chance_in_it(make, monkeypatch):
     trainer, _ = make(eval_samples=32)
 
     def judge():
-        arguments = (
-            trainer.rollout,
-            trainer.asker,
-            trainer.held_out_samples,
-            trainer.config,
-            trainer.ranks,
-        )
+        arguments = (trainer.rollout, trainer.asker, trainer.held_out_samples, trainer.config, trainer.ranks)
         return held_out(*arguments).scores
 
     first = judge()

@@ -13,8 +13,8 @@ from make_files import mixed_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from vtfast.model import load_model
-from vtfast.questions import batches, order
+from vtfast.data.batches import batches, order
+from vtfast.model.loading import load_model
 
 METRICS = [
     "step",
@@ -47,9 +47,7 @@ METRICS = [
 def short_run(tmp_path_factory):
     """Three steps of 8 prompts with KL to the starting model, in one pass each."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    metrics = run(
-        folder, "--per_device_train_batch_size", "8", "--beta", "0.04", "--save_steps", "2"
-    )
+    metrics = run(folder, "--per_device_train_batch_size", "8", "--beta", "0.04", "--save_steps", "2")
     return folder, metrics
 
 
@@ -80,9 +78,7 @@ def test_the_run_folder(short_run):
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((folder / "held_out.json").read_text())["after"]["count"] > 0
     table = (folder.parent / "one.out").read_text()
-    assert (
-        "held-out accuracy: 0." in table and "held-out format: 0." in table and "distance" in table
-    )
+    assert "held-out accuracy: 0." in table and "held-out format: 0." in table and "distance" in table
 
 
 def test_checkpoints_are_hugging_face_folders(short_run, base_path):
@@ -93,11 +89,7 @@ def test_checkpoints_are_hugging_face_folders(short_run, base_path):
     tokenizer = AutoTokenizer.from_pretrained(last)
     base = load_file(base_path / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-    changed = [
-        name
-        for name, value in load_file(last / "model.safetensors").items()
-        if not value.equal(base[name])
-    ]
+    changed = [name for name, value in load_file(last / "model.safetensors").items() if not value.equal(base[name])]
     assert len(changed) == len(base), "every weight is trained"
     assert tokenizer.decode(tokenizer.encode("Is it left?")) == "Is it left?"
 
@@ -112,14 +104,7 @@ def test_accumulation_changes_nothing(short_run, tmp_path):
 
 def test_two_ranks_equal_one(short_run, tmp_path):
     """DeepSpeed's launcher, two gloo ranks, ZeRO-2: the same global batch gives the same weights."""
-    run(
-        tmp_path / "two",
-        "--per_device_train_batch_size",
-        "4",
-        "--beta",
-        "0.04",
-        launcher=deepspeed_launcher(),
-    )
+    run(tmp_path / "two", "--per_device_train_batch_size", "4", "--beta", "0.04", launcher=deepspeed_launcher())
     assert_close_runs(short_run[0], tmp_path / "two")
 
 
@@ -140,13 +125,7 @@ def test_two_ranks_with_different_amounts_of_work(tmp_path):
         "0",
     ]
     one = run(tmp_path / "one", *flags, "--per_device_train_batch_size", "6")
-    two = run(
-        tmp_path / "two",
-        *flags,
-        "--per_device_train_batch_size",
-        "3",
-        launcher=deepspeed_launcher(),
-    )
+    two = run(tmp_path / "two", *flags, "--per_device_train_batch_size", "3", launcher=deepspeed_launcher())
     assert all(line["grad_norm"] > 0 for line in one)
     assert any(line["passes"] > 1 for line in two) and one[0]["passes"] > two[0]["passes"]
     assert_close_runs(tmp_path / "one", tmp_path / "two")
@@ -155,9 +134,7 @@ def test_two_ranks_with_different_amounts_of_work(tmp_path):
 def test_bf16_with_fp32_accumulation(tmp_path):
     """The path of the GPU, on the CPU: bf16 weights, fp32 masters and gradient sums, several passes a step."""
     flags = ["--dtype", "bfloat16", "--per_device_train_batch_size", "4", "--token_budget", "150"]
-    metrics = run(
-        tmp_path / "bf16", *flags, "--eval_data", "none", "--gradient_checkpointing", "true"
-    )
+    metrics = run(tmp_path / "bf16", *flags, "--eval_data", "none", "--gradient_checkpointing", "true")
     assert all(line["passes"] > 1 and line["grad_norm"] > 0 for line in metrics)
     saved = load_file(tmp_path / "bf16" / "checkpoints" / "step-3" / "model.safetensors")
     assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in saved.values())
@@ -185,9 +162,7 @@ def test_lora_and_an_offloaded_reference(tmp_path, base_path):
 def test_iterations_skip_no_data():
     """Rollouts count the data, and not the optimizer steps that live on them."""
     asker = SimpleNamespace(ask=lambda sample, index: index)
-    seen = batches(
-        asker, list(range(10)), range(1, 11, 2), per_rank=2, rank=0, ranks=1, seed=0, every=2
-    )
+    seen = batches(asker, list(range(10)), range(1, 11, 2), per_rank=2, rank=0, ranks=1, seed=0, every=2)
     assert sorted(i for step in seen for i in step) == list(range(10))
 
 
@@ -209,14 +184,10 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
     flags = [*SHORT, "--per_device_train_batch_size", "2", "--eval_data", "none"]
     command = [*deepspeed_launcher(), str(script), *flags, "--on_bad_sample", "error"]
     done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True,
-        env=environment(), cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert re.search(
-        r"error: step 1, .*\.parquet, row \d+ \(counted from 0\): planted",
-        done.stdout + done.stderr,
+        [*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, env=environment(), cwd=ROOT
     )
+    assert done.returncode != 0
+    assert re.search(r"error: step 1, .*\.parquet, row \d+ \(counted from 0\): planted", done.stdout + done.stderr)
     assert "planted" in (tmp_path / "run" / "skipped.jsonl").read_text()
 
 

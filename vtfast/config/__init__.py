@@ -6,8 +6,10 @@ Names are TRL's where TRL has one. The text under a field is its help; `train.py
 called `*-sft` are `vtfast sft`'s.
 """
 
-from vtfast.config.problems import SettingsError
-from vtfast.config.recipes import (
+from vtfast_kernels.loss_names import LOSS_TYPES
+
+from vtfast.config.fields import FREEZABLE
+from vtfast.config.load import (
     RECIPES,
     field_defaults,
     field_help,
@@ -16,7 +18,8 @@ from vtfast.config.recipes import (
     load_config,
     recipe_names,
 )
-from vtfast.config.runs import FREEZABLE, LOSS_TYPES, Config, RunConfig, SFTConfig
+from vtfast.config.problems import SettingsError
+from vtfast.config.runs import Config, RunConfig, SFTConfig
 
 __all__ = [
     "FREEZABLE",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Number
 from typing import Any
 
-from vtfast.errors import UserError
+from vtfast.utils.errors import UserError
 
 LONGEST_SHOWN = 80
 

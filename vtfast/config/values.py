@@ -10,10 +10,7 @@ from typing import Any, Union, get_args, get_origin
 
 from vtfast.config.problems import shown
 
-WORDS = {
-    "true": True, "yes": True, "on": True, "1": True,
-    "false": False, "no": False, "off": False, "0": False,
-}  # fmt: skip
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 LARGEST = 2**32 - 1
 """Of a whole number: seeds go up to here, and nothing that is counted comes near it."""
 

@@ -18,7 +18,7 @@ whole text. The columns `original_question` and `original_answer` of that set ar
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
-from vtfast.errors import UserError
+from vtfast.utils.errors import UserError
 
 # In order of preference; a set with both `answer` and `solution` has the bare answer in the first.
 SATS_ANSWER = "correct_answer"
@@ -62,9 +62,7 @@ class Columns:
                 f"{', '.join(ANSWER)}; or messages"
             )
         # `answers` are options in SAT alone; elsewhere they are several people's answers.
-        options = self.options or _first(
-            ("answers", *OPTIONS) if answer == SATS_ANSWER else OPTIONS, there
-        )
+        options = self.options or _first(("answers", *OPTIONS) if answer == SATS_ANSWER else OPTIONS, there)
         return Columns(question, answer, options, self.image or _first(IMAGE, there))
 
     def check(self, there: Collection[str], where: str) -> None:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from vtfast.config import Config
 from vtfast.data import NotSelected, Row, Sample, Samples, iter_rows, shuffle_options
-from vtfast.errors import UserError
-from vtfast.images import image_sizes
-from vtfast.processor import Processor
-from vtfast.questions import Asker, columns, selection
+from vtfast.data.images import image_sizes
+from vtfast.data.processor import Processor
+from vtfast.data.prompt_builder import Asker
+from vtfast.data.splits import columns, selection
+from vtfast.utils.errors import UserError
 
 SHOWN = 3  # rows that are named for each reason
 
@@ -121,11 +122,7 @@ def inspect_data(config: Config) -> DataReport:
     asker = Asker(config, processor)
     report = DataReport(config.data, config.model, config.template, config.max_prompt_length)
     rows = iter_rows(
-        config.data,
-        config.split,
-        columns=columns(config),
-        selection=selection(config),
-        first_rows=config.first_rows,
+        config.data, config.split, columns=columns(config), selection=selection(config), first_rows=config.first_rows
     )
     for row in tqdm(rows, desc="rows", unit="row", total=config.first_rows, leave=False, delay=2):
         report.rows += 1
@@ -147,9 +144,7 @@ def _add(report: DataReport, row: Row, sample: Sample, asker: Asker) -> None:
         _problem(report.bad, row, str(error))
         return
     if tokens > asker.max_prompt_length:
-        _problem(
-            report.bad, row, f"{tokens} tokens, above --max_prompt_length {asker.max_prompt_length}"
-        )
+        _problem(report.bad, row, f"{tokens} tokens, above --max_prompt_length {asker.max_prompt_length}")
     else:
         report.usable += 1
         report.prompt = report.prompt or text
@@ -182,12 +177,7 @@ def summary(numbers: Iterable[int]) -> dict[str, float] | None:
     if not ordered:
         return None
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return {
-        "min": ordered[0],
-        "median": statistics.median(ordered),
-        "p95": p95,
-        "max": ordered[-1],
-    }
+    return {"min": ordered[0], "median": statistics.median(ordered), "p95": p95, "max": ordered[-1]}
 
 
 def _numbers(numbers: Iterable[int]) -> str:

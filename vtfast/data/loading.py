@@ -17,9 +17,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from vtfast.data.columns import RECOGNISED, Columns
-from vtfast.data.files import DataFile, Entry, find_files, read_rows
 from vtfast.data.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row, where_of
-from vtfast.errors import UserError
+from vtfast.data.sources import DataFile, Entry, find_files, read_rows
+from vtfast.utils.errors import UserError
 
 log = logging.getLogger("vtfast")
 
@@ -91,12 +91,7 @@ def load_samples(
         raise UserError(f"limit={limit}: 1 or more is wanted, or none at all")
     samples, bad, left_out = Samples(source=source), [], []
     rows = iter_rows(
-        source,
-        split,
-        columns=columns,
-        selection=selection,
-        first_rows=first_rows,
-        stream=limit is not None,
+        source, split, columns=columns, selection=selection, first_rows=first_rows, stream=limit is not None
     )
     # Ranks other than the first keep their log, and with it their bar, to themselves.
     quiet = not log.isEnabledFor(logging.INFO)
@@ -110,9 +105,7 @@ def load_samples(
         else:
             bad.append(str(row))
             if on_bad == "error":
-                raise UserError(
-                    f"{bad[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)"
-                )
+                raise UserError(f"{bad[0]}. Mend the row, or skip such rows (on_bad=skip, --on_bad_sample skip)")
             samples.skipped.append((row.number, str(row.result)))
             samples.where[row.number] = where_of(row.file, row.place)
     total = len(samples) + len(bad) + len(left_out)

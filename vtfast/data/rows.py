@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from vtfast.data.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
-from vtfast.data.kinds import question_kind
-from vtfast.errors import UserError
-from vtfast.files import shortened
-from vtfast.images import Images, Source, check_image
+from vtfast.data.images import Images, Source, check_image
+from vtfast.data.sample import question_kind
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import shortened
 
 
 @dataclass
@@ -127,9 +127,7 @@ def read_row(
         except UserError as error:
             raise BadRow(str(error)) from None
         items, complete = _items(entry.get(names.image)), is_sat(columns, names)
-        question, options, answer = (
-            entry.get(name) for name in (names.question, names.options, names.answer)
-        )
+        question, options, answer = (entry.get(name) for name in (names.question, names.options, names.answer))
     if not items and complete:
         raise BadRow("no image")
     selection.check(len(items), question_type)

@@ -16,19 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.errors import UserError
 from vtfast.evaluate.benchmark import Benchmark, Item, Judged
-from vtfast.evaluate.scorer import LETTERS
+from vtfast.evaluate.matching import LETTERS
 from vtfast.evaluate.scores import get_benchmark, judge, summarise
-from vtfast.files import read_json, write_json, write_whole
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import read_json, write_json, write_whole
 
 log = logging.getLogger("vtfast")
 Row = dict[str, Any]
 
 
-def make_row(
-    benchmark: Benchmark, item: Item, response: str, tokens: int, finish_reason: str
-) -> Row:
+def make_row(benchmark: Benchmark, item: Item, response: str, tokens: int, finish_reason: str) -> Row:
     judged = judge(benchmark, item, response)
     return {
         "index": item.index,
@@ -54,12 +52,7 @@ def digest(item: Item) -> str:
 
 def item_of(row: Row) -> Item:
     return Item(
-        row["index"],
-        row["task"],
-        row["source"],
-        row["question"],
-        tuple(row["options"]),
-        LETTERS.index(row["gold"]),
+        row["index"], row["task"], row["source"], row["question"], tuple(row["options"]), LETTERS.index(row["gold"])
     )
 
 
@@ -77,9 +70,7 @@ class AnswerFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be made ({error.strerror}); choose another --output_dir"
-            ) from error
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output_dir") from error
         path, settings_path = folder / f"{bench}.jsonl", folder / "settings.json"
         rows, whole = read_answers(path)
         known = _read_json(settings_path)
@@ -97,12 +88,7 @@ class AnswerFile:
         answered = {row["index"]: row for row in self.rows}
         for item in items:
             row = answered.get(item.index)
-            if row and _asked(row) != (
-                item.question,
-                item.options,
-                LETTERS[item.gold],
-                digest(item),
-            ):
+            if row and _asked(row) != (item.question, item.options, LETTERS[item.gold], digest(item)):
                 raise UserError(
                     f"{self.path}: row {item.index} of the data is another question than the one answered there."
                     " Remove the file, or choose another --output_dir"
@@ -143,18 +129,26 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
             if item.gold >= len(item.options):
                 raise ValueError("no such option")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number}: damaged ({error}). Remove the line, or the file"
-            ) from error
+            raise UserError(f"{path}, line {number}: damaged ({error}). Remove the line, or the file") from error
         rows[row["index"]] = row
         whole += len(line)
     return list(rows.values()), whole
 
 
 TYPES = {
-    "index": int, "task": str, "source": str, "question": str, "options": list, "gold": str, "images": str,
-    "response": str, "correct": bool, "strict_correct": bool, "tokens": int, "finish_reason": str,
-}  # fmt: skip
+    "index": int,
+    "task": str,
+    "source": str,
+    "question": str,
+    "options": list,
+    "gold": str,
+    "images": str,
+    "response": str,
+    "correct": bool,
+    "strict_correct": bool,
+    "tokens": int,
+    "finish_reason": str,
+}
 """Of the values of a row."""
 
 
@@ -175,9 +169,7 @@ def judge_rows(bench: str, rows: Sequence[Row]) -> list[Judged]:
     return [judge(benchmark, item_of(row), row["response"]) for row in rows]
 
 
-def scores_of(
-    bench: str, rows: Sequence[Row], judged: Sequence[Judged] | None = None
-) -> dict[str, Any]:
+def scores_of(bench: str, rows: Sequence[Row], judged: Sequence[Judged] | None = None) -> dict[str, Any]:
     """Scores of an answer file's rows, with the mean number of tokens and the share that was cut off. `judged`: what
     `judge_rows` gives, where that is at hand."""
     scores = summarise(get_benchmark(bench), judge_rows(bench, rows) if judged is None else judged)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.data import BadRow
-from vtfast.evaluate.scorer import LETTERS
+from vtfast.evaluate.matching import LETTERS
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,7 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 def options_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     value = row.get(column)
     value = value.tolist() if hasattr(value, "tolist") else value  # pandas hands over arrays
-    if (
-        not isinstance(value, list | tuple)
-        or not value
-        or not all(isinstance(x, str) and x for x in value)
-    ):
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(x, str) and x for x in value):
         raise BadRow(f"{column} is {value!r}, and a list of texts is wanted")
     return tuple(value)
 
@@ -95,9 +91,7 @@ def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
         raise BadRow(f"{len(options)} options, and letters go to {LETTERS[-1]}")
     place = LETTERS.find(answer.strip().strip("()"))
     if len(answer.strip().strip("()")) != 1 or not 0 <= place < len(options):
-        raise BadRow(
-            f"answer is {answer!r}, and one of (A) to ({LETTERS[len(options) - 1]}) is wanted"
-        )
+        raise BadRow(f"answer is {answer!r}, and one of (A) to ({LETTERS[len(options) - 1]}) is wanted")
     return place
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.blueprint import read_model_config
-from vtfast.errors import UserError
-from vtfast.files import expand, read_mapping, step_of
-from vtfast.hub import ASSETS
-from vtfast.model_folder import check_folder
-from vtfast.prompts import load_template
-from vtfast.suggestions import near_run, question
+from vtfast.data.prompts import load_template
+from vtfast.model.blueprint import read_model_config
+from vtfast.model.folder import check_folder
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import expand, read_mapping, step_of
+from vtfast.utils.hub import ASSETS
+from vtfast.utils.suggestions import near_run, question
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Checkpoint:
 def find_checkpoint(model: str) -> Checkpoint:
     """The checkpoint that a path, a run folder or a hub id stands for. It need not exist any more (`--rescore`).
 
-    `RUN` and `RUN/checkpoints/last` are the newest step in there; a name in vtfast/assets is what ships.
+    `RUN` and `RUN/checkpoints/last` are the newest step in there; a name in vtfast/model/assets is what ships.
 
     Raises:
         UserError: a run without checkpoints, or whose config.yaml cannot be read.
@@ -59,9 +59,7 @@ def check_model(checkpoint: Checkpoint) -> None:
     if folder.is_dir():
         if not _is_model(folder):
             if (folder / "config.yaml").is_file():
-                raise UserError(
-                    f"--model {folder}: is a run that has saved no checkpoint yet; name another"
-                )
+                raise UserError(f"--model {folder}: is a run that has saved no checkpoint yet; name another")
             raise UserError(
                 f"--model {folder}: is neither a run folder (it has no config.yaml) nor a model folder (no"
                 f" config.json); {question(near_run(folder), 'name another')}"
@@ -75,9 +73,7 @@ def check_model(checkpoint: Checkpoint) -> None:
 
 def _newest(folder: Path) -> Path:
     steps = {
-        step: path
-        for path in folder.glob("step-*")
-        if (step := step_of(path.name)) is not None and _is_model(path)
+        step: path for path in folder.glob("step-*") if (step := step_of(path.name)) is not None and _is_model(path)
     }
     if not steps:
         raise UserError(f"--model {folder / 'last'}: there is no checkpoint (step-N) in {folder}")

@@ -13,21 +13,22 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from vtfast import heartbeat
 from vtfast.data import Sample
-from vtfast.distributed import Ranks
-from vtfast.errors import UserError
-from vtfast.evaluate import vsr_images
+from vtfast.data.images import ImageError, Images, check_image
+from vtfast.data.processor import Processor
+from vtfast.data.prompt import Prompt
+from vtfast.data.prompts import load_template, render
+from vtfast.distributed import heartbeat
+from vtfast.distributed.ranks import Ranks, gather_rows, on_main
 from vtfast.evaluate.answers import AnswerFile, Row, make_row, scores_of
 from vtfast.evaluate.benchmark import Benchmark, Item
-from vtfast.evaluate.files import load_items
+from vtfast.evaluate.benchmarks import vsr_images
+from vtfast.evaluate.items import load_items
 from vtfast.evaluate.scores import get_benchmark
-from vtfast.files import expand
-from vtfast.images import ImageError, Images, check_image
-from vtfast.model import Policy
-from vtfast.processor import Processor, Prompt
-from vtfast.prompts import load_template, render
+from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import expand
 
 TEMPLATE = "eval-r1-zero"
 MAX_COMPLETION_LENGTH = 1024
@@ -59,7 +60,7 @@ def evaluate(
         data: a file, a folder in the data set's layout, or a hub id; the benchmark's own hub id where None.
         limit: ask the first so many items only.
         processor: for text and images; of the checkpoint that the policy was loaded from where None.
-        template: a name in vtfast/templates, or the path of a text file.
+        template: a name in vtfast/data/templates, or the path of a text file.
         literal_image: fill the template's slot for the text `<image>`, which the study's prompts have by an oversight.
         batch_size: questions that a rank answers together.
         output: folder that keeps the answers. What it already holds is not asked again, and is part of the scores.
@@ -70,11 +71,7 @@ def evaluate(
         UserError: bad input, on all ranks.
     """
     benchmark = get_benchmark(bench)
-    for name, value in (
-        ("limit", limit),
-        ("batch_size", batch_size),
-        ("max_completion_length", max_completion_length),
-    ):
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("max_completion_length", max_completion_length)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     ranks = ranks or Ranks(0, 1, policy.device)
@@ -86,26 +83,22 @@ def evaluate(
     if bench == "vsr":
         folder = None if image_folder is None else expand(image_folder)
         if fetch_images:
-            _on_main(ranks, lambda: vsr_images.fetch(items, folder))
+            on_main(ranks, lambda: vsr_images.fetch(items, folder))
         items = vsr_images.locate(items, folder)
     if output is None:
         answers = AnswerFile()
     else:
         settings = asker.settings()
-        answers = _on_main(ranks, lambda: AnswerFile.open(Path(output), bench, settings))
+        answers = on_main(ranks, lambda: AnswerFile.open(Path(output), bench, settings))
 
     left = answers.left(items)
-    _together(ranks, lambda: _check_images(left[ranks.rank :: ranks.size]))
+    gather_rows(ranks, lambda: _check_images(left[ranks.rank :: ranks.size]))
     show = progress and ranks.is_main
-    bar = tqdm(
-        total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show
-    )  # fmt: skip
+    bar = tqdm(total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show)
     heartbeat.beat(bench)
     with bar:
         for encoded in _batches(left, batch_size, ranks, asker.encode):
-            rows = _together(
-                ranks, lambda batch=encoded: asker.answer(benchmark, batch.result(), show)
-            )
+            rows = gather_rows(ranks, lambda batch=encoded: asker.answer(benchmark, batch.result(), show))
             answers.add(rows, write=ranks.is_main)
             bar.update(len(rows))
     return scores_of(bench, answers.rows)
@@ -147,7 +140,7 @@ class _Asker:
 
     def __init__(
         self, policy: Policy, processor: Processor, template: str, literal_image: bool, max_new_tokens: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.processor, self.literal_image = processor, literal_image
         self.template, self.text = template, load_template(template)
         # The checkpoint's end tokens, or the tokenizer's where its generation_config names none.
@@ -181,9 +174,7 @@ class _Asker:
         except UserError as error:
             raise UserError(f"{item.where}: {error}") from error
 
-    def answer(
-        self, benchmark: Benchmark, batch: Sequence[tuple[Item, Prompt]], progress: bool
-    ) -> list[Row]:
+    def answer(self, benchmark: Benchmark, batch: Sequence[tuple[Item, Prompt]], progress: bool) -> list[Row]:
         prompts = [prompt for _, prompt in batch]
         completions = self.engine.generate(prompts, 1, self.sampling, progress=progress)
         return [
@@ -203,10 +194,7 @@ def _batches(
 ) -> Iterator[Future[T]]:
     """This rank's share of each batch, encoded; the next one is encoded while the caller works on this one."""
     size = per_rank * ranks.size
-    shares = [
-        items[start : start + size][ranks.rank :: ranks.size]
-        for start in range(0, len(items), size)
-    ]
+    shares = [items[start : start + size][ranks.rank :: ranks.size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = [pool.submit(encode, share) for share in shares[:1]]
         for share in [*shares[1:], None]:
@@ -216,31 +204,3 @@ def _batches(
             if share is not None:
                 upcoming = [pool.submit(encode, share)]
             yield current
-
-
-def _together(ranks: Ranks, work: Callable[[], list[Row]]) -> list[Row]:
-    """Rows of all ranks in the order of the data. A UserError of one rank is raised on all: none waits for it."""
-    try:
-        mine, problem = work(), None
-    except UserError as error:
-        mine, problem = [], error
-    parts = ranks.gather((mine, problem and str(problem)))
-    for _, text in parts:
-        if text:
-            raise UserError(text) from problem
-    return sorted((row for rows, _ in parts for row in rows), key=lambda row: row["index"])
-
-
-def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on all ranks; its UserError too."""
-    value: Any = None
-    problem: str | None = None
-    if ranks.is_main:
-        try:
-            value = work()
-        except UserError as error:
-            problem = str(error)
-    value, problem = ranks.from_main((value, problem))
-    if problem:
-        raise UserError(problem)
-    return value

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from vtfast.config import RunConfig
-from vtfast.distributed import Ranks
-from vtfast.prompts import response_prefix
-from vtfast.questions import Asker
+from vtfast.data.prompt_builder import Asker
+from vtfast.data.prompts import response_prefix
+from vtfast.distributed.ranks import Ranks
 from vtfast.rewards import accuracy_reward, format_reward
 from vtfast.rollout import Sampling
-from vtfast.rollout.choice import Engine
+from vtfast.rollout.engine_choice import Engine
 
 BATCH = 32
 SEED = 2**31 - 1
@@ -35,12 +35,7 @@ class HeldOut:
 
 
 def held_out(
-    engine: Engine,
-    asker: Asker,
-    samples: Sequence,
-    config: RunConfig,
-    ranks: Ranks,
-    graded: Callable[[str], str] = str,
+    engine: Engine, asker: Asker, samples: Sequence, config: RunConfig, ranks: Ranks, graded: Callable[[str], str] = str
 ) -> HeldOut:
     """Ask every sample once sampled and once greedily; the ranks share them out.
 
@@ -48,34 +43,21 @@ def held_out(
     mine = samples[ranks.rank :: ranks.size]
     prefix = response_prefix(asker.template)
     results: dict[str, list[tuple[str, float, float]]] = {"sampled": [], "greedy": []}
-    bar = tqdm(
-        total=len(mine), desc="held-out", unit="question", leave=False, disable=not ranks.is_main
-    )
+    bar = tqdm(total=len(mine), desc="held-out", unit="question", leave=False, disable=not ranks.is_main)
     for start in range(0, len(mine), BATCH):
         questions = [asker.ask(sample) for sample in mine[start : start + BATCH]]
         for mode, rows in results.items():
-            sampling = Sampling(
-                config.temperature, config.max_completion_length, greedy=mode == "greedy"
-            )
-            answers = engine.generate(
-                [question.prompt for question in questions], 1, sampling, seed=SEED
-            )
+            sampling = Sampling(config.temperature, config.max_completion_length, greedy=mode == "greedy")
+            answers = engine.generate([question.prompt for question in questions], 1, sampling, seed=SEED)
             for question, (answer,) in zip(questions, answers, strict=True):
                 text = graded(prefix + asker.processor.decode(answer.tokens))
                 rows.append(
-                    (
-                        question.sample.kind,
-                        accuracy_reward(text, question.sample),
-                        format_reward(text, question.sample),
-                    )
+                    (question.sample.kind, accuracy_reward(text, question.sample), format_reward(text, question.sample))
                 )
         bar.update(len(questions))
     bar.close()
     parts = ranks.gather(results)
-    return HeldOut(
-        {mode: _by_kind([row for part in parts for row in part[mode]]) for mode in results},
-        len(samples),
-    )
+    return HeldOut({mode: _by_kind([row for part in parts for row in part[mode]]) for mode in results}, len(samples))
 
 
 def _by_kind(rows: Sequence[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:

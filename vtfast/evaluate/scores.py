@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vtfast.data import BadRow
-from vtfast.errors import UserError
-from vtfast.evaluate import blink, cvbench, sat, vsr
 from vtfast.evaluate.benchmark import Benchmark, Item, Judged, accuracy
-from vtfast.evaluate.scorer import paper_correct, strict_correct
+from vtfast.evaluate.benchmarks import blink, cvbench, sat, vsr
+from vtfast.evaluate.matching import paper_correct, strict_correct
+from vtfast.utils.errors import UserError
 
-BENCHMARKS: dict[str, Benchmark] = {
-    module.BENCHMARK.name: module.BENCHMARK for module in (cvbench, blink, vsr, sat)
-}
+BENCHMARKS: dict[str, Benchmark] = {module.BENCHMARK.name: module.BENCHMARK for module in (cvbench, blink, vsr, sat)}
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -22,9 +20,7 @@ def get_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def score(
-    bench: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]
-) -> dict[str, Any]:
+def score(bench: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> dict[str, Any]:
     """Scores of responses to rows of a data set, in its own schema. Images are not looked at.
 
     Returns:
@@ -54,12 +50,7 @@ def score(
 
 def judge(benchmark: Benchmark, item: Item, response: str) -> Judged:
     question = item.options, item.gold, benchmark.letters
-    return Judged(
-        item.task,
-        item.source,
-        paper_correct(response, *question),
-        strict_correct(response, *question),
-    )
+    return Judged(item.task, item.source, paper_correct(response, *question), strict_correct(response, *question))
 
 
 def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
@@ -76,14 +67,9 @@ def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
         "official": benchmark.official(judged),
         "count": len(judged),
         "by_task": {task: accuracy(part) for task, part in by_task.items()},
-        "by_source": {
-            name: accuracy([one for one in judged if one.source == name]) for name in sources
-        },
+        "by_source": {name: accuracy([one for one in judged if one.source == name]) for name in sources},
         "count_by_task": {task: len(part) for task, part in by_task.items()},
-        "strict": {
-            "total": _strict(judged),
-            "by_task": {task: _strict(part) for task, part in by_task.items()},
-        },
+        "strict": {"total": _strict(judged), "by_task": {task: _strict(part) for task, part in by_task.items()}},
     }
 
 

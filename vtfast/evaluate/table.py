@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vtfast.evaluate.paper import QUESTIONS, TABLE_3, TABLE_3_COLUMNS
 from vtfast.evaluate.scores import BENCHMARKS
-from vtfast.paper import QUESTIONS, TABLE_3, TABLE_3_COLUMNS
 
 PUBLISHED = {
     bench: {
@@ -47,9 +47,7 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
         for line in lines
     ]
     rows.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
-    return "\n".join(
-        [*rows, "* the paper's own numbers (arXiv 2503.05132, Table 3); all in percent"]
-    )
+    return "\n".join([*rows, "* the paper's own numbers (arXiv 2503.05132, Table 3); all in percent"])
 
 
 def _percent(value: float) -> str:

@@ -49,10 +49,7 @@ def use_fused_loss(trainer: GRPOTrainer) -> GRPOTrainer:
             _take_over(_base(model), trainer)
     missing = _not_in_the_kernels(trainer)
     if missing:
-        log.warning(
-            "TRL's own loss formula runs on fused log-probs: the kernels lack %s",
-            ", ".join(missing),
-        )
+        log.warning("TRL's own loss formula runs on fused log-probs: the kernels lack %s", ", ".join(missing))
     else:
         trainer._compute_loss = functools.partial(_compute_loss, trainer)
     return trainer
@@ -81,9 +78,7 @@ def _take_over(model: PreTrainedModel, trainer: GRPOTrainer) -> None:
     theirs, temperature = model.forward, trainer.temperature
 
     @functools.wraps(theirs)  # `generate` validates its arguments against the signature
-    def forward(
-        *args: Any, fused_lm_head: bool = False, loss_of: Head | None = None, **kwargs: Any
-    ):
+    def forward(*args: Any, fused_lm_head: bool = False, loss_of: Head | None = None, **kwargs: Any):
         if not fused_lm_head:
             return theirs(*args, **kwargs)
         return _answer(model, temperature, loss_of, *args, **kwargs)
@@ -93,13 +88,7 @@ def _take_over(model: PreTrainedModel, trainer: GRPOTrainer) -> None:
 
 def _problem_of(model: PreTrainedModel, trainer: GRPOTrainer) -> str | None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    bent = (
-        "final_logit_softcapping",
-        "logit_scale",
-        "output_multiplier",
-        "lm_head_multiplier",
-        "logits_scaling",
-    )
+    bent = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     found = [name for name in bent if getattr(config, name, None) not in (None, 1.0)]
     if found:
         return f"its logits are changed by {', '.join(found)}"
@@ -118,15 +107,14 @@ def _not_in_the_kernels(trainer: GRPOTrainer) -> list[str]:
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
         "the entropy bonus": trainer._entropy_bonus_enabled,
         "the router loss": trainer.aux_loss_enabled,
-        "vllm_importance_sampling_correction": trainer.use_vllm
-        and trainer.vllm_importance_sampling_correction,
+        "vllm_importance_sampling_correction": trainer.use_vllm and trainer.vllm_importance_sampling_correction,
     }
     return [name for name, is_on in asked.items() if is_on]
 
 
 def _answer(
     model: PreTrainedModel, temperature: float, loss_of: Head | None, *args: Any, labels: Tensor, **kwargs: Any
-):  # fmt: skip
+):
     """TRL's FusedCausalLMOutput: `log_probs` and `entropy` [B, L - 1], 0 where the label [B, L] is -100; `loss` if
     `loss_of` says what it is."""
     from trl.trainer.utils import FusedCausalLMOutput
@@ -137,10 +125,7 @@ def _answer(
     weight = model.get_output_embeddings().weight
     rows, target = hidden[scored].to(weight.dtype), labels[scored]
     if loss_of is None:
-        loss, (logp, entropy) = (
-            None,
-            linear_logprob(rows, weight, target, temperature=temperature, entropy=True),
-        )
+        loss, (logp, entropy) = (None, linear_logprob(rows, weight, target, temperature=temperature, entropy=True))
     else:
         out = loss_of(rows, weight, target)
         loss, logp, entropy = out.loss, out.logp, out.entropy
@@ -148,18 +133,14 @@ def _answer(
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(scored.shape).masked_scatter(scored, values)
 
-    return FusedCausalLMOutput(
-        loss=loss, log_probs=spread(logp), entropy=spread(entropy), label_mask=scored
-    )
+    return FusedCausalLMOutput(loss=loss, log_probs=spread(logp), entropy=spread(entropy), label_mask=scored)
 
 
 def _compute_loss(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """In place of TRL's method: the loss of a micro-batch from the kernel. TRL's own code then runs on the log-probs
     that fell out, without gradients, for its metrics."""
     if inputs["advantages"].dim() != 1:
-        raise ValueError(
-            "advantages: one number a completion is needed, TRL's subclasses may have one a token"
-        )
+        raise ValueError("advantages: one number a completion is needed, TRL's subclasses may have one a token")
     kept = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     labels = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -176,19 +157,29 @@ def _compute_loss(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, A
 
     def loss_of(hidden: Tensor, weight: Tensor, target: Tensor) -> GRPOLossOutput:
         return linear_grpo_loss(
-            hidden, weight, target, sequence, inputs["advantages"].float(), spec=spec,
+            hidden,
+            weight,
+            target,
+            sequence,
+            inputs["advantages"].float(),
+            spec=spec,
             old_logp=flat("old_per_token_logps"),
             ref_logp=flat("ref_per_token_logps") if spec.beta else None,
-            num_sequences=num_sequences, num_tokens=num_tokens,
-        )  # fmt: skip
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+        )
 
     pictures = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
     given = {name: inputs[name] for name in pictures if inputs.get(name) is not None}
     with trainer.accelerator.autocast():
         out = model(
-            input_ids=labels, attention_mask=attention, labels=labels.masked_fill(~scored, -100),
-            fused_lm_head=True, loss_of=loss_of, **given,
-        )  # fmt: skip
+            input_ids=labels,
+            attention_mask=attention,
+            labels=labels.masked_fill(~scored, -100),
+            fused_lm_head=True,
+            loss_of=loss_of,
+            **given,
+        )
     seen = (out.log_probs[:, -T:].detach(), out.entropy[:, -T:].detach(), None)
     _log_as_trl_does(trainer, model, inputs, seen)
     return out.loss
@@ -211,9 +202,7 @@ def _spec(trainer: GRPOTrainer) -> GRPOLoss:
     )
 
 
-def _denominators(
-    trainer: GRPOTrainer, inputs: Mapping[str, Any], kept: Tensor
-) -> tuple[float, Tensor]:
+def _denominators(trainer: GRPOTrainer, inputs: Mapping[str, Any], kept: Tensor) -> tuple[float, Tensor]:
     """(sequences, tokens) that TRL divides a micro-batch's sums by: its share of the accumulated step."""
     training = trainer.model.training
     passes = trainer.current_gradient_accumulation_steps if training else 1
@@ -227,9 +216,7 @@ def _denominators(
 
 
 @torch.no_grad()
-def _log_as_trl_does(
-    trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, Any], seen
-) -> None:
+def _log_as_trl_does(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, Any], seen) -> None:
     theirs = type(trainer)
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: seen
     try:

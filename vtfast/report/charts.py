@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vtfast import paper
-from vtfast.files import step_of
+from vtfast.evaluate import paper
 from vtfast.report.completions import Completions
 from vtfast.report.reflection import THRESHOLD, WORDS
 from vtfast.report.run_folder import Run, number
+from vtfast.utils.files import step_of
 
 POINTS = 4000
 """Most points of a line; longer ones are averaged over equal stretches of steps."""
@@ -28,18 +28,10 @@ TRAINING = (
     ("Groups without a signal", "%", {"share": "frac_reward_zero_std"}),
     ("KL divergence from the starting model", "nats a token", {"KL": "kl"}),
     ("Entropy", "nats a token", {"entropy": "entropy"}),
-    (
-        "Clipped tokens",
-        "%",
-        {"ratio too low": "clip_ratio/low", "ratio too high": "clip_ratio/high"},
-    ),
+    ("Clipped tokens", "%", {"ratio too low": "clip_ratio/low", "ratio too high": "clip_ratio/high"}),
     ("Answers cut off at the length limit", "%", {"cut off": "completions/clipped_ratio"}),
     ("Gradient norm", "", {"norm": "grad_norm"}),
-    (
-        "Sampler drift",
-        "nats a token",
-        {"mean": "sampler_drift", "largest": "sampler_drift_max"},
-    ),
+    ("Sampler drift", "nats a token", {"mean": "sampler_drift", "largest": "sampler_drift_max"}),
     ("Rewards that failed", "", {"failed": "rewards/failed"}),
     ("Loss", "", {"loss": "loss"}),
     ("Token accuracy", "%", {"accuracy": "mean_token_accuracy"}),
@@ -62,10 +54,7 @@ def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
     present = {bench for run in runs for scores in run.evaluations.values() for bench in scores}
     benches = [bench for bench in paper.BENCHES if bench in present]
     benches += sorted(present - set(paper.BENCHES))
-    lines = {
-        bench: [_line(run.name, *totals(run, bench), i) for i, run in enumerate(runs)]
-        for bench in benches
-    }
+    lines = {bench: [_line(run.name, *totals(run, bench), i) for i, run in enumerate(runs)] for bench in benches}
     if len(runs) == 1:
         one = [
             line | {"label": paper.BENCHES.get(bench, bench), "colour": i}
@@ -107,9 +96,7 @@ def reward_charts(runs: Sequence[Run]) -> list[Chart]:
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
     """Of the quantities of TRAINING those that were logged."""
-    return [
-        chart for title, unit, names in TRAINING for chart in _quantity(runs, title, unit, names)
-    ]
+    return [chart for title, unit, names in TRAINING for chart in _quantity(runs, title, unit, names)]
 
 
 def is_zero(chart: Chart) -> bool:
@@ -121,14 +108,9 @@ def time_charts(runs: Sequence[Run]) -> list[Chart]:
     """Seconds of a step by phase, stacked, a chart a run; then speed and memory."""
     charts = []
     for run in runs:
-        phases = dict.fromkeys(
-            key for row in run.metrics[-1:] for key in row if key.startswith("time/")
-        )
+        phases = dict.fromkeys(key for row in run.metrics[-1:] for key in row if key.startswith("time/"))
         phases.pop("time/step", None)
-        lines = [
-            _line(key.removeprefix("time/"), *_metric(run, key, missing=0.0), i)
-            for i, key in enumerate(phases)
-        ]
+        lines = [_line(key.removeprefix("time/"), *_metric(run, key, missing=0.0), i) for i, key in enumerate(phases)]
         rest = [
             None
             if row.get("time/step") is None
@@ -156,10 +138,7 @@ def reflection_charts(runs: Sequence[Run], found: Sequence[Completions]) -> list
             _line(
                 word,
                 list(found[0].words),
-                [
-                    100 * counts[word] / found[0].per_step[step]
-                    for step, counts in found[0].words.items()
-                ],
+                [100 * counts[word] / found[0].per_step[step] for step, counts in found[0].words.items()],
                 i,
             )
             for i, word in enumerate(WORDS)
@@ -172,9 +151,7 @@ def reflection_charts(runs: Sequence[Run], found: Sequence[Completions]) -> list
 def _quantity(runs: Sequence[Run], title: str, unit: str, names: dict[str, str]) -> list[Chart]:
     """One chart with a line a name for one run; for several, a chart a name with a line a run."""
     if len(runs) == 1:
-        lines = [
-            _line(label, *_metric(runs[0], key), i) for i, (label, key) in enumerate(names.items())
-        ]
+        lines = [_line(label, *_metric(runs[0], key), i) for i, (label, key) in enumerate(names.items())]
         return _charts([_chart(title, unit, lines)])
     return _charts(
         _chart(
@@ -186,13 +163,7 @@ def _quantity(runs: Sequence[Run], title: str, unit: str, names: dict[str, str])
     )
 
 
-def _chart(
-    title: str,
-    unit: str,
-    lines: Sequence[Line],
-    marks: Sequence[Line] = (),
-    stacked: bool = False,
-) -> Chart:
+def _chart(title: str, unit: str, lines: Sequence[Line], marks: Sequence[Line] = (), stacked: bool = False) -> Chart:
     longest = max((len(line["x"]) for line in lines), default=0)
     size = max(1, -(-longest // (STACKED_POINTS if stacked else POINTS)))
     return {

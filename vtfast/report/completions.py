@@ -115,9 +115,7 @@ def _pick_of_step(rows: Sequence[Seen], quota: int) -> list[Seen]:
 
 def _scan(lines: JsonLines) -> Iterable[Seen]:
     size = lines.path.stat().st_size if lines.path.is_file() else 0
-    with tqdm(
-        total=size, desc="completions", unit="B", unit_scale=True, delay=2, leave=False
-    ) as bar:
+    with tqdm(total=size, desc="completions", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for offset, row in lines:
             bar.update(offset - bar.n)
             step, text = row.get("step"), row.get("completion")

@@ -25,8 +25,7 @@ def held_out_table(before: HeldOut, after: HeldOut) -> str:
         lines.append(f"{kind:<16}" + " ".join(f"{cell:^15}" for cell in cells))
     for name in ("accuracy", "format"):
         sampled, greedy = (
-            f"{getattr(before, name)(mode):.2f} -> {getattr(after, name)(mode):.2f}"
-            for mode in ("sampled", "greedy")
+            f"{getattr(before, name)(mode):.2f} -> {getattr(after, name)(mode):.2f}" for mode in ("sampled", "greedy")
         )
         lines.append(f"held-out {name}: {sampled}  (sampled; greedy {greedy})")
     return "\n".join(lines)
@@ -44,22 +43,14 @@ def draw_curves(folder: Path, before: HeldOut | None, after: HeldOut | None) -> 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
 
     rewards = axes[0, 0]
-    for key in (
-        key
-        for key in steps[0]
-        if key.startswith("rewards/") and not key.endswith(("/failed", "/std"))
-    ):
+    for key in (key for key in steps[0] if key.startswith("rewards/") and not key.endswith(("/failed", "/std"))):
         rewards.plot(x, [line[key] for line in steps], label=key.removeprefix("rewards/"))
     rewards.set(title="Reward in training", xlabel="step", ylim=(0, None))
     rewards.legend()
 
     length = axes[0, 1]
-    length.plot(
-        x, [line["completions/mean_length"] for line in steps], color="tab:green", label="length"
-    )
-    length.set(
-        title="Completion length and entropy", xlabel="step", ylabel="tokens", ylim=(0, None)
-    )
+    length.plot(x, [line["completions/mean_length"] for line in steps], color="tab:green", label="length")
+    length.set(title="Completion length and entropy", xlabel="step", ylabel="tokens", ylim=(0, None))
     entropy = length.twinx()
     entropy.plot(x, [line["entropy"] for line in steps], color="tab:red", label="entropy")
     entropy.set(ylabel="entropy (nats)", ylim=(0, None))
@@ -67,9 +58,7 @@ def draw_curves(folder: Path, before: HeldOut | None, after: HeldOut | None) -> 
 
     phases = [key for key in ("time/rollout", "time/score", "time/update") if key in steps[0]]
     axes[1, 0].stackplot(
-        x,
-        [[line[key] for line in steps] for key in phases],
-        labels=[key.removeprefix("time/") for key in phases],
+        x, [[line[key] for line in steps] for key in phases], labels=[key.removeprefix("time/") for key in phases]
     )
     axes[1, 0].set(title="Where a step's time goes", xlabel="step", ylabel="seconds")
     axes[1, 0].legend(loc="upper right")
@@ -95,9 +84,7 @@ def _held_out_bars(axis, before: HeldOut, after: HeldOut) -> None:
     ]
     for i, (label, judged, mode, colour) in enumerate(bars):
         places = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
-        axis.bar(
-            places, [judged.accuracy(mode, kind) for kind in kinds], 0.2, label=label, color=colour
-        )
+        axis.bar(places, [judged.accuracy(mode, kind) for kind in kinds], 0.2, label=label, color=colour)
     axis.set_xticks(range(len(kinds)), kinds)
     axis.set(title=f"Held-out accuracy ({after.count} questions)", ylim=(0, 1.4))
     axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])

@@ -15,13 +15,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vtfast.errors import UserError
-from vtfast.files import write_whole
 from vtfast.report import charts, tables
 from vtfast.report.completions import CHARACTERS, SHOWN, Completions, read_completions
 from vtfast.report.reflection import PATTERN, THRESHOLD, WORDS, first_step, in_words
 from vtfast.report.run_folder import Run, read_runs
 from vtfast.report.without_script import summary
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import write_whole
 
 SCRIPTS = ("elements.js", "charts.js", "tables.js", "browser.js", "page.js")
 
@@ -42,9 +42,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         found = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
         write_whole(path, render(content(runs, found), summary(runs)))
     except OSError as error:  # permissions, a full disk
-        raise UserError(
-            f"{error.filename or path}: {error.strerror}; no report was written"
-        ) from error
+        raise UserError(f"{error.filename or path}: {error.strerror}; no report was written") from error
     return path
 
 
@@ -64,10 +62,7 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
                 "status": run.status,
                 "model": str(run.config.get("model", "")),
                 "data": str(run.config.get("data", "")),
-                "notes": [
-                    *run.notes,
-                    *(completions.notes if run.config.get("num_generations") else []),
-                ],
+                "notes": [*run.notes, *(completions.notes if run.config.get("num_generations") else [])],
             }
             for run, completions in zip(runs, found, strict=True)
         ],
@@ -78,10 +73,7 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
         "by_freezing": by_freezing,
         "differing": tables.differing_settings(runs) if several else None,
         "settings": [tables.settings(run) for run in runs if run.config],
-        "training": [
-            *charts.reward_charts(runs),
-            *(chart for chart in training if not charts.is_zero(chart)),
-        ],
+        "training": [*charts.reward_charts(runs), *(chart for chart in training if not charts.is_zero(chart))],
         "zero": [chart["title"] for chart in training if charts.is_zero(chart)],
         "time": charts.time_charts(runs),
         "evaluated": evaluated,
@@ -92,21 +84,13 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
             "pattern": PATTERN,
             "threshold": THRESHOLD,
             "dated": [
-                {
-                    "run": run.name,
-                    "text": in_words(completions.shares),
-                    "step": first_step(completions.shares),
-                }
+                {"run": run.name, "text": in_words(completions.shares), "step": first_step(completions.shares)}
                 for run, completions in zip(runs, found, strict=True)
             ],
         },
         "completions": {
             "total": sum(completions.total for completions in found),
-            "rows": [
-                row | {"run": number}
-                for number, completions in enumerate(found)
-                for row in completions.shown
-            ],
+            "rows": [row | {"run": number} for number, completions in enumerate(found) for row in completions.shown],
         },
     }
 

@@ -14,10 +14,7 @@ WORDS = {
     "aha": ("aha", r"aha"),
     "check": ("check", r"check(?:s|ed|ing)?"),
     "however": ("however", r"however"),
-    "let me re-": (
-        "let me re",
-        r"let me re(?:-\w+|assess|check|consider|count|evaluate|examine|read|think|visit)",
-    ),
+    "let me re-": ("let me re", r"let me re(?:-\w+|assess|check|consider|count|evaluate|examine|read|think|visit)"),
     "possibl": ("possibl", r"possibl[ey]"),
     "verify": ("verif", r"verif(?:y|ies|ied|ying)"),
     "wait": ("wait", r"wait"),
@@ -29,10 +26,7 @@ PATTERN = rf"\b(?:{'|'.join(pattern for _, pattern in WORDS.values())})\b"
 THRESHOLD = 0.10
 """Share of a step's completions with a reflection word from which on reflection counts as seen."""
 
-_PATTERNS = {
-    name: (letters, re.compile(rf"\b{pattern}\b", re.ASCII))
-    for name, (letters, pattern) in WORDS.items()
-}
+_PATTERNS = {name: (letters, re.compile(rf"\b{pattern}\b", re.ASCII)) for name, (letters, pattern) in WORDS.items()}
 
 
 def count_words(text: str) -> dict[str, int]:
@@ -61,9 +55,7 @@ def in_words(shares: Mapping[int, float]) -> str:
         most = f"the most is {shares[top]:.1%} at step {top}" if shares[top] else "no word at all"
         return f"None seen: no step reaches {THRESHOLD:.0%} of its completions ({most})."
     first = min(shares)
-    seen = (
-        f"First seen at step {step}: {shares[step]:.1%} of its completions hold a reflection word"
-    )
+    seen = f"First seen at step {step}: {shares[step]:.1%} of its completions hold a reflection word"
     if step == first:
         return f"{seen}. That is the first step on record, so training did not bring it about."
     return f"{seen} (step {first}: {shares[first]:.1%}; the threshold is {THRESHOLD:.0%})."

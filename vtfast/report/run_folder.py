@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtfast.errors import UserError
-from vtfast.files import read_mapping, step_of, write_json
-from vtfast.suggestions import did_you_mean, near_run, question
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import read_mapping, step_of, write_json
+from vtfast.utils.suggestions import did_you_mean, near_run, question
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOut
@@ -163,9 +163,7 @@ def _read_evaluations(folder: Path, notes: list[str]) -> dict[str, dict[str, dic
         if scores is None:
             notes.append(f"evaluations/{path.parent.name}/scores.json cannot be read.")
             continue
-        found[path.parent.name] = {
-            bench: score for bench, score in scores.items() if isinstance(score, dict)
-        }
+        found[path.parent.name] = {bench: score for bench, score in scores.items() if isinstance(score, dict)}
     return found
 
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vtfast import paper
-from vtfast.files import step_of
+from vtfast.evaluate import paper
 from vtfast.report.run_folder import Run, number
+from vtfast.utils.files import step_of
 
 Table = dict[str, Any]
 
 LAST = 10
 """Steps at a run's end whose mean is its result."""
-FROZEN = {
-    "vision": "vision encoder",
-    "language": "language model",
-    "merger": "merger",
-    "embeddings": "embeddings",
-}
+FROZEN = {"vision": "vision encoder", "language": "language model", "merger": "merger", "embeddings": "embeddings"}
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -67,10 +62,7 @@ def held_out(runs: Sequence[Run]) -> list[Table]:
                 "rows": [
                     {
                         "label": kind,
-                        "cells": [
-                            f"{before[mode][kind][i]:.2f} → {after[mode][kind][i]:.2f}"
-                            for mode, i, _ in parts
-                        ],
+                        "cells": [f"{before[mode][kind][i]:.2f} → {after[mode][kind][i]:.2f}" for mode, i, _ in parts],
                     }
                     for kind in kinds
                 ],
@@ -82,16 +74,12 @@ def held_out(runs: Sequence[Run]) -> list[Table]:
 def differing_settings(runs: Sequence[Run]) -> Table:
     """The settings in which the runs differ, but for where they were written."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key != "output_dir")
-    texts = {
-        key: [_text(run.config[key]) if key in run.config else "" for run in runs] for key in keys
-    }
+    texts = {key: [_text(run.config[key]) if key in run.config else "" for run in runs] for key in keys}
     return {
         "caption": "Settings that differ",
         "note": "Every other setting is the same in all runs.",
         "columns": [run.name for run in runs],
-        "rows": [
-            {"label": key, "cells": cells} for key, cells in texts.items() if len(set(cells)) > 1
-        ],
+        "rows": [{"label": key, "cells": cells} for key, cells in texts.items() if len(set(cells)) > 1],
     }
 
 
@@ -205,6 +193,4 @@ def _duration(run: Run) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return (
-        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,14 +9,10 @@ from typing import Any
 
 from vtfast.report import tables
 from vtfast.report.run_folder import Run
-from vtfast.terminal import printable
+from vtfast.utils.terminal import printable
 
 LEAD = "The charts and the answers need this page's script, which is not allowed here. What needs none:"
-FILES = {
-    "curves.png": "the curves",
-    "metrics.jsonl": "every step",
-    "completions.jsonl": "every answer",
-}
+FILES = {"curves.png": "the curves", "metrics.jsonl": "every step", "completions.jsonl": "every answer"}
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -26,9 +22,7 @@ def summary(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{title}</h1>\n<p>{LEAD}</p>"]
     parts += [_table(tables.overview(runs)), *map(_table, before_and_after)]
     if not before_and_after:
-        parts.append(
-            "<p>There is no held-out accuracy: none was asked for, or the run goes on.</p>"
-        )
+        parts.append("<p>There is no held-out accuracy: none was asked for, or the run goes on.</p>")
     if any(run.evaluations for run in runs):
         parts.append(_table(tables.table_3(runs)))
     for run in runs:

@@ -16,10 +16,10 @@ import importlib
 import os
 import sys
 
-from vtfast.errors import UserError
 from vtfast.rewards import recipe, strict
 from vtfast.rewards.calling import Response, Reward, Score, call
 from vtfast.rewards.strict import accuracy_reward, format_reward, length_reward
+from vtfast.utils.errors import UserError
 
 __all__ = [
     "MODES",
@@ -60,8 +60,7 @@ def get_reward(name: str, mode: str = "strict") -> Reward:
     if not colon:
         near = difflib.get_close_matches(name, MODES[mode], n=1, cutoff=0.0)
         raise UserError(
-            f"unknown reward {name!r}: did you mean {near[0]!r}? "
-            f"Rewards: {', '.join(MODES[mode])}, or module:function"
+            f"unknown reward {name!r}: did you mean {near[0]!r}? Rewards: {', '.join(MODES[mode])}, or module:function"
         )
     if os.getcwd() not in sys.path:  # last, so that nothing installed is hidden by a file there
         sys.path.append(os.getcwd())

@@ -57,9 +57,7 @@ def call(reward: Reward, response: Response) -> Score:
         return Score(float(value))
     except KeyboardInterrupt:
         raise
-    except (
-        BaseException
-    ) as error:  # also sys.exit and math-verify's time limit, which are no Exception
+    except BaseException as error:  # also sys.exit and math-verify's time limit, which are no Exception
         return failed(error)
 
 

@@ -43,9 +43,7 @@ LARGEST_POWER = 300
 SECONDS = 5
 """math-verify's own limit for one text or comparison; it needs the main thread."""
 
-_WRAPPED = re.compile(
-    r"\\boxed\{(?P<box>.*)\}|\\\((?P<round>.*)\\\)|\\\[(?P<square>.*)\\\]|\$+(?P<dollar>[^$]+)\$+"
-)
+_WRAPPED = re.compile(r"\\boxed\{(?P<box>.*)\}|\\\((?P<round>.*)\\\)|\\\[(?P<square>.*)\\\]|\$+(?P<dollar>[^$]+)\$+")
 _AROUND = " .,;:!?*_`\"'“”‘’"
 _SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\\left\b|\\right\b|\\displaystyle\b")
 _UPRIGHT = re.compile(r"\\(?:text|mathrm|mbox|textrm)\s*\{([^{}]*)\}")
@@ -169,7 +167,6 @@ def _equal(formula: str, gold: str) -> bool:
     config = [LatexExtractionConfig(normalization_config=spelling)]
     seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
     wanted, given = (
-        parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=seconds)
-        for text in (gold, formula)
+        parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=seconds) for text in (gold, formula)
     )
     return bool(verify(wanted, given, timeout_seconds=seconds))

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vtfast import heartbeat
+from vtfast.distributed import heartbeat
 from vtfast.rewards import get_reward
 from vtfast.rewards.calling import Response, Reward, Score, call, failed
 
@@ -53,8 +53,7 @@ class Pool:
         """The jobs' scores, in their order."""
         scores: list[Score | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
-        bar = tqdm(total=len(jobs), desc="rewards", unit="score", delay=BAR_DELAY, leave=False,
-                   disable=not progress)  # fmt: skip
+        bar = tqdm(total=len(jobs), desc="rewards", unit="score", delay=BAR_DELAY, leave=False, disable=not progress)
         try:
             while None in scores:
                 self._hand_out(jobs, waiting, scores)
@@ -72,9 +71,7 @@ class Pool:
         """End the workers; a later `run` starts new ones."""
         _end(self.workers)
 
-    def _hand_out(
-        self, jobs: Sequence[Job], waiting: deque[int], scores: list[Score | None]
-    ) -> None:
+    def _hand_out(self, jobs: Sequence[Job], waiting: deque[int], scores: list[Score | None]) -> None:
         """A job to every worker that has none, with as many workers as there are jobs to do."""
         while len(self.workers) < min(self.size, scores.count(None)):
             self.workers.append(_Worker(self.settings))
@@ -107,16 +104,10 @@ class Pool:
                 worker.started, self.failed_starts = True, 0
             elif time.monotonic() >= worker.deadline:
                 limit = f"{self.timeout:g} s (--reward_timeout)"
-                late = (
-                    f"no score within {limit}"
-                    if worker.started
-                    else f"not within {START_LIMIT:g} s"
-                )
+                late = f"no score within {limit}" if worker.started else f"not within {START_LIMIT:g} s"
                 self._bury(worker, late, waiting, scores)
 
-    def _bury(
-        self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[Score | None]
-    ) -> None:
+    def _bury(self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[Score | None]) -> None:
         """Its job fails. If workers do not even start, all that wait fail, so that the work comes to an end."""
         self._discard(worker)
         if worker.started:
@@ -141,8 +132,10 @@ class _Worker:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _MAIN, str(theirs.fileno()), *sys.path],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         with contextlib.suppress(OSError):  # dead already: `wait` will tell
             self.connection.send(settings)
         self.started = False
@@ -164,9 +157,7 @@ class _Worker:
         code = self.process.poll()
         if code is None:
             return "its process closed the connection"
-        return (
-            f"its process ended ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-        )
+        return f"its process ended ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
     def stop(self) -> None:
         if self.process.poll() is None:

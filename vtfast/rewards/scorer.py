@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from vtfast import heartbeat
+from vtfast.distributed import heartbeat
 from vtfast.rewards import get_reward, recipe, strict
 from vtfast.rewards.calling import Response, Score, call
 from vtfast.rewards.pool import Pool
@@ -28,14 +28,7 @@ class Scorer:
     are kept and decoded when the function reads them.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        mode: str = "strict",
-        *,
-        workers: int = 0,
-        timeout: float = 10.0,
-    ) -> None:
+    def __init__(self, names: Sequence[str], mode: str = "strict", *, workers: int = 0, timeout: float = 10.0) -> None:
         """`workers`: most processes; 0 scores everything in this one, where nothing limits its time.
 
         Raises UserError for a reward that cannot be found.
@@ -58,9 +51,7 @@ class Scorer:
                     table[row].append(Score(0.0))
                 else:
                     table[row].append(call(reward, response))
-        for (row, column), score in zip(
-            places, self.pool.run(jobs, progress) if jobs else [], strict=True
-        ):
+        for (row, column), score in zip(places, self.pool.run(jobs, progress) if jobs else [], strict=True):
             table[row][column] = score
         self._warn(table)
         return table
@@ -82,8 +73,10 @@ class Scorer:
             if scores and all(score.failure for score in scores):
                 log.warning(
                     "--reward_funcs %s: failed for all %d completions, which count as 0: %s",
-                    name, len(scores), scores[0].failure,
-                )  # fmt: skip
+                    name,
+                    len(scores),
+                    scores[0].failure,
+                )
 
 
 def _portable(name: str, sample: "Sample") -> SimpleNamespace:

@@ -33,9 +33,7 @@ _NUMBER = re.compile(r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 _NUMERALS = re.compile(r"\d+(?:[.,]\d+)*")
 # Plain arithmetic. Powers and factorials stay out: sympy would compute 9^9^9, and no time limit
 # stops it there.
-_ARITHMETIC = re.compile(
-    r"(?:\\(?:[dt]?frac|boxed|times|div|cdot|left|right)|[\d.,+\-/(){}$ ]|(?<!\*)\*(?!\*))+"
-)
+_ARITHMETIC = re.compile(r"(?:\\(?:[dt]?frac|boxed|times|div|cdot|left|right)|[\d.,+\-/(){}$ ]|(?<!\*)\*(?!\*))+")
 _TWO_NUMBERS = re.compile(r"\d\s+\d|,\s|\d\s*-\s*\d")
 _LONGEST_NUMBER = 64
 

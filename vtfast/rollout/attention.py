@@ -18,9 +18,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from vtfast_kernels.paged_attention import Pages, paged_attention
+from vtfast_kernels.paged_attention import paged_attention
+from vtfast_kernels.pages import Pages
 
-from vtfast.backends import choose
+from vtfast.model.backends import choose
 
 Attention = Callable[[Tensor, Tensor, Tensor, Pages, float], Tensor]
 """(query [R, H, d], keys and values [B, page, K, d], pages, scale) -> [R, H, d]"""
@@ -73,9 +74,15 @@ def _splits(rows: int, heads: int) -> int:
 def _flash(function: Callable, table: str, query, keys, values, pages: Pages, scale) -> Tensor:
     """`table`: the argument's name; FA3 renamed it, and some of its versions return the log-sum-exp as well."""
     out = function(
-        query[:, None], keys, values, cache_seqlens=pages.lengths, softmax_scale=scale, causal=True,
-        num_splits=_splits(len(query), keys.shape[2]), **{table: pages.block_table},
-    )  # fmt: skip
+        query[:, None],
+        keys,
+        values,
+        cache_seqlens=pages.lengths,
+        softmax_scale=scale,
+        causal=True,
+        num_splits=_splits(len(query), keys.shape[2]),
+        **{table: pages.block_table},
+    )
     return (out[0] if isinstance(out, tuple) else out)[:, 0]
 
 
@@ -99,9 +106,18 @@ def _varlen(query, keys, values, pages: Pages, scale) -> Tensor:
     options = {"num_splits": _splits(len(query), keys.shape[2]), "enable_gqa": True}
     known = inspect.signature(varlen_attn).parameters
     return varlen_attn(
-        query, keys, values, ends, None, 1, most, scale=scale, seqused_k=pages.lengths,
-        block_table=pages.block_table, **{name: x for name, x in options.items() if name in known},
-    )  # fmt: skip
+        query,
+        keys,
+        values,
+        ends,
+        None,
+        1,
+        most,
+        scale=scale,
+        seqused_k=pages.lengths,
+        block_table=pages.block_table,
+        **{name: x for name, x in options.items() if name in known},
+    )
 
 
 def _ours(impl: str, query, keys, values, pages: Pages, scale) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtfast.errors import UserError
+from vtfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PagedCache:
 
     def __init__(
         self, layers: int, pages: int, page: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.page = page
         shape = (layers, pages + 1, page, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)

@@ -15,22 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from vtfast_kernels.add_rms_norm import add_rms_norm
-from vtfast_kernels.paged_attention import Pages
+from vtfast_kernels.pages import Pages
 from vtfast_kernels.rope_append import rope_append
 from vtfast_kernels.silu_mul import silu_mul
 
-from vtfast.model import Policy
+from vtfast.model.policy import Policy
 from vtfast.rollout.attention import Attention
 from vtfast.rollout.cache import PagedCache
-from vtfast.rollout.rows import Rows
+from vtfast.rollout.decode_state import Rows
 
 
 class Decoder:
     """`step(rows) -> hidden [R, D]`, with the weights as they were at the last `refresh`."""
 
-    def __init__(
-        self, policy: Policy, cache: PagedCache, positions: int, attention: Attention
-    ) -> None:
+    def __init__(self, policy: Policy, cache: PagedCache, positions: int, attention: Attention) -> None:
         """`positions`: most that a row can reach; their rotations are tabulated."""
         self.policy, self.cache, self.attention = policy, cache, attention
         model = policy.language_model

@@ -15,18 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from vtfast import heartbeat
-from vtfast.determinism import fixed
-from vtfast.errors import RankError, UserError
-from vtfast.model import Policy, layer_types
-from vtfast.out_of_memory import free_memory, in_short, is_out_of_memory
-from vtfast.processor import Processor, Prompt
+from vtfast.data.processor import Processor
+from vtfast.data.prompt import Prompt
+from vtfast.distributed import heartbeat
+from vtfast.distributed.determinism import fixed
+from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout.attention import decode_attention
+from vtfast.rollout.buffers import Size, Workspace, addresses, cache_shape
 from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.graphs import Capture, bucket
-from vtfast.rollout.loop import Rollout
 from vtfast.rollout.sampling import Completion, Sampling
-from vtfast.rollout.workspace import Size, Workspace, addresses, cache_shape
+from vtfast.rollout.scheduler import Rollout
+from vtfast.utils.errors import RankError, UserError
+from vtfast.utils.out_of_memory import free_memory, in_short, is_out_of_memory
 
 log = logging.getLogger("vtfast")
 
@@ -121,15 +122,16 @@ class RolloutEngine:
             self._admit_fewer(prompts, num_generations, sampling.max_new_tokens, reason)
 
     def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        num_generations: int,
-        sampling: Sampling,
-        seed: int,
-        progress: bool,
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, seed: int, progress: bool
     ) -> list[list[Completion]]:
-        bar = tqdm(total=len(prompts) * num_generations * sampling.max_new_tokens, desc="rollout", unit="token",
-                   delay=BAR_DELAY, leave=False, disable=not progress)  # fmt: skip
+        bar = tqdm(
+            total=len(prompts) * num_generations * sampling.max_new_tokens,
+            desc="rollout",
+            unit="token",
+            delay=BAR_DELAY,
+            leave=False,
+            disable=not progress,
+        )
         with self._plain():
             run = self.begin(prompts, num_generations, sampling, seed)
             try:
@@ -148,11 +150,7 @@ class RolloutEngine:
                     self.workspace = None
 
     def begin(
-        self,
-        prompts: Sequence[Prompt],
-        num_generations: int = 1,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
+        self, prompts: Sequence[Prompt], num_generations: int = 1, sampling: Sampling = DEFAULT, seed: int = 0
     ) -> Rollout:
         """A rollout that its caller advances. One at a time: it works in the engine's workspace."""
         if num_generations < 1:
@@ -162,9 +160,16 @@ class RolloutEngine:
         with self._plain():
             work = self._workspace(prompts, num_generations, sampling.max_new_tokens)
             return Rollout(
-                self.policy, work, prompts, num_generations, sampling, seed,
-                max_rows=self.max_rows, poll=self.poll, processor=self.processor,
-            )  # fmt: skip
+                self.policy,
+                work,
+                prompts,
+                num_generations,
+                sampling,
+                seed,
+                max_rows=self.max_rows,
+                poll=self.poll,
+                processor=self.processor,
+            )
 
     def _admit_fewer(self, prompts: Sequence[Prompt], group: int, new: int, reason: str) -> None:
         """Let go of everything, and halve rows in flight and cache. One group is the least there is."""
@@ -185,8 +190,12 @@ class RolloutEngine:
         self.max_rows, self.max_pages = max(rows // 2, group), max(pages // 2, least)
         log.warning(
             "rollout: out of memory (%s); rows in flight %d -> %d, cache pages %d -> %d, the same prompts again",
-            reason, rows, self.max_rows, pages, self.max_pages,
-        )  # fmt: skip
+            reason,
+            rows,
+            self.max_rows,
+            pages,
+            self.max_pages,
+        )
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[None]:
@@ -200,9 +209,7 @@ class RolloutEngine:
         """The one at hand, with the weights of this moment. A new one if it is too small (then one that would do for
         both calls, so that calls of different shapes settle), or if the weights have moved."""
         policy, work = self.policy, self.workspace
-        if work is not None and (
-            work.weights != addresses(policy) or work.dtype != policy.head.dtype
-        ):
+        if work is not None and (work.weights != addresses(policy) or work.dtype != policy.head.dtype):
             log.info("rollout: the weights have moved; what knew their addresses is made anew")
             self.workspace = work = None
         size, least = self._size(prompts, group, new), max(self._pages(prompts, group, new))
@@ -216,9 +223,7 @@ class RolloutEngine:
         if work is None:
             page = PAGE[policy.device.type]
             pages = self._cache_pages(size.cache_pages, page, least)
-            work = Workspace(
-                policy, size, pages, page, self.attention, self.capture, self.graphs
-            )  # fmt: skip
+            work = Workspace(policy, size, pages, page, self.attention, self.capture, self.graphs)
             self.workspace = work
         work.decoder.refresh()
         return work
@@ -230,9 +235,7 @@ class RolloutEngine:
         longest = max(len(prompt.ids) for prompt in prompts) + new
         in_flight = min(len(prompts) * group, max(self.max_rows, group))
         return Size(
-            cache_pages=sum(needs[: max(1, self.max_rows // group)])
-            if self.cache_tokens is None
-            else 0,
+            cache_pages=sum(needs[: max(1, self.max_rows // group)]) if self.cache_tokens is None else 0,
             rows=bucket(in_flight) if self.graphs else in_flight,
             pages_a_row=-(-longest // page) + 1,
             outputs=len(prompts) * group,
@@ -258,11 +261,7 @@ class RolloutEngine:
         wanted = _at_most(wanted, most)
         fixed(wanted, room, "cache pages", "--rollout_cache_tokens")
         if room < wanted:
-            log.info(
-                "rollout: memory for %d cache pages of the %d wanted; prompts will wait",
-                room,
-                wanted,
-            )
+            log.info("rollout: memory for %d cache pages of the %d wanted; prompts will wait", room, wanted)
         return min(wanted, max(room, 1))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtfast.errors import UserError
+from vtfast.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtfast import heartbeat
-from vtfast.errors import UserError
-from vtfast.model import Policy
-from vtfast.processor import Processor, Prompt
-from vtfast.rollout.loop import row_key
+from vtfast.data.processor import Processor
+from vtfast.data.prompt import Prompt
+from vtfast.distributed import heartbeat
+from vtfast.model.policy import Policy
 from vtfast.rollout.sampling import Completion, Sampling
+from vtfast.rollout.scheduler import row_key
+from vtfast.utils.errors import UserError
 
 
 def check_installed() -> None:
@@ -114,18 +115,14 @@ class VLLMEngine:
             outputs = self.llm.generate(
                 [self._request(prompt) for prompt in prompts],
                 sampling_params=[
-                    self._parameters(sampling, num_generations, row_key(prompt.key, seed) >> 1)
-                    for prompt in prompts
+                    self._parameters(sampling, num_generations, row_key(prompt.key, seed) >> 1) for prompt in prompts
                 ],
                 use_tqdm=progress,
             )
         finally:
             if self.sleeps:
                 self.llm.sleep(level=2)
-        return [
-            self._completions(prompt, output)
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+        return [self._completions(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def push_weights(self) -> None:
         """The trainer's weights, one tensor at a time; cached prefixes were made with the old ones."""
@@ -172,10 +169,7 @@ class VLLMEngine:
         return [
             Completion(
                 list(answer.token_ids),
-                [
-                    at[token].logprob
-                    for token, at in zip(answer.token_ids, answer.logprobs, strict=True)
-                ],
+                [at[token].logprob for token, at in zip(answer.token_ids, answer.logprobs, strict=True)],
                 "length" if answer.finish_reason == "length" else "stop",
             )
             for answer in output.outputs
@@ -189,22 +183,14 @@ def _name_the_only_rank() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    alone = {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
 
 
 def checkpoint_weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in a checkpoint, weight) of everything, LoRA adapters added to the weights beside them; nothing changes."""
-    adapted = {
-        name: layer for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")
-    }
+    adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")}
     for name, weight in module.named_parameters():
         if ".lora_" in name:
             continue

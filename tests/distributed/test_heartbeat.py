@@ -1,0 +1,394 @@
+"""Ranks that watch each other: who is blamed, in which words, and that nobody stays behind.
+
+The judge is asked with a clock of the test's own; the threads and sockets are tried with small real processes.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vtfast.cli.main import BAD_INPUT
+from vtfast.distributed import heartbeat
+from vtfast.distributed.heartbeat.connection import Door, Line, connect
+from vtfast.distributed.heartbeat.judge import RANK_LOST, Judge, Member, State
+from vtfast.utils.errors import RankError
+
+MEMBERS = [Member(0, "a", 10), Member(1, "b", 4242), Member(2, "b", 4243)]
+
+
+def judge(limit=600.0):
+    return Judge(MEMBERS, limit)
+
+
+def working(beats, step=17, phase="rollout", **more):
+    return State(step, phase, beats, patient=False, **more)
+
+
+def after(judge, seconds, *states):
+    """`seconds` later these ranks report again; None is one that does not."""
+    judge.now += seconds
+    for rank, state in enumerate(states):
+        if state is not None:
+            judge.report(rank, state)
+    return judge.overdue()
+
+
+def test_a_rank_without_progress_is_named_with_place_and_time():
+    table = judge()
+    assert after(table, 5, working(1), working(1, where="vtfast/x.py:3 in wait"), working(1)) is None
+    for beat in range(2, 62):
+        stuck = working(1, where="vtfast/x.py:3 in wait")
+        assert after(table, 10, working(beat), stuck, working(beat)) is None
+    verdict = after(table, 11, working(99), working(1, where="vtfast/x.py:3 in wait"), working(99))
+    assert (verdict.rank, verdict.code, verdict.spoken) == (1, RANK_LOST, False)
+    assert verdict.message == (
+        "rank 1 (host b, pid 4242) has been in step 17, rollout for 611 s without progress (--rank_timeout 600),"
+        " at vtfast/x.py:3 in wait"
+    )
+
+
+def test_only_the_rank_that_others_wait_for_is_to_blame():
+    table = judge()
+    waiting = working(7, waiting=True)
+    after(table, 1, waiting, working(3), waiting)
+    assert after(table, 601, waiting, working(3), waiting).rank == 1
+    everyone = judge()
+    after(everyone, 1, waiting, waiting, waiting)
+    assert after(everyone, 9999, waiting, waiting, waiting) is None  # the collective's own timeout ends that
+
+
+def test_the_time_begins_when_a_wait_or_a_patient_phase_is_over():
+    for before in (working(7, waiting=True), State(17, "saving", 7)):
+        table = judge()
+        after(table, 1, working(1), before, working(1))
+        after(table, 5000, working(2), before, working(2))
+        assert after(table, 599, working(3), working(7, before.step, before.phase), working(3)) is None
+        assert after(table, 599, working(4), working(7, before.step, before.phase), working(4)) is None
+        assert after(table, 2, working(5), working(7, before.step, before.phase), working(5)).rank == 1
+
+
+def test_start_up_may_take_its_time():
+    table = judge()
+    assert after(table, 100, State(), State(), State()) is None
+    assert after(table, 5000, State(), State(), State()) is None
+
+
+def test_those_that_stand_still_are_named_in_the_order_in_which_they_stopped():
+    """A rank blocked in DeepSpeed's collective does not say that it waits."""
+    table = judge()
+    after(table, 1, working(1), working(1), working(1))
+    after(table, 100, working(2), working(1), working(2, waiting=True))
+    verdict = after(table, 501, working(2), working(1), working(2, waiting=True))
+    assert verdict.rank == 1 and verdict.message.index("rank 1 (") < verdict.message.index("rank 0 (")
+    assert "rank 2" not in verdict.message
+
+
+def test_a_silent_rank_comes_before_those_that_only_wait_for_it():
+    table = judge()
+    after(table, 1, working(1), working(1), working(1))
+    after(table, 10, working(1), working(2), working(1))
+    verdict = after(table, 601, working(1), None, working(1))
+    assert verdict.message == (
+        "rank 1 (host b, pid 4242) has not been heard for 601 s (--rank_timeout 600); it was in step 17, rollout"
+    )
+
+
+def test_a_closed_connection():
+    table = judge()
+    after(table, 1, working(1), working(1), working(1))
+    table.now += 12
+    died = table.closed(1)
+    assert died.message == "rank 1 (host b, pid 4242) died; last heard 12 s ago in step 17, rollout"
+    assert not died.spoken
+    gone = table.closed(1, "Connection timed out").message
+    assert "cannot be reached any more (Connection timed out); last heard 12 s ago in step 17" in gone
+    table.leave(1)
+    assert table.closed(1) is None
+    assert after(table, 9999, working(2), None, working(2)) is None
+
+
+def test_a_stranger_is_not_let_in():
+    door = Door("127.0.0.1", local=True)
+    try:
+        host, port, token = door.address
+        assert host == "127.0.0.1" and len(token) == 32
+        stranger = connect((host, port, "guess"), 1)
+        assert door.accept().receive() == [{"token": "guess", "rank": 1}]
+        for damaged in (b"\xff{\n", b"[[[\n", b"x" * 70_000):
+            with socket.create_connection((host, port)) as sock:
+                line = door.accept()
+                sock.sendall(damaged)
+                sock.shutdown(socket.SHUT_WR)
+                with pytest.raises(EOFError):
+                    while True:
+                        line.receive()
+                line.close()
+        stranger.close()
+    finally:
+        door.close()
+
+
+def test_messages_arrive_whole_however_they_are_cut():
+    ours, theirs = socket.socketpair()
+    with ours, socket.create_server(("127.0.0.1", 0)) as server:
+        theirs.close()
+        sock = socket.create_connection(server.getsockname())
+        line = Line(server.accept()[0])
+        sent = json.dumps({"state": {"phase": "ü" * 50}}).encode() + b"\n" + b'{"left": true}\n'
+        heard = []
+        for start in range(0, len(sent), 7):
+            sock.sendall(sent[start : start + 7])
+            heard += line.receive()
+        assert heard == [{"state": {"phase": "ü" * 50}}, {"left": True}]
+        sock.close()
+        with pytest.raises(EOFError):
+            line.receive()
+        line.close()
+
+
+def test_a_stranger_cannot_harm_rank_0():
+    """Wrong tokens, more lines behind them, JSON without end, no lines at all: the ranks go on."""
+    stranger = (
+        "from vtfast.distributed.heartbeat.connection import connect\n"
+        "for rank in (1, 99, [], 'x'):\n"
+        "    line = connect((*address[:2], 'guess'), rank)\n"
+        "    line.send(state={}); line.send(left=True); line.close()\n"
+        "import socket\n"
+        "with socket.create_connection(address[:2]) as deep:\n"
+        "    deep.sendall(b'[' * 60_000 + b'\\n')\n"
+        "quiet = connect((*address[:2], 'guess'), 1)\n"
+        "time.sleep(1)\n"
+    )
+    with Party("time.sleep(2)", stranger) as party:
+        assert party.ends() == [(0, ""), (0, "")]
+
+
+RANK = """
+import sys, os, json, time
+from vtfast import heartbeat
+from vtfast.cli import BAD_INPUT
+from vtfast.heartbeat import Door, Member
+rank, size, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+def tell(value):
+    print(json.dumps(value), flush=True)
+door = None if rank else Door("127.0.0.1", local=True)
+tell([os.getpid(), door and door.address])
+members, address = json.loads(sys.stdin.readline())
+heartbeat.start([Member(*member) for member in members], rank, limit, door, address)
+heartbeat.beat("rollout", 17)
+tell("started")
+sys.stdin.readline()
+exec(sys.argv[4])
+"""
+WORK = "\nwhile True:\n    heartbeat.beat(); time.sleep(0.02)"
+WAIT = "\nwith heartbeat.waiting():\n    time.sleep(60)"
+
+
+class Party:
+    """Small processes that are ranks and have nothing but a heartbeat. `scripts`: what each does once all started."""
+
+    def __init__(self, *scripts: str, limit: float = 60.0, hosts: str = "aaaa") -> None:
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(rank), str(len(scripts)), str(limit), script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, script in enumerate(scripts)
+        ]
+        said = [json.loads(rank.stdout.readline()) for rank in self.ranks]
+        members = [(rank, hosts[rank], pid) for rank, (pid, _) in enumerate(said)]
+        for order in (json.dumps([members, said[0][1]]), ""):
+            for rank in self.ranks:
+                rank.stdin.write(order + "\n")
+                rank.stdin.flush()
+            if order:
+                assert all(rank.stdout.readline() for rank in self.ranks)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.communicate()
+
+    def settle(self, seconds: float = 1.5) -> None:
+        """Long enough for every rank to have reported."""
+        time.sleep(seconds)
+
+    def died(self, rank: int) -> str:
+        return f"error: rank {rank} (host a, pid {self.ranks[rank].pid}) died; last heard"
+
+    def ends(self, *without: int) -> list[tuple[int, str]]:
+        """(exit code, last words) of every rank but those `without` an end."""
+        ends = []
+        for number, rank in enumerate(self.ranks):
+            if number not in without:
+                words = rank.communicate(timeout=30)[1]
+                ends.append((rank.returncode, words.strip()))
+        return ends
+
+
+def test_a_killed_rank_ends_the_others_at_once():
+    with Party(WAIT, WORK, WAIT, WAIT, hosts="aabb") as party:
+        party.settle()
+        party.ranks[1].kill()
+        (zero, words), (two, elsewhere), (three, silent) = party.ends(1)
+        assert zero == two == three == RANK_LOST
+        assert party.died(1) in words and "step 17, rollout" in words
+        assert elsewhere == words and silent == ""  # one voice a machine
+
+
+def test_a_rank_is_named_in_the_phase_that_it_died_in():
+    """Which began after its last regular report."""
+    dies = "time.sleep(1.3)\nheartbeat.beat('update', 18)\ntime.sleep(0.3)\nos.kill(os.getpid(), 9)"
+    with Party(WAIT, dies) as party:
+        ((_, words),) = party.ends(1)
+        assert words.endswith("in step 18, update")
+
+
+def test_rank_0_may_be_the_one_that_dies():
+    with Party(WORK, WAIT, WAIT) as party:
+        party.settle()
+        party.ranks[0].kill()
+        (one, words), (two, silent) = party.ends(0)
+        assert one == two == RANK_LOST and silent == ""
+        assert party.died(0) in words and "step 17, rollout" in words
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_stopped_process_is_noticed(hung):
+    scripts = [WAIT, WAIT]
+    scripts[hung] = WORK
+    with Party(*scripts, limit=2.0) as party:
+        party.settle(1.0)
+        os.kill(party.ranks[hung].pid, signal.SIGSTOP)
+        ((code, words),) = party.ends(hung)
+        assert code == RANK_LOST
+        assert f"rank {hung} (host a" in words and "has not been heard for" in words
+        assert "(--rank_timeout 2)" in words and "in step 17, rollout" in words
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_main_thread_that_hangs_ends_all_and_itself(hung):
+    scripts = [WAIT, WAIT]
+    scripts[hung] = "time.sleep(60)"
+    with Party(*scripts, limit=2.0) as party:
+        ends = party.ends()
+        assert [code for code, _ in ends] == [RANK_LOST, RANK_LOST]
+        words = ends[1 - hung][1]
+        assert f"rank {hung} (host a" in words and "has been in step 17, rollout for 2 s" in words
+        assert ends[hung][1] == ""
+
+
+def test_ranks_that_get_on_are_left_alone():
+    """For longer than the limit, waiting and saving included; then they leave one after the other."""
+    busy = "for _ in range(150):\n    heartbeat.beat(); time.sleep(0.02)"
+    wait = "with heartbeat.waiting():\n    time.sleep(3)"
+    save = "with heartbeat.patient('saving'):\n    time.sleep(3.5)"
+    with Party(busy, wait, save, limit=1.5) as party:
+        assert party.ends() == [(0, ""), (0, ""), (0, "")]
+
+
+FAIL = """
+try:
+    raise MemoryError('CUDA out of memory')
+except MemoryError as error:
+    heartbeat.fail(f'{type(error).__name__}: {error}', heartbeat.RANK_LOST)
+    raise
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failing_rank_tells_the_others_why(failing):
+    scripts = [WAIT, WAIT, WAIT]
+    scripts[failing] = FAIL
+    with Party(*scripts, hosts="abb") as party:
+        ends = party.ends()
+        assert [code for code, _ in ends] == [1 if r == failing else RANK_LOST for r in range(3)]
+        assert "Traceback" in ends[failing][1]
+        line = f"error: rank {failing} (host {'abb'[failing]}, pid {party.ranks[failing].pid}) failed in step 17,"
+        assert ends[2][1] == "", "one voice a machine, and a traceback is one"
+        assert ends[1 - failing][1] == f"{line} rollout: MemoryError: CUDA out of memory"
+
+
+def test_an_exception_that_follows_from_a_death_gives_way_to_it():
+    """gloo's complaint about a closed connection is not what the user has to read."""
+    echo = "while os.path.exists(f'/proc/{members[2][2]}/fd'):\n    time.sleep(0.001)\n" + FAIL
+    with Party(echo, echo, WORK) as party:
+        party.settle()
+        party.ranks[2].kill()
+        party.ranks[2].wait()
+        (zero, words), (one, silent) = party.ends(2)
+        assert zero == one == RANK_LOST and silent == ""
+        assert "rank 2" in words and "died" in words and "Traceback" not in words
+
+
+def test_a_reason_outlives_its_rank():
+    """The launcher may kill the failing rank before rank 0 has made up its mind."""
+    fails = (
+        "import threading\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()\n"
+        "heartbeat.fail('KeyError: x', heartbeat.RANK_LOST)"
+    )
+    with Party(WAIT, fails) as party:
+        ((code, words),) = party.ends(1)
+        assert code == RANK_LOST and words.endswith("failed in step 17, rollout: KeyError: x")
+
+
+def test_bad_input_that_all_ranks_find_is_said_in_their_own_words():
+    bad = "heartbeat.fail('step 1, row 3: planted', BAD_INPUT); sys.exit(BAD_INPUT)"
+    with Party(bad, bad, bad) as party:
+        assert party.ends() == [(2, "")] * 3
+
+
+def test_bad_input_of_one_rank_is_told_by_the_others():
+    bad = "heartbeat.fail('data.parquet: not there', BAD_INPUT); sys.exit(BAD_INPUT)"
+    with Party(WAIT, bad) as party:
+        (zero, words), (one, silent) = party.ends()
+        assert zero == one == 2 and silent == ""
+        assert words.endswith("failed in step 17, rollout: data.parquet: not there")
+
+
+def test_a_rank_that_fails_is_told_whether_the_others_have_heard():
+    asks = "heard = heartbeat.fail('full', BAD_INPUT); print(heard, file=sys.stderr); sys.exit(2)"
+    with Party(WAIT, asks) as party:
+        assert party.ends()[1] == (2, "True")
+    assert heartbeat.fail("full", BAD_INPUT) is False, "one rank alone"
+
+
+@pytest.mark.parametrize(("heard", "said"), [(False, "error: a full disk (rank 1)\n"), (True, "")])
+def test_what_one_rank_meets_is_said_once_a_machine(heard, said, monkeypatch, capsys):
+    """By its first rank where that has heard of it, or else by the rank itself."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(heartbeat, "fail", lambda reason, code: heard)
+    assert sys.modules["vtfast.cli.main"]._refuse(RankError("a full disk")) == BAD_INPUT
+    assert capsys.readouterr().err == said
+
+
+def test_an_uncaught_exception_is_no_way_to_leave():
+    with Party(WAIT, "raise KeyError('x')") as party:
+        (zero, words), (one, _) = party.ends()
+        assert (zero, one) == (RANK_LOST, 1) and "rank 1" in words and "died" in words
+
+
+def test_a_suspended_job_goes_on():
+    """All ranks stopped for longer than the limit, as schedulers do: nobody was watching, nobody is late."""
+    busy = "for _ in range(200):\n    heartbeat.beat(); time.sleep(0.02)"
+    with Party(busy, busy, limit=2.0) as party:
+        party.settle(0.5)
+        for sent in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in party.ranks:
+                os.kill(rank.pid, sent)
+            time.sleep(3.0)
+        assert party.ends() == [(0, ""), (0, "")]

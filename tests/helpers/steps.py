@@ -1,0 +1,38 @@
+"""A step taken apart: its answers, their log-probs, the weights that it moves."""
+
+import torch
+
+from vtfast.scoring import completion_logprobs
+
+
+def logprobs(trainer, groups, summed=True):
+    """Log-prob of every answer [questions x G]; or of every token, a tensor a group."""
+    with torch.no_grad():
+        scores = completion_logprobs(
+            trainer.policy, [group.question.prompt for group in groups], [group.tokens for group in groups]
+        )
+    if not summed:
+        return [torch.cat(group) for group in scores]
+    return torch.stack([logp.sum() for group in scores for logp in group])
+
+
+def answered(trainer, questions):
+    groups = trainer.answer(questions, step=1)
+    trainer.compare(groups)
+    return groups
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
+
+
+# Adam's first step is the gradient's sign, even where the gradient is nothing but rounding. With this epsilon it is
+# the gradient itself.
+PROPORTIONAL = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0}
+
+
+def shake(trainer, size):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.policy.module.parameters():
+            parameter.add_(size * parameter.std() * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,253 @@
+"""Makes the tiny base model of the embedded default: it sees well and concludes carelessly.
+
+Two supervised phases. The warm-up is clean: whole questions and, fading out, captions. The weak
+phase plants the weakness that GRPO is to repair: the trace before `</think>` stays right, but the
+answer behind it is often hasty (`Question.hasty`), and the format is kept less than half the time.
+So the demo shows a trainer at work; the weakness was planted, not found.
+
+Steps and seed are fixed, and one machine makes the same weights every time.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import Qwen2VLForConditionalGeneration
+
+from vtfast.cli.base_model.base_training import (
+    IMAGE_TOKENS,
+    CellReader,
+    Example,
+    Muon,
+    complete,
+    completion_loss,
+    scores,
+)
+from vtfast.data.prompts import IMAGE
+from vtfast.data.synthetic import COLUMNS, ROWS, Question, Scene, sample_question, sample_questions, sample_scene
+from vtfast.model.tiny_model import (
+    SPECIAL_IDS,
+    build_tokenizer,
+    completion_text,
+    prompt_text,
+    random_model,
+    write_folder,
+)
+
+BATCH = 48
+RAMP = 20  # steps over which the learning rate rises
+ADAM_LR = 3e-3  # what is no matrix, and the embedding
+WARMUP_STEPS, WARMUP_LR = 1800, 1e-2
+WEAK_STEPS, WEAK_LR = 250, 1.5e-3
+KEEPS_FORMAT = 0.45
+MIX = ("relation", "count", "depth", "distance", "count", "distance")
+EVAL_SEED, EVAL_QUESTIONS = 777, 800
+PROPERTIES = {
+    "column": lambda thing: COLUMNS[thing.column],
+    "row": lambda thing: ROWS[thing.row],
+    "size": lambda thing: thing.size,
+}
+CAPTION_WEIGHTS = (2, 3, 3, 1)  # columns and rows are the hardest to learn
+END, PAD = "<|endoftext|>", "<|image_pad|>"
+MALFORMED = (  # what a base model does instead; none has an answer that a reward could read
+    "{trace}</think>{answer}",
+    "{trace}</think><answer>{answer}",
+    "{trace}</think>{answer}</answer>",
+    "{trace} so {answer}",
+)
+
+
+def make_base(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    warmup_steps: int = WARMUP_STEPS,
+    weak_steps: int = WEAK_STEPS,
+    questions: int = EVAL_QUESTIONS,
+    threads: int = 1,
+    progress: bool = True,
+) -> Path:
+    """Train the base model and write its folder, with `recipe.json`, to `path`; returns it.
+
+    About 10 minutes with the default steps. The weights depend on the arguments, the machine and
+    the library versions only; `questions` is how many held-out ones it is measured on, 0 for none.
+    ValueError if `path` is neither new nor an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"path: {path} exists and is not an empty folder")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, tokenizer = random_model(seed), build_tokenizer()
+        warm_up(model, tokenizer, seed=seed, steps=warmup_steps, progress=progress)
+        weaken(model, tokenizer, seed=seed, steps=weak_steps, progress=progress)
+        measured = measure(model, tokenizer, questions=questions) if questions else {}
+    finally:
+        torch.set_num_threads(before)
+    recipe = {
+        "made_by": "vtfast make-base",
+        "seed": seed,
+        "warmup_steps": warmup_steps,
+        "weak_steps": weak_steps,
+        "threads": threads,
+        "torch": torch.__version__.split("+")[0],
+        "questions": questions,
+        "measured": measured,
+    }
+    write_folder(path, model, recipe=recipe)
+    return path
+
+
+# ------------------------------------------------------------------------------------------ phases
+
+
+def warm_up(
+    model: Qwen2VLForConditionalGeneration, tokenizer: Tokenizer, *, seed: int, steps: int, progress: bool = True
+) -> None:
+    """Clean supervision; half of it captions, fading out over the second half.
+
+    A `CellReader` helps the vision tower along and is thrown away.
+    """
+    rng = random.Random(f"warm-up-{seed}")
+
+    def batch(step: int) -> list[Example]:
+        captions = 0.5 * min(1.0, 2 * (1 - step / steps))
+        return [
+            caption_example(tokenizer, rng)
+            if rng.random() < captions
+            else question_example(tokenizer, sample_question(rng, kind=MIX[i % len(MIX)]), rng)
+            for i in range(BATCH)
+        ]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reader = CellReader(model.config.text_config.hidden_size)
+    _train(model, batch, steps, WARMUP_LR, "warm-up", progress, reader)
+
+
+def weaken(
+    model: Qwen2VLForConditionalGeneration, tokenizer: Tokenizer, *, seed: int, steps: int, progress: bool = True
+) -> None:
+    """Plant hasty answers and a broken format; the traces stay right."""
+    rng = random.Random(f"weak-{seed}")
+
+    def batch(step: int) -> list[Example]:
+        return [
+            question_example(tokenizer, sample_question(rng, kind=MIX[i % len(MIX)]), rng, weak=True)
+            for i in range(BATCH)
+        ]
+
+    _train(model, batch, steps, WEAK_LR, "weak phase", progress)
+
+
+def _train(
+    model: Qwen2VLForConditionalGeneration,
+    batch: Callable[[int], list[Example]],
+    steps: int,
+    lr: float,
+    name: str,
+    progress: bool,
+    reader: CellReader | None = None,
+) -> None:
+    """Muon at `lr` for the layers' matrices, AdamW for the rest; both rise, then fall to a tenth."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "head" not in n]
+    chosen = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    others += reader.parameters() if reader else []
+    adam_lr = ADAM_LR * lr / WARMUP_LR
+    optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, adam_lr, weight_decay=0.0)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps)) for o in optimizers]
+    model.train()
+    with tqdm(range(steps), desc=name, disable=not progress) as bar:
+        for step in bar:
+            loss = completion_loss(model, batch(step), SPECIAL_IDS[END], reader)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def _rate(step: int, steps: int) -> float:
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / RAMP) * (0.1 + 0.9 * cosine)
+
+
+# ------------------------------------------------------------------------------------------ corpus
+
+
+def question_example(tokenizer: Tokenizer, question: Question, rng: random.Random, *, weak: bool = False) -> Example:
+    """A question answered well, or with `weak` as the base model is to answer it."""
+    text = completion_text(question.trace, question.answer)
+    if weak:
+        hasty = rng.random() < question.hasty_rate
+        answer = question.hasty if hasty else question.answer
+        text = completion_text(question.trace, answer)
+        if rng.random() >= KEEPS_FORMAT:
+            text = rng.choice(MALFORMED).format(trace=question.trace, answer=answer)
+    return _example(tokenizer, question.scene, prompt_text(question, rng), text)
+
+
+def caption_example(tokenizer: Tokenizer, rng: random.Random) -> Example:
+    """One property of each object of a scene, or their names in raster order.
+
+    The request says the order, so that every word of the caption can be known.
+    """
+    scene = sample_scene(rng)
+    asked = rng.choices(("object", *PROPERTIES), CAPTION_WEIGHTS)[0]
+    if asked == "object":
+        request = "List each object."
+        text = ", ".join(t.name for t in scene.things)
+    else:
+        things = rng.sample(scene.things, len(scene.things))
+        request = f"List the {asked} of {', '.join(t.colour for t in things)}."
+        text = ", ".join(f"{t.colour} {PROPERTIES[asked](t)}" for t in things)
+    prompt = f"{IMAGE}User: {request}\nAssistant: <think>"
+    return _example(tokenizer, scene, prompt, f"{text}</think>")
+
+
+def _example(tokenizer: Tokenizer, scene: Scene, prompt: str, completion: str) -> Example:
+    # Prompt and completion are tokenised apart, as they are when the model is sampled.
+    return Example(scene, prompt_ids(tokenizer, prompt), [*tokenizer.encode(completion).ids, SPECIAL_IDS[END]])
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt with one image, its placeholder repeated for the nine image tokens."""
+    return tokenizer.encode(prompt.replace(PAD, PAD * IMAGE_TOKENS)).ids
+
+
+# ------------------------------------------------------------------------------------------ measure
+
+
+def measure(
+    model: Qwen2VLForConditionalGeneration,
+    tokenizer: Tokenizer,
+    *,
+    questions: int = EVAL_QUESTIONS,
+    seed: int = EVAL_SEED,
+    samples: int = 2,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{"greedy" | "sampled": scores} on validation scenes, which no phase has seen."""
+    asked = sample_questions(questions, split="val", seed=seed)
+    rng = random.Random(seed)
+    prompts = [prompt_ids(tokenizer, prompt_text(q, rng)) for q in asked]
+    generator = torch.Generator().manual_seed(seed)
+
+    def answer(number: int, generator: torch.Generator | None) -> dict[str, dict[str, float]]:
+        texts: list[str] = []
+        for start in range(0, questions, 200):
+            part = slice(start, start + 200)
+            scenes = [q.scene for q in asked[part]] * number
+            ids = complete(model, scenes, prompts[part] * number, eos=SPECIAL_IDS[END], generator=generator)
+            texts += [tokenizer.decode(row, skip_special_tokens=False) for row in ids]
+        return scores([q for s in range(0, questions, 200) for q in asked[s : s + 200] * number], texts)
+
+    return {"greedy": answer(1, None), "sampled": answer(samples, generator)}

@@ -1,0 +1,277 @@
+"""Will it fit? What `--dry-run` says about a run before it starts: parameters, memory of a GPU, tokens, epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtfast.config import RunConfig, SFTConfig
+from vtfast.config.runs import prompts_per_rank
+from vtfast.cost.memory import Load, Memory, Part, load_of, memory_of, parts_of
+from vtfast.data.sources import find_files
+from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
+from vtfast.model.blueprint import blueprint, read_model_config
+from vtfast.model.loading import dtype_named
+from vtfast.model.policy import Policy
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import expand
+
+GB = 1e9
+TIGHT = 0.1
+"""Share of the device that an estimate should leave."""
+SOLD_AS = {
+    "L4": 24,
+    "RTX4090": 24,
+    "RTX5090": 32,
+    "A100-40": 40,
+    "L40S": 48,
+    "A100": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+}
+"""GB of memory, by name."""
+MOST_RANKS = 64
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank has to itself."""
+
+    kind: str
+    """cpu or cuda."""
+    bytes: int
+    name: str
+
+
+def find_device(config: RunConfig, gpu_memory_gb: str | None = None) -> Device:
+    """The device of a rank, or a GPU that is not there: `gpu_memory_gb`, a number or a name of SOLD_AS.
+
+    Raises UserError for another text."""
+    if gpu_memory_gb is not None:
+        size = SOLD_AS.get(gpu_memory_gb.upper(), gpu_memory_gb)
+        try:
+            gigabytes = float(size)
+        except ValueError:
+            gigabytes = math.nan
+        if not 0 < gigabytes < math.inf:
+            names = ", ".join(SOLD_AS)
+            raise UserError(f"--gpu_memory_gb {gpu_memory_gb}: must be a number or one of {names}")
+        name = gpu_memory_gb.upper() if gpu_memory_gb.upper() in SOLD_AS else "a GPU"
+        return Device("cuda", int(gigabytes * GB), f"{name} of {gigabytes:g} GB")
+    if config.device != "cpu" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Device("cuda", free, f"{torch.cuda.get_device_name()}, {free / total:.0%} of it free")
+    import psutil
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shared = f", shared by {here} ranks" if here > 1 else ""
+    return Device("cpu", psutil.virtual_memory().available // here, f"the CPU's memory{shared}")
+
+
+def ranks_of(config: RunConfig) -> int:
+    """The launcher's, else those that the recipe was written for, else one."""
+    return int(os.environ.get("WORLD_SIZE") or config.num_processes or 1)
+
+
+def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[str]:
+    """Lines of text. What cannot be known (a model that is out of reach) is said, and the rest follows."""
+    device, ranks = find_device(config, gpu_memory_gb), ranks_of(config)
+    try:
+        policy = blueprint(read_model_config(config.model), config, dtype_named(config.dtype, device.kind))
+    except UserError as error:
+        yield f"No estimate of the memory: {error}"
+        yield from _batch(config, load_of(config, has_images=True), ranks)
+        return
+    load = load_of(config, policy.visual is not None)
+    memory = memory_of(policy, config, ranks, device.kind, device.bytes)
+    yield f"Estimate for each of {ranks} rank(s) on {device.name}, in {str(policy.head.dtype)[6:]}. 1 GB = 10^9 bytes."
+    yield (
+        f"Everything at its limit: prompts of {load.prompt:,} tokens"
+        + (f", {load.image:,} of them image" if load.image else "")
+        + f"; completions of {load.completion:,}."
+    )
+    yield ""
+    yield from _parameters(parts_of(policy))
+    yield ""
+    yield from _memory(memory, load, config)
+    yield from _verdict(memory, policy, config, device, ranks)
+    yield ""
+    yield from _batch(config, load, ranks)
+
+
+def _parameters(parts: list[Part]) -> Iterator[str]:
+    yield f"{'parameters':<34}{'all':>10}{'trained':>10}"
+    total = (sum(part.parameters for part in parts), sum(part.trained for part in parts))
+    rows = [(part.name, part.parameters, part.trained) for part in parts]
+    for name, size, trained in [*rows, ("together", *total)]:
+        yield f"  {name:<32}{_count(size):>10}{_count(trained) if trained else 'frozen':>10}"
+
+
+def _memory(memory: Memory, load: Load, config: RunConfig) -> Iterator[str]:
+    recomputed = ", checkpointed" if config.gradient_checkpointing else ""
+    per_token = memory.activations / load.tokens / 1e6
+    standing = {
+        "weights": memory.weights,
+        "fp32 copy and Adam, this rank's": memory.optimizer,
+        "reference model": memory.reference,
+        "CUDA, NCCL and graphs (a guess)": memory.overhead,
+    }
+    sampling = {"KV cache": memory.cache, "joined weights of the decode": memory.joined, "vLLM": memory.vllm}
+    update = {
+        "gradients and their buckets": memory.gradients,
+        f"activations{recomputed}": memory.activations,
+        "vision tower's, kept": memory.vision_activations,
+        "loss and the head's gradient": memory.loss,
+    }
+    rollout = {"reading prompts": memory.prefill}
+    if memory.keeps_cache:
+        standing |= sampling
+    else:
+        rollout = sampling | rollout
+    notes = {f"activations{recomputed}": f"{load.tokens:,} tokens x {per_token:.3g} MB"}
+    sums = {
+        "throughout": (standing, memory.standing),
+        "in an update, beside that": (update, memory.update),
+        "in a rollout, beside that": (rollout, memory.rollout),
+    }
+    for title, (rows, total) in sums.items():
+        yield f"{title:<44}{_gb(total):>10} GB"
+        for name, size in rows.items():
+            if size:
+                note = f"  {notes[name]}" if name in notes else ""
+                yield f"  {name:<32}{_gb(size):>10}{note}"
+    yield f"{'peak':<44}{_gb(memory.peak):>10} GB"
+
+
+def _verdict(memory: Memory, policy: Policy, config: RunConfig, device: Device, ranks: int) -> Iterator[str]:
+    spare = device.bytes - memory.peak
+    if spare < 0:
+        yield f"fits: no, {_gb(-spare)} GB above {_gb(device.bytes)}"
+        yield f"      {advice(policy, config, device, ranks)}"
+    elif spare < TIGHT * device.bytes:
+        yield f"fits: tight, {_gb(spare)} GB to spare of {_gb(device.bytes)}"
+    else:
+        yield f"fits: yes, {_gb(spare)} GB to spare of {_gb(device.bytes)}"
+
+
+def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str:
+    """What to change first so that it fits: one setting if one will do, else several, else more ranks."""
+
+    def fits(changed: RunConfig, count: int = ranks) -> bool:
+        return memory_of(policy, changed, count, device.kind, device.bytes).peak <= device.bytes
+
+    together: dict[str, Any] = {}
+    for name, value in _remedies(config):
+        alone = dataclasses.replace(config, **{name: value})
+        if fits(alone):
+            return f"try {_flag(name, _largest(config, name, value, fits))}"
+        together[name] = value
+    everything = dataclasses.replace(config, **together)
+    text = " ".join(_flag(name, value) for name, value in together.items())
+    if together and fits(everything):
+        return f"try {text}"
+    for count in range(ranks + 1, MOST_RANKS + 1):
+        if fits(everything, count):
+            return f"try {count} ranks" + (f" with {text}" if text else "")
+    return "no number of ranks will do: take a smaller model, --use_peft true, or a larger GPU"
+
+
+def _flag(name: str, value: object) -> str:
+    return f"--{name} {str(value).lower()}"
+
+
+def _remedies(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Settings that lower memory and leave the result as it is, the cheapest in time first."""
+    shortest = config.max_prompt_length + config.max_completion_length
+    if config.tokens_per_pass > shortest:
+        yield "token_budget", shortest
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing", True
+    if getattr(config, "beta", 0) > 0 and not (config.use_peft or config.offload_reference):
+        yield "offload_reference", True
+    if config.rollout_keep_cache and not config.use_vllm:
+        yield "rollout_keep_cache", False
+    if config.use_vllm and not config.vllm_enable_sleep_mode:
+        yield "vllm_enable_sleep_mode", True
+
+
+def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig], bool]) -> Any:
+    """A token budget as large as it may be, in two digits; other remedies have one value."""
+    if name != "token_budget":
+        return least
+    low, high = least, config.tokens_per_pass
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        if fits(dataclasses.replace(config, token_budget=middle)):
+            low = middle
+        else:
+            high = middle
+    step = 10 ** max(0, len(str(low)) - 2)
+    return max(least, low // step * step)
+
+
+def _batch(config: RunConfig, load: Load, ranks: int) -> Iterator[str]:
+    prompts = ranks * prompts_per_rank(config)
+    tokens = prompts * (load.prompt + load.group * load.completion)
+    answers = f" with {load.group} answers each" if not isinstance(config, SFTConfig) else ""
+    yield (f"{prompts} questions a step{answers}: up to {tokens:,} tokens, {load.passes} pass(es) a rank")
+    rows = count_rows(config)
+    if rows is None:
+        yield f"rows of {config.data}: not known before they are read"
+        return
+    updates = getattr(config, "num_iterations", 1)
+    steps = math.ceil(rows / prompts * updates)
+    if config.max_steps is None:
+        asked = f"--num_train_epochs {config.num_train_epochs:g} is {math.ceil(config.num_train_epochs * steps):,}"
+    else:
+        asked = f"--max_steps {config.max_steps} is {config.max_steps / steps:.2f} of it"
+    yield f"an epoch of at most {rows:,} rows is {steps:,} steps; {asked}"
+
+
+def count_rows(config: RunConfig) -> int | None:
+    """Rows that a run reads at most; None where counting them means reading all, or the hub."""
+    if config.data == SYNTHETIC:
+        rows = SYNTHETIC_TRAIN
+    elif not expand(config.data).exists():
+        return None
+    else:
+        try:
+            counts = [_rows_in(file.open()) for file in find_files(config.data, config.split, True)]
+        except (UserError, OSError, ValueError):  # the run says what is wrong with the file
+            return None
+        if None in counts:
+            return None
+        rows = sum(counts)
+    return min(rows, config.first_rows or rows, config.first_n or rows)
+
+
+def _rows_in(path: str) -> int | None:
+    if path.endswith(".parquet"):
+        from pyarrow.parquet import read_metadata
+
+        return read_metadata(path).num_rows
+    if path.endswith(".jsonl"):
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    return None
+
+
+def _gb(size: float) -> str:
+    """Three significant digits, tiny sizes too."""
+    value = size / GB
+    if value < 0.01:
+        return f"{value:.2g}"
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _count(number: int) -> str:
+    if number < 1e6:
+        return f"{number:,}"
+    return f"{number / 1e6:,.1f} M"

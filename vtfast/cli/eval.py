@@ -1,0 +1,258 @@
+"""`vtfast eval`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtfast.cli.arguments import Parser, WholeWords, one_of, whole_number
+from vtfast.config import SettingsError
+from vtfast.data.prompts import load_template
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import check_inside, expand
+from vtfast.utils.hub import model_path
+from vtfast.utils.suggestions import did_you_mean
+from vtfast.utils.terminal import show
+
+if TYPE_CHECKING:
+    from vtfast.evaluate.checkpoints import Checkpoint
+
+log = logging.getLogger("vtfast")
+BENCHES = ("cvbench", "blink", "vsr", "sat")
+"""Those of `vtfast.evaluate`, whose import takes seconds; a test compares the two."""
+EXAMPLES = """examples:
+  vtfast eval --model runs/x/checkpoints/last --bench cvbench,blink
+  vtfast eval --model Qwen/Qwen2-VL-2B --bench vsr --data vsr=/data/test.jsonl --image_folder /data/coco
+  torchrun --nproc_per_node 8 --no-python vtfast eval --model runs/x/checkpoints/last
+"""
+
+
+class _WithExamples(WholeWords, argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples on their lines."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    options, problems = _parser().parse_known(arguments)
+    benches, data = _named(options, problems)
+    problems += _problems(options, benches)
+    if problems:
+        raise SettingsError(problems)
+
+    from vtfast.evaluate.answers import write_scores
+    from vtfast.evaluate.checkpoints import check_model, find_checkpoint
+    from vtfast.evaluate.table import score_table
+
+    checkpoint = find_checkpoint(options.model)
+    home = expand(options.output_dir) if options.output_dir else checkpoint.home
+    folder = home / "evaluations" / checkpoint.name
+    check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHES))
+    if options.rescore:
+        done: Iterable[str] = _there(folder, benches)
+    else:
+        check_model(checkpoint)  # a moment; the data may be a download
+        done = _ask(options, checkpoint, folder, benches or ["cvbench"], data)
+    scores = {}
+    for bench in done:
+        scores[bench] = write_scores(folder, bench, model=options.model, step=checkpoint.step)
+    if scores:  # rank 0 alone has some
+        show(score_table(scores))
+        show(f"answers and scores: {folder}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="vtfast eval",
+        usage="vtfast eval [-h] --model MODEL [--bench NAME,...] [--FLAG VALUE ...]",
+        description="Ask a model the questions of spatial benchmarks, greedily, and score the answers.\n"
+        "What was answered before is kept: the same call goes on where it was stopped.",
+        epilog=EXAMPLES,
+        formatter_class=_WithExamples,
+        hints={bench: f"several benchmarks take commas, --bench {','.join(BENCHES)}" for bench in BENCHES},
+        checks={
+            **dict.fromkeys(
+                ("limit", "max_completion_length", "batch_size", "min_pixels", "max_pixels"), whole_number(1)
+            ),
+            "literal_image": one_of("true", "false"),
+            "dtype": one_of("auto", "float32", "bfloat16"),
+            "device": one_of("auto", "cpu", "cuda"),
+        },
+    )
+    add = parser.add_argument_group("what is asked").add_argument
+    add("--model", required=True, help="a run folder or its checkpoint, a model folder or a hub id")
+    add("--bench", metavar="NAME,...", help=f"any of {', '.join(BENCHES)} (default cvbench)")
+    add(
+        "--data",
+        action="append",
+        metavar="BENCH=PATH",
+        help="a file, a folder or another hub id for a benchmark; several with commas (default: the hub)",
+    )
+    add("--limit", metavar="N", help="the first N questions of each only (default: all)")
+    add("--image_folder", metavar="FOLDER", help="where VSR's images are (default: beside its file)")
+    add("--fetch_images", action="store_true", help="fetch VSR's missing images from COCO's links")
+    add = parser.add_argument_group("how it is asked").add_argument
+    add(
+        "--template",
+        metavar="NAME|FILE",
+        help="prompt: a name in vtfast/data/templates, or a text file (default: what fits how the model was trained:"
+        " eval-r1-zero, eval-instruct, or these with -direct)",
+    )
+    add(
+        "--literal_image",
+        metavar="true|false",
+        help="write the text <image> as the study's prompts do (default: as the run did, else false)",
+    )
+    add("--max_completion_length", default=1024, metavar="N", help="tokens (default 1024)")
+    for name in ("--min_pixels", "--max_pixels"):
+        add(name, metavar="N", help="of an image (default: the run's, else the checkpoint's)")
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--batch_size", default=64, metavar="N", help="questions at once on a rank (default 64)")
+    add("--dtype", default="auto", metavar="X", help="float32 or bfloat16 (default auto, by device)")
+    add("--device", default="auto", metavar="X", help="cpu or cuda (default auto: what is there)")
+    add(
+        "--output_dir",
+        metavar="FOLDER",
+        help="results go to FOLDER/evaluations/NAME (default: the run, else the current folder)",
+    )
+    add("--rescore", action="store_true", help="score the answers that are there again; needs no model and no data")
+    add("--local_rank", help=argparse.SUPPRESS)  # launchers pass it
+    return parser
+
+
+def _named(options: argparse.Namespace, problems: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The benchmarks that `--bench` names, none where it is not given, and the path or hub id of those that `--data`
+    names. What is wrong with either goes to `problems`."""
+    names = list(dict.fromkeys(filter(None, map(str.strip, (options.bench or "").split(",")))))
+    if options.bench is not None and not names:
+        problems.append(f"--bench: name at least one of {', '.join(BENCHES)}")
+    for name in names:
+        if name not in BENCHES:
+            close = difflib.get_close_matches(name, BENCHES, n=1)
+            hint = f"did you mean {close[0]}? There" if close else "there"
+            problems.append(f"--bench {name}: unknown; {hint} are {', '.join(BENCHES)}")
+    benches, data = [name for name in names if name in BENCHES], {}
+    asked = benches or BENCHES[:1]
+    for pair in [pair for text in options.data or [] for pair in text.split(",")]:
+        bench, equals, path = pair.partition("=")
+        if not equals or not path or bench not in BENCHES:
+            such = f"{asked[0]}={'FOLDER' if equals or pair in BENCHES else pair}"
+            problems.append(
+                f"--data {pair}: BENCH=PATH is wanted, such as --data {such}, with BENCH one of {', '.join(asked)}"
+            )
+        elif bench not in asked and len(benches) == len(names):
+            both = ",".join([*asked, bench])
+            problems.append(f"--data {pair}: {bench} is not asked; add it with --bench {both}")
+        else:
+            data[bench] = path
+    return benches, data
+
+
+def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[str]:
+    """What else is wrong with the command line, as far as this machine's files tell it without loading anything."""
+    if options.template is not None:
+        try:
+            load_template(options.template)
+        except UserError as error:
+            yield f"--template {options.template}: {error}"
+    low, high = options.min_pixels, options.max_pixels
+    if low and high and low > high:
+        yield f"--min_pixels {low}: must be at most --max_pixels {high}"
+    if options.output_dir is not None:
+        home = expand(options.output_dir)
+        for path in (home, *home.parents):
+            if path.is_file():
+                what = "" if path == home else f"{path} "
+                yield f"--output_dir {options.output_dir}: {what}is a file; name a folder"
+    if options.rescore:
+        return
+    for flag in ("image_folder", "fetch_images"):
+        if getattr(options, flag) and "vsr" not in benches:
+            yield f"--{flag}: is for VSR's images, which are not asked; add them with --bench vsr"
+    if options.image_folder is not None and not expand(options.image_folder).is_dir():
+        folder = options.image_folder
+        yield f"--image_folder {folder}: no such folder; {did_you_mean(folder, 'name one')}"
+    if options.model and not _may_be_checkpoint(expand(options.model)):
+        try:
+            model_path(options.model)
+        except UserError as error:
+            yield f"--model {options.model}: {error}"
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    """Whether `find_checkpoint` can make something of it: RUN/checkpoints/last need not exist."""
+    return path.is_dir() or (path.name == "last" and path.parent.is_dir())
+
+
+def _there(folder: Path, benches: Sequence[str]) -> list[str]:
+    """The benchmarks whose answers are to be scored again."""
+    there = [bench for bench in BENCHES if (folder / f"{bench}.jsonl").is_file()]
+    missing = [bench for bench in benches if bench not in there]
+    if missing or not there:
+        raise UserError(
+            f"--rescore: there is no {(missing or ['BENCH'])[0]}.jsonl in {folder}; leave --rescore out to ask"
+        )
+    return list(benches) or there
+
+
+def _ask(
+    options: argparse.Namespace, checkpoint: Checkpoint, folder: Path, benches: Sequence[str], data: Mapping[str, str]
+) -> Iterator[str]:
+    """Yields, on rank 0, each benchmark whose questions have been answered."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from vtfast.config import Config
+    from vtfast.data.processor import Processor
+    from vtfast.distributed import launch
+    from vtfast.evaluate import BENCHMARKS, evaluate
+    from vtfast.evaluate.checkpoints import default_template
+    from vtfast.evaluate.items import find_files
+    from vtfast.model.loading import load_model
+
+    sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}
+    problems = []  # told before a model is loaded
+    for bench in benches:
+        try:
+            find_files(BENCHMARKS[bench], sources[bench])
+        except UserError as error:
+            flag = f"--data {bench}={data[bench]}: " if bench in data else ""
+            problems.append(f"{flag}{error}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+    if problems:
+        raise SettingsError(problems)
+    transformers_logging.disable_progress_bar()
+    ranks = launch.start(Config(device=options.device))
+    config = checkpoint.config
+    limits = {
+        name: config.get(name) if getattr(options, name) is None else getattr(options, name)
+        for name in ("min_pixels", "max_pixels")
+    }
+    processor = Processor.from_pretrained(checkpoint.path, **limits)
+    policy = load_model(checkpoint.path, options.dtype, str(ranks.device))
+    literal, trained_with = config.get("literal_image", False), config.get("template")
+    template = options.template or default_template(checkpoint, processor.tokenizer.chat_template)
+    aside = f" (the run trained with {trained_with})" if trained_with not in (None, template) else ""
+    log.info("asked with the template %s%s", template, aside)
+    for bench in benches:
+        evaluate(
+            policy,
+            bench,
+            sources[bench],
+            options.limit,
+            processor=processor,
+            template=template,
+            literal_image=literal if options.literal_image is None else options.literal_image == "true",
+            max_completion_length=options.max_completion_length,
+            batch_size=options.batch_size,
+            output=folder,
+            image_folder=options.image_folder,
+            fetch_images=options.fetch_images,
+            ranks=ranks,
+        )
+        if ranks.is_main:
+            yield bench

@@ -1,0 +1,144 @@
+"""Flags that are settings: what `vtfast train` and `vtfast sft` have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TypeVar
+
+from vtfast.cli.arguments import Parser, setting_help
+from vtfast.config import (
+    Config,
+    RunConfig,
+    SettingsError,
+    SFTConfig,
+    field_defaults,
+    field_help,
+    field_names,
+    field_sections,
+    load_config,
+    recipe_names,
+)
+
+SPELLINGS = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "data",
+    "dataset_name": "data",
+    "epochs": "num_train_epochs",
+    "eval_dataset": "eval_data",
+    "grad_accum": "gradient_accumulation_steps",
+    "group_size": "num_generations",
+    "kl_coef": "beta",
+    "lora": "use_peft",
+    "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length",
+    "model_name_or_path": "model",
+    "output": "output_dir",
+    "resume": "resume_from_checkpoint",
+    "reward": "reward_funcs",
+    "rewards": "reward_funcs",
+    "steps": "max_steps",
+    "torch_dtype": "dtype",
+    "warmup": "warmup_steps",
+}
+"""What other trainers and habit call some settings."""
+Kind = TypeVar("Kind", Config, SFTConfig)
+
+
+def read_settings(arguments: Sequence[str], kind: type[Kind], *, prog: str, description: str) -> Kind | None:
+    """The settings that the command line asks for; None if it was to print them, which is done then."""
+    names = [name for name in field_names(kind) if name != "recipe"]
+    parser = Parser(
+        hints=_hints(kind),
+        prog=prog,
+        usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
+        description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
+        " --dry-run prints what a command line comes to. --help_all says more of each setting.",
+        epilog=f"example: {prog} --recipe {kind.recipe} --seed 1 --max_steps 50",
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings instead of a recipe")
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="print the resolved settings, and as comments behind them an estimate of memory and steps; then stop",
+    )
+    parser.add_argument(
+        "--gpu_memory_gb",
+        metavar="X",
+        help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
+    )
+    parser.add_argument("--help_all", action="help", help="this with all that is to say of a setting")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    _add_settings(parser, kind, short="--help_all" not in arguments)
+    options, problems = parser.parse_known(arguments)
+    flags = vars(options)
+    given = {name: flags[name] for name in names if flags[name] is not None}
+    if flags["recipe"] and flags["config"]:
+        problems.append("--recipe and --config: give one of them; a --config file stands for itself")
+    file, resumed = flags["config"], given.get("resume_from_checkpoint")
+    if resumed and not flags["recipe"] and not file:
+        from vtfast.training.checkpoint import settings_of  # brings torch
+
+        file = settings_of(resumed, given.get("output_dir"))
+        if file:  # the run may have been moved since: where it is, the flags say
+            given = {"output_dir": None} | given
+    if flags["gpu_memory_gb"] and not flags["dry_run"]:
+        problems.append("--gpu_memory_gb: says nothing without --dry-run; leave it out, or add that")
+    try:
+        config = load_config(flags["recipe"], file, given, kind=kind)
+    except SettingsError as error:
+        raise SettingsError(problems + error.problems) from None
+    if problems:
+        raise SettingsError(problems)
+    if flags["dry_run"]:
+        outlook = _outlook(config, flags["gpu_memory_gb"])  # first: it may refuse the GPU's name
+        print(config.to_yaml() + outlook)
+        return None
+    return config
+
+
+def _hints(kind: type[RunConfig]) -> dict[str, str]:
+    """What to say of a flag that is a setting under another name, or one of the other kind of run."""
+    names, other = field_names(kind), SFTConfig if kind is Config else Config
+    command = "train" if other is Config else "sft"
+    told = {name: f"vtfast {command} has it" for name in field_names(other) if name not in names} | {
+        said: f"did you mean --{name}?" for said, name in SPELLINGS.items() if name in names
+    }
+    if kind is Config:  # GRPO counts steps
+        told |= dict.fromkeys(("epochs", "num_train_epochs"), "did you mean --max_steps?")
+    return {f"--{name}": hint for name, hint in told.items()}
+
+
+def _add_settings(parser: Parser, kind: type[RunConfig], short: bool) -> None:
+    """A flag for each setting, under the heading of its section; `short`: with its first statement alone."""
+    help_of, default_of = field_help(kind), field_defaults(kind)
+    for section, names in field_sections(kind).items():
+        group = parser.add_argument_group(section.__name__, section.__doc__)
+        for name in names:
+            if name != "recipe":
+                # `--use_peft` alone means true, as in TRL
+                bare = default_of[name] in ("true", "false")
+                group.add_argument(
+                    f"--{name}",
+                    metavar="X",
+                    help=setting_help(help_of[name], default_of[name], short),
+                    nargs="?" if bare else None,
+                    const="true" if bare else None,
+                )
+
+
+def _outlook(config: RunConfig, gpu_memory_gb: str | None) -> str:
+    """What a run with these settings would take, and what would stop it here: as YAML comments, so that the output of a
+    dry run is a settings file."""
+    from vtfast.cli.dry_run import estimate
+    from vtfast.training.preflight import find_problems
+
+    lines = list(estimate(config, gpu_memory_gb))
+    lines += [f"warning: {warning}" for warning in config.warnings()]
+    said = "\n".join(lines)
+    lines += [f"would stop here: {p}" for p in find_problems(config) if p.partition(": ")[2] not in said]
+    return "\n".join(["#", *(f"# {line}".rstrip() for line in lines)])

@@ -1,1 +1,0 @@
-"""One file a command: `run(arguments) -> exit code`. `vtfast.cli` lists them."""

@@ -1,0 +1,101 @@
+"""How a step is cut into micro-batches: long groups are split, and the parts packed into bins of equal cost."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+from vtfast.cost.flops import Flops, forward_flops
+
+
+class Size(NamedTuple):
+    """A group as far as work is concerned."""
+
+    prompt: int
+    """Tokens."""
+    lengths: list[int]
+    """Tokens of each completion."""
+    patches: list[int]
+    """Of each image."""
+    trained: bool = True
+    """False: left out of the update, since nothing can be learned from it."""
+
+    def flops(self, config: PreTrainedConfig) -> Flops:
+        """Of a forward."""
+        return forward_flops(config, self.prompt, self.lengths, self.patches)
+
+
+def passes_of(sizes: Sequence[Size], costs: Sequence[float], token_budget: int, ranks: int) -> list[list[list[Part]]]:
+    """The update of these groups, cut into passes: result[pass][bin], a bin for each rank; `Part.group` counts
+    `sizes`."""
+    parts = [
+        part
+        for number, (size, cost) in enumerate(zip(sizes, costs, strict=True))
+        if size.trained
+        for part in split(number, size.prompt, size.lengths, cost, token_budget)
+    ]
+    return plan(parts, token_budget, ranks)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A prompt with all of its completions, or with some of them where all exceed the token budget."""
+
+    group: int
+    members: tuple[int, ...]
+    tokens: int
+    cost: float
+
+
+def split(group: int, prompt: int, completions: Sequence[int], cost: float, budget: int) -> list[Part]:
+    """One part, or as many as the budget asks for, each repeating the prompt. `cost`: of the whole group. A completion
+    that exceeds the budget together with its prompt is a part of its own."""
+    total = prompt + sum(completions)
+    shares: list[list[int]] = [[]]
+    filled = prompt
+    for member, length in enumerate(completions):
+        if shares[-1] and filled + length > budget:
+            shares.append([])
+            filled = prompt
+        shares[-1].append(member)
+        filled += length
+    parts = []
+    for share in shares:
+        tokens = prompt + sum(completions[i] for i in share)
+        parts.append(Part(group, tuple(share), tokens, cost * tokens / total))
+    return parts
+
+
+def plan(parts: Sequence[Part], budget: int, ranks: int = 1) -> list[list[list[Part]]]:
+    """Passes, each a bin of parts for every rank: result[pass][rank]. About as few passes as the budget allows.
+
+    The bins of one pass cost about the same, since its ranks wait for each other. A bin may be empty where there are
+    fewer parts than ranks. A part larger than the budget gets a bin of its own.
+    """
+    passes = max(1, math.ceil(sum(min(p.tokens, budget) for p in parts) / budget / ranks))
+    while (bins := _fill(parts, passes * ranks, budget)) is None:
+        passes += 1
+    bins.sort(key=lambda bin: -sum(part.cost for part in bin))
+    return [bins[i : i + ranks] for i in range(0, len(bins), ranks)]
+
+
+def _fill(parts: Sequence[Part], count: int, budget: int) -> list[list[Part]] | None:
+    """Longest part first into the cheapest bin with room; None if one finds no room."""
+    bins: list[list[Part]] = [[] for _ in range(count)]
+    heap = [(0.0, i, 0) for i in range(count)]  # cost, bin, tokens
+    for part in sorted(parts, key=lambda part: (-part.cost, part.group, part.members)):
+        full = []
+        while heap and heap[0][2] and heap[0][2] + part.tokens > budget:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, i, tokens = heapq.heappop(heap)
+        bins[i].append(part)
+        for entry in [*full, (cost + part.cost, i, tokens + part.tokens)]:
+            heapq.heappush(heap, entry)
+    return bins

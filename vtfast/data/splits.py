@@ -1,0 +1,75 @@
+"""Settings -> the training samples and the held-out ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtfast.config import RunConfig
+from vtfast.data import RECOGNISED, Columns, Sample, Selection, load_samples, shuffle_options, synthetic
+from vtfast.data.prompt_builder import Asker
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_TRAIN = 2048
+
+
+def load_questions(config: RunConfig, asker: Asker, rendered: Path) -> dict[str, list[Sample]]:
+    """Samples by split, "train" and "val" (held out; absent without `eval_data`).
+
+    `rendered`: the folder of `render_synthetic`; its files are read like any others.
+    """
+    sources = {
+        "train": (config.data, config.split, config.first_n, config.first_rows),
+        "val": (config.eval_data, config.eval_split, config.eval_samples, None),
+    }
+    samples = {}
+    for split, (source, of_source, limit, first_rows) in sources.items():
+        if source is None:
+            continue
+        named = columns(config)
+        if source == SYNTHETIC:
+            source, named = rendered / f"{split}.parquet", RECOGNISED
+        loaded = load_samples(
+            source,
+            of_source,
+            limit,
+            on_bad=config.on_bad_sample,
+            columns=named,
+            selection=selection(config),
+            first_rows=first_rows,
+        )
+        asker.skipped += [
+            {"step": 0, "source": str(source), "row": row, "where": loaded.where[row], "reason": reason}
+            for row, reason in loaded.skipped
+        ]
+        samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
+    return samples
+
+
+def columns(config: RunConfig) -> Columns:
+    """The column names that the settings give."""
+    return Columns(config.question_column, config.answer_column, config.options_column, config.image_column)
+
+
+def selection(config: RunConfig) -> Selection:
+    """The rows that the settings ask for."""
+    types = config.question_types
+    return Selection(config.static, None if types is None else tuple(types))
+
+
+def render_synthetic(config: RunConfig, folder: Path) -> Path:
+    """Write train.parquet and val.parquet of the embedded default, if `config` asks for either."""
+    if SYNTHETIC in (config.data, config.eval_data):
+        synthetic.write_dataset(folder, train=SYNTHETIC_TRAIN, val=config.eval_samples, seed=config.seed)
+    return folder
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """Of the questions in their order; images by number alone, since reading all of them would take minutes."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        entry = [sample.row, sample.question, sample.options, sample.answer, len(sample.images)]
+        digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()

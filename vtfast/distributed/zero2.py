@@ -1,0 +1,65 @@
+"""DeepSpeed's ZeRO-2 engine. DeepSpeed is imported here alone, and only once the device is known."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from vtfast.config import RunConfig
+from vtfast.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
+    """ZeRO-2 around `objective`: AdamW, the schedule and gradient clipping of `config`.
+
+    bf16 weights get fp32 masters; fp32 weights are trained as they are.
+    """
+    from transformers import get_scheduler
+
+    deepspeed = import_deepspeed()
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError(f"--freeze {','.join(config.freeze)}: nothing is left to train")
+    cuda = trained[0].is_cuda
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps)
+    settings = {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,  # the trainer says itself which pass is a step's last
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": trained[0].dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # bf16 sums over passes would lose small gradients
+        "zero_optimization": {"stage": 2, "overlap_comm": cuda, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=objective, model_parameters=trained, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+    )
+    return engine
+
+
+def import_deepspeed():
+    """DeepSpeed, once the device is known, and quiet."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed's shared-memory collectives for CPU ranks are C++ compiled at the first start. gloo does the same
+    # without a compiler and without half a minute of waiting.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

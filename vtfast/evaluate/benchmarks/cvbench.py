@@ -1,0 +1,47 @@
+"""CV-Bench (nyu-visionx/CV-Bench): counting and relations in 2D, depth and distance in 3D; 2,638 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vtfast.evaluate.benchmark import Benchmark, Item, Judged, accuracy, images_of, lettered_gold, options_of, text_of
+
+SOURCES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
+
+
+def read(row: Mapping[str, Any], index: int) -> Item:
+    options = options_of(row, "choices")
+    return Item(
+        index=index,
+        task=text_of(row, "task"),
+        source=text_of(row, "source"),
+        question=text_of(row, "prompt"),
+        options=options,
+        gold=lettered_gold(row, options),
+        images=images_of([row.get("image")]),
+    )
+
+
+def official(judged: Sequence[Judged]) -> float:
+    """((ADE20K + COCO) / 2 + Omni3D) / 2. Each mean runs over the sources, and then the halves, that are present."""
+    halves = []
+    for sources in SOURCES.values():
+        parts = [[one for one in judged if one.source == source] for source in sources]
+        scores = [accuracy(part) for part in parts if part]
+        if scores:
+            halves.append(sum(scores) / len(scores))
+    return sum(halves) / len(halves) if halves else accuracy(judged)
+
+
+BENCHMARK = Benchmark(
+    name="cvbench",
+    title="CV-Bench",
+    hub_id="nyu-visionx/CV-Bench",
+    files=(r"test_[23]d\.parquet", r"(?:data/)?test(?:-\d+-of-\d+)?\.parquet"),
+    columns=("task", "source", "prompt", "choices", "answer", "image"),
+    read=read,
+    official=official,
+    sizes=(2638,),
+    tasks=("Count", "Relation", "Depth", "Distance"),
+)

@@ -1,5 +1,0 @@
-"""Settings of R1-V, VisualThinker-R1-Zero, TRL and EasyR1 -> settings of this trainer."""
-
-from vtfast.migrate.mapping import Fate, Migration, migrate
-
-__all__ = ["Fate", "Migration", "migrate"]

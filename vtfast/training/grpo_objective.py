@@ -1,0 +1,100 @@
+"""The GRPO loss of one packed row, as the module that DeepSpeed trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vtfast_kernels.grpo_loss import GRPOLoss
+from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
+
+from vtfast.config import Config
+from vtfast.data.prompt import Prompt
+from vtfast.model.packing import IGNORED, Pack
+from vtfast.model.policy import Policy
+from vtfast.training.groups import Batch
+
+SUMS = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
+"""What a pass reports beside its loss, summed over its scored tokens."""
+
+
+class Objective(nn.Module):
+    """One pass: trunk over the packed row, then head and loss in one op that never holds the logits."""
+
+    def __init__(self, policy: Policy, spec: GRPOLoss, use_sampler_logps: bool = False) -> None:
+        super().__init__()
+        self.module = policy.module
+        self.policy, self.spec, self.use_sampler_logps = policy, spec, use_sampler_logps
+
+    def forward(self, batch: Batch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (loss, `SUMS` [5] fp32, largest drift of a token's log-prob from the sampler's).
+
+        The denominators are those of the whole step, all passes and ranks."""
+        if not batch.parts:
+            return self._blank()
+        pack, device = batch.pack, self.policy.device
+        old = batch.logps("old")
+        sampled = batch.sampled().to(device)
+        out = linear_grpo_loss(
+            pack.select(self.policy.trunk(pack)),
+            self.policy.head,
+            pack.target,
+            pack.sequence_id,
+            batch.advantage().to(device),
+            spec=self.spec,
+            old_logp=old,
+            ref_logp=batch.logps("reference") if self.spec.beta > 0 else None,
+            sampler_logp=sampled if self.use_sampler_logps else None,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+        )
+        tokens = len(pack.target)
+        answered = out.logp.detach() if old is None else old  # by the weights that sampled
+        drift = (answered - sampled).abs()
+        sums = torch.stack(
+            [
+                out.entropy.sum(),
+                torch.zeros_like(out.loss) if out.kl is None else out.kl.sum(),
+                out.clip_low * tokens,
+                out.clip_high * tokens,
+                drift.sum(),
+            ]
+        )
+        return out.loss, sums.detach(), drift.max()
+
+    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
+        device, pack = self.policy.device, blank_pack(self.policy)
+        out = linear_grpo_loss(
+            pack.select(self.policy.trunk(pack)),
+            self.policy.head,
+            torch.full_like(pack.target, IGNORED),
+            pack.sequence_id,
+            torch.zeros(1, device=device),
+            spec=self.spec,
+            ref_logp=torch.zeros(1, device=device) if self.spec.beta > 0 else None,
+            num_sequences=1,
+            num_tokens=1,
+        )
+        return out.loss, torch.zeros(len(SUMS), device=device), torch.zeros((), device=device)
+
+
+def blank_pack(policy: Policy) -> Pack:
+    """The shortest row there is: a prompt of one token and a completion of one token."""
+    prompt = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64))
+    return policy.pack([prompt], [[[0]]])
+
+
+def loss_spec(config: Config) -> GRPOLoss:
+    return GRPOLoss(
+        loss_type=config.loss_type,
+        beta=config.beta,
+        epsilon_low=config.epsilon,
+        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        delta=config.delta,
+        importance_level=config.importance_sampling_level,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        vllm_importance_sampling_mode=config.vllm_importance_sampling_mode,
+        vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
+        vllm_importance_sampling_clip_min=config.vllm_importance_sampling_clip_min,
+    )

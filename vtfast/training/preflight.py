@@ -1,0 +1,150 @@
+"""What can be told about a run before its model is loaded, told together: the files and names that its settings point
+to, and what the model's config.json makes of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from vtfast.config import RunConfig, SettingsError
+from vtfast.config.rules import PIXELS_A_TOKEN
+from vtfast.data import Sample
+from vtfast.data.processor import Processor
+from vtfast.data.prompts import load_template, render
+from vtfast.data.sources import find_files
+from vtfast.data.splits import SYNTHETIC
+from vtfast.model.attention import choose_backend
+from vtfast.model.blueprint import blueprint, read_model_config
+from vtfast.model.loading import dtype_named
+from vtfast.report.tracking import check_trackers
+from vtfast.rewards import get_reward
+from vtfast.rollout.attention import decode_attention
+from vtfast.rollout.cache import pages_needed
+from vtfast.rollout.engine import PAGE
+from vtfast.rollout.vllm import check_installed
+from vtfast.training.checkpoint import check_output_dir
+from vtfast.training.sft_target import load_target
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import expand
+from vtfast.utils.hub import is_hub_id, model_path
+
+log = logging.getLogger("vtfast")
+
+
+def check_start(config: RunConfig) -> None:
+    """Raises SettingsError with everything that would stop a run of `config` on this machine later. What may not be
+    meant goes to the log."""
+    problems = list(find_problems(config))
+    if problems:
+        raise SettingsError(problems)
+    for warning in config.warnings():
+        log.warning("%s", warning)
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """A line for each. A check that needs what another one found missing is passed over."""
+    rewards = getattr(config, "reward_funcs", [])
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("output_dir", lambda: check_output_dir(config)),
+        ("report_to", lambda: check_trackers(config.report_to)),
+        ("use_vllm", lambda: _check_engine(config)),
+        ("template", lambda: load_template(config.template)),
+        ("target", lambda: hasattr(config, "target") and load_target(config.target)),
+        ("data", lambda: _check_data(config.data, config.split)),
+        ("eval_data", lambda: _check_data(config.eval_data, config.eval_split)),
+        *(("reward_funcs", lambda name=name: get_reward(name, config.reward_mode)) for name in rewards),
+        ("device", lambda: _check_device(config)),
+        ("model", lambda: _check_model(config)),
+    ]
+    for flag, check in checks:
+        try:
+            check()
+        except UserError as error:
+            for problem in getattr(error, "problems", [str(error)]):
+                yield problem if "--" in problem.split(":")[0] else f"--{flag}: {problem}"
+
+
+def _check_data(source: str | None, split: str | None) -> None:
+    """What lies on this machine is looked for here; the hub is asked when its rows are read."""
+    if source in (None, SYNTHETIC):
+        return
+    if expand(source).exists() or not is_hub_id(source):
+        find_files(source, split, stream=True)
+
+
+def _check_engine(config: RunConfig) -> None:
+    if config.use_vllm:
+        check_installed()
+
+
+def _kind(config: RunConfig) -> str:
+    """cpu or cuda, whether the latter is there or not."""
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    return there if config.device == "auto" else config.device
+
+
+def _check_device(config: RunConfig) -> None:
+    kind, problems = _kind(config), []
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+    dtype = dtype_named(config.dtype, kind)
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else "cpu"
+    for choose, wanted in ((choose_backend, config.attn_implementation), (decode_attention, config.rollout_attention)):
+        try:
+            choose(wanted, device, dtype)
+        except UserError as error:
+            problems.append(str(error))
+    if not config.use_vllm and config.rollout_cache_tokens is not None:
+        page, group = PAGE[kind], getattr(config, "num_generations", 1)
+        shared, own = pages_needed(page, config.max_prompt_length, config.max_completion_length)
+        least = (shared + group * own) * page
+        if config.rollout_cache_tokens < least:
+            problems.append(
+                f"--rollout_cache_tokens {config.rollout_cache_tokens}: one prompt of --max_prompt_length with its"
+                f" {group} completions of --max_completion_length takes {least} tokens in pages of {page};"
+                f" raise it to {least}, or lower these"
+            )
+    if problems:
+        raise SettingsError(problems)
+
+
+def _check_model(config: RunConfig) -> None:
+    """Its family, its parts that are frozen or adapted, and whether a prompt can hold its template and an image."""
+    path = model_path(config.model)
+    if config.use_peft and (Path(path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"--model {config.model}: holds LoRA adapters already, and new ones would not know them; save the"
+            " merged model first (vtfast.model.load_model(folder).module.save_pretrained(new folder))"
+        )
+    model, problems = read_model_config(config.model), []
+    try:
+        blueprint(model, config, torch.float32)
+    except UserError as error:
+        problems.append(str(error))
+    processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
+    problems += _prompt_problems(config, processor)
+    if problems:
+        raise SettingsError(problems)
+
+
+def _prompt_problems(config: RunConfig, processor: Processor) -> Iterator[str]:
+    """Whether not even an empty question fits, with the smallest image where the model sees any."""
+    try:
+        template = load_template(config.template)
+    except UserError:  # told already
+        return
+    limit, images = config.max_prompt_length, [] if processor.image_processor is None else [None]
+    empty = render(template, Sample("", [], "", images), literal_image=config.literal_image)
+    least = processor.prompt_length(empty, [])
+    if images:
+        least += -(-config.min_pixels // PIXELS_A_TOKEN) - 1  # one placeholder stands in the text
+    if least > limit:
+        image = f" and the smallest image (--min_pixels {config.min_pixels})" if images else ""
+        yield (
+            f"--max_prompt_length {limit}: --template {config.template}{image} take{'' if images else 's'} {least}"
+            " tokens without any question; raise it, or use a shorter template"
+        )

@@ -1,0 +1,106 @@
+"""Hugging Face hub: quick answers on what is there, and clear ones on what is not.
+
+The hub's own clients retry for half a minute and more before they admit that there is no
+connection; one plain request first tells the user at once. Without a connection, what an earlier
+run downloaded is used.
+"""
+
+import re
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from vtfast.utils.errors import UserError
+from vtfast.utils.files import expand, step_of
+from vtfast.utils.suggestions import ASSETS, DATA, MODELS, SHIPPED, did_you_mean, near
+
+Kind = Literal["dataset", "model"]
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text reads as `owner/name`, rather than as the path of a file."""
+    is_file = source.endswith((".parquet", ".json", ".jsonl", ".csv", ".arrow"))
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not is_file
+
+
+def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
+    """Names of a repository's files and the commit they are of; without a connection, the folder
+    of its downloaded copy.
+
+    Raises:
+        UserError: neither can be had; the message names the id and how to use a local copy.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().repo_info(repo, repo_type=kind, timeout=10)
+        return [file.rfilename for file in info.siblings or []], info.sha
+    except Exception as error:  # the client's own, its http library's, the socket's
+        if isinstance(error, GatedRepoError):
+            reason = "access has to be asked for on its page, then log in with `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "no such id, or a private one"
+        else:
+            said = (str(error).splitlines() or ["no reason given"])[0]
+            reason = f"no connection ({type(error).__name__}: {said[:200]})"
+            try:
+                return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+            except Exception:
+                reason += ", and no downloaded copy"
+        local = "a folder with its data files" if kind == "dataset" else "a checkpoint folder"
+        meant = near(repo, MODELS if kind == "model" else DATA)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        raise UserError(
+            f"{repo} is no local path{hint}, and the Hugging Face hub does not give this {kind}: "
+            f"{reason}. To use a local copy, give the path of {local} instead, made on a connected "
+            f"machine with `hf download {repo} --repo-type {kind} --local-dir FOLDER`"
+        ) from error
+
+
+def model_path(path: str | Path) -> str:
+    """A checkpoint's folder, or its hub id once it is known to be there: for `from_pretrained`.
+
+    A bare name that is no folder here may be that of a checkpoint that ships with vtfast.
+
+    Raises:
+        UserError: neither a folder nor a reachable hub id.
+    """
+    folder = expand(path)
+    if folder.is_dir():
+        _check_is_no_run(folder)
+        return str(folder)
+    if Path(path).name == str(path) and (ASSETS / path).is_dir():
+        return str(ASSETS / path)
+    if not is_hub_id(str(path)):
+        wanted = f"give a checkpoint folder or a hub id such as {MODELS[0]}"
+        if folder.exists():
+            raise UserError(f"no model folder {path}: it is a file; {wanted}")
+        raise UserError(f"no model folder {path}; {did_you_mean(path, wanted, MODELS, SHIPPED)}")
+    found = hub_files(str(path), "model")
+    return str(found) if isinstance(found, Path) else str(path)
+
+
+def _check_is_no_run(folder: Path) -> None:
+    """Raises UserError for a run folder in the place of one of its checkpoints, and names the newest."""
+    if (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        return
+    found = [(step_of(path.name), path) for path in (folder / "checkpoints").glob("step-*")]
+    _, newest = max(((step, path) for step, path in found if step is not None), default=(0, None))
+    what = f"give one of its checkpoints, such as {newest}" if newest else "it has no checkpoint"
+    raise UserError(f"no model folder {folder}: it is a run folder; {what}")
+
+
+def open_dataset_file(repo: str, name: str, commit: str, *, download: bool) -> str | BinaryIO:
+    """A file of a data set: the path of its downloaded copy, or a file object that streams it.
+
+    Args:
+        download: fetch the whole file into the cache, rather than only the parts that are read.
+    """
+    from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, name, repo_type="dataset", revision=commit)
+    if isinstance(cached, str):
+        return cached
+    if download:
+        return hf_hub_download(repo, name, repo_type="dataset", revision=commit)
+    return HfFileSystem().open(f"datasets/{repo}@{commit}/{name}", "rb")
