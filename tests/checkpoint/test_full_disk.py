@@ -125,7 +125,7 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
     """The kernel refuses to let any file grow beyond 300 kB: the optimizer's does not fit."""
     script = (
         "import resource, sys\n"
-        "from vtfast import run\n"
+        "from vtfast.training import loop as run\n"
         "start = run.Saver.begin\n"
         "def begin(self, step, *rest):\n"
         "    if step == 2:\n"

@@ -60,7 +60,7 @@ def killer(folder: Path, rank: int, step: int) -> Path:
     script = folder / "killer.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from vtfast import run\n"
+        "from vtfast.training import loop as run\n"
         "optimize = run.Run.optimize\n"
         "def planted(self, *work):\n"
         f"    if self.done == {step - 1} and self.ranks.rank == {rank}:\n"
@@ -111,7 +111,7 @@ def test_another_number_of_ranks_goes_on(whole, tmp_path, before, after):
     script = tmp_path / "resave.py"
     script.write_text(
         "import sys\n"
-        "from vtfast import run\n"
+        "from vtfast.training import loop as run\n"
         "train = run.Run.train\n"
         "def save_first(self):\n"
         "    self.save()\n"
@@ -170,7 +170,9 @@ def test_an_error_while_a_checkpoint_is_being_written(tmp_path, kind):
     script = tmp_path / "fails.py"
     script.write_text(
         "import sys, threading\n"
-        "from vtfast import errors, run, trainer\n"
+        "from vtfast import trainer\n"
+        "from vtfast.training import loop as run\n"
+        "from vtfast.utils import errors\n"
         "from vtfast.training.checkpoint import save\n"
         "failing, write, step = threading.Event(), save.save_file, trainer.Trainer.step\n"
         "def late(tensors, path, **options):\n"

@@ -10,7 +10,7 @@ import torch
 from make_files import encoded, picture
 from PIL import Image
 
-from vtfast.data import processor as processing
+from vtfast.data import prompt as prompt_module
 from vtfast.data.images import Images, image_sizes
 from vtfast.data.processor import PLACEHOLDER, Processor
 from vtfast.data.prompt import mrope_positions
@@ -129,7 +129,7 @@ def test_the_key_is_the_content(processor):
     assert processor.encode("How many?", []).key not in keys
     # The same in every process: resuming a run must not change what is sampled.
     assert processor.encode("How many?", []).key == processor.encode("How many?", []).key
-    assert processing._key(torch.tensor([1, 2, 3]), None, None) == 6520558355739401531
+    assert prompt_module._key(torch.tensor([1, 2, 3]), None, None) == 6520558355739401531
 
 
 def test_images_are_taken_in_any_form(processor, tmp_path):

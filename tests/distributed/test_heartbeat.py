@@ -171,7 +171,7 @@ def test_a_stranger_cannot_harm_rank_0():
 
 RANK = """
 import sys, os, json, time
-from vtfast import heartbeat
+from vtfast.distributed import heartbeat
 from vtfast.cli import BAD_INPUT
 from vtfast.heartbeat import Door, Member
 rank, size, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])

@@ -43,7 +43,8 @@ FLAGS = [
 PLANT = """
 import os, signal, sys, time
 import torch
-from vtfast import run, trainer
+from vtfast import trainer
+from vtfast.training import loop as run
 where, who, what = os.environ["PLANT"].split(maxsplit=2)
 def strike(rank):
     if rank.ranks.rank == int(who) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":

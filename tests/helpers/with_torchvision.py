@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from make_files import picture
 
-from vtfast.data import processor as processing
+from vtfast.data import resize
 from vtfast.data.processor import PLACEHOLDER, Processor
 from vtfast.data.resize import resize_image
 from vtfast.utils.errors import UserError
@@ -38,7 +38,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].size}-{case[0].mode}")
 def test_our_resizing_is_qwen_vl_utils(case):
-    ours, theirs = resize_image(*case), processing._utils_resize(*case)
+    ours, theirs = resize_image(*case), resize._utils_resize(*case)
     assert ours.size == theirs.size
     assert ours.mode == theirs.mode == "RGB"
     assert ours.tobytes() == theirs.tobytes()
@@ -47,9 +47,9 @@ def test_our_resizing_is_qwen_vl_utils(case):
 def test_a_strip_that_would_vanish(folder):
     """Shrunk to the limit, its short side rounds to nothing: both ways must refuse it."""
     image = picture(6000, 40)
-    for resize in (resize_image, processing._utils_resize):
+    for shrink in (resize_image, resize._utils_resize):
         with pytest.raises(ValueError, match=r"short side|must be > 0"):
-            resize(image, 3136, 6272)
+            shrink(image, 3136, 6272)
     processor = Processor.from_pretrained(folder, max_pixels=6272)
     with pytest.raises(UserError, match="image 1 of 1"):
         processor.encode(PLACEHOLDER, [image])
@@ -93,7 +93,7 @@ def test_both_worlds_give_the_same_prompt(folder):
 LIGHT = """
 import sys
 import vtfast
-from vtfast import torchvision_shim
+from vtfast.utils import torchvision_shim
 assert "transformers" not in sys.modules and "torchvision" not in sys.modules
 assert torchvision_shim.mend_torchvision() is False  # once is enough
 import torchvision

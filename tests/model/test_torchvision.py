@@ -43,7 +43,7 @@ def test_transformers_loads_without_vtfast():
 )
 def test_a_torchvision_that_loads_is_left_alone(monkeypatch, torch_version, torchvision_version):
     """Declaring its operators first would break one that brings them itself."""
-    from vtfast.data import torchvision_shim
+    from vtfast.utils import torchvision_shim
 
     texts = {"torch": torch_version, "torchvision": torchvision_version}
     monkeypatch.setattr(torchvision_shim, "_version_file", texts.get)

@@ -252,7 +252,8 @@ def test_dropped_gradients_leave_nothing(tmp_path):
 
 SCRIPT = """
 import sys
-from vtfast import distributed, objective
+from vtfast.distributed import launch as distributed
+from vtfast.training import grpo_objective as objective
 
 forward, calls = objective.Objective.forward, []
 def poisoned(self, *arguments):

@@ -384,7 +384,8 @@ def test_a_cache_of_a_given_size_is_halved_too(policy, prompts, monkeypatch):
 SCRIPT = """
 import sys
 import torch
-from vtfast import distributed, run
+from vtfast.distributed import launch as distributed
+from vtfast.training import loop as run
 
 accumulate, calls = run.Run.accumulate, []
 def spoilt(self, batches, counts):

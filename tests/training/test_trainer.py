@@ -171,7 +171,7 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
     script = tmp_path / "one_bad.py"
     script.write_text(
         "import sys\n"
-        "from vtfast import run\n"
+        "from vtfast.training import loop as run\n"
         "check = run.check_group\n"
         "def planted(prompt, tokens, *rest):\n"
         "    if tokens and run.distributed.dist.get_rank() == 1:\n"

@@ -71,7 +71,3 @@ class SFTConfig(Checks, Output, Optimizer, Rollout, SFT, Task):
 
 
 RunConfig = Config | SFTConfig
-
-
-def prompts_per_rank(config: RunConfig) -> int:
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps

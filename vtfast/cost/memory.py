@@ -19,7 +19,7 @@ from vtfast_kernels.logit_rows import chunk_rows
 
 from vtfast.config import RunConfig
 from vtfast.config.rules import PIXELS_A_TOKEN
-from vtfast.config.runs import prompts_per_rank
+from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.evaluate.held_out import BATCH as HELD_OUT_BATCH
 from vtfast.model.policy import Policy
 from vtfast.rollout.buffers import cache_shape

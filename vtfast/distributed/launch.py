@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 
 from vtfast.config import RunConfig
-from vtfast.config.runs import prompts_per_rank
 from vtfast.distributed import heartbeat
 from vtfast.distributed.determinism import make_deterministic
-from vtfast.distributed.ranks import Ranks
+from vtfast.distributed.ranks import Ranks, prompts_per_rank
 from vtfast.distributed.zero2 import import_deepspeed
 from vtfast.utils.errors import UserError
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from vtfast.config import RunConfig
 from vtfast.distributed import heartbeat
 from vtfast.utils.errors import UserError
 
@@ -78,3 +79,8 @@ def gather_rows(ranks: Ranks, work: Callable[[], list[dict[str, Any]]]) -> list[
         if text:
             raise UserError(text) from problem
     return sorted((row for rows, _ in parts for row in rows), key=lambda row: row["index"])
+
+
+def prompts_per_rank(config: RunConfig) -> int:
+    """Of one optimizer step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps

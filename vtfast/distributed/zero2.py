@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,7 @@ def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
     return engine
 
 
-def import_deepspeed():
+def import_deepspeed() -> ModuleType:
     """DeepSpeed, once the device is known, and quiet."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtfast.config import RunConfig
-from vtfast.config.runs import prompts_per_rank
 from vtfast.data import Sample
 from vtfast.data.batches import batches
 from vtfast.data.processor import Processor
@@ -26,7 +25,7 @@ from vtfast.data.prompt_builder import Asker, Question
 from vtfast.data.splits import load_questions, render_synthetic, samples_digest
 from vtfast.distributed import heartbeat, launch
 from vtfast.distributed.determinism import seed_all
-from vtfast.distributed.ranks import on_main
+from vtfast.distributed.ranks import on_main, prompts_per_rank
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.model.fingerprint import fingerprint
