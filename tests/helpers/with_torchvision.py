@@ -65,7 +65,7 @@ logging.basicConfig(level=logging.INFO)
 from vtfast.data import Processor
 assert "transformers" not in sys.modules
 from make_files import picture
-from vtfast.processor import PLACEHOLDER
+from vtfast.data.processor import PLACEHOLDER
 processor = Processor.from_pretrained(sys.argv[2])
 images = [picture(300, 200), picture(90, 120, mode="RGBA")]
 prompts = [processor.encode(PLACEHOLDER * 2, images) for _ in range(2)]

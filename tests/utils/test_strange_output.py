@@ -173,7 +173,7 @@ def test_what_data_say_does_not_steer_the_terminal(tmp_path, capfd):
 
 
 def test_the_log_of_a_command_does_not_steer_the_terminal():
-    code = "import logging; from vtfast.cli.main import _prepare; _prepare(); logging.getLogger('vtfast').warning('\x1b[2J')"
+    code = "from vtfast.cli.main import _prepare, logging; _prepare(); logging.getLogger('vtfast').warning('\x1b[2J')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert done.stderr == b"\\x1b[2J\n"
 
