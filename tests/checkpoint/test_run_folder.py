@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from whole_runs import build, rows, run
 
-from vtfast.data import prompt_builder as questions_module
+from vtfast.data import splits
 from vtfast.training.checkpoint import checksums as files
 from vtfast.training.checkpoint import keep_data
 from vtfast.utils.errors import UserError
@@ -104,7 +104,7 @@ def test_rendered_questions_are_in_the_run_folder_whole_or_not_at_all(tmp_path, 
         (Path(to) / val.name).write_bytes(val.read_bytes()[:100])
         raise Killed
 
-    monkeypatch.setattr(questions_module, "SYNTHETIC_TRAIN", 12)
+    monkeypatch.setattr(splits, "SYNTHETIC_TRAIN", 12)
     settings = {
         "data": "synthetic",
         "eval_data": "synthetic",

@@ -208,12 +208,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from bench._harness import measure_growth
 from vtfast.config import load_config
-from vtfast.groups import Batch, Group
+from vtfast.training.groups import Batch, Group
 from vtfast.model import Policy
-from vtfast.objective import Objective, loss_spec
-from vtfast.packing import Part
-from vtfast.processor import Prompt
-from vtfast.questions import Question
+from vtfast.training.grpo_objective import Objective, loss_spec
+from vtfast.cost.micro_batches import Part
+from vtfast.data.prompt import Prompt
+from vtfast.data.prompt_builder import Question
 from vtfast.rollout import Completion
 
 config = load_config(overrides={overrides!r})

@@ -13,7 +13,7 @@ from launchers import deepspeed_launcher, outside_ranks
 from safetensors.torch import load_file
 
 from vtfast.config import load_config
-from vtfast.data import prompt_builder as questions
+from vtfast.data import splits
 from vtfast.distributed.determinism import WANTED, fixed, flash_options, is_deterministic, make_deterministic
 from vtfast.report.tracking import MEASURED
 from vtfast.trainer import Trainer
@@ -65,7 +65,7 @@ def assert_equal(one: Path, other: Path) -> None:
 
 
 def test_two_runs_are_bitwise_equal_with_the_flag_and_without(tmp_path, restored, monkeypatch):
-    monkeypatch.setattr(questions, "SYNTHETIC_TRAIN", 64)
+    monkeypatch.setattr(splits, "SYNTHETIC_TRAIN", 64)
 
     def run(name: str, **settings) -> Path:
         settings = SHORT | {"beta": 0.04, "output_dir": str(tmp_path / name)} | settings

@@ -173,7 +173,7 @@ RANK = """
 import sys, os, json, time
 from vtfast.distributed import heartbeat
 from vtfast.cli import BAD_INPUT
-from vtfast.heartbeat import Door, Member
+from vtfast.distributed.heartbeat import Door, Member
 rank, size, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 def tell(value):
     print(json.dumps(value), flush=True)

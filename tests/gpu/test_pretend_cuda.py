@@ -22,6 +22,7 @@ from vtfast.model.loading import load_model
 from vtfast.model.reference import Reference
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
+from vtfast.training import loop
 
 OPS = (
     "add_rms_norm",
@@ -196,7 +197,7 @@ def stepped(folder, where, monkeypatch, **settings):
     """-> metrics of two steps, the weights behind them, and what came of scores and random numbers."""
     place = DEVICE if where == "cuda" else torch.device("cpu")
     monkeypatch.setattr(distributed, "start", lambda config: Ranks(0, 1, place))
-    monkeypatch.setattr(distributed, "zero2_engine", PlainEngine)
+    monkeypatch.setattr(loop, "zero2_engine", PlainEngine)
     monkeypatch.setattr(trainer, "reward", by_place)
     small = {"per_device_train_batch_size": 2, "max_completion_length": 6, "dtype": "float32"}
     small |= {"use_liger_kernel": False, "rollout_attention": "torch", "learning_rate": 0.1}

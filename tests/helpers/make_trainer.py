@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vtfast.config import load_config
-from vtfast.data import prompt_builder as questions
+from vtfast.data import splits
 from vtfast.data.batches import batches
 from vtfast.trainer import Trainer
 
@@ -14,7 +14,7 @@ def make(folder, **overrides):
     few |= {"per_device_train_batch_size": 4, "num_generations": 4, "learning_rate": 1e-3}
     settings = {"output_dir": str(folder), "token_budget": 200, **few}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(questions, "SYNTHETIC_TRAIN", 48)
+        patch.setattr(splits, "SYNTHETIC_TRAIN", 48)
         return Trainer(load_config(overrides=settings | overrides))
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vtfast.cost import micro_batches
 from vtfast.cost.flops import forward_flops
 from vtfast.cost.micro_batches import Part
 from vtfast.data.prompt_builder import Question
 from vtfast.rollout import Completion
-from vtfast.training import load_balancing
 from vtfast.training.groups import Group
 from vtfast.training.load_balancing import settle, share_out
 
@@ -118,13 +118,13 @@ def test_no_rank_waits(shared, policy):
 
 
 def test_images_count_as_work(shared, monkeypatch):
-    patches, original = [], load_balancing.forward_flops
+    patches, original = [], micro_batches.forward_flops
 
     def watched(config, prompt, lengths, images):
         patches.extend(images)
         return original(config, prompt, lengths, images)
 
-    monkeypatch.setattr(load_balancing, "forward_flops", watched)
+    monkeypatch.setattr(micro_batches, "forward_flops", watched)
     shared()
     assert patches and min(patches) > 0
 
