@@ -39,12 +39,12 @@ from bench._harness import (
 from bench._workload import MID, SIZES, TWO_B, Shape, Workload
 from vtfast.cost.devices import PEAK_FLOPS, listed
 from vtfast.cost.micro_batches import Part
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.attention import choose_backend
 from vtfast.model.policy import Policy
 from vtfast.rollout import Completion
-from vtfast.training.groups import Batch, Group
-from vtfast.training.grpo_objective import Objective
+from vtfast.training.groups import Group, MicroBatch
+from vtfast.training.grpo_objective import GRPOObjective
 from vtfast.training.metrics import update_flops
 
 TESTS = ("model/test_packing.py", "model/test_scoring.py")
@@ -63,19 +63,19 @@ class Ours:
 
             use_liger(self.policy)
         self.module = module
-        self.objective = Objective(self.policy, GRPOLoss(beta=0.0))
+        self.objective = GRPOObjective(self.policy, GRPOLoss(beta=0.0))
         self.groups = {}
         for number, (prompt, answers) in enumerate(zip(work.prompts, work.tokens, strict=True)):
             completions = [Completion(answer, [0.0] * len(answer), "length") for answer in answers]
-            question = Question(sample=None, prompt=prompt)
+            question = EncodedSample(sample=None, prompt=prompt)
             self.groups[number] = Group(question, completions, advantage=work.advantage[number])
         self.sequences = sum(len(group) for group in work.tokens)
         self.tokens = sum(len(answer) for group in work.tokens for answer in group)
 
-    def batch(self) -> Batch:
+    def batch(self) -> MicroBatch:
         members = tuple(range(len(self.groups[0].completions)))
         parts = [Part(number, members, 0, 0.0) for number in self.groups]
-        return Batch(parts, self.groups, self.policy)
+        return MicroBatch(parts, self.groups, self.policy)
 
     def losses(self) -> Iterator[Tensor]:
         """One a backward pass; their sum is the loss."""

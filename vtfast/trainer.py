@@ -19,7 +19,7 @@ from vtfast_kernels.group_advantage import group_advantage
 
 from vtfast.config import Config
 from vtfast.cost.devices import mfu
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.data.prompts import response_prefix
 from vtfast.distributed import heartbeat
 from vtfast.evaluate.held_out import HeldOut
@@ -31,9 +31,9 @@ from vtfast.rollout import Sampling
 from vtfast.rollout.engine import GivenUp
 from vtfast.scoring import packed_logprobs
 from vtfast.training.groups import Group, reward
-from vtfast.training.grpo_objective import SUMS, Objective, loss_spec
+from vtfast.training.grpo_objective import SUMS, GRPOObjective, loss_spec
 from vtfast.training.health import warn
-from vtfast.training.load_balancing import Work
+from vtfast.training.load_balancing import StepBatches
 from vtfast.training.loop import Run
 from vtfast.training.metrics import Timer, completion_rows, process_metrics, step_metrics, summary, update_flops
 from vtfast.training.preflight import check_start
@@ -63,14 +63,14 @@ class Trainer(Run):
             repetition_penalty=config.repetition_penalty,
         )
         self.groups: list[Group] = []
-        self.work = Work([], 0, 0, 0.0)
+        self.work = StepBatches([], 0, 0, 0.0)
         super().__init__(config)
         self.roofline = Roofline(config, self.policy, self.ranks)
 
-    def objective(self) -> Objective:
+    def objective(self) -> GRPOObjective:
         config = self.config
         self.reference = Reference(self.policy, config.offload_reference) if config.beta > 0 else None
-        return Objective(self.policy, loss_spec(config), config.vllm_importance_sampling_correction)
+        return GRPOObjective(self.policy, loss_spec(config), config.vllm_importance_sampling_correction)
 
     def run(self) -> Path:
         try:
@@ -92,7 +92,7 @@ class Trainer(Run):
     def draw(self, before: HeldOut | None, after: HeldOut | None) -> None:
         draw_curves(self.folder, before, after)
 
-    def step(self, step: int, questions: Sequence[Question] | None) -> tuple[dict, list[dict]]:
+    def step(self, step: int, questions: Sequence[EncodedSample] | None) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, a row per new completion). Collective.
 
         `questions`: this rank's; None goes on with the answers of the step before (`num_iterations`).
@@ -142,12 +142,12 @@ class Trainer(Run):
         parts = enumerate(self.ranks.gather(mine))
         return metrics, [{**row, "rank": rank} for rank, part in parts for row in part]
 
-    def rollout_seconds(self, questions: Sequence[Question] | None) -> dict[str, float]:
+    def rollout_seconds(self, questions: Sequence[EncodedSample] | None) -> dict[str, float]:
         """This rank's prefill and decode; nothing where the step had no rollout or the engine does not tell."""
         seconds = {} if questions is None else self.rollout.seconds
         return {f"rollout/{part}_seconds": value for part, value in seconds.items()}
 
-    def answer(self, questions: Sequence[Question], step: int) -> list[Group]:
+    def answer(self, questions: Sequence[EncodedSample], step: int) -> list[Group]:
         """G sampled answers to each question, with their rewards. What cannot be trained on is left out and listed."""
         config = self.config
         questions = [question for question in questions if self.usable(question, [], step)]
@@ -187,7 +187,7 @@ class Trainer(Run):
         for group, values in zip(groups, mine, strict=True):
             group.advantage = values
 
-    def score_old(self, work: Work) -> None:
+    def score_old(self, work: StepBatches) -> None:
         """Log-probs before the update: the reference model's for the KL, the policy's own if it is updated twice."""
         scorers: list[tuple[str, contextlib.AbstractContextManager[Policy]]] = []
         if self.reference:
@@ -200,14 +200,14 @@ class Trainer(Run):
                 self.budget.fit(work, score, step=self.at_step)
 
     @torch.no_grad()
-    def score(self, policy: Policy, whose: str, work: Work) -> None:
+    def score(self, policy: Policy, whose: str, work: StepBatches) -> None:
         with self.budget.together():
             for batch in work.batches:
                 heartbeat.beat()
                 if batch.parts:
                     batch.write(whose, packed_logprobs(policy, batch.pack, self.config.temperature))
 
-    def update(self, work: Work) -> tuple[dict[str, float], float, float]:
+    def update(self, work: StepBatches) -> tuple[dict[str, float], float, float]:
         """Forward, backward and the optimizer step -> (sums over this rank's tokens, gradient norm, learning rate)."""
         if work.num_sequences == 0:
             self.keeper.empty(self.at_step)

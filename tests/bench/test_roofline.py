@@ -27,14 +27,14 @@ from vtfast.cost.roofline import (
     score_floor,
     step_floors,
 )
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.blueprint import read_model_config, skeleton
 from vtfast.model.loading import load_model
 from vtfast.rollout import Completion, RolloutEngine, Sampling
 from vtfast.rollout.scheduler import Rollout
 from vtfast.trainer import Trainer
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.metrics import update_flops
 from vtfast.training.speed import phase_seconds, shares
 from vtfast.utils.errors import UserError
@@ -178,10 +178,10 @@ def test_prefill(two_b):
 
 def test_an_update_bound_by_compute_has_mfu_as_its_share(policy, prompts):
     groups = {
-        p: Group(Question(None, prompt), [Completion([1] * n, [], "stop") for n in (3, 5)])
+        p: Group(EncodedSample(None, prompt), [Completion([1] * n, [], "stop") for n in (3, 5)])
         for p, prompt in enumerate(prompts)
     }
-    batch = Batch([Part(p, (0, 1), 0, 0.0) for p in groups], groups, policy)
+    batch = MicroBatch([Part(p, (0, 1), 0, 0.0) for p in groups], groups, policy)
     sizes = [Size(len(prompt.ids), [3, 5], prompt.patches) for prompt in prompts]
     floor = pass_floor(Weights.of(policy), UNIT, sizes)
     assert floor == Floor(compute=update_flops(policy, [batch]))

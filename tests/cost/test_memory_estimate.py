@@ -25,7 +25,7 @@ from vtfast.model.loading import load_model
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.trainer import Trainer
-from vtfast.training.load_balancing import Work
+from vtfast.training.load_balancing import StepBatches
 from vtfast.training.loop import Run
 
 # -------------------------------------------------------------------------------------- parameters
@@ -81,7 +81,7 @@ def test_optimizer_and_gradients_are_the_engines(tmp_path, dtype, monkeypatch):
         real()
 
     monkeypatch.setattr(trainer.engine, "step", step)
-    trainer.optimize(Work([group_of(trainer)], 1, 1, 0.0), 1, 1)
+    trainer.optimize(StepBatches([group_of(trainer)], 1, 1, 0.0), 1, 1)
     trainer.scorer.close()
     optimizer = trainer.engine.optimizer
     (master,) = optimizer.single_partition_of_fp32_groups
@@ -97,9 +97,9 @@ def test_optimizer_and_gradients_are_the_engines(tmp_path, dtype, monkeypatch):
 
 def group_of(trainer: Run):
     """A pass with nothing in it: it has all the gradients of a full one."""
-    from vtfast.training.groups import Batch
+    from vtfast.training.groups import MicroBatch
 
-    return Batch([], {}, trainer.policy)
+    return MicroBatch([], {}, trainer.policy)
 
 
 def test_ranks_share_the_optimizer_and_the_sums_but_not_the_buckets():
@@ -208,12 +208,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from bench._harness import measure_growth
 from vtfast.config import load_config
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import MicroBatch, Group
 from vtfast.model import Policy
-from vtfast.training.grpo_objective import Objective, loss_spec
+from vtfast.training.grpo_objective import GRPOObjective, loss_spec
 from vtfast.cost.micro_batches import Part
 from vtfast.data.prompt import Prompt
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.rollout import Completion
 
 config = load_config(overrides={overrides!r})
@@ -221,9 +221,9 @@ policy = Policy(Qwen2ForCausalLM(Qwen2Config(**{model!r})).eval(), ())
 P, C, G = config.max_prompt_length, config.max_completion_length, config.num_generations
 prompt = Prompt(torch.arange(P), torch.arange(P).expand(3, -1))
 answers = [Completion(list(range(C)), [-1.0] * C, "length") for _ in range(G)]
-group = Group(Question(None, prompt), answers, advantage=torch.linspace(-1, 1, G))
-batch = Batch([Part(0, tuple(range(G)), P + G * C, 1.0)], {{0: group}}, policy)
-objective = Objective(policy, loss_spec(config))
+group = Group(EncodedSample(None, prompt), answers, advantage=torch.linspace(-1, 1, G))
+batch = MicroBatch([Part(0, tuple(range(G)), P + G * C, 1.0)], {{0: group}}, policy)
+objective = GRPOObjective(policy, loss_spec(config))
 for p in policy.module.parameters():
     p.grad = torch.zeros_like(p)  # the engine's, which the estimate counts elsewhere
 measure_growth(lambda: objective(batch, G, G * C)[0].backward())

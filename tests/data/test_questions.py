@@ -7,7 +7,7 @@ from make_files import encoded, picture, sat_row, write_jsonl, write_sat
 
 from vtfast.config import load_config
 from vtfast.data import RECOGNISED, Selection
-from vtfast.data.prompt_builder import Asker
+from vtfast.data.prompt_builder import PromptBuilder
 from vtfast.data.splits import columns, load_questions, selection
 from vtfast.trainer import Trainer
 
@@ -20,7 +20,7 @@ def rows_asked(tmp_path, processor):
 
     def asked(**settings) -> dict[str, list[int]]:
         config = load_config(overrides={"eval_data": "none", **settings})
-        samples = load_questions(config, Asker(config, processor), tmp_path)
+        samples = load_questions(config, PromptBuilder(config, processor), tmp_path)
         return {split: [sample.row for sample in found] for split, found in samples.items()}
 
     return asked

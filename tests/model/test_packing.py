@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from vtfast.cost.flops import forward_flops
 from vtfast.cost.micro_batches import Part, plan, split
 from vtfast.data.prompt import Prompt, mrope_positions
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.loading import load_model
 from vtfast.model.packing import Pack, check_group
 from vtfast.rollout import Completion
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.metrics import update_flops
 from vtfast.utils.errors import UserError
 
@@ -176,8 +176,8 @@ def test_flops_of_qwen2_vl_2b():
 )
 def test_an_update_costs_less_where_parts_are_frozen(random_path, prompts, freeze, trunk, head, vision):
     policy = load_model(random_path, freeze=freeze)
-    group = Group(Question(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2)
-    batch = Batch([Part(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
+    group = Group(EncodedSample(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2)
+    batch = MicroBatch([Part(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
     patches = prompts[0].grid.prod(-1).tolist()
     flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
     expected = trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision

@@ -255,14 +255,14 @@ import sys
 from vtfast.distributed import launch as distributed
 from vtfast.training import grpo_objective as objective
 
-forward, calls = objective.Objective.forward, []
+forward, calls = objective.GRPOObjective.forward, []
 def poisoned(self, *arguments):
     loss, *rest = forward(self, *arguments)
     calls.append(1)
     if distributed.dist.get_rank() == 1 and len(calls) == 2:
         loss = loss + float("inf")
     return loss, *rest
-objective.Objective.forward = poisoned
+objective.GRPOObjective.forward = poisoned
 
 from vtfast.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))

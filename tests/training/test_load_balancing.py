@@ -9,7 +9,7 @@ import torch
 from vtfast.cost import micro_batches
 from vtfast.cost.flops import forward_flops
 from vtfast.cost.micro_batches import Part
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.rollout import Completion
 from vtfast.training.groups import Group
 from vtfast.training.load_balancing import settle, share_out
@@ -48,7 +48,7 @@ def on_ranks(size, work):
 def group(prompts, index, lengths, advantage=1.0):
     completions = [Completion([10 + index] * n, [0.0] * n, "stop") for n in lengths]
     values = torch.full((len(lengths),), advantage)
-    question = Question(None, prompts[index % len(prompts)], index)
+    question = EncodedSample(None, prompts[index % len(prompts)], index)
     return Group(question, completions, advantage=values)
 
 
@@ -70,7 +70,7 @@ def shared(policy, prompts):
 
             def ask(index):
                 asked.append((ranks.rank, index))
-                return Question(None, prompts[index % len(prompts)], index)
+                return EncodedSample(None, prompts[index % len(prompts)], index)
 
             return share_out(groups, ranks, policy, ask, token_budget, skip)
 

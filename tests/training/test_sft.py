@@ -23,12 +23,12 @@ from vtfast.config import SFTConfig, field_help, field_names, load_config, recip
 from vtfast.cost.flops import forward_flops
 from vtfast.data import Processor, Sample, synthetic
 from vtfast.data.batches import batches
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.loading import load_model
 from vtfast.rollout import Completion
 from vtfast.trainer import Trainer
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.load_balancing import share_out
 from vtfast.training.metrics import update_flops
 from vtfast.training.sft import SFTObjective, SFTTrainer
@@ -95,11 +95,11 @@ def labelled(batch, processor, prompts, answers, completion_only):
 
 
 def given(prompt, tokens):
-    question = Question(Sample("?", ["a"], "a", []), prompt)
+    question = EncodedSample(Sample("?", ["a"], "a", []), prompt)
     return Group(question, [Completion(list(tokens), [], "stop")], advantage=torch.ones(1))
 
 
-def pass_over(policy, groups) -> Batch:
+def pass_over(policy, groups) -> MicroBatch:
     (batch,) = share_out(groups, Ranks(0, 1, policy.device), policy, None, 10**6, False).batches
     return batch
 
@@ -240,7 +240,7 @@ def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     for name, parameter in trained.items():
         parameter.register_hook(lambda _, name=name: arrived.append(name))
     batch = pass_over(trainer.policy, trainer.with_targets(asked, 1))
-    for case in (batch, Batch([], {}, trainer.policy)):
+    for case in (batch, MicroBatch([], {}, trainer.policy)):
         arrived.clear()
         loss, sums = objective(case, 99)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=False)

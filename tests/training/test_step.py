@@ -7,8 +7,8 @@ import torch
 from steps import PROPORTIONAL, answered, logprobs, shake, weights
 
 from vtfast.config import Config
-from vtfast.training.groups import Batch
-from vtfast.training.grpo_objective import Objective, loss_spec
+from vtfast.training.groups import MicroBatch
+from vtfast.training.grpo_objective import GRPOObjective, loss_spec
 from vtfast.utils.errors import UserError
 
 
@@ -119,7 +119,7 @@ def test_a_step_without_any_signal_is_still_a_step(make):
 def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     """Every trained weight gets a gradient of zero, in the order in which other ranks get theirs."""
     trainer, questions = make(**settings)
-    objective = Objective(trainer.policy, loss_spec(trainer.config))  # without DeepSpeed's hooks
+    objective = GRPOObjective(trainer.policy, loss_spec(trainer.config))  # without DeepSpeed's hooks
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     arrived = []
     for name, parameter in trained.items():
@@ -128,7 +128,7 @@ def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     work = trainer.share_out(groups)
     trainer.score_old(work)
     orders = []
-    for batch in (*work.batches, Batch([], {}, trainer.policy)):
+    for batch in (*work.batches, MicroBatch([], {}, trainer.policy)):
         arrived.clear()
         loss, sums, drift = objective(batch, 64, 900)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=False)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from vtfast.data import Sample
-from vtfast.data.prompt_builder import Asker, Question
+from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
 from vtfast.utils.errors import UserError
 
 
@@ -29,7 +29,7 @@ def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:
 
 
 def batches(
-    asker: Asker,
+    asker: PromptBuilder,
     samples: Sequence[Sample],
     steps: Sequence[int],
     *,
@@ -38,13 +38,13 @@ def batches(
     ranks: int,
     seed: int,
     every: int = 1,
-) -> Iterator[list[Question]]:
+) -> Iterator[list[EncodedSample]]:
     """This rank's questions of each step; the next step's images are decoded while this one trains.
 
     `every`: optimizer steps that live on one set of questions; `steps` names the first of each.
     """
 
-    def prepare(step: int) -> list[Question]:
+    def prepare(step: int) -> list[EncodedSample]:
         indices = order(len(samples), (step - 1) // every + 1, per_rank * ranks, seed)
         questions = []
         for i in indices[rank * per_rank : (rank + 1) * per_rank]:

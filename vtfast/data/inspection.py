@@ -17,7 +17,7 @@ from vtfast.config import Config
 from vtfast.data import NotSelected, Row, Sample, Samples, iter_rows, shuffle_options
 from vtfast.data.images import image_sizes
 from vtfast.data.processor import Processor
-from vtfast.data.prompt_builder import Asker
+from vtfast.data.prompt_builder import PromptBuilder
 from vtfast.data.splits import columns, selection
 from vtfast.utils.errors import UserError
 
@@ -119,7 +119,7 @@ def inspect_data(config: Config) -> DataReport:
         UserError: no such data, model or template, or files that cannot be read at all.
     """
     processor = Processor.from_pretrained(config.model, config.min_pixels, config.max_pixels)
-    asker = Asker(config, processor)
+    asker = PromptBuilder(config, processor)
     report = DataReport(config.data, config.model, config.template, config.max_prompt_length)
     rows = iter_rows(
         config.data, config.split, columns=columns(config), selection=selection(config), first_rows=config.first_rows
@@ -136,7 +136,7 @@ def inspect_data(config: Config) -> DataReport:
     return report
 
 
-def _add(report: DataReport, row: Row, sample: Sample, asker: Asker) -> None:
+def _add(report: DataReport, row: Row, sample: Sample, asker: PromptBuilder) -> None:
     text, sizes = asker.text(sample), image_sizes(sample.images)
     try:
         tokens = asker.processor.prompt_length(text, sizes)

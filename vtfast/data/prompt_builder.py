@@ -18,7 +18,7 @@ log = logging.getLogger("vtfast")
 
 
 @dataclass(frozen=True)
-class Question:
+class EncodedSample:
     """A sample with its tokenized prompt."""
 
     sample: Sample
@@ -27,7 +27,7 @@ class Question:
     """Place of the sample among those of the run, by which any rank can ask it again."""
 
 
-class Asker:
+class PromptBuilder:
     """Turns samples into questions with one template and one processor."""
 
     def __init__(self, config: RunConfig, processor: Processor) -> None:
@@ -49,9 +49,9 @@ class Asker:
         taken, self.skipped = self.skipped, []
         return taken
 
-    def ask(self, sample: Sample, index: int = -1) -> Question:
+    def ask(self, sample: Sample, index: int = -1) -> EncodedSample:
         prompt = self.processor.encode(self.text(sample), sample.images)
-        return Question(sample, prompt, index)
+        return EncodedSample(sample, prompt, index)
 
     def text(self, sample: Sample) -> str:
         return render(self.template, sample, literal_image=self.literal_image)

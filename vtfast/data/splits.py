@@ -9,13 +9,13 @@ from pathlib import Path
 
 from vtfast.config import RunConfig
 from vtfast.data import RECOGNISED, Columns, Sample, Selection, load_samples, shuffle_options, synthetic
-from vtfast.data.prompt_builder import Asker
+from vtfast.data.prompt_builder import PromptBuilder
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TRAIN = 2048
 
 
-def load_questions(config: RunConfig, asker: Asker, rendered: Path) -> dict[str, list[Sample]]:
+def load_questions(config: RunConfig, asker: PromptBuilder, rendered: Path) -> dict[str, list[Sample]]:
     """Samples by split, "train" and "val" (held out; absent without `eval_data`).
 
     `rendered`: the folder of `render_synthetic`; its files are read like any others.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from vtfast.config import RunConfig
-from vtfast.data.prompt_builder import Asker
+from vtfast.data.prompt_builder import PromptBuilder
 from vtfast.data.prompts import response_prefix
 from vtfast.distributed.ranks import Ranks
 from vtfast.rewards import accuracy_reward, format_reward
@@ -35,7 +35,12 @@ class HeldOut:
 
 
 def held_out(
-    engine: Engine, asker: Asker, samples: Sequence, config: RunConfig, ranks: Ranks, graded: Callable[[str], str] = str
+    engine: Engine,
+    asker: PromptBuilder,
+    samples: Sequence,
+    config: RunConfig,
+    ranks: Ranks,
+    graded: Callable[[str], str] = str,
 ) -> HeldOut:
     """Ask every sample once sampled and once greedily; the ranks share them out.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtfast.cost.micro_batches import Part
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.packing import Pack
 from vtfast.model.policy import Policy
 from vtfast.rewards import Response
@@ -22,7 +22,7 @@ from vtfast.rollout import Completion
 class Group:
     """One question with its G answers and what became of them. Lists and tensors run over the G."""
 
-    question: Question
+    question: EncodedSample
     completions: list[Completion]
     texts: list[str] = field(default_factory=list)
     rewards: Tensor | None = None
@@ -45,7 +45,7 @@ class Group:
 
 
 @dataclass
-class Batch:
+class MicroBatch:
     """The groups, or parts of groups, that one rank handles in one pass. Sequences run over parts, then members."""
 
     parts: Sequence[Part]

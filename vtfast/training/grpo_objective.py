@@ -11,13 +11,13 @@ from vtfast.config import Config
 from vtfast.data.prompt import Prompt
 from vtfast.model.packing import IGNORED, Pack
 from vtfast.model.policy import Policy
-from vtfast.training.groups import Batch
+from vtfast.training.groups import MicroBatch
 
 SUMS = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
 """What a pass reports beside its loss, summed over its scored tokens."""
 
 
-class Objective(nn.Module):
+class GRPOObjective(nn.Module):
     """One pass: trunk over the packed row, then head and loss in one op that never holds the logits."""
 
     def __init__(self, policy: Policy, spec: GRPOLoss, use_sampler_logps: bool = False) -> None:
@@ -25,7 +25,7 @@ class Objective(nn.Module):
         self.module = policy.module
         self.policy, self.spec, self.use_sampler_logps = policy, spec, use_sampler_logps
 
-    def forward(self, batch: Batch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> (loss, `SUMS` [5] fp32, largest drift of a token's log-prob from the sampler's).
 
         The denominators are those of the whole step, all passes and ranks."""

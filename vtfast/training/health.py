@@ -20,7 +20,7 @@ from torch import Tensor
 from vtfast.config import Config
 from vtfast.distributed.ranks import Ranks
 from vtfast.training.gradients import drop_gradients, global_norm, nonfinite_gradients
-from vtfast.training.groups import Batch
+from vtfast.training.groups import MicroBatch
 from vtfast.utils.errors import SharedError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def warn(health: Health, step: int, metrics: Mapping[str, float | None], config:
             log.warning("step %d: %s (--%s_warning %g)", step, text.format(value, **metrics), name, bound)
 
 
-class Keeper:
+class GuardedOptimizer:
     """Lets optimizer steps happen, or leaves them out."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Keeper:
         self.most_in_a_row = most_in_a_row
         self.health = health or Health()
 
-    def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> float:
+    def step(self, step: int, batches: Sequence[MicroBatch], losses: Tensor) -> float:
         """The optimizer step behind all passes -> gradient norm, nan where it was left out. Collective.
 
         `losses`: one a pass of this rank, in the order of `batches`.
@@ -150,7 +150,7 @@ class Keeper:
                 " before"
             )
 
-    def _passes(self, batches: Sequence[Batch], losses: Tensor) -> list[dict]:
+    def _passes(self, batches: Sequence[MicroBatch], losses: Tensor) -> list[dict]:
         """What this rank's passes were made of."""
         return [
             {

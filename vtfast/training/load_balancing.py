@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vtfast.cost.micro_batches import Part, Size, passes_of
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import Group, MicroBatch
 
 
 @dataclass(frozen=True)
-class Work:
+class StepBatches:
     """A rank's share of an optimizer step."""
 
-    batches: list[Batch]
+    batches: list[MicroBatch]
     """One a pass; all ranks have equally many, some perhaps empty."""
     num_sequences: int
     """Completions of all ranks, those without signal included: denominators of the loss."""
@@ -39,10 +39,10 @@ def share_out(
     groups: Sequence[Group],
     ranks: Ranks,
     policy: Policy,
-    ask: Callable[[int], Question],
+    ask: Callable[[int], EncodedSample],
     token_budget: int,
     skip_without_signal: bool,
-) -> Work:
+) -> StepBatches:
     """Collective. `ask`: index of a sample -> its question. `skip_without_signal`: leave out groups whose advantages
     are all 0; exact where nothing but the advantage makes a gradient (beta = 0)."""
     everyone = ranks.gather([size_of(group, skip_without_signal) for group in groups])
@@ -52,8 +52,8 @@ def share_out(
     passes = [settle(bins, owners) for bins in passes_of(sizes, costs, token_budget, ranks.size)]
     first = sum(len(part) for part in everyone[: ranks.rank])
     here = _exchange(dict(enumerate(groups, first)), passes, owners, ranks, ask)
-    return Work(
-        [Batch(bins[ranks.rank], here, policy) for bins in passes],
+    return StepBatches(
+        [MicroBatch(bins[ranks.rank], here, policy) for bins in passes],
         num_sequences=sum(len(size.lengths) for size in sizes),
         num_tokens=sum(sum(size.lengths) for size in sizes),
         skipped=sum(not size.trained for size in sizes) / max(1, len(sizes)),
@@ -81,7 +81,7 @@ def _exchange(
     passes: Sequence[Sequence[Sequence[Part]]],
     owners: Sequence[int],
     ranks: Ranks,
-    ask: Callable[[int], Question],
+    ask: Callable[[int], EncodedSample],
 ) -> dict[int, Group]:
     """Groups by number, those that came from other ranks among them."""
     if ranks.size == 1:

@@ -21,7 +21,7 @@ from vtfast.config import RunConfig
 from vtfast.data import Sample
 from vtfast.data.batches import batches
 from vtfast.data.processor import Processor
-from vtfast.data.prompt_builder import Asker, Question
+from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
 from vtfast.data.splits import load_questions, render_synthetic, samples_digest
 from vtfast.distributed import heartbeat, launch
 from vtfast.distributed.determinism import seed_all
@@ -40,9 +40,9 @@ from vtfast.training.checkpoint import Saver, find_checkpoint, keep_data, prepar
 from vtfast.training.checkpoint.logs import completed_step, flush_lists, mark_completed
 from vtfast.training.checkpoint.resume import held_out_before, put_back, state_of, write_rest
 from vtfast.training.gradients import drop_gradients
-from vtfast.training.groups import Batch, Group
-from vtfast.training.health import Health, Keeper
-from vtfast.training.load_balancing import Work, share_out
+from vtfast.training.groups import Group, MicroBatch
+from vtfast.training.health import GuardedOptimizer, Health
+from vtfast.training.load_balancing import StepBatches, share_out
 from vtfast.training.stopping import StopNotice
 from vtfast.training.token_budget import TokenBudget
 from vtfast.utils.errors import SharedError, Stopped, UserError
@@ -70,7 +70,7 @@ class Run:
 
         path = model_path(config.model)
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
-        self.asker = Asker(config, self.processor)
+        self.asker = PromptBuilder(config, self.processor)
         self.policy = load_model(path, config.dtype, str(ranks.device), config.freeze, config.attn_implementation)
         self.base = fingerprint(self.policy.module)
         if config.use_liger_kernel and ranks.device.type == "cuda":
@@ -98,7 +98,7 @@ class Run:
             limit = timedelta(seconds=config.ddp_timeout)
             self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks, limit)
             most = config.max_nonfinite_steps
-            self.keeper = Keeper(self.engine, ranks, self.folder, most, self.health)
+            self.keeper = GuardedOptimizer(self.engine, ranks, self.folder, most, self.health)
             on_main(ranks, lambda: keep_data(rendered, self.folder))
         self.done = checkpoint.state.step if checkpoint else 0
         """Optimizer steps."""
@@ -128,7 +128,7 @@ class Run:
         Called once, when `policy` is as it will be trained."""
         raise NotImplementedError
 
-    def step(self, step: int, questions: Sequence[Question] | None) -> tuple[dict, list[dict]]:
+    def step(self, step: int, questions: Sequence[EncodedSample] | None) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, rows of completions.jsonl). Collective.
 
         `questions`: this rank's; None where the step goes on with those of the step before."""
@@ -295,7 +295,7 @@ class Run:
         unsaved = "" if self.saver.last == (self.done or None) else f" ({self.saver.kept})"
         return f"stopped by {asked} after step {self.done}{unsaved}; go on with {again}"
 
-    def share_out(self, groups: Sequence[Group]) -> Work:
+    def share_out(self, groups: Sequence[Group]) -> StepBatches:
         """The packed rows that this rank trains on."""
         return share_out(
             groups,
@@ -306,7 +306,7 @@ class Run:
             skip_without_signal=self.skips_groups_without_signal,
         )
 
-    def optimize(self, work: Work, *counts: int) -> tuple[list[Tensor], float, float]:
+    def optimize(self, work: StepBatches, *counts: int) -> tuple[list[Tensor], float, float]:
         """All passes, then the optimizer step, unless a loss or gradient is not finite. Collective.
 
         `work` is cut again, in place, where a pass does not fit into memory. `counts`: what the objective is given
@@ -325,7 +325,7 @@ class Run:
         grad_norm = self.keeper.step(self.at_step, work.batches, stacked[0])
         return stacked, grad_norm, learning_rate
 
-    def accumulate(self, batches: Sequence[Batch], counts: Sequence[int]) -> list[tuple]:
+    def accumulate(self, batches: Sequence[MicroBatch], counts: Sequence[int]) -> list[tuple]:
         """Forward and backward of every pass -> what the objective returned, the loss detached."""
         results = []
         for number, batch in enumerate(batches, 1):
@@ -340,7 +340,7 @@ class Run:
             results.append((loss.detach(), *rest))
         return results
 
-    def usable(self, question: Question, tokens: Sequence[Sequence[int]], step: int) -> bool:
+    def usable(self, question: EncodedSample, tokens: Sequence[Sequence[int]], step: int) -> bool:
         """Whether a question with these answers can be trained on; if not, the asker writes down why."""
         limit, vocabulary = self.config.max_prompt_length, self.policy.head.shape[0]
         try:

@@ -15,7 +15,7 @@ from vtfast.cost.flops import _passes_of, part_flops
 from vtfast.distributed import heartbeat
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.grpo_objective import SUMS
 
 
@@ -116,7 +116,9 @@ def summary(metrics: Mapping[str, float | None]) -> str:
     return ", ".join([*parts, f"{metrics['tokens_per_second']:.0f} tok/s"])
 
 
-def update_flops(policy: Policy, batches: Iterable[Batch], prompt_targets: int = 0, tower_ran: bool = True) -> float:
+def update_flops(
+    policy: Policy, batches: Iterable[MicroBatch], prompt_targets: int = 0, tower_ran: bool = True
+) -> float:
     """Forward and backward of one update over these rows.
 
     A trained part counts 3 forwards, a frozen one that gradients pass through 2 (LoRA's own weights are nothing beside

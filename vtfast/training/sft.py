@@ -24,15 +24,15 @@ from vtfast.cost.devices import mfu
 from vtfast.data import Sample
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
-from vtfast.data.prompt_builder import Question
+from vtfast.data.prompt_builder import EncodedSample
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.model.packing import IGNORED, Pack
 from vtfast.model.policy import Policy
 from vtfast.model.row_gather import RowGather
 from vtfast.rollout import Completion
-from vtfast.training.groups import Batch, Group
+from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.grpo_objective import blank_pack
-from vtfast.training.load_balancing import Work
+from vtfast.training.load_balancing import StepBatches
 from vtfast.training.loop import Run
 from vtfast.training.metrics import Timer, process_metrics, update_flops
 from vtfast.training.preflight import check_start
@@ -53,7 +53,7 @@ class SFTObjective(nn.Module):
         self.module = policy.module
         self.policy, self.not_text = policy, not_text
 
-    def forward(self, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, num_targets: int) -> tuple[Tensor, Tensor]:
         """-> (loss, [2] fp32: targets that are the most likely token, and entropy; summed over the targets).
 
         `num_targets`: those of the whole step, all passes and ranks. A rank with nothing to do in this pass takes part
@@ -133,7 +133,7 @@ class SFTTrainer(Run):
             return None
         return f"the target has {length} tokens and --max_completion_length is {limit}"
 
-    def step(self, step: int, questions: Sequence[Question]) -> tuple[dict, list[dict]]:
+    def step(self, step: int, questions: Sequence[EncodedSample]) -> tuple[dict, list[dict]]:
         """One optimizer step -> (metrics over all ranks, no completions). Collective. `questions`: this rank's."""
         timer, began, self.at_step = Timer(), time.perf_counter(), step
         with timer.phase("time/pack"):
@@ -172,7 +172,7 @@ class SFTTrainer(Run):
             **process_metrics(self.ranks.device),
         }, []
 
-    def update(self, work: Work, num_targets: int) -> tuple[list[float], float, float]:
+    def update(self, work: StepBatches, num_targets: int) -> tuple[list[float], float, float]:
         """Forward, backward and the optimizer step -> ([loss, likeliest targets, entropy], summed over this rank's
         targets; gradient norm; learning rate)."""
         if num_targets == 0:
@@ -181,7 +181,7 @@ class SFTTrainer(Run):
         (losses, sums), grad_norm, learning_rate = self.optimize(work, num_targets)
         return [float(losses.sum()), *sums.sum(0).tolist()], grad_norm, learning_rate
 
-    def with_targets(self, questions: Sequence[Question], step: int) -> list[Group]:
+    def with_targets(self, questions: Sequence[EncodedSample], step: int) -> list[Group]:
         """Groups of one. Samples that cannot be trained on are left out and listed."""
         groups = []
         for question in questions:

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from vtfast.cost.micro_batches import Part, plan, split
 from vtfast.distributed.ranks import Ranks
-from vtfast.training.groups import Batch, Group
-from vtfast.training.load_balancing import Work
+from vtfast.training.groups import Group, MicroBatch
+from vtfast.training.load_balancing import StepBatches
 from vtfast.utils.errors import RankError, SharedError, UserError
 from vtfast.utils.files import write_json
 from vtfast.utils.out_of_memory import free_memory, in_short, is_out_of_memory
@@ -87,7 +87,9 @@ class TokenBudget:
     def _write(self) -> None:
         write_json(self.file, {"token_budget": self.known})
 
-    def fit(self, work: Work, attempt: Callable[[], T], undo: Callable[[], None] | None = None, step: int = 0) -> T:
+    def fit(
+        self, work: StepBatches, attempt: Callable[[], T], undo: Callable[[], None] | None = None, step: int = 0
+    ) -> T:
         """The result of `attempt`, which runs the passes of `work`. Each time that it runs out of memory, all ranks
         `undo` what it left, and `work` is cut again, in place. Collective. Raises UserError when it cannot be cut
         any shorter."""
@@ -124,7 +126,7 @@ class TokenBudget:
             raise Elsewhere
 
     @contextlib.contextmanager
-    def alone(self, batch: Batch, step: int = 0) -> Iterator[None]:
+    def alone(self, batch: MicroBatch, step: int = 0) -> Iterator[None]:
         """For a block with collectives in it. Raises RankError where one of several ranks runs out of memory."""
         try:
             yield
@@ -140,7 +142,7 @@ class TokenBudget:
                 f" {self.tokens} ({self.file})"
             ) from error
 
-    def _halve(self, work: Work, step: int, reason: str | None) -> None:
+    def _halve(self, work: StepBatches, step: int, reason: str | None) -> None:
         """`reason`: this rank's own, if it has one."""
         sizes = [(_tokens(batch), _least(batch)) for batch in work.batches]
         everyone = self.ranks.gather((sizes, reason))
@@ -175,11 +177,11 @@ class TokenBudget:
         return max(1, least, min(self.tokens, largest) // 2)
 
 
-def _tokens(batch: Batch) -> int:
+def _tokens(batch: MicroBatch) -> int:
     return sum(part.tokens for part in batch.parts)
 
 
-def _least(batch: Batch) -> int:
+def _least(batch: MicroBatch) -> int:
     """Tokens of the longest prompt with one completion: a pass cannot be shorter than that."""
     return max((_prompt(group) + group.lengths[i] for group, i in batch.sequences), default=0)
 
@@ -188,7 +190,7 @@ def _prompt(group: Group) -> int:
     return len(group.question.prompt.ids)
 
 
-def cut_again(work: Work, budget: int, ranks: Ranks) -> list[Batch]:
+def cut_again(work: StepBatches, budget: int, ranks: Ranks) -> list[MicroBatch]:
     """The batches of `work` in passes of at most `budget` tokens, equally many on all ranks. Collective.
 
     No completion changes its rank, since log-probs that were scored for it are there.
@@ -204,4 +206,4 @@ def cut_again(work: Work, budget: int, ranks: Ranks) -> list[Batch]:
     bins = [bin for (bin,) in plan(parts, budget)]
     passes = max(ranks.gather(len(bins)))
     bins += [[] for _ in range(passes - len(bins))]
-    return [Batch(bin, groups, policy) for bin in bins]
+    return [MicroBatch(bin, groups, policy) for bin in bins]
