@@ -235,7 +235,8 @@ class _TritonChunks:
 def _forward(hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl: str):
     """-> the chunks object with its results, d_hidden | None, fp32 d_weight | None."""
     need_hidden, need_weight = need
-    N, rows = len(hidden), chunk_rows(len(hidden), weight)
+    N = len(hidden)
+    rows = chunk_rows(N, weight.shape[0], weight.element_size(), weight.device.type)
     spans = _spans(tokens, rows, spec.couples_tokens(tokens.sampler is not None))
     score_first = spans is None or not (need_hidden or need_weight)
     chunks = (_TritonChunks if impl == "triton" else _TorchChunks)(

@@ -236,7 +236,8 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
 
 
 def _forward_torch(hidden, weight, target, inv_temperature, entropy, logp, ent) -> None:
-    rows, safe = chunk_rows(len(hidden), weight), target.clamp(min=0)
+    rows = chunk_rows(len(hidden), weight.shape[0], weight.element_size(), weight.device.type)
+    safe = target.clamp(min=0)
     chunk = Chunk(rows, weight.float(), inv_temperature)
     for a, b in row_spans(len(hidden), rows):
         logp[a:b], h = chunk(hidden[a:b], safe[a:b], entropy)
@@ -250,7 +251,7 @@ def _backward_chunks(ctx, g, h, d_hidden: torch.Tensor | None, d_weight: torch.T
     """Fill `d_hidden` and add to `d_weight`, either of which may be None."""
     hidden, weight, target, ent = ctx.saved_tensors
     N, V = hidden.shape[0], weight.shape[0]
-    rows = chunk_rows(N, weight)
+    rows = chunk_rows(N, V, weight.element_size(), weight.device.type)
     if ctx.impl == "triton":
         w, logits = weight, weight.new_empty(rows, V)
     else:

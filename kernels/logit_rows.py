@@ -104,17 +104,19 @@ def row_config(V: int) -> dict:
     return {"BLOCK": block, "num_warps": max(4, min(16, block // 512))}
 
 
-def chunk_rows(N: int, weight: torch.Tensor) -> int:
-    """Tokens whose logits exist at once: equal chunks within the budget, so that none is a small rest.
-    Below 32 a chunk's pass over d_weight would cost more than its matmul."""
-    size, budget, step = 4, CPU_CHUNK_BYTES, 1
-    if weight.is_cuda:
-        size, budget, step = weight.element_size(), CUDA_CHUNK_BYTES, 128
-    most = max(32, budget // (size * weight.shape[0]))
+def chunk_rows(num_rows: int, vocab_size: int, itemsize: int, device_type: str) -> int:
+    """Rows whose logits exist at once: equal chunks within the budget, so that none is a small rest.
+    Below 32, reading and writing d_weight would cost more than a chunk's matmul. `itemsize`: bytes of a weight."""
+    budget, step = CPU_CHUNK_BYTES, 1
+    if device_type == "cuda":
+        budget, step = CUDA_CHUNK_BYTES, 128
+    else:
+        itemsize = 4  # the CPU path computes in fp32
+    most = max(32, budget // (itemsize * vocab_size))
     step = step if most >= step else 1
     most -= most % step
-    even = triton.cdiv(N, max(1, triton.cdiv(N, most)))
-    return min(max(1, triton.cdiv(even, step) * step), max(N, 1))
+    even = triton.cdiv(num_rows, max(1, triton.cdiv(num_rows, most)))
+    return min(max(1, triton.cdiv(even, step) * step), max(num_rows, 1))
 
 
 def row_spans(N: int, rows: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from vtfast_kernels.logit_rows import chunk_rows
 
@@ -295,27 +294,11 @@ def loss_bytes(policy: Policy, scored: int, kind: str) -> int:
     head = policy.head
     V, D = head.shape
     width = head.element_size()
-    rows = chunk_rows(scored, torch.empty_like(head, device="meta") if kind == "cpu" else _OnCuda(V, width))
+    rows = chunk_rows(scored, V, width, kind)
     chunk = 2 * rows * V * 4 if kind == "cpu" else rows * V * width
     copied = 4 * V * D if kind == "cpu" and width < 4 else 0
     gradient = V * D * (4 + width) if head.requires_grad else 0
     return chunk + copied + gradient + 3 * scored * D * width
-
-
-@dataclass(frozen=True)
-class _OnCuda:
-    """As much of a head on a GPU as `chunk_rows` looks at."""
-
-    vocabulary: int
-    width: int
-    is_cuda: bool = True
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (self.vocabulary,)
-
-    def element_size(self) -> int:
-        return self.width
 
 
 def cache_bytes(policy: Policy, config: RunConfig, load: Load, kind: str, room: int | None) -> int:
