@@ -8,7 +8,7 @@ names weights and places does not depend on the number of ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ def to_tensors(pieces: list[Fragment]) -> tuple[dict[str, Tensor], dict[str, str
 
 
 @torch.no_grad()
-def restore(module: nn.Module, zero: Any, folder: Path, numbers: list[Mapping[str, float]]) -> None:
+def restore_optimizer(module: nn.Module, zero: Any, folder: Path, numbers: Sequence[Mapping[str, float]]) -> None:
     """Fill this rank's masters and moments from the files of all ranks that wrote `folder`, then the weights of all
     ranks from the masters. Collective. `numbers`: what `scalars` said.
 
@@ -94,7 +94,7 @@ def restore(module: nn.Module, zero: Any, folder: Path, numbers: list[Mapping[st
     zero.update_lp_params()
 
 
-def _make_state(zero: Any, keys: set[str], numbers: list[Mapping[str, float]]) -> None:
+def _make_state(zero: Any, keys: set[str], numbers: Sequence[Mapping[str, float]]) -> None:
     """The state that AdamW would make at its first step, in its own types, to be filled."""
     for flat, values in zip(zero.single_partition_of_fp32_groups, numbers, strict=True):
         moments = {key: torch.zeros_like(flat) for key in keys - {MASTER}}

@@ -1,32 +1,36 @@
-"""Going on from a checkpoint: what must be the same, what is only said, and everything put back in its place."""
+"""Resuming from a checkpoint: what must be the same, what is only logged, and what is restored."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 from safetensors import safe_open
 
+from vtfast.config import RunConfig
+from vtfast.data.processor import Processor
+from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate.held_out import HeldOut
+from vtfast.model.policy import Policy
 from vtfast.training.checkpoint.checksums import SETTINGS, STATE
 from vtfast.training.checkpoint.find import Checkpoint
-from vtfast.training.checkpoint.optimizer import restore, scalars
+from vtfast.training.checkpoint.optimizer import restore_optimizer, scalars
 from vtfast.training.checkpoint.rng import set_rng_state
 from vtfast.training.checkpoint.run_folder import settings
 from vtfast.training.checkpoint.state import COUNTERS, State, code_versions
 from vtfast.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from vtfast.training.loop import Run
+    from deepspeed import DeepSpeedEngine
 
 log = logging.getLogger("vtfast")
-LASTING = ("freeze", "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
-"""Settings that decide which weights are trained."""
-ORDER = (
+FIXED_SETTINGS = ("freeze", "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
+"""Settings that decide which weights are trained; they cannot change."""
+ORDER_SETTINGS = (
     "seed",
     "data",
     "split",
@@ -40,32 +44,63 @@ ORDER = (
     "num_iterations",
 )
 """Settings that decide which question is asked at which step."""
-PLACE = ("output_dir", "resume_from_checkpoint", "recipe")
-"""Settings that say nothing of how a run trains."""
-T = TypeVar("T")
+IGNORED_SETTINGS = ("output_dir", "resume_from_checkpoint", "recipe")
+"""Settings that do not change how a run trains."""
 
 
-def put_back(run: Run, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer, schedule and random numbers as they were. The run is built already, from `--model`: the KL's
-    reference is what training began with. Collective.
+class Stateful(Protocol):
+    """A part of a run with state that a checkpoint keeps, as JSON values."""
 
-    Raises UserError where the run cannot be the same one."""
-    state, engine = checkpoint.state, run.engine
-    _compare(run, checkpoint)
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run the same run before and after a resume."""
+
+    method: str
+    """GRPO or SFT."""
+    base_fingerprint: str
+    """Of the weights of `--model`, which training began with."""
+    prompts_per_step: int
+    """Over all ranks."""
+    num_samples: int
+    """Training samples."""
+    samples_digest: str
+    """Of the training samples."""
+
+
+def restore(
+    checkpoint: Checkpoint,
+    *,
+    policy: Policy,
+    engine: DeepSpeedEngine,
+    parts: Mapping[str, Stateful],
+    ranks: Ranks,
+    identity: Identity,
+    config: RunConfig,
+) -> None:
+    """Load weights, optimizer, schedule, random number generators and `parts` from a checkpoint. Collective.
+
+    The run is built from `--model` before: the KL's reference policy is the model that training began with.
+
+    Args:
+        parts: the stateful parts of the run, by their name in the checkpoint.
+        identity: of this run; compared with the checkpoint's.
+
+    Raises UserError if this run cannot continue the checkpoint's."""
+    state = checkpoint.state
+    _check_continues(checkpoint, identity, config, ranks.size)
     files = checkpoint.folder / "resume"
-    restore(run.policy.module, engine.optimizer, files, state.optimizer)
-    schedule = engine.lr_scheduler
-    # The rates themselves are computed anew: the learning rate may be another from now on.
-    position = {key: state.schedule[key] for key in ("last_epoch", "_step_count")}
-    schedule.load_state_dict(schedule.state_dict() | position)
-    for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * rate(schedule.last_epoch)
-    for name in COUNTERS:
-        setattr(engine, name, state.counters[name])
-    own = files / f"rank-{run.ranks.rank}.safetensors"
+    restore_optimizer(policy.module, engine.optimizer, files, state.optimizer)
+    _restore_schedule(engine, state)
+    own = files / f"rank-{ranks.rank}.safetensors"
     try:
-        run.carry(state.carried)
-        if own.is_file():  # not if there are more ranks than there were
+        for name, part in parts.items():
+            part.load_state_dict(state.carried[name])
+        if own.is_file():  # a rank that the saved run did not have starts with its own random numbers
             with safe_open(own, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
                 set_rng_state({name: file.get_tensor(name) for name in names})
@@ -75,84 +110,161 @@ def put_back(run: Run, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def state_of(run: Run, step: int) -> State:
-    """The run after `step` steps, as far as it is no tensor."""
-    engine = run.engine
+def snapshot(
+    step: int,
+    *,
+    engine: DeepSpeedEngine,
+    ranks: Ranks,
+    identity: Identity,
+    before: HeldOut | None,
+    trackers: dict[str, str],
+    parts: Mapping[str, Stateful],
+) -> State:
+    """The run after `step` steps, without its tensors.
+
+    Args:
+        before: held-out result from before training.
+        trackers: ids of the run at Weights & Biases and the like, by tracker."""
     return State(
         step=step,
-        method=run.method,
-        ranks=run.ranks.size,
-        prompts_per_step=run.prompts_per_step,
-        samples=len(run.train_samples),
-        samples_digest=run.samples_digest,
-        base=run.base,
+        method=identity.method,
+        ranks=ranks.size,
+        prompts_per_step=identity.prompts_per_step,
+        samples=identity.num_samples,
+        samples_digest=identity.samples_digest,
+        base=identity.base_fingerprint,
         schedule=engine.lr_scheduler.state_dict(),
         optimizer=scalars(engine.optimizer),
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        before=asdict(run.before) if run.before else None,
-        trackers=run.tracker.ids if run.tracker else {},
-        carried=run.carried(),
+        before=asdict(before) if before else None,
+        trackers=trackers,
+        carried={name: part.state_dict() for name, part in parts.items()},
         code=code_versions(),
     )
 
 
 def held_out_before(state: State) -> HeldOut | None:
+    """The held-out result from before training, if the run had held-out questions."""
     return HeldOut(**state.before) if state.before else None
 
 
-def write_rest(run: Run, state: State, folder: Path, weights: dict[str, Any]) -> None:
-    """All of a checkpoint that is no rank's own."""
-    run.policy.module.save_pretrained(folder, state_dict=weights)
-    run.processor.save_pretrained(folder)
-    (folder / SETTINGS).write_text(settings(run.config), encoding="utf-8")
+def write_files(
+    folder: Path, weights: dict[str, Any], *, policy: Policy, processor: Processor, config: RunConfig, state: State
+) -> None:
+    """Write the files of a checkpoint that are not one rank's own: model folder, settings and state."""
+    policy.module.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
+    (folder / SETTINGS).write_text(settings(config), encoding="utf-8")
     (folder / STATE).write_text(state.to_json(), encoding="utf-8")
 
 
-def _compare(run: Run, checkpoint: Checkpoint) -> None:
-    """Say in the log how the settings differ from the checkpoint's; raise UserError where they must not."""
+def _restore_schedule(engine: DeepSpeedEngine, state: State) -> None:
+    """Put the learning-rate schedule and DeepSpeed's counters at the saved step.
+
+    The rates are computed anew: the learning rate may have been changed for the rest of the run."""
+    schedule = engine.lr_scheduler
+    position = {key: state.schedule[key] for key in ("last_epoch", "_step_count")}
+    schedule.load_state_dict(schedule.state_dict() | position)
+    for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * rate(schedule.last_epoch)
+    for name in COUNTERS:
+        setattr(engine, name, state.counters[name])
+
+
+def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConfig, num_ranks: int) -> None:
+    """Log how the settings differ from the checkpoint's; raise UserError if one differs that must not."""
     state, where = checkpoint.state, checkpoint.folder
-    if state.method != run.method:
+    if state.method != identity.method:
         raise UserError(
-            f"{where}: is of a run of {state.method}, and this is one of {run.method}; its weights"
+            f"{where}: is of a run of {state.method}, and this is one of {identity.method}; its weights"
             " start a new run with --model"
         )
-    if state.base != run.base:
+    if state.base != identity.base_fingerprint:
         raise UserError(
-            f"--model {run.config.model}: is not the model that the run of {where} began with; resuming needs it"
+            f"--model {config.model}: is not the model that the run of {where} began with; resuming needs it"
             " (its weights are what the KL and frozen parts go by)"
         )
-    saved = yaml.safe_load((where / SETTINGS).read_text(encoding="utf-8"))
-    changed = dict(_differences(saved, asdict(run.config)))
-    for name in LASTING:
-        if name in changed and not (name.startswith("lora_") and not run.config.use_peft):
-            raise UserError(
-                f"--{name} {changed[name][1]}: was {changed[name][0]} when the run of {where} began, and cannot change"
-            )
-    for name, (before, now) in changed.items():
-        say = log.warning if name in ORDER else log.info
-        note = "; from here on other questions are asked than would have been" if name in ORDER else ""
-        say("--%s: %s, was %s in %s%s", name, now, before, where.name, note)
-    if state.samples_digest != run.samples_digest:
+    _check_settings(checkpoint, config)
+    if state.samples_digest != identity.samples_digest:
         log.warning(
             "%s: the training samples are others than those of %s (%d, were %d)",
-            run.config.data,
+            config.data,
             where.name,
-            len(run.train_samples),
+            identity.num_samples,
             state.samples,
         )
-    if state.prompts_per_step != run.prompts_per_step:
+    if state.prompts_per_step != identity.prompts_per_step:
         log.warning(
             "%d prompts a step on %d rank(s), were %d on %d in %s; from here on other questions are asked than would"
             " have been",
-            run.prompts_per_step,
-            run.ranks.size,
+            identity.prompts_per_step,
+            num_ranks,
             state.prompts_per_step,
             state.ranks,
             where.name,
         )
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, tuple]]:
+def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
+    where = checkpoint.folder
+    saved = yaml.safe_load((where / SETTINGS).read_text(encoding="utf-8"))
+    changed = dict(_differences(saved, asdict(config)))
+    for name in FIXED_SETTINGS:
+        if name in changed and not (name.startswith("lora_") and not config.use_peft):
+            raise UserError(
+                f"--{name} {changed[name][1]}: was {changed[name][0]} when the run of {where} began, and cannot change"
+            )
+    for name, (before, now) in changed.items():
+        say = log.warning if name in ORDER_SETTINGS else log.info
+        note = "; from here on other questions are asked than would have been" if name in ORDER_SETTINGS else ""
+        say("--%s: %s, was %s in %s%s", name, now, before, where.name, note)
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(name, (saved value, value of this run)) of every setting that differs."""
     for name, value in now.items():
-        if name not in PLACE and name in saved and saved[name] != value:
+        if name not in IGNORED_SETTINGS and name in saved and saved[name] != value:
             yield name, (saved[name], value)
+
+
+# Adapters for the class Run, until training/setup.py replaces it.
+
+
+class _RunHealth:
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.run.carried()["health"]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.run.carry({"health": state})
+
+
+def _identity(run: Any) -> Identity:
+    return Identity(run.method, run.base, run.prompts_per_step, len(run.train_samples), run.samples_digest)
+
+
+def put_back(run: Any, checkpoint: Checkpoint) -> None:
+    parts = {"health": _RunHealth(run)}
+    restore(
+        checkpoint,
+        policy=run.policy,
+        engine=run.engine,
+        parts=parts,
+        ranks=run.ranks,
+        identity=_identity(run),
+        config=run.config,
+    )
+
+
+def state_of(run: Any, step: int) -> State:
+    trackers = run.tracker.ids if run.tracker else {}
+    parts, identity = {"health": _RunHealth(run)}, _identity(run)
+    return snapshot(
+        step, engine=run.engine, ranks=run.ranks, identity=identity, before=run.before, trackers=trackers, parts=parts
+    )
+
+
+def write_rest(run: Any, state: State, folder: Path, weights: dict[str, Any]) -> None:
+    write_files(folder, weights, policy=run.policy, processor=run.processor, config=run.config, state=state)
