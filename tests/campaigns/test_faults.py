@@ -165,7 +165,7 @@ def run(tmp_path) -> Path:
     for name in ("state.json", "config.yaml"):
         (step / "resume" / name).write_text("{}\n")
     written = [path for path in step.rglob("*") if path.is_file()]
-    files.write_sums(step, [files.sums(step, written)])
+    files.write_checksums(step, [files.checksums_of(step, written)])
     rows = [{"step": n, "loss": 0.1 * n, "kl": None, "time/step": 1.0 + n} for n in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "completions.jsonl").write_text('{"step": 1}\n')
@@ -175,13 +175,13 @@ def run(tmp_path) -> Path:
 @pytest.mark.parametrize("name", DAMAGES)
 def test_every_damage_is_seen_here_and_by_vtfast(run, name):
     step = run / "checkpoints" / "step-2"
-    assert verify.whole(run) == [2] and files.damage(step) is None
+    assert verify.whole(run) == [2] and files.find_damage(step) is None
     for number in range(20):
         copy = run.with_name(f"copy-{number}")
         subprocess.run(["cp", "-r", run, copy], check=True)
         DAMAGES[name](copy / "checkpoints" / "step-2", random.Random(number))
         assert verify.whole(copy) == []
-        assert verify.leftovers(copy) or files.damage(copy / "checkpoints" / "step-2")
+        assert verify.leftovers(copy) or files.find_damage(copy / "checkpoints" / "step-2")
 
 
 def test_differences_are_those_of_training(run, tmp_path):

@@ -132,7 +132,7 @@ def test_an_optimizer_of_somebody_elses(write, copy, sft):
 
 def test_sums_of_a_name_that_no_file_has(copy):
     relist(step(copy, 4) / files.CHECKSUMS, "a" * 5000, 1)
-    assert "cannot be read (File name too long)" in files.damage(step(copy, 4))
+    assert "cannot be read (File name too long)" in files.find_damage(step(copy, 4))
 
 
 def test_a_state_without_end(copy, sft):
@@ -157,7 +157,7 @@ def sign(folder: Path) -> None:
     """Make the sums right again."""
     (folder / files.CHECKSUMS).unlink()
     listed = [path for path in folder.rglob("*") if path.is_file()]
-    files.write_sums(folder, [files.sums(folder, listed)])
+    files.write_checksums(folder, [files.checksums_of(folder, listed)])
 
 
 def test_sums_that_point_outside_are_refused(copy):
@@ -165,7 +165,7 @@ def test_sums_that_point_outside_are_refused(copy):
     listed = json.loads(sums.read_text())
     listed["../../../config.yaml"] = listed["config.json"]
     sums.write_text(json.dumps(listed))
-    assert "outside" in files.damage(step(copy, 4))
+    assert "outside" in files.find_damage(step(copy, 4))
 
 
 @pytest.mark.parametrize("wanted", ["", "checkpoints", "checkpoints/last", "checkpoints/step-4"])
@@ -354,7 +354,7 @@ def test_writing_beside_training_writes_the_same(tmp_path, whole, sft, monkeypat
         assert unequal(weights(whole, number), weights(tmp_path / "run", number)) == []
         parts = (step(f, number) / "resume" / "rank-0.safetensors" for f in (whole, tmp_path / "run"))
         assert unequal(*map(load_file, parts)) == []
-        assert files.damage(step(tmp_path / "run", number)) is None
+        assert files.find_damage(step(tmp_path / "run", number)) is None
 
 
 # Being asked to stop

@@ -39,14 +39,14 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(background, tm
     with pytest.raises(UserError, match=r"step-3: cannot be written: .*No space left.*step-2 is intact"):
         trainer.run()
     assert steps(tmp_path / "run") == ["step-1", "step-2"]
-    assert files.damage(step(tmp_path / "run", 2)) is None
+    assert files.find_damage(step(tmp_path / "run", 2)) is None
 
 
 def test_a_full_disk_need_not_stop_the_run(tmp_path, whole, sft, monkeypatch, caplog):
     monkeypatch.setattr(save, "save_file", full(at=3))
     run(tmp_path / "run", on_save_error="continue", **sft)
     assert steps(tmp_path / "run") == ["step-1", "step-2", "step-4"]
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
     assert_same_run(whole, tmp_path / "run")
 
 
@@ -125,13 +125,13 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
     """The kernel refuses to let any file grow beyond 300 kB: the optimizer's does not fit."""
     script = (
         "import resource, sys\n"
-        "from vtfast.training import loop as run\n"
-        "start = run.Saver.begin\n"
+        "from vtfast.training.checkpoint.save import Saver\n"
+        "start = Saver.start\n"
         "def begin(self, step, *rest):\n"
         "    if step == 2:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "    start(self, step, *rest)\n"
-        "run.Saver.begin = begin\n"
+        "Saver.start = begin\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['sft', *sys.argv[1:]]))\n"
     )
@@ -144,4 +144,4 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "step-2: cannot be written" in done.stderr and "step-1 is intact" in done.stderr
-    assert steps(tmp_path / "run") == ["step-1"] and files.damage(step(tmp_path / "run", 1)) is None
+    assert steps(tmp_path / "run") == ["step-1"] and files.find_damage(step(tmp_path / "run", 1)) is None

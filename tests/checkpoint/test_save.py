@@ -65,7 +65,7 @@ def test_an_error_does_not_lose_the_checkpoint_that_is_being_written(error, tmp_
         trainer.run()
     assert raised.value is error
     assert steps(tmp_path / "run") == ["step-1"]
-    assert files.damage(step(tmp_path / "run", 1)) is None
+    assert files.find_damage(step(tmp_path / "run", 1)) is None
     monkeypatch.undo()
     again = build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **sft)
     assert again.done == 1
@@ -108,7 +108,7 @@ def pending(folder: Path) -> Saver:
     saver = Saver(folder, Gathering(0, 2, torch.device("cpu")), background=True)
     saver.last = 2
     (folder / ".step-3.partial" / "resume").mkdir(parents=True)
-    saver.pending = 3, saver._thread.submit(lambda: save.Report(None, {}))
+    saver.pending = 3, saver._thread.submit(lambda: save.Written(None, {}))
     return saver
 
 
@@ -159,7 +159,7 @@ def test_whole_checkpoints_are_not_read_again_at_every_save(tmp_path, sft, monke
     """Those of this process, and the one that it goes on from; others once."""
     run(tmp_path, **sft | {"max_steps": 3})
     read = []
-    monkeypatch.setattr(save, "damage", lambda folder: read.append(folder.name) or files.damage(folder))
+    monkeypatch.setattr(save, "find_damage", lambda folder: read.append(folder.name) or files.find_damage(folder))
     settings = sft | {"max_steps": 5, "save_total_limit": 3, "resume_from_checkpoint": "last"}
     run(tmp_path, **settings)
     assert steps(tmp_path) == ["step-3", "step-4", "step-5"] and read == ["step-2"]

@@ -60,7 +60,7 @@ def planted(kind, name, step=None):
 {"start": lambda: planted(run.Run, "max_steps"),
  "rollout": lambda: planted(trainer.Trainer, "answer", step=3),
  "update": lambda: planted(trainer.Trainer, "update"),
- "save": lambda: planted(run.Saver, "begin", step=2)}[where]()
+ "save": lambda: planted(run.Saver, "start", step=2)}[where]()
 from vtfast.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """

@@ -114,7 +114,7 @@ class Run:
             stop_on_error=config.on_save_error == "stop",
         )
         if checkpoint:
-            self.saver.go_on(checkpoint.folder, self.done)
+            self.saver.mark_resumed(checkpoint.folder, self.done)
         if ranks.is_main and not checkpoint:
             self.list_skipped(self.asker.skipped)
         self.asker.skipped = []
@@ -214,7 +214,7 @@ class Run:
                 save_held_out(self.folder, self.before, after)
                 show(held_out_table(self.before, after))
             write_report([self.folder])
-        self.saver.insist(self.done)
+        self.saver.require_saved(self.done)
         if ranks.is_main:
             mark_completed(self.folder, self.done)
             log.info("run folder: %s", self.folder)
@@ -249,11 +249,11 @@ class Run:
             self.done = step
             self.log_step(step, metrics, rows)
             bar.set_postfix_str(self.summary(metrics))
-            self.saver.settle()
+            self.saver.poll()
             if self.save_is_due(step):
                 self.save()
         with heartbeat.patient("saving"):
-            self.saver.settle(wait=True)
+            self.saver.poll(wait=True)
         self.heed_stop()
 
     def asks_anew(self, step: int) -> bool:
@@ -285,14 +285,14 @@ class Run:
     @heartbeat.patient("saving")
     def save_and_say(self, asked: Stopped) -> str:
         """Save the steps done so far; -> how to go on."""
-        self.saver.settle(wait=True)
+        self.saver.poll(wait=True)
         if self.done and self.done != self.saver.last:
             self.save()
-            self.saver.settle(wait=True)
+            self.saver.poll(wait=True)
         if self.tracker:
             self.tracker.close()
         again = f"--resume_from_checkpoint last --output_dir {self.folder}"
-        unsaved = "" if self.saver.last == (self.done or None) else f" ({self.saver.kept})"
+        unsaved = "" if self.saver.last == (self.done or None) else f" ({self.saver.last_saved})"
         return f"stopped by {asked} after step {self.done}{unsaved}; go on with {again}"
 
     def share_out(self, groups: Sequence[Group]) -> StepBatches:
@@ -384,4 +384,4 @@ class Run:
             flush_lists(self.folder)
             write_rest(self, state, folder, weights)
 
-        self.saver.begin(self.done, self.policy.module, self.engine.optimizer, rest)
+        self.saver.start(self.done, self.policy.module, self.engine.optimizer, rest)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: their checksums, and what is wrong with one."""
+"""The files of a checkpoint: writing and checking their checksums, copying and deleting whole folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from vtfast.utils.files import flush, sha256, shortened, write_whole
 CHECKSUMS = "resume/checksums.json"
 SETTINGS = "resume/config.yaml"
 STATE = "resume/state.json"
-PARTS = "resume/rank-*.safetensors"
+RANK_FILES = "resume/rank-*.safetensors"
 REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
+FileStats = tuple[tuple[str, int, int], ...]
 
 
-def place(source: Path, to: Path) -> None:
-    """Copy a folder to where it is to stay: all of it is on the disk once it has that name."""
+def copy_whole(source: Path, to: Path) -> None:
+    """Copy a folder. It gets the name `to` once all of it is on the disk."""
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
@@ -29,7 +30,7 @@ def place(source: Path, to: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder. It loses its name first, so that half of it is never taken for the whole."""
+    """Delete a folder. It is renamed first, so that a half-deleted one is never taken for a whole one."""
     doomed = folder.with_name(f".{folder.name}.removed")
     if folder != doomed and folder.exists():
         shutil.rmtree(doomed, ignore_errors=True)
@@ -37,7 +38,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def sums(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def checksums_of(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """{name in `folder`: {"size": bytes, "sha256": hex digest}}"""
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -45,16 +46,16 @@ def sums(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_sums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None:
-    """The checkpoint's last file, from what each rank says of the files that it wrote."""
+def write_checksums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None:
+    """Write the checkpoint's last file. `parts`: for each rank the checksums of the files that it wrote."""
     merged = {name: entry for part in parts for name, entry in part.items()}
     write_whole(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
 
 
-def damage(folder: Path, only: str | None = None) -> str | None:
-    """What is wrong with a checkpoint, in words; None for a whole one. Reads every byte of it, or `only` one file."""
+def find_damage(folder: Path, only: str | None = None) -> str | None:
+    """Read every byte of a checkpoint, or only the file `only` -> what is damaged; None if nothing is."""
     try:
-        expected = _read_sums(folder)
+        expected = _read_checksums(folder)
         for name in (only,) if only else expected:
             _check(folder, name, *expected[name])
     except _Damaged as damaged:
@@ -63,29 +64,29 @@ def damage(folder: Path, only: str | None = None) -> str | None:
 
 
 def unlisted(folder: Path) -> list[str]:
-    """Names of parts of the optimizer that a whole checkpoint's sums do not vouch for."""
-    listed = _read_sums(folder)
-    parts = (path.relative_to(folder).as_posix() for path in folder.glob(PARTS))
-    return sorted(name for name in parts if name not in listed)
+    """Names of rank files that are not in the checksums of a whole checkpoint."""
+    listed = _read_checksums(folder)
+    names = (path.relative_to(folder).as_posix() for path in folder.glob(RANK_FILES))
+    return sorted(name for name in names if name not in listed)
 
 
-def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of every file. As long as it is the same, nobody has written to any of them."""
+def file_stats(folder: Path) -> FileStats:
+    """(name, bytes, time of modification in ns) of every file: unchanged as long as nobody writes to any of them."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = (path.relative_to(folder.parent).as_posix() for path in files)
-    found = (path.stat() for path in files)
-    return tuple((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, found, strict=True))
+    stats = (path.stat() for path in files)
+    return tuple((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True))
 
 
 class _Damaged(Exception):
     pass
 
 
-def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
+def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
     """{name: (bytes, SHA-256)}"""
     path = folder / CHECKSUMS
     if not path.is_file():
-        raise _Damaged(f"{CHECKSUMS} is missing: not completely written, or not meant to be resumed")
+        raise _Damaged(f"{CHECKSUMS} is missing: the checkpoint is incomplete, or not made for resuming")
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}
@@ -99,7 +100,7 @@ def _read_sums(folder: Path) -> dict[str, tuple[int, str]]:
 
 def _check(folder: Path, name: str, size: int, digest: str) -> None:
     if ".." in Path(name).parts or Path(name).is_absolute():
-        raise _Damaged(f"{CHECKSUMS} names {name}, which is outside")
+        raise _Damaged(f"{CHECKSUMS} names {name}, which is outside the checkpoint")
     file = folder / name
     try:
         if not file.is_file():
@@ -107,6 +108,6 @@ def _check(folder: Path, name: str, size: int, digest: str) -> None:
         if file.stat().st_size != size:
             raise _Damaged(f"{name} has {file.stat().st_size} bytes instead of {size}")
         if sha256(file) != digest:
-            raise _Damaged(f"{name} is damaged (its checksum is another)")
+            raise _Damaged(f"{name} is damaged (its checksum is wrong)")
     except OSError as error:
         raise _Damaged(f"{shortened(name)} cannot be read ({error.strerror})") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtfast.config import RunConfig
-from vtfast.training.checkpoint.checksums import CHECKSUMS, SETTINGS, damage, unlisted
+from vtfast.training.checkpoint.checksums import CHECKSUMS, SETTINGS, find_damage, unlisted
 from vtfast.training.checkpoint.save import checkpoints
 from vtfast.training.checkpoint.state import State, read_state
 from vtfast.utils.errors import UserError
@@ -59,7 +59,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
         if found is None:
             raise UserError(f"--resume_from_checkpoint {wanted}: holds no whole checkpoint")
         return found
-    if problem := damage(step) or _midway(step, config):
+    if problem := find_damage(step) or _midway(step, config):
         raise UserError(f"--resume_from_checkpoint {wanted}: {problem}; name another one, or use last")
     return _read(step)
 
@@ -75,7 +75,7 @@ def settings_of(wanted: str, output_dir: str | None) -> Path | None:
         run, step = _meaning(wanted)
     candidates = [step] if step else [folder for _, folder in checkpoints(run / "checkpoints")]
     for folder in candidates:
-        problem = damage(folder, only=SETTINGS)
+        problem = find_damage(folder, only=SETTINGS)
         if problem is None:
             return folder / SETTINGS
         if step:
@@ -88,7 +88,7 @@ def settings_of(wanted: str, output_dir: str | None) -> Path | None:
 def _newest_whole(run: Path, config: RunConfig) -> Checkpoint | None:
     for _, folder in checkpoints(run / "checkpoints"):
         log.info("%s: reading all of it, to see whether it is whole", folder)
-        problem = damage(folder) or _midway(folder, config)
+        problem = find_damage(folder) or _midway(folder, config)
         if problem is None:
             return _read(folder)
         log.warning("%s: %s; taking the one before", folder.name, problem)

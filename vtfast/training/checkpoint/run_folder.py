@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vtfast.config import RunConfig
-from vtfast.training.checkpoint.checksums import SETTINGS, place
+from vtfast.training.checkpoint.checksums import SETTINGS, copy_whole
 from vtfast.training.checkpoint.find import LAST, Checkpoint
 from vtfast.training.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, set_aside
 from vtfast.utils.errors import UserError
@@ -73,7 +73,7 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
 def keep_data(rendered: Path, run: Path) -> None:
     """Leave the rendered questions, if there are any, in RUN/data, unless a start before this one has."""
     if rendered.exists() and not (run / "data").exists():
-        place(rendered, run / "data")
+        copy_whole(rendered, run / "data")
 
 
 def settings(config: RunConfig) -> str:
