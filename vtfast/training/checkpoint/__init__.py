@@ -1,15 +1,18 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped, whole on disk or not there at all.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped. One is whole on disk or not there.
+
+Start reading at `checkpointer.py` (what a checkpoint holds), `save.py` (how it is written), `resume.py` (how it is
+restored).
 
     RUN/checkpoints/step-N/
         config.json, *.safetensors, tokenizer...    a Hugging Face folder; with LoRA the adapters
         resume/
-            state.json               step, versions, schedule, counters, what the run began with (`state.State`)
+            state.json               step, versions, schedule, counters, what the run started from (`state.State`)
             config.yaml              the settings of the run
-            rank-R.safetensors       the rank's part of masters and optimizer state, and its random numbers
+            rank-R.safetensors       the rank's part of master weights and optimizer state, and its random state
             checksums.json           size and SHA-256 of every other file; written last
 
-Parts carry the names of the weights they belong to and their places in them, so any number of ranks can read what
-any other number has written. Nothing is pickled: reading a checkpoint of somebody else's runs no code of theirs.
+The parts are stored by weight name and offset, so any number of ranks can read what any other number has written.
+Nothing is pickled: reading somebody else's checkpoint runs none of their code.
 """
 
 from vtfast.training.checkpoint.find import find_checkpoint, settings_of
