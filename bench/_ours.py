@@ -72,12 +72,12 @@ class Ours:
 class Planted:
     """An engine that answers what it was told to, by the prompt's text."""
 
-    seconds: ClassVar[dict[str, float]] = {}  # an engine that does not tell its parts
+    last_timings: ClassVar[dict[str, float]] = {}  # an engine that does not tell its parts
 
     def __init__(self, answers: dict[str, Sequence[Sequence[int]]]) -> None:
         self.answers = answers
-        self.seconds: dict[str, float] = {}
-        self.give_up = None
+        self.last_timings: dict[str, float] = {}
+        self.should_cancel = None
 
     def generate(self, prompts, num_generations=1, *_, **__) -> list[list[Completion]]:
         return [

@@ -38,7 +38,7 @@ from vtfast.model.attention import choose_backend
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.attention import BACKENDS
-from vtfast.rollout.scheduler import Rollout
+from vtfast.rollout.scheduler import Scheduler
 
 TESTS = ("rollout/test_rollout.py", "rollout/test_rollout_graphs.py")
 GOALS = {"mid": 1 / 2.5, "tiny": 1 / 1.5, "Qwen2-VL-2B": 1 / 20}  # our time / generate's
@@ -136,11 +136,11 @@ def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool
     return met
 
 
-def start(engine: RolloutEngine, work: Workload, rounds: int) -> Rollout:
+def start(engine: RolloutEngine, work: Workload, rounds: int) -> Scheduler:
     """A rollout behind its prefill and first steps, with room for `rounds` times STEPS more."""
     sampling = Sampling(max_new_tokens=STEPS * (rounds + 4))
-    run = engine.begin(work.prompts, work.shape.G, sampling)
-    for part in run.admit():
+    run = engine.start(work.prompts, work.shape.G, sampling)
+    for part in run.schedule():
         run.prefill(part)
     run.decode()  # compiles and captures
     return run
@@ -154,11 +154,11 @@ def share_of_floor(policy: Policy, cached_tokens: float, seconds_a_step: float) 
     return Weights.of(policy).decode_bytes(cached_tokens) / bandwidth / seconds_a_step
 
 
-def kernels_a_layer(run: Rollout, policy: Policy) -> float:
+def kernels_a_layer(run: Scheduler, policy: Policy) -> float:
     """Kernels of a step over layers; what the head and the bookkeeping launch is in it."""
-    rows = run.work.rows.part(0, len(run.places))
+    rows = run.workspace.rows.slice(0, len(run.running))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run.step(rows)
+        run.decode_step(rows)
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
     kernels = sum(event.count for event in profile.key_averages() if event.device_type == on_gpu)

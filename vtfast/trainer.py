@@ -28,7 +28,7 @@ from vtfast.model.reference import Reference
 from vtfast.report import draw_curves
 from vtfast.rewards.scorer import Scorer
 from vtfast.rollout import Sampling
-from vtfast.rollout.engine import GivenUp
+from vtfast.rollout.engine import RolloutCancelled
 from vtfast.scoring import packed_logprobs
 from vtfast.training.groups import Group, reward
 from vtfast.training.grpo_objective import SUMS, GRPOObjective, loss_spec
@@ -103,7 +103,7 @@ class Trainer(Run):
             with timer.phase("time/rollout"):
                 skipped = 0
                 if questions is not None:
-                    with contextlib.suppress(GivenUp):
+                    with contextlib.suppress(RolloutCancelled):
                         self.groups = self.answer(questions, step)
                     self.heed_stop()
                     skipped = self.settle_skipped()
@@ -144,7 +144,7 @@ class Trainer(Run):
 
     def rollout_seconds(self, questions: Sequence[EncodedSample] | None) -> dict[str, float]:
         """This rank's prefill and decode; nothing where the step had no rollout or the engine does not tell."""
-        seconds = {} if questions is None else self.rollout.seconds
+        seconds = {} if questions is None else self.rollout.last_timings
         return {f"rollout/{part}_seconds": value for part, value in seconds.items()}
 
     def answer(self, questions: Sequence[EncodedSample], step: int) -> list[Group]:

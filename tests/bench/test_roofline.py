@@ -32,7 +32,7 @@ from vtfast.distributed.ranks import Ranks
 from vtfast.model.blueprint import read_model_config, skeleton
 from vtfast.model.loading import load_model
 from vtfast.rollout import Completion, RolloutEngine, Sampling
-from vtfast.rollout.scheduler import Rollout
+from vtfast.rollout.scheduler import Scheduler
 from vtfast.trainer import Trainer
 from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.metrics import update_flops
@@ -108,14 +108,14 @@ def test_measured_rates_are_those_of_the_work_done(monkeypatch):
 def test_rows_in_flight_are_the_engines(policy, prompts, monkeypatch, max_rows, seed):
     """Every decode step of a real rollout: the rows that it has, and the tokens that they see."""
     alive, seen = [], []
-    real = Rollout.step
+    real = Scheduler.decode_step
 
     def step(self, rows):
-        alive.append(len(self.places))
-        seen.append(int(rows.length[: len(self.places)].sum()) + len(self.places))
+        alive.append(len(self.running))
+        seen.append(int(rows.length[: len(self.running)].sum()) + len(self.running))
         return real(self, rows)
 
-    monkeypatch.setattr(Rollout, "step", step)
+    monkeypatch.setattr(Scheduler, "decode_step", step)
     engine = RolloutEngine(policy, max_rows=max_rows, poll=1, cache_tokens=4096)
     monkeypatch.setattr(policy, "eos_ids", tuple(range(0, policy.head.shape[0], 8)))  # many lengths
     groups = engine.generate(prompts, 2, Sampling(max_new_tokens=12, min_new_tokens=2), seed=seed)
@@ -126,7 +126,7 @@ def test_rows_in_flight_are_the_engines(policy, prompts, monkeypatch, max_rows, 
     rows, cached, pairs = in_flight(sizes, max_rows)
     assert rows.tolist() == alive and pairs.tolist() == seen
     assert (cached <= pairs).all() and (cached < pairs).any()  # a shared prompt is read once
-    assert engine.seconds["prefill"] > 0 and engine.seconds["decode"] > 0
+    assert engine.last_timings["prefill"] > 0 and engine.last_timings["decode"] > 0
 
 
 def test_a_rollout_row_by_row():
@@ -145,11 +145,11 @@ def test_a_rollout_row_by_row():
 def test_flops_of_a_decode_step_are_what_torch_counts(tiny, prompts):
     """But for attention, whose masked batches torch counts whole."""
     engine = RolloutEngine(tiny.policy)
-    run = engine.begin(prompts[2:3], 3, Sampling(max_new_tokens=8))
-    for part in run.admit():
+    run = engine.start(prompts[2:3], 3, Sampling(max_new_tokens=8))
+    for part in run.schedule():
         run.prefill(part)
     with FlopCounterMode(display=False) as counter:
-        run.step(run.work.rows.part(0, 3))
+        run.decode_step(run.workspace.rows.slice(0, 3))
     run.release()
     counts = counter.get_flop_counts()["Global"]
     matmuls = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))

@@ -21,7 +21,7 @@ from pathlib import Path
 VARIABLE = "VTFAST_FAULT"
 """Environment variable that carries the orders to a trainer."""
 WRAPPED = {
-    "rollout": "vtfast.rollout.scheduler.Rollout.decode",  # a token for every row
+    "rollout": "vtfast.rollout.scheduler.Scheduler.decode",  # a token for every row
     "backward": "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.process_gradients",  # a weight's gradient
     "optimizer": "torch.optim.AdamW.step",  # this rank's share of the weights is new, the others' are not yet
 }

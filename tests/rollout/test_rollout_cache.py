@@ -12,8 +12,7 @@ from transformers.generation import logits_process as hf
 
 from vtfast.model.loading import load_model
 from vtfast.model.lora import add_lora
-from vtfast.rollout import RolloutEngine, Sampling, engine
-from vtfast.rollout import scheduler as loop
+from vtfast.rollout import RolloutEngine, Sampling, engine, scheduler
 from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder
 from vtfast.rollout.truncated_sampling import warped_sample
@@ -42,7 +41,7 @@ def test_pages_of_a_group_by_hand():
 @pytest.mark.parametrize("page", [1, 4, 7, 64])
 def test_page_size_and_layout_change_nothing(policy, prompts, monkeypatch, page):
     expected = tokens(RolloutEngine(policy).generate(prompts, 3, SAMPLING, seed=1))
-    monkeypatch.setitem(engine.PAGE, "cpu", page)
+    monkeypatch.setitem(engine.PAGE_SIZE, "cpu", page)
     rollout = RolloutEngine(policy, cache_tokens=4000)
     assert tokens(rollout.generate(prompts, 3, SAMPLING, seed=1)) == expected
     assert everything_is_free(rollout)
@@ -113,7 +112,7 @@ def test_a_prompt_larger_than_the_cache(policy, prompts):
 
 def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
     """In the decoder and in the packed forward alike."""
-    original, image = loop.linear_sample, policy.module.config.image_token_id
+    original, image = scheduler.linear_sample, policy.module.config.image_token_id
 
     def draw(hidden, head, **chance):
         token, logp = original(hidden, head, **chance)
@@ -121,7 +120,7 @@ def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
         forced = (hidden.float() @ head.t()).log_softmax(-1)[:, image]
         return torch.where(chosen, image, token), torch.where(chosen, forced, logp)
 
-    monkeypatch.setattr(loop, "linear_sample", draw)
+    monkeypatch.setattr(scheduler, "linear_sample", draw)
     rolled = RolloutEngine(policy).generate(prompts, 2, Sampling(max_new_tokens=6), seed=3)
     with torch.no_grad():
         scored = completion_logprobs(policy, prompts, tokens(rolled))

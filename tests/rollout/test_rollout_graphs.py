@@ -19,7 +19,7 @@ from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.decode import Decoder
 from vtfast.rollout.decode_state import LAST_GROUP, Output, Rows
 from vtfast.rollout.graphs import BUCKETS, bucket
-from vtfast.rollout.scheduler import Rollout
+from vtfast.rollout.scheduler import Scheduler
 
 SAMPLING = Sampling(max_new_tokens=12)
 
@@ -160,7 +160,7 @@ def test_an_interrupted_call_leaves_no_numbers(random_path, prompts, monkeypatch
     saved = weight.detach().clone()
     weight.data.fill_(torch.nan)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Rollout, "retire", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Scheduler, "retire", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         engine.generate(prompts, 3, SAMPLING, seed=1)
     weight.data.copy_(saved)
     assert tokens(engine.generate(prompts, 3, SAMPLING, seed=1)) == expected
@@ -203,7 +203,7 @@ def test_rows_move_to_the_front():
     rows.group.copy_(torch.arange(5))
     rows.token.copy_(torch.arange(5) + 10)
     rows.active.fill_(True)
-    rows.part(0, 4).keep(torch.tensor([1, 3]))
+    rows.slice(0, 4).keep(torch.tensor([1, 3]))
     assert rows.token.tolist() == [11, 13, 0, 0, 14]
     assert rows.group.tolist() == [1, 3, LAST_GROUP, LAST_GROUP, 4]
     assert rows.active.tolist() == [True, True, False, False, True]

@@ -13,7 +13,7 @@ from vtfast.data.processor import Processor
 from vtfast.model.loading import load_model
 from vtfast.model.lora import add_lora
 from vtfast.rollout import RolloutEngine, Sampling, vllm
-from vtfast.rollout.engine_choice import choose_engine
+from vtfast.rollout.engines import build_engine
 from vtfast.rollout.vllm import checkpoint_weights
 from vtfast.scoring import completion_logprobs
 from vtfast.utils.errors import UserError
@@ -125,7 +125,7 @@ def fake_vllm(monkeypatch):
 
 def engine(policy, processor, path, **changes):
     config = Config(use_vllm=True, max_prompt_length=200, max_completion_length=12, **changes)
-    return choose_engine(config, policy, processor, str(path), 2)
+    return build_engine(config, policy, processor, str(path), 2)
 
 
 def test_completions_are_the_policys(fake_vllm, policy, processor, random_path, prompts):

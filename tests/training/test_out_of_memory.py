@@ -15,9 +15,8 @@ from whole_runs import assert_same_run, build, rows
 from vtfast import trainer as trainer_module
 from vtfast.data.prompt import Prompt
 from vtfast.distributed.ranks import Ranks
-from vtfast.rollout import RolloutEngine, Sampling
+from vtfast.rollout import RolloutEngine, Sampling, scheduler
 from vtfast.rollout import engine as rollout_engine
-from vtfast.rollout import scheduler as loop
 from vtfast.training import loop as run_module
 from vtfast.training.token_budget import TokenBudget, cut_again
 from vtfast.utils.errors import RankError, UserError
@@ -322,8 +321,8 @@ def tokens(groups):
 def test_a_rollout_that_runs_out_of_memory_admits_fewer_rows(policy, prompts, monkeypatch, caplog, where):
     owner = {
         "workspace": (rollout_engine, "Workspace"),
-        "prefill": (loop.Rollout, "prefill"),
-        "decode": (loop.Rollout, "decode"),
+        "prefill": (scheduler.Scheduler, "prefill"),
+        "decode": (scheduler.Scheduler, "decode"),
     }[where]
     expected = RolloutEngine(policy).generate(prompts, 3, SAMPLING, seed=1)
     engine = RolloutEngine(policy)
@@ -349,9 +348,9 @@ def text_prompt(length):
 def test_a_cache_that_was_halved_grows_for_a_larger_group(policy, monkeypatch):
     """It was halved to the least of one call, and another may need more."""
     engine = RolloutEngine(policy, cache_tokens=128)
-    failing = fails_at(1, ON_CUDA, loop.Rollout.decode)
+    failing = fails_at(1, ON_CUDA, scheduler.Scheduler.decode)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Rollout, "decode", lambda self: failing(self))
+        patch.setattr(scheduler.Scheduler, "decode", lambda self: failing(self))
         engine.generate([text_prompt(31)] * 4, 2, SAMPLING)
     before = engine.workspace.cache.pages
     assert before == 1 + 2 * 2, "one whole page of the prompt, two more a row"
@@ -362,7 +361,7 @@ def test_a_cache_that_was_halved_grows_for_a_larger_group(policy, monkeypatch):
 
 def test_one_group_is_the_least_of_a_rollout(policy, prompts, monkeypatch):
     engine = RolloutEngine(policy)
-    monkeypatch.setattr(loop.Rollout, "prefill", fails_at(None, ON_CPU, None))
+    monkeypatch.setattr(scheduler.Scheduler, "prefill", fails_at(None, ON_CPU, None))
     with pytest.raises(RankError, match=r"the 3 completions of one prompt in flight; lower --num"):
         engine.generate(prompts, 3, SAMPLING)
     assert engine.workspace is None
@@ -372,9 +371,9 @@ def test_a_cache_of_a_given_size_is_halved_too(policy, prompts, monkeypatch):
     engine = RolloutEngine(policy, cache_tokens=4096)
     expected = engine.generate(prompts, 3, SAMPLING, seed=1)
     before = engine.workspace.cache.pages
-    decode = loop.Rollout.decode
+    decode = scheduler.Scheduler.decode
     failing = fails_at(2, ON_CUDA, decode)
-    monkeypatch.setattr(loop.Rollout, "decode", lambda self: failing(self))
+    monkeypatch.setattr(scheduler.Scheduler, "decode", lambda self: failing(self))
     assert tokens(engine.generate(prompts, 3, SAMPLING, seed=1)) == tokens(expected)
     assert engine.workspace.cache.pages == before // 2
 

@@ -21,10 +21,10 @@ from vtfast.config.rules import PIXELS_A_TOKEN
 from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.evaluate.held_out import BATCH as HELD_OUT_BATCH
 from vtfast.model.policy import Policy
-from vtfast.rollout.buffers import cache_shape
 from vtfast.rollout.cache import pages_needed
-from vtfast.rollout.engine import CACHE_SHARE, PAGE
+from vtfast.rollout.engine import CACHE_SHARE, PAGE_SIZE
 from vtfast.rollout.scheduler import PREFILL_TOKENS
+from vtfast.rollout.workspace import cache_shape
 
 BUCKET = 500_000_000
 """Numbers in a gradient bucket: DeepSpeed's default `reduce_bucket_size`."""
@@ -304,7 +304,7 @@ def loss_bytes(policy: Policy, scored: int, kind: str) -> int:
 def cache_bytes(policy: Policy, config: RunConfig, load: Load, kind: str, room: int | None) -> int:
     """The rollout's key-value pool (`RolloutEngine._size`): for each group in flight the prompt's full pages once and
     every row's own; for held-out questions the same with one row. At most `room`, or `rollout_cache_tokens`."""
-    page = PAGE[kind]
+    page = PAGE_SIZE[kind]
     layers, heads, head_dim = cache_shape(policy)
     a_page = 2 * layers * page * heads * head_dim * policy.head.element_size()
     if config.rollout_cache_tokens is not None:

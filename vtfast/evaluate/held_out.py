@@ -13,7 +13,7 @@ from vtfast.data.prompts import response_prefix
 from vtfast.distributed.ranks import Ranks
 from vtfast.rewards import accuracy_reward, format_reward
 from vtfast.rollout import Sampling
-from vtfast.rollout.engine_choice import Engine
+from vtfast.rollout.engines import Engine
 
 BATCH = 32
 SEED = 2**31 - 1

@@ -44,9 +44,9 @@ class PagedCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.pages = pages
-        self.tidy()
+        self.reset()
 
-    def tidy(self) -> None:
+    def reset(self) -> None:
         """All pages free, in order."""
         self.free = deque(range(1, self.pages + 1))
 
@@ -71,7 +71,7 @@ class PagedCache:
     def release(self, pages: list[int]) -> None:
         self.free.extend(pages)
         if len(self.free) == self.pages:
-            self.tidy()
+            self.reset()
 
     def prompt_slots(self, group: GroupPages, prompt: int) -> tuple[Tensor, Tensor]:
         """(token of the prompt, slot in the pool) of everything that prefill writes: [M], [M]."""

@@ -56,7 +56,7 @@ class Rows:
             value.zero_()
         self.group.fill_(LAST_GROUP)
 
-    def part(self, start: int, stop: int) -> Rows:
+    def slice(self, start: int, stop: int) -> Rows:
         """Rows start .. stop, as views."""
         return Rows(**{name: value[start:stop] for name, value in vars(self).items()})
 
@@ -71,8 +71,8 @@ class Rows:
     def keep(self, rows: Tensor) -> None:
         """Move some rows, in order, to the front; the others become blank."""
         kept = Rows(**{name: value[rows] for name, value in vars(self).items()})
-        self.part(0, len(rows)).write(kept)
-        self.part(len(rows), len(self.token)).clear()
+        self.slice(0, len(rows)).write(kept)
+        self.slice(len(rows), len(self.token)).clear()
 
 
 @dataclass

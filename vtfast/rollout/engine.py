@@ -1,6 +1,6 @@
 """Batched sampling with the trainer's own weights: packed prefill, shared prompt pages, a decode step for all rows.
 
-`Rollout` holds the loop, `Workspace` the memory that it works on, `Decoder` the model's layers.
+`Scheduler` holds the loop, `Workspace` the memory that it works on, `Decoder` the model's layers.
 
 A row's tokens depend on (seed, prompt, sample number) and on nothing else: the sampler's randomness is a function of
 (seed, row key, position), and a row key is made of the prompt's content and the sample number.
@@ -21,17 +21,17 @@ from vtfast.distributed import heartbeat
 from vtfast.distributed.determinism import fixed
 from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout.attention import decode_attention
-from vtfast.rollout.buffers import Size, Workspace, addresses, cache_shape
 from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.graphs import Capture, bucket
 from vtfast.rollout.sampling import Completion, Sampling
-from vtfast.rollout.scheduler import Rollout
+from vtfast.rollout.scheduler import Scheduler
+from vtfast.rollout.workspace import Size, Workspace, addresses, cache_shape
 from vtfast.utils.errors import RankError, UserError
 from vtfast.utils.out_of_memory import free_memory, in_short, is_out_of_memory
 
 log = logging.getLogger("vtfast")
 
-PAGE = {"cpu": 16, "cuda": 256}
+PAGE_SIZE = {"cpu": 16, "cuda": 256}
 """Tokens of a cache page."""
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.6}
 """Most of the free memory that the cache may take."""
@@ -44,7 +44,7 @@ BAR_DELAY = 5.0
 """Seconds before a rollout shows its progress bar."""
 
 
-class GivenUp(Exception):
+class RolloutCancelled(Exception):
     """A rollout that nobody waits for any more."""
 
 
@@ -87,9 +87,9 @@ class RolloutEngine:
         self.graphs = capturable if graphs is None else graphs
         self.capture, self.poll = capture, poll or POLL[kind]
         self.workspace: Workspace | None = None
-        self.give_up: Callable[[], object] | None = None
-        """Asked every `poll` steps, if set: whether `generate` is to end at once, with GivenUp."""
-        self.seconds: dict[str, float] = {}
+        self.should_cancel: Callable[[], object] | None = None
+        """Asked every `poll` steps, if set: whether `generate` is to end at once, with RolloutCancelled."""
+        self.last_timings: dict[str, float] = {}
         """Of the last call: spent on prefill and on decode."""
         self.max_pages: int | None = None
         """Of the cache, once the memory has not done for more."""
@@ -107,9 +107,9 @@ class RolloutEngine:
         `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Where the memory does not
         do, fewer rows are admitted at once, from then on, and the call starts again: its result is the same. Raises
         UserError for a prompt that does not fit into the cache, and when one group alone is too much for the memory;
-        GivenUp when `give_up` says so.
+        RolloutCancelled when `should_cancel` says so.
         """
-        self.seconds = {}
+        self.last_timings = {}
         if not prompts:
             return []
         while True:
@@ -133,15 +133,15 @@ class RolloutEngine:
             disable=not progress,
         )
         with self._plain():
-            run = self.begin(prompts, num_generations, sampling, seed)
+            run = self.start(prompts, num_generations, sampling, seed)
             try:
-                while run.advance():
+                while run.step():
                     heartbeat.beat()
-                    if self.give_up and self.give_up():
-                        raise GivenUp
-                    bar.set_postfix_str(f"{len(run.places)} rows alive", refresh=False)
+                    if self.should_cancel and self.should_cancel():
+                        raise RolloutCancelled
+                    bar.set_postfix_str(f"{len(run.running)} rows alive", refresh=False)
                     bar.update(run.written - bar.n)
-                self.seconds = run.seconds
+                self.last_timings = run.timings
                 return run.collect()
             finally:
                 bar.close()
@@ -149,9 +149,9 @@ class RolloutEngine:
                 if not self.keep_cache:
                     self.workspace = None
 
-    def begin(
+    def start(
         self, prompts: Sequence[Prompt], num_generations: int = 1, sampling: Sampling = DEFAULT, seed: int = 0
-    ) -> Rollout:
+    ) -> Scheduler:
         """A rollout that its caller advances. One at a time: it works in the engine's workspace."""
         if num_generations < 1:
             raise UserError(f"num_generations {num_generations}: must be at least 1")
@@ -159,7 +159,7 @@ class RolloutEngine:
             raise UserError("stop: RolloutEngine needs a processor to find texts in tokens")
         with self._plain():
             work = self._workspace(prompts, num_generations, sampling.max_new_tokens)
-            return Rollout(
+            return Scheduler(
                 self.policy,
                 work,
                 prompts,
@@ -180,7 +180,7 @@ class RolloutEngine:
         least = max(self._pages(prompts, group, new))
         if pages is None:
             wanted = self._size(prompts, group, new).cache_pages
-            pages = self._cache_pages(wanted, PAGE[self.policy.device.type], least)
+            pages = self._cache_pages(wanted, PAGE_SIZE[self.policy.device.type], least)
         rows = min(len(prompts) * group, max(self.max_rows, group))
         if rows <= group and pages <= least:
             raise RankError(
@@ -221,7 +221,7 @@ class RolloutEngine:
             size = size.and_also(work.size)
             self.workspace = work = None  # its memory first
         if work is None:
-            page = PAGE[policy.device.type]
+            page = PAGE_SIZE[policy.device.type]
             pages = self._cache_pages(size.cache_pages, page, least)
             work = Workspace(policy, size, pages, page, self.attention, self.capture, self.graphs)
             self.workspace = work
@@ -230,7 +230,7 @@ class RolloutEngine:
 
     def _size(self, prompts: Sequence[Prompt], group: int, new: int) -> Size:
         """What these prompts need, with as many groups in flight as `max_rows` lets."""
-        page = PAGE[self.policy.device.type]
+        page = PAGE_SIZE[self.policy.device.type]
         needs = sorted(self._pages(prompts, group, new), reverse=True)
         longest = max(len(prompt.ids) for prompt in prompts) + new
         in_flight = min(len(prompts) * group, max(self.max_rows, group))
@@ -245,7 +245,7 @@ class RolloutEngine:
 
     def _pages(self, prompts: Sequence[Prompt], group: int, new: int) -> list[int]:
         """Cache pages that each prompt needs together with its completions."""
-        page = PAGE[self.policy.device.type]
+        page = PAGE_SIZE[self.policy.device.type]
         pages = (pages_needed(page, len(prompt.ids), new) for prompt in prompts)
         return [shared + group * own for shared, own in pages]
 

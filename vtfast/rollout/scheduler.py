@@ -24,12 +24,12 @@ from vtfast_kernels.linear_sample import linear_sample
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.model.policy import Policy
-from vtfast.rollout.buffers import Workspace
 from vtfast.rollout.cache import GroupPages
 from vtfast.rollout.decode_state import Rows
 from vtfast.rollout.graphs import bucket
 from vtfast.rollout.sampling import Completion, Sampling
 from vtfast.rollout.truncated_sampling import warped_sample
+from vtfast.rollout.workspace import Workspace
 
 PREFILL_TOKENS = 16384
 """Prompts run packed in rows of at most so many tokens (a longer one alone)."""
@@ -44,7 +44,7 @@ class InFlight:
     """Rows that are not finished."""
 
 
-class Rollout:
+class Scheduler:
     """One call of `RolloutEngine.generate`, over a workspace."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Rollout:
         poll: int,
         processor: Processor | None = None,
     ) -> None:
-        self.policy, self.processor, self.sampling, self.work = policy, processor, sampling, work
+        self.policy, self.processor, self.sampling, self.workspace = policy, processor, sampling, work
         self.max_rows, self.poll = max_rows, 1 if sampling.stop else poll
         self.prompts, self.G = prompts, group
         self.count = count = len(prompts) * group
@@ -69,12 +69,12 @@ class Rollout:
         work.rows.clear()
         self.waiting = deque(range(len(prompts)))
         self.groups: dict[int, InFlight] = {}
-        self.places: list[int] = []
+        self.running: list[int] = []
         """Row of the output of each row in flight, on the host."""
         self.lengths = [0] * count
         self.stopped = [False] * count
         self.written = 0
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self.timings = {"prefill": 0.0, "decode": 0.0}
         """Spent so far."""
         self.checked = False
         """Whether the ops have looked at the arguments that these rows make."""
@@ -86,50 +86,50 @@ class Rollout:
             for p, prompt in enumerate(prompts):
                 self.seen[p * group : (p + 1) * group, prompt.ids.to(work.device)] = True
 
-    def advance(self) -> bool:
+    def step(self) -> bool:
         """Some tokens for every live row, new rows among them. False when all are done."""
-        if self.places:
+        if self.running:
             with self.clock("decode"):
                 self.decode()
                 self.retire()
-        admitted = self.admit()
+        admitted = self.schedule()
         if admitted:
             with self.clock("prefill"):
                 for part in admitted:
                     self.prefill(part)
                 self.retire()
-        return bool(self.places or self.waiting)
+        return bool(self.running or self.waiting)
 
     @contextlib.contextmanager
     def clock(self, part: str) -> Iterator[None]:
         """Add to `seconds`. `retire`, at the end of each part, has waited for the device anyway."""
         began = time.perf_counter()
         yield
-        self.seconds[part] += time.perf_counter() - began
+        self.timings[part] += time.perf_counter() - began
 
     def decode(self) -> None:
-        live, graphs = len(self.places), self.work.graphs
+        live, graphs = len(self.running), self.workspace.graphs
         plain = graphs is not None and not self.sampling.warped
-        rows = self.work.rows.part(0, bucket(live) if plain else live)
-        unfinished = self.sampling.max_new_tokens - min(self.lengths[place] for place in self.places)
+        rows = self.workspace.rows.slice(0, bucket(live) if plain else live)
+        unfinished = self.sampling.max_new_tokens - min(self.lengths[place] for place in self.running)
         with trusted() if self.checked else contextlib.nullcontext():
             for _ in range(min(self.poll, unfinished)):
                 if plain:
                     setting = self.sampling.temperature, self.sampling.greedy
-                    graphs.run(self.step, rows, setting)
+                    graphs.run(self.decode_step, rows, setting)
                 else:
-                    self.step(rows)
+                    self.decode_step(rows)
         self.checked = True
 
-    def step(self, rows: Rows) -> None:
+    def decode_step(self, rows: Rows) -> None:
         """Feed every row's newest token, draw the next one. All on the device."""
-        hidden = self.work.decoder.step(rows, self.memory)
+        hidden = self.workspace.decoder.step(rows, self.memory)
         rows.length.add_(rows.active)
         self.sample(rows, hidden)
 
     def sample(self, rows: Rows, hidden: Tensor) -> None:
         """Draw and write down the next token of every row."""
-        sampling, work = self.sampling, self.work
+        sampling, work = self.sampling, self.workspace
         chance = {"seed": work.seed, "row_key": rows.key, "position": rows.emitted}
         if sampling.warped:
             place = work.output.place(rows)
@@ -143,14 +143,14 @@ class Rollout:
             )
         work.output.commit(rows, token, logp, work.limit, work.eos)
 
-    def admit(self) -> list[list[int]]:
+    def schedule(self) -> list[list[int]]:
         """Prompts that have room now, in parts that are prefilled together."""
         admitted: list[int] = []
-        live = len(self.places)
+        live = len(self.running)
         while self.waiting and (live == 0 or live + self.G <= self.max_rows):
             p = self.waiting[0]
             prompt = len(self.prompts[p].ids)
-            pages = self.work.cache.admit(prompt, self.G, self.sampling.max_new_tokens)
+            pages = self.workspace.cache.admit(prompt, self.G, self.sampling.max_new_tokens)
             if pages is None:
                 break
             self.groups[p] = InFlight(pages, self.G)
@@ -168,7 +168,7 @@ class Rollout:
     def prefill(self, members: Sequence[int]) -> None:
         """Run prompts packed, write their keys and values into their pages, and draw their rows' first tokens."""
         prompts = [self.prompts[p] for p in members]
-        work, G = self.work, self.G
+        work, G = self.workspace, self.G
         cache, page = work.cache, work.cache.page
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         starts = lengths.cumsum(0) - lengths
@@ -192,8 +192,8 @@ class Rollout:
         hidden = self.policy.trunk(pack, store)[(starts + lengths - 1).to(work.device)]
 
         places = [p * G + g for p in members for g in range(G)]
-        live = len(self.places)
-        rows = work.rows.part(live, live + len(places))
+        live = len(self.running)
+        rows = work.rows.slice(live, live + len(places))
         rows.write(
             Rows(
                 token=torch.zeros(len(places), dtype=torch.int64),
@@ -208,42 +208,42 @@ class Rollout:
                 active=torch.ones(len(places), dtype=torch.bool),
             )
         )
-        self.places += places
-        self.forget()
+        self.running += places
+        self.invalidate()
         self.sample(rows, hidden.repeat_interleave(G, dim=0))
 
     def retire(self) -> None:
         """Finished rows leave the batch, their pages return to the pool. The host looks here alone."""
-        rows = self.work.rows.part(0, len(self.places))
+        rows = self.workspace.rows.slice(0, len(self.running))
         emitted, active = torch.stack([rows.emitted, rows.active.long()]).tolist()
-        for place, n in zip(self.places, emitted, strict=True):
+        for place, n in zip(self.running, emitted, strict=True):
             self.written += n - self.lengths[place]
             self.lengths[place] = n
         if self.sampling.stop:
             for row, stopped in enumerate(self.end_with_a_stop()):
                 if stopped:
-                    self.stopped[self.places[row]], active[row] = True, 0
+                    self.stopped[self.running[row]], active[row] = True, 0
         live = [row for row, is_live in enumerate(active) if is_live]
         if len(live) == len(active):
             return
-        for row, place in enumerate(self.places):
+        for row, place in enumerate(self.running):
             if not active[row]:
-                self.let_go(place)
-        rows.keep(torch.tensor(live, dtype=torch.int64, device=self.work.device))
-        self.places = [self.places[row] for row in live]
-        self.forget()
+                self.release_row(place)
+        rows.keep(torch.tensor(live, dtype=torch.int64, device=self.workspace.device))
+        self.running = [self.running[row] for row in live]
+        self.invalidate()
 
-    def let_go(self, place: int) -> None:
+    def release_row(self, place: int) -> None:
         p, g = divmod(place, self.G)
         group = self.groups[p]
         group.left -= 1
-        self.work.cache.release(group.pages.own[g])
+        self.workspace.cache.release(group.pages.own[g])
         group.pages.own[g] = []
         if group.left == 0:
-            self.work.cache.release(group.pages.shared)
+            self.workspace.cache.release(group.pages.shared)
             del self.groups[p]
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """The rows are others now: what attention remembers of the old ones is void, and the first step is checked."""
         self.checked = False
         if self.memory is not None:
@@ -251,11 +251,11 @@ class Rollout:
 
     def end_with_a_stop(self) -> list[bool]:
         """For each row in flight. The text of the row so far is searched, on the host."""
-        places = torch.tensor(self.places, device=self.work.device)
-        longest = max(self.lengths[place] for place in self.places)
-        texts = self.work.output.tokens[places, :longest].tolist()
+        places = torch.tensor(self.running, device=self.workspace.device)
+        longest = max(self.lengths[place] for place in self.running)
+        texts = self.workspace.output.tokens[places, :longest].tolist()
         found = []
-        for place, tokens in zip(self.places, texts, strict=True):
+        for place, tokens in zip(self.running, texts, strict=True):
             text = self.processor.decode(tokens[: self.lengths[place]])
             found.append(any(stop in text for stop in self.sampling.stop))
         return found
@@ -263,13 +263,13 @@ class Rollout:
     def release(self) -> None:
         """Every page that is still held: nothing after a whole run, everything after a failure."""
         if self.groups:
-            self.work.cache.clear()  # nobody has looked at what was written
+            self.workspace.cache.clear()  # nobody has looked at what was written
         for group in self.groups.values():
-            self.work.cache.release(group.pages.all)
+            self.workspace.cache.release(group.pages.all)
         self.groups = {}
 
     def collect(self) -> list[list[Completion]]:
-        output, eos = self.work.output, set(self.policy.eos_ids)
+        output, eos = self.workspace.output, set(self.policy.eos_ids)
         written = slice(self.count), slice(max(self.lengths))
         tokens, logps = output.tokens[written].tolist(), output.logps[written].tolist()
         completions = []
@@ -278,7 +278,7 @@ class Rollout:
             reason = "stop" if stopped else "length"
             completions.append(Completion(tokens[place][:n], logps[place][:n], reason))
         if not all(math.isfinite(x) for completion in completions for x in completion.logprobs):
-            self.work.cache.clear()  # masked attention multiplies stale numbers by zero, and zero times NaN is NaN
+            self.workspace.cache.clear()  # masked attention multiplies stale numbers by zero, and zero times NaN is NaN
         return [completions[i : i + self.G] for i in range(0, self.count, self.G)]
 
 

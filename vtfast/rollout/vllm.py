@@ -63,8 +63,8 @@ class VLLMEngine:
             ) from None
         _name_the_only_rank()
         self.policy, self.processor = policy, processor
-        self.give_up: Callable[[], object] | None = None  # never asked
-        self.seconds: dict[str, float] = {}  # prefill and decode are mixed in vLLM
+        self.should_cancel: Callable[[], object] | None = None  # never asked
+        self.last_timings: dict[str, float] = {}  # prefill and decode are mixed in vLLM
         self.sampling_params, self.sleeps = SamplingParams, enable_sleep_mode
         limits = processor.pixel_limits
         images = (

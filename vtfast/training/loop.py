@@ -35,7 +35,7 @@ from vtfast.model.lora import add_lora
 from vtfast.model.packing import check_group
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.report.tracking import Tracker
-from vtfast.rollout.engine_choice import choose_engine
+from vtfast.rollout.engines import build_engine
 from vtfast.training.checkpoint import Saver, find_checkpoint, keep_data, prepare_run_folder
 from vtfast.training.checkpoint.logs import completed_step, flush_lists, mark_completed
 from vtfast.training.checkpoint.resume import held_out_before, put_back, state_of, write_rest
@@ -91,7 +91,7 @@ class Run:
             config.max_steps = self.max_steps()
             self.engine = zero2_engine(config, objective)
             most_images = max(len(s.images) for part in samples.values() for s in part)
-            self.rollout = choose_engine(config, self.policy, self.processor, path, most_images)
+            self.rollout = build_engine(config, self.policy, self.processor, path, most_images)
             if checkpoint:
                 put_back(self, checkpoint)
             self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
@@ -193,7 +193,7 @@ class Run:
                 self.before = self.judge()
             if ranks.is_main:
                 self.tracker = Tracker(config, self.folder, self.done, self.trackers)
-            self.rollout.give_up = lambda: self.stop.received
+            self.rollout.should_cancel = lambda: self.stop.received
             try:
                 self.train()
             except Stopped as asked:
@@ -203,7 +203,7 @@ class Run:
                     self.saver.finish(error)
                 raise
             finally:
-                self.rollout.give_up = None
+                self.rollout.should_cancel = None
         if self.tracker:
             self.tracker.close()
         after = self.judge()

@@ -24,7 +24,7 @@ from vtfast.report.tracking import check_trackers
 from vtfast.rewards import get_reward
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.cache import pages_needed
-from vtfast.rollout.engine import PAGE
+from vtfast.rollout.engine import PAGE_SIZE
 from vtfast.rollout.vllm import check_installed
 from vtfast.training.checkpoint import check_output_dir
 from vtfast.training.sft_target import load_target
@@ -99,7 +99,7 @@ def _check_device(config: RunConfig) -> None:
         except UserError as error:
             problems.append(str(error))
     if not config.use_vllm and config.rollout_cache_tokens is not None:
-        page, group = PAGE[kind], getattr(config, "num_generations", 1)
+        page, group = PAGE_SIZE[kind], getattr(config, "num_generations", 1)
         shared, own = pages_needed(page, config.max_prompt_length, config.max_completion_length)
         least = (shared + group * own) * page
         if config.rollout_cache_tokens < least:

@@ -16,9 +16,9 @@ from vtfast.rollout.sampling import Completion, Sampling
 class Engine(Protocol):
     """What the trainer and evaluations ask of an engine: completions [prompt][sample]."""
 
-    give_up: Callable[[], object] | None
-    """Says whether a rollout is to end at once, with GivenUp; an engine need not ask."""
-    seconds: dict[str, float]
+    should_cancel: Callable[[], object] | None
+    """Says whether a rollout is to end at once, with RolloutCancelled; an engine need not ask."""
+    last_timings: dict[str, float]
     """Of the last call, by part: "prefill" and "decode"; empty where the engine does not tell them apart."""
 
     def generate(
@@ -31,7 +31,7 @@ class Engine(Protocol):
     ) -> list[list[Completion]]: ...
 
 
-def choose_engine(config: RunConfig, policy: Policy, processor: Processor, path: str, images_a_prompt: int) -> Engine:
+def build_engine(config: RunConfig, policy: Policy, processor: Processor, path: str, images_a_prompt: int) -> Engine:
     """Ours, or vLLM with `--use_vllm`. `path`: the checkpoint. Raises UserError where the engine cannot be had."""
     if not config.use_vllm:
         return RolloutEngine(
