@@ -21,7 +21,7 @@ from vtfast.config import Config
 from vtfast.cost.devices import mfu
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.data.prompts import response_prefix
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.model.policy import Policy
 from vtfast.model.reference import Reference
@@ -203,7 +203,7 @@ class Trainer(Run):
     def score(self, policy: Policy, whose: str, work: StepBatches) -> None:
         with self.budget.together():
             for batch in work.batches:
-                heartbeat.beat()
+                watchdog.beat()
                 if batch.parts:
                     batch.write(whose, packed_logprobs(policy, batch.pack, self.config.temperature))
 

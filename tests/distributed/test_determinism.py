@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 
 from vtfast.config import load_config
 from vtfast.data import splits
-from vtfast.distributed.determinism import WANTED, fixed, flash_options, is_deterministic, make_deterministic
+from vtfast.distributed.determinism import (
+    DETERMINISTIC_ENV,
+    flash_attn_kwargs,
+    is_deterministic,
+    make_deterministic,
+    require_full_size,
+)
 from vtfast.report.tracking import MEASURED
 from vtfast.trainer import Trainer
 from vtfast.utils.errors import UserError
@@ -33,7 +39,7 @@ SHORT = {
 @pytest.fixture
 def restored(monkeypatch):
     """The process as it was, afterwards."""
-    for name in WANTED:
+    for name in DETERMINISTIC_ENV:
         monkeypatch.setenv(name, "")  # so that it is put back, whatever is set meanwhile
         monkeypatch.delenv(name)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
@@ -140,19 +146,19 @@ def test_flash_attention_is_told(restored):
 
     def unable(query): ...
 
-    assert flash_options(able) == flash_options(unable) == {}
+    assert flash_attn_kwargs(able) == flash_attn_kwargs(unable) == {}
     make_deterministic(cuda=False)
-    assert flash_options(able) == {"deterministic": True}
+    assert flash_attn_kwargs(able) == {"deterministic": True}
     with pytest.raises(UserError, match="no deterministic backward"):
-        flash_options(unable)
+        flash_attn_kwargs(unable)
 
 
 def test_free_memory_decides_nothing(restored):
-    fixed(10, 9, "cache pages", "--rollout_cache_tokens")
+    require_full_size(10, 9, "cache pages", "--rollout_cache_tokens")
     make_deterministic(cuda=False)
-    fixed(10, 10, "cache pages", "--rollout_cache_tokens")
+    require_full_size(10, 10, "cache pages", "--rollout_cache_tokens")
     with pytest.raises(UserError, match=r"9 cache pages of the 10 wanted.*--rollout_cache_tokens"):
-        fixed(10, 9, "cache pages", "--rollout_cache_tokens")
+        require_full_size(10, 9, "cache pages", "--rollout_cache_tokens")
 
 
 def test_vllm_is_refused():

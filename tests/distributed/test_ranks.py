@@ -1,5 +1,5 @@
 """Ranks that are lost, under the real launchers: the run ends in time, with a message and an exit code, and leaves no
-process behind. What the heartbeat itself does is tried in test_heartbeat.py."""
+process behind. What the heartbeat itself does is tried in test_watchdog.py."""
 
 import json
 import os

@@ -226,7 +226,7 @@ def _ask(
     if problems:
         raise SettingsError(problems)
     transformers_logging.disable_progress_bar()
-    ranks = launch.start(Config(device=options.device))
+    ranks = launch.init_distributed(Config(device=options.device))
     config = checkpoint.config
     limits = {
         name: config.get(name) if getattr(options, name) is None else getattr(options, name)

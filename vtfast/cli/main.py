@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 
-from vtfast.distributed import heartbeat
-from vtfast.distributed.heartbeat import RANK_LOST
+from vtfast.distributed import watchdog
+from vtfast.distributed.watchdog import RANK_LOST
 from vtfast.utils.errors import RankError, Stopped, UserError
 from vtfast.utils.terminal import Formatter, message
 
@@ -65,17 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     except Stopped as stopped:
-        heartbeat.leave()
+        watchdog.stop()
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        heartbeat.fail("interrupted", INTERRUPTED)
+        watchdog.fail("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
-            heartbeat.fail("standard output is closed", UNREAD)
+            watchdog.fail("standard output is closed", UNREAD)
             return UNREAD
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = f"{error.filename}: " if error.filename else ""
@@ -83,12 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in DENIED and error.filename:
             said = f"{error.filename}: {error.strerror}; name another path, or let this user use it"
             return _refuse(RankError(said))
-        heartbeat.fail(f"{type(error).__name__}: {error}", RANK_LOST)
+        watchdog.fail(f"{type(error).__name__}: {error}", RANK_LOST)
         raise
 
 
 def _refuse(error: UserError) -> int:
-    heard = heartbeat.fail(str(error), BAD_INPUT)
+    heard = watchdog.fail(str(error), BAD_INPUT)
     rank = int(os.environ.get("RANK", 0))
     alone = isinstance(error, RankError) and not heard
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine

@@ -10,8 +10,7 @@ On the CPU they do so anyway. On CUDA a few libraries add in whatever order thei
     NCCL        one algorithm whose order the topology fixes
 
 The kernels of `vtfast_kernels` and Liger's that are used here sum in a fixed order and are not tuned by the clock.
-What depends on free memory is an error in this mode (`fixed`), and so is what another engine decides (vLLM, in the
-checks of the settings).
+In this mode it is an error if free memory limits a size (`require_full_size`) or if vLLM samples (a rule of the settings).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 
 from vtfast.utils.errors import UserError
 
-WANTED = {
+DETERMINISTIC_ENV = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
 }
@@ -37,7 +36,7 @@ def make_deterministic(cuda: bool) -> None:
     """For the rest of the process; to be called before CUDA is in use.
 
     Raises UserError for an environment variable with another value than will do, or if CUDA has begun without it."""
-    for name, values in WANTED.items() if cuda else ():
+    for name, values in DETERMINISTIC_ENV.items() if cuda else ():
         if torch.cuda.is_initialized() and name not in os.environ:
             raise UserError(f"--deterministic true: set {name}={values[0]} before CUDA is used")
         given = os.environ.setdefault(name, values[0])
@@ -53,7 +52,7 @@ def make_deterministic(cuda: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def flash_options(function: Callable) -> dict[str, bool]:
+def flash_attn_kwargs(function: Callable) -> dict[str, bool]:
     """Arguments for flash-attn's `function` as this process wants it. Raises UserError if it has no ordered way."""
     if not is_deterministic():
         return {}
@@ -65,7 +64,7 @@ def flash_options(function: Callable) -> dict[str, bool]:
     return {"deterministic": True}
 
 
-def fixed(wanted: int, room: int, what: str, flag: str) -> None:
+def require_full_size(wanted: int, room: int, what: str, flag: str) -> None:
     """Raises UserError if `room` cuts `wanted` short: results would depend on what else is in memory."""
     if is_deterministic() and room < wanted:
         raise UserError(

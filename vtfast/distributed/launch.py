@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from vtfast.config import RunConfig
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.distributed.determinism import make_deterministic
 from vtfast.distributed.ranks import Ranks, prompts_per_rank
 from vtfast.distributed.zero2 import import_deepspeed
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vtfast")
 
 
-def start(config: RunConfig) -> Ranks:
+def init_distributed(config: RunConfig) -> Ranks:
     """Join the process group of the launcher, or start a group of one."""
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -91,10 +91,10 @@ def _watch(ranks: Ranks, limit: float) -> None:
     door = None
     if ranks.is_main:
         local = on_this_machine == str(ranks.size)
-        door = heartbeat.Door(os.environ["MASTER_ADDR"], local=local)
+        door = watchdog.Door(os.environ["MASTER_ADDR"], local=local)
     address = ranks.from_main(door and door.address)
-    members = ranks.gather(heartbeat.Member(ranks.rank, socket.gethostname(), os.getpid()))
-    heartbeat.start(members, ranks.rank, limit, door, address)
+    members = ranks.gather(watchdog.Member(ranks.rank, socket.gethostname(), os.getpid()))
+    watchdog.start_watchdog(members, ranks.rank, limit, door, address)
 
 
 def _tune_cpu(threads: int) -> None:

@@ -1,16 +1,16 @@
-"""The processes that train together, and what they tell each other."""
+"""The ranks of a run (one process each, one device each) and the objects they exchange."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from vtfast.config import RunConfig
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.utils.errors import UserError
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among all of them."""
+    """This process's rank, the number of ranks, and this rank's device. All methods are collective."""
 
     rank: int
     size: int
@@ -33,52 +33,49 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with heartbeat.waiting():
+        with watchdog.waiting():
             dist.all_gather_object(values, value)
         return values
 
     def from_main(self, value: T) -> T:
-        """The value that rank 0 passed."""
+        """Rank 0's `value`, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        with heartbeat.waiting():
+        with watchdog.waiting():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
         if self.size > 1:
-            with heartbeat.waiting():
+            with watchdog.waiting():
                 dist.barrier()
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """`work()`, done by rank 0 alone; every rank returns its result or raises its UserError."""
+        result = self.from_main(_result_or_error(work) if self.is_main else None)
+        if isinstance(result, UserError):
+            raise result
+        return cast(T, result)
 
-def on_main(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What rank 0 makes of it, on all ranks; its UserError, too, is everyone's. Collective."""
-    made: Any = None
-    if ranks.is_main:
-        try:
-            made = make()
-        except UserError as error:
-            made = error
-        except OSError as error:
-            made = UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    made = ranks.from_main(made)
-    if isinstance(made, UserError):
-        raise made
-    return made
+    def gather_rows(self, work: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The rows that `work()` returns on each rank, sorted by "index"; every rank raises the first UserError."""
+        rows: list[dict[str, Any]] = []
+        for result in self.gather(_result_or_error(work)):
+            if isinstance(result, UserError):
+                raise result
+            rows += result
+        return sorted(rows, key=lambda row: row["index"])
 
 
-def gather_rows(ranks: Ranks, work: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of all ranks in the order of the data. A UserError of one rank is raised on all: none waits for it."""
+def _result_or_error(work: Callable[[], T]) -> T | UserError:
+    """A UserError is returned, so that it can be sent; so is an OSError, as a UserError. Others propagate."""
     try:
-        mine, problem = work(), None
+        return work()
     except UserError as error:
-        mine, problem = [], error
-    parts = ranks.gather((mine, problem and str(problem)))
-    for _, text in parts:
-        if text:
-            raise UserError(text) from problem
-    return sorted((row for rows, _ in parts for row in rows), key=lambda row: row["index"])
+        return error
+    except OSError as error:
+        return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def prompts_per_rank(config: RunConfig) -> int:

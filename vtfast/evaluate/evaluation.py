@@ -18,8 +18,8 @@ from vtfast.data.images import ImageError, Images, check_image
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.data.prompts import load_template, render
-from vtfast.distributed import heartbeat
-from vtfast.distributed.ranks import Ranks, gather_rows, on_main
+from vtfast.distributed import watchdog
+from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate.answers import AnswerFile, Row, make_row, scores_of
 from vtfast.evaluate.benchmark import Benchmark, Item
 from vtfast.evaluate.benchmarks import vsr_images
@@ -36,7 +36,7 @@ BATCH_SIZE = 64
 T = TypeVar("T")
 
 
-@heartbeat.patient("loading the questions")
+@watchdog.no_progress_expected("loading the questions")
 def evaluate(
     policy: Policy,
     bench: str = "cvbench",
@@ -83,22 +83,22 @@ def evaluate(
     if bench == "vsr":
         folder = None if image_folder is None else expand(image_folder)
         if fetch_images:
-            on_main(ranks, lambda: vsr_images.fetch(items, folder))
+            ranks.on_main(lambda: vsr_images.fetch(items, folder))
         items = vsr_images.locate(items, folder)
     if output is None:
         answers = AnswerFile()
     else:
         settings = asker.settings()
-        answers = on_main(ranks, lambda: AnswerFile.open(Path(output), bench, settings))
+        answers = ranks.on_main(lambda: AnswerFile.open(Path(output), bench, settings))
 
     left = answers.left(items)
-    gather_rows(ranks, lambda: _check_images(left[ranks.rank :: ranks.size]))
+    ranks.gather_rows(lambda: _check_images(left[ranks.rank :: ranks.size]))
     show = progress and ranks.is_main
     bar = tqdm(total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show)
-    heartbeat.beat(bench)
+    watchdog.beat(bench)
     with bar:
         for encoded in _batches(left, batch_size, ranks, asker.encode):
-            rows = gather_rows(ranks, lambda batch=encoded: asker.answer(benchmark, batch.result(), show))
+            rows = ranks.gather_rows(lambda batch=encoded: asker.answer(benchmark, batch.result(), show))
             answers.add(rows, write=ranks.is_main)
             bar.update(len(rows))
     return scores_of(bench, answers.rows)

@@ -29,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vtfast.distributed.determinism import flash_options
+from vtfast.distributed.determinism import flash_attn_kwargs
 from vtfast.model.backends import choose
 from vtfast.model.row_gather import RowGather
 from vtfast.utils.errors import UserError
@@ -225,7 +225,7 @@ def _flash_attn(function: Callable, query, key, value, layout, scale, window) ->
         softmax_scale=scale,
         causal=layout.causal,
         window_size=_window(layout, window),
-        **flash_options(function),
+        **flash_attn_kwargs(function),
     )
     return out[0] if isinstance(out, tuple) else out
 

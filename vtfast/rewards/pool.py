@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward
 from vtfast.rewards.calling import Response, Reward, Score, call, failed
 
@@ -58,7 +58,7 @@ class Pool:
             while None in scores:
                 self._hand_out(jobs, waiting, scores)
                 self._collect(waiting, scores)
-                heartbeat.beat()
+                watchdog.beat()
                 bar.update(len(jobs) - scores.count(None) - bar.n)
         except BaseException:
             self.close()  # what is still running belongs to nobody

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward, recipe, strict
 from vtfast.rewards.calling import Response, Score, call
 from vtfast.rewards.pool import Pool
@@ -44,7 +44,7 @@ class Scorer:
         for row, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
             table.append([])
             for column, response in enumerate(responses):
-                heartbeat.beat()
+                watchdog.beat()
                 if self.pool and self._needs_pool(name, response.sample):
                     jobs.append((name, replace(response, sample=_portable(name, response.sample))))
                     places.append((row, column))

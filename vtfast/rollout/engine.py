@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
-from vtfast.distributed import heartbeat
-from vtfast.distributed.determinism import fixed
+from vtfast.distributed import watchdog
+from vtfast.distributed.determinism import require_full_size
 from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.cache import pages_needed
@@ -136,7 +136,7 @@ class RolloutEngine:
             run = self.start(prompts, num_generations, sampling, seed)
             try:
                 while run.step():
-                    heartbeat.beat()
+                    watchdog.beat()
                     if self.should_cancel and self.should_cancel():
                         raise RolloutCancelled
                     bar.set_postfix_str(f"{len(run.running)} rows alive", refresh=False)
@@ -259,7 +259,7 @@ class RolloutEngine:
         bytes_a_page = 2 * layers * page * heads * head_dim * self.policy.head.element_size()
         room = int(CACHE_SHARE[device.type] * _free_memory(device)) // bytes_a_page
         wanted = _at_most(wanted, most)
-        fixed(wanted, room, "cache pages", "--rollout_cache_tokens")
+        require_full_size(wanted, room, "cache pages", "--rollout_cache_tokens")
         if room < wanted:
             log.info("rollout: memory for %d cache pages of the %d wanted; prompts will wait", room, wanted)
         return min(wanted, max(room, 1))

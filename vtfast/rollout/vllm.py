@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.model.policy import Policy
 from vtfast.rollout.sampling import Completion, Sampling
 from vtfast.rollout.scheduler import row_key
@@ -92,7 +92,7 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
     @torch.no_grad()
-    @heartbeat.patient("vLLM's rollout")
+    @watchdog.no_progress_expected("vLLM's rollout")
     def generate(
         self,
         prompts: Sequence[Prompt],

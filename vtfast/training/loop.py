@@ -23,9 +23,9 @@ from vtfast.data.batches import batches
 from vtfast.data.processor import Processor
 from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
 from vtfast.data.splits import load_questions, render_synthetic, samples_digest
-from vtfast.distributed import heartbeat, launch
+from vtfast.distributed import launch, watchdog
 from vtfast.distributed.determinism import seed_all
-from vtfast.distributed.ranks import on_main, prompts_per_rank
+from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOut, held_out
 from vtfast.model.fingerprint import fingerprint
@@ -64,9 +64,9 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.ranks = ranks = launch.start(config)
+        self.ranks = ranks = launch.init_distributed(config)
         seed_all(config.seed)
-        checkpoint = on_main(ranks, lambda: find_checkpoint(config))
+        checkpoint = ranks.on_main(lambda: find_checkpoint(config))
 
         path = model_path(config.model)
         self.processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
@@ -94,12 +94,12 @@ class Run:
             self.rollout = build_engine(config, self.policy, self.processor, path, most_images)
             if checkpoint:
                 put_back(self, checkpoint)
-            self.folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
+            self.folder = ranks.on_main(lambda: prepare_run_folder(config, checkpoint))
             limit = timedelta(seconds=config.ddp_timeout)
             self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks, limit)
             most = config.max_nonfinite_steps
             self.keeper = GuardedOptimizer(self.engine, ranks, self.folder, most, self.health)
-            on_main(ranks, lambda: keep_data(rendered, self.folder))
+            ranks.on_main(lambda: keep_data(rendered, self.folder))
         self.done = checkpoint.state.step if checkpoint else 0
         """Optimizer steps."""
         self.before = held_out_before(checkpoint.state) if checkpoint else None
@@ -175,7 +175,7 @@ class Run:
         config, ranks = self.config, self.ranks
         if completed_step(self.folder) >= config.max_steps:
             log.info("%s: is complete (%d steps)", self.folder, self.done)
-            heartbeat.leave()
+            watchdog.stop()
             return self.folder
         log.info(
             "%s: %d questions (%d held out), %d prompts a step, %d steps%s, %d rank(s) on %s",
@@ -199,7 +199,7 @@ class Run:
             except Stopped as asked:
                 raise Stopped(self.save_and_say(asked)) from None
             except BaseException as error:
-                with heartbeat.patient("saving"):
+                with watchdog.no_progress_expected("saving"):
                     self.saver.finish(error)
                 raise
             finally:
@@ -207,7 +207,7 @@ class Run:
         if self.tracker:
             self.tracker.close()
         after = self.judge()
-        heartbeat.leave()
+        watchdog.stop()
         if ranks.is_main:
             self.draw(self.before, after)
             if self.before and after:
@@ -238,7 +238,7 @@ class Run:
             every=self.steps_per_batch,
         )
         for step in bar:
-            heartbeat.beat("data", step)
+            watchdog.beat("data", step)
             began = time.perf_counter()
             asked = next(questions) if self.asks_anew(step) else None
             waited = time.perf_counter() - began
@@ -252,7 +252,7 @@ class Run:
             self.saver.poll()
             if self.save_is_due(step):
                 self.save()
-        with heartbeat.patient("saving"):
+        with watchdog.no_progress_expected("saving"):
             self.saver.poll(wait=True)
         self.heed_stop()
 
@@ -282,7 +282,7 @@ class Run:
         if problem and self.ranks.is_main:
             log.warning("step %d: %s; the run goes on (--on_save_error continue)", step, problem)
 
-    @heartbeat.patient("saving")
+    @watchdog.no_progress_expected("saving")
     def save_and_say(self, asked: Stopped) -> str:
         """Save the steps done so far; -> how to go on."""
         self.saver.poll(wait=True)
@@ -329,7 +329,7 @@ class Run:
         """Forward and backward of every pass -> what the objective returned, the loss detached."""
         results = []
         for number, batch in enumerate(batches, 1):
-            heartbeat.beat()
+            watchdog.beat()
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
             with self.budget.together():
                 loss, *rest = self.engine(batch, *counts)
@@ -369,11 +369,11 @@ class Run:
     def judge(self) -> HeldOut | None:
         if not self.held_out_samples:
             return None
-        heartbeat.beat("held-out questions")
+        watchdog.beat("held-out questions")
         arguments = (self.rollout, self.asker, self.held_out_samples, self.config, self.ranks)
         return held_out(*arguments, graded=self.graded)
 
-    @heartbeat.patient("saving")
+    @watchdog.no_progress_expected("saving")
     def save(self) -> None:
         """Write a checkpoint of the steps done so far, or begin to. Collective."""
         state, tracker = state_of(self, self.done), self.tracker

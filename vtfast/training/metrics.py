@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtfast.cost.flops import _passes_of, part_flops
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
 from vtfast.training.groups import Group, MicroBatch
@@ -27,7 +27,7 @@ class Timer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        heartbeat.beat(name.removeprefix("time/"))
+        watchdog.beat(name.removeprefix("time/"))
         start = time.perf_counter()
         yield
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -20,4 +20,4 @@ class Stopped(Exception):
 
 
 class RankError(UserError):
-    """One that a single rank meets: it is printed by that rank, unless the others have heard of it (`heartbeat`)."""
+    """One that a single rank meets: it is printed by that rank, unless the others have heard of it (`watchdog`)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtfast.config import RunConfig
 from vtfast.data.processor import Processor
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate.held_out import HeldOut
 from vtfast.model.policy import Policy
@@ -58,7 +58,7 @@ class Checkpointer:
         if resumed:
             self.saver.mark_resumed(resumed.folder, resumed.state.step)
 
-    @heartbeat.patient("saving")
+    @watchdog.no_progress_expected("saving")
     def save(self, step: int, before: HeldOut | None, tracker: Tracker | None) -> None:
         """Write a checkpoint of the run after `step` steps; with `async_save`, start to write it. Collective.
 

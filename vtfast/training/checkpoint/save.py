@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.training.checkpoint.checksums import (
     RANK_FILES,
@@ -195,7 +195,7 @@ class Saver:
         flush(self.folder)
         self._is_whole[file_stats(folder)] = True
 
-    @heartbeat.patient("saving")
+    @watchdog.no_progress_expected("saving")
     def _delete_old(self) -> None:
         """Delete what is older than the newest `keep` whole checkpoints. A damaged one does not count."""
         if self.keep is None:

@@ -20,17 +20,17 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from vtfast.distributed.heartbeat.connection import Door
-from vtfast.distributed.heartbeat.judge import RANK_LOST, Member, State
-from vtfast.distributed.heartbeat.watch import Hub, Spoke, Watch
+from vtfast.distributed.watchdog.connection import Door
+from vtfast.distributed.watchdog.judge import RANK_LOST, Member, State
+from vtfast.distributed.watchdog.watch import Hub, Spoke, Watch
 
-__all__ = ["RANK_LOST", "Door", "Member", "beat", "fail", "leave", "patient", "start", "waiting"]
+__all__ = ["RANK_LOST", "Door", "Member", "beat", "fail", "no_progress_expected", "start_watchdog", "stop", "waiting"]
 
 _state = State()
 _watch: Watch | None = None
 
 
-def start(members: list[Member], rank: int, limit: float, door: Door | None, address: tuple) -> None:
+def start_watchdog(members: list[Member], rank: int, limit: float, door: Door | None, address: tuple) -> None:
     """Watch from now on. `members`: all ranks in order; `limit`: seconds without progress; `door`: rank 0's own;
     `address`: what rank 0's door said. Raises UserError where rank 0 cannot be reached."""
     global _watch
@@ -50,7 +50,7 @@ def beat(phase: str | None = None, step: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def patient(phase: str) -> Iterator[None]:
+def no_progress_expected(phase: str) -> Iterator[None]:
     """In here nobody expects progress: one long call that cannot report any. Also a decorator."""
     before = _state.phase, _state.patient
     _enter(phase, patient=True)
@@ -85,7 +85,7 @@ def fail(reason: str, code: int) -> bool:
     return _watch is not None and _watch.fail(reason, code)
 
 
-def leave() -> None:
+def stop() -> None:
     """Nothing is left to do together; the end of this process is no death."""
     global _watch
     if _watch is not None:
@@ -96,4 +96,4 @@ def leave() -> None:
 def _at_exit() -> None:
     uncaught = getattr(sys, "last_value", None)
     if uncaught is None:
-        leave()
+        stop()

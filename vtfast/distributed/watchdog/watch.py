@@ -16,8 +16,8 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from vtfast.distributed.heartbeat.connection import Door, Line, connect
-from vtfast.distributed.heartbeat.judge import RANK_LOST, Judge, Member, State, Verdict
+from vtfast.distributed.watchdog.connection import Door, Line, connect
+from vtfast.distributed.watchdog.judge import RANK_LOST, Judge, Member, State, Verdict
 
 INTERVAL = 1.0
 """Seconds between two reports of a rank."""
@@ -48,7 +48,7 @@ class Watch:
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self.selector.register(self._woken, selectors.EVENT_READ)
-        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
@@ -297,6 +297,6 @@ def _where(thread: int) -> str:
     """The innermost place in vtfast that `thread` is in."""
     for frame, line in traceback.walk_stack(sys._current_frames()[thread]):
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "heartbeat"):
+        if path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "watchdog"):
             return f"{path.relative_to(PACKAGE.parent)}:{line} in {frame.f_code.co_name}"
     return ""

@@ -14,9 +14,9 @@ import time
 import pytest
 
 from vtfast.cli.main import BAD_INPUT
-from vtfast.distributed import heartbeat
-from vtfast.distributed.heartbeat.connection import Door, Line, connect
-from vtfast.distributed.heartbeat.judge import RANK_LOST, Judge, Member, State
+from vtfast.distributed import watchdog
+from vtfast.distributed.watchdog.connection import Door, Line, connect
+from vtfast.distributed.watchdog.judge import RANK_LOST, Judge, Member, State
 from vtfast.utils.errors import RankError
 
 MEMBERS = [Member(0, "a", 10), Member(1, "b", 4242), Member(2, "b", 4243)]
@@ -155,7 +155,7 @@ def test_messages_arrive_whole_however_they_are_cut():
 def test_a_stranger_cannot_harm_rank_0():
     """Wrong tokens, more lines behind them, JSON without end, no lines at all: the ranks go on."""
     stranger = (
-        "from vtfast.distributed.heartbeat.connection import connect\n"
+        "from vtfast.distributed.watchdog.connection import connect\n"
         "for rank in (1, 99, [], 'x'):\n"
         "    line = connect((*address[:2], 'guess'), rank)\n"
         "    line.send(state={}); line.send(left=True); line.close()\n"
@@ -171,23 +171,23 @@ def test_a_stranger_cannot_harm_rank_0():
 
 RANK = """
 import sys, os, json, time
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.cli import BAD_INPUT
-from vtfast.distributed.heartbeat import Door, Member
+from vtfast.distributed.watchdog import Door, Member
 rank, size, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 def tell(value):
     print(json.dumps(value), flush=True)
 door = None if rank else Door("127.0.0.1", local=True)
 tell([os.getpid(), door and door.address])
 members, address = json.loads(sys.stdin.readline())
-heartbeat.start([Member(*member) for member in members], rank, limit, door, address)
-heartbeat.beat("rollout", 17)
+watchdog.start_watchdog([Member(*member) for member in members], rank, limit, door, address)
+watchdog.beat("rollout", 17)
 tell("started")
 sys.stdin.readline()
 exec(sys.argv[4])
 """
-WORK = "\nwhile True:\n    heartbeat.beat(); time.sleep(0.02)"
-WAIT = "\nwith heartbeat.waiting():\n    time.sleep(60)"
+WORK = "\nwhile True:\n    watchdog.beat(); time.sleep(0.02)"
+WAIT = "\nwith watchdog.waiting():\n    time.sleep(60)"
 
 
 class Party:
@@ -250,7 +250,7 @@ def test_a_killed_rank_ends_the_others_at_once():
 
 def test_a_rank_is_named_in_the_phase_that_it_died_in():
     """Which began after its last regular report."""
-    dies = "time.sleep(1.3)\nheartbeat.beat('update', 18)\ntime.sleep(0.3)\nos.kill(os.getpid(), 9)"
+    dies = "time.sleep(1.3)\nwatchdog.beat('update', 18)\ntime.sleep(0.3)\nos.kill(os.getpid(), 9)"
     with Party(WAIT, dies) as party:
         ((_, words),) = party.ends(1)
         assert words.endswith("in step 18, update")
@@ -292,9 +292,9 @@ def test_a_main_thread_that_hangs_ends_all_and_itself(hung):
 
 def test_ranks_that_get_on_are_left_alone():
     """For longer than the limit, waiting and saving included; then they leave one after the other."""
-    busy = "for _ in range(150):\n    heartbeat.beat(); time.sleep(0.02)"
-    wait = "with heartbeat.waiting():\n    time.sleep(3)"
-    save = "with heartbeat.patient('saving'):\n    time.sleep(3.5)"
+    busy = "for _ in range(150):\n    watchdog.beat(); time.sleep(0.02)"
+    wait = "with watchdog.waiting():\n    time.sleep(3)"
+    save = "with watchdog.no_progress_expected('saving'):\n    time.sleep(3.5)"
     with Party(busy, wait, save, limit=1.5) as party:
         assert party.ends() == [(0, ""), (0, ""), (0, "")]
 
@@ -303,7 +303,7 @@ FAIL = """
 try:
     raise MemoryError('CUDA out of memory')
 except MemoryError as error:
-    heartbeat.fail(f'{type(error).__name__}: {error}', heartbeat.RANK_LOST)
+    watchdog.fail(f'{type(error).__name__}: {error}', watchdog.RANK_LOST)
     raise
 """
 
@@ -338,7 +338,7 @@ def test_a_reason_outlives_its_rank():
     fails = (
         "import threading\n"
         "threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()\n"
-        "heartbeat.fail('KeyError: x', heartbeat.RANK_LOST)"
+        "watchdog.fail('KeyError: x', watchdog.RANK_LOST)"
     )
     with Party(WAIT, fails) as party:
         ((code, words),) = party.ends(1)
@@ -346,13 +346,13 @@ def test_a_reason_outlives_its_rank():
 
 
 def test_bad_input_that_all_ranks_find_is_said_in_their_own_words():
-    bad = "heartbeat.fail('step 1, row 3: planted', BAD_INPUT); sys.exit(BAD_INPUT)"
+    bad = "watchdog.fail('step 1, row 3: planted', BAD_INPUT); sys.exit(BAD_INPUT)"
     with Party(bad, bad, bad) as party:
         assert party.ends() == [(2, "")] * 3
 
 
 def test_bad_input_of_one_rank_is_told_by_the_others():
-    bad = "heartbeat.fail('data.parquet: not there', BAD_INPUT); sys.exit(BAD_INPUT)"
+    bad = "watchdog.fail('data.parquet: not there', BAD_INPUT); sys.exit(BAD_INPUT)"
     with Party(WAIT, bad) as party:
         (zero, words), (one, silent) = party.ends()
         assert zero == one == 2 and silent == ""
@@ -360,10 +360,10 @@ def test_bad_input_of_one_rank_is_told_by_the_others():
 
 
 def test_a_rank_that_fails_is_told_whether_the_others_have_heard():
-    asks = "heard = heartbeat.fail('full', BAD_INPUT); print(heard, file=sys.stderr); sys.exit(2)"
+    asks = "heard = watchdog.fail('full', BAD_INPUT); print(heard, file=sys.stderr); sys.exit(2)"
     with Party(WAIT, asks) as party:
         assert party.ends()[1] == (2, "True")
-    assert heartbeat.fail("full", BAD_INPUT) is False, "one rank alone"
+    assert watchdog.fail("full", BAD_INPUT) is False, "one rank alone"
 
 
 @pytest.mark.parametrize(("heard", "said"), [(False, "error: a full disk (rank 1)\n"), (True, "")])
@@ -371,7 +371,7 @@ def test_what_one_rank_meets_is_said_once_a_machine(heard, said, monkeypatch, ca
     """By its first rank where that has heard of it, or else by the rank itself."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(heartbeat, "fail", lambda reason, code: heard)
+    monkeypatch.setattr(watchdog, "fail", lambda reason, code: heard)
     assert sys.modules["vtfast.cli.main"]._refuse(RankError("a full disk")) == BAD_INPUT
     assert capsys.readouterr().err == said
 
@@ -384,7 +384,7 @@ def test_an_uncaught_exception_is_no_way_to_leave():
 
 def test_a_suspended_job_goes_on():
     """All ranks stopped for longer than the limit, as schedulers do: nobody was watching, nobody is late."""
-    busy = "for _ in range(200):\n    heartbeat.beat(); time.sleep(0.02)"
+    busy = "for _ in range(200):\n    watchdog.beat(); time.sleep(0.02)"
     with Party(busy, busy, limit=2.0) as party:
         party.settle(0.5)
         for sent in (signal.SIGSTOP, signal.SIGCONT):
