@@ -10,7 +10,7 @@ On the CPU they do so anyway. On CUDA a few libraries add in whatever order thei
     NCCL        one algorithm whose order the topology fixes
 
 The kernels of `vtfast_kernels` and Liger's that are used here sum in a fixed order and are not tuned by the clock.
-In this mode it is an error if free memory limits a size (`require_full_size`) or if vLLM samples (a rule of the settings).
+It is an error in this mode if free memory limits a size (`require_full_size`); the settings refuse vLLM.
 """
 
 from __future__ import annotations
