@@ -1,5 +1,5 @@
-# make demo   set up, then train the embedded default; ends with a table and a picture
-# make test   the tests that CI runs;  make test-slow  the long ones;  make test-gpu  those that need a GPU
+# make demo   set up, then train the default recipe; ends with a table and a picture
+# make test   the tests that CI runs;  make test-slow  the long tests;  make test-gpu  the tests that need a GPU
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,14 +8,14 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
-# torch is pinned: an open requirement would fetch several gigabytes of another build. torchvision exists as a CUDA build
-# only and breaks transformers beside a CPU-only torch, so the one that a test looks at is kept off the path. mypy follows
-# no editable install, so kernels/ has its installed name once more, as a link.
+# torch is pinned: an open requirement would download several gigabytes of another build. torchvision exists only as a CUDA
+# build and breaks transformers with a CPU-only torch, so the copy that one test needs is kept off the path. mypy does not
+# follow editable installs, so a link gives kernels/ its installed name.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else \
 	    f"error: Python {v[0]}.{v[1]} found; vtfast needs 3.10 to 3.12 (make PYTHON=python3.11 ...)")'
 	$(PYTHON) -m venv .venv
-	@echo "installing into .venv; this takes minutes, of which pip says nothing"
+	@echo "installing into .venv; this takes minutes, and pip prints nothing meanwhile"
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .venv/torchvision torchvision
 	mkdir -p .venv/types && ln -sfn ../../kernels .venv/types/vtfast_kernels
@@ -25,7 +25,7 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	$(BIN)/python train.py $(ARGS)
 
-test: setup # two processes of one thread each: half the time, and no test waits for another's threads
+test: setup # two processes of one thread each: half the time, and no test waits for the threads of another
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: setup
@@ -42,11 +42,11 @@ lint: setup
 aot: setup # every Triton kernel compiles for sm_80, sm_90 and sm_100, without spills, with wgmma on Hopper
 	$(BIN)/python -m bench aot
 
-docs: setup # into docs/site; shown by `python -m http.server -d docs/site`
+docs: setup # builds docs/site; `python -m http.server -d docs/site` serves it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 bench: setup
 	$(BIN)/python -m bench kernels
 
-rehearse: setup # every step of a GPU day, tiny, on the CPU
+rehearse: setup # every step of `bench gpu`, tiny, on the CPU
 	$(BIN)/python -m bench gpu --rehearse --minutes 15 --out "$$(mktemp -d)"

@@ -28,6 +28,7 @@ setup(
     name="vtfast",
     version="0.1.0",
     description="GRPO for vision-language models with fused kernels: VisualThinker-R1-Zero, faster",
+    license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["vtfast", "vtfast.*"]), "vtfast_kernels"],
     package_dir={"vtfast_kernels": "kernels"},
