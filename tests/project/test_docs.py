@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, opens in a browser, and says what is so."""
+"""The documentation builds without a warning, opens in a browser, and names files, flags and imports that exist."""
 
 import functools
 import html
@@ -30,7 +30,7 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(site):
-    """Its address."""
+    """The address of a local server of the built site."""
     handler = functools.partial(QuietHandler, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -40,11 +40,10 @@ def served(site):
 
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_):
-        """Nothing: a test's output is its own."""
+        """Print nothing."""
 
 
-def test_every_page_opens_with_its_pictures_and_asks_nobody_else(served, chromium):
-
+def test_every_page_opens_with_its_pictures_and_requests_nothing_from_outside(served, chromium):
     for name in NAMES:
         chromium.get_log("performance")
         chromium.get(f"{served}/{name}.html")
@@ -54,8 +53,8 @@ def test_every_page_opens_with_its_pictures_and_asks_nobody_else(served, chromiu
         assert broken == [], name
         assert len(chromium.find_element("tag name", "article").text) > 300, f"{name} is empty"
         events = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        assert not [url for url in asked if url.startswith("http") and not url.startswith(served)], name
+        requested = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert not [url for url in requested if url.startswith("http") and not url.startswith(served)], name
         severe = [e for e in chromium.get_log("browser") if e["level"] == "SEVERE"]
         assert severe == [], name
 
@@ -68,15 +67,15 @@ def test_the_search_finds_a_setting(served, chromium):
     chromium.execute_script("document.getElementById('__search').click()")
     WebDriverWait(chromium, 20).until(lambda page: box.is_displayed())
     box.send_keys("rollout_max_rows")
-    found = WebDriverWait(chromium, 20).until(
+    links = WebDriverWait(chromium, 20).until(
         lambda page: [
             link.get_attribute("href") for link in page.find_elements("css selector", "a.md-search-result__link")
         ]
     )
-    assert any("settings.html" in href for href in found)
+    assert any("settings.html" in href for href in links)
 
 
-def test_every_setting_and_every_public_name_is_there(site):
+def test_every_setting_and_every_public_name_is_documented(site):
     from vtfast.config import field_names
 
     settings = (site / "settings.html").read_text()
@@ -87,23 +86,23 @@ def test_every_setting_and_every_public_name_is_there(site):
             assert f'id="{name}"' in (site / f"{page}.html").read_text(), name
 
 
-def test_formulas_are_drawn(site):
-    page, written = (site / "loss.html").read_text(), (PAGES / "loss.md").read_text()
-    blocks = written.count("$$") // 2
-    inline = len(re.findall(r"\$[^$]+\$", written.replace("$$", "")))
+def test_formulas_become_mathml(site):
+    page, source = (site / "loss.html").read_text(), (PAGES / "loss.md").read_text()
+    blocks = source.count("$$") // 2
+    inline = len(re.findall(r"\$[^$]+\$", source.replace("$$", "")))
     assert page.count('display="block"') == blocks and page.count('display="inline"') == inline
     assert "arithmatex" not in page and "$" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
 
 
 def test_the_examples_are_on_their_page(site):
-    """Included from their files; a formatter that takes the marker for Python breaks it without a word."""
+    """They are included from their files; a formatter that takes the include marker for Python breaks it silently."""
     shown = html.unescape(re.sub(r"<[^>]+>", "", (site / "elsewhere.html").read_text()))
     for example in (ROOT / "docs" / "examples").glob("*.py"):
         assert example.read_text().strip() in shown, example.name
 
 
 def test_files_that_the_pages_name_exist():
-    """`vtfast/x.py`, `tests/y.py`, `kernels/z.py` in any page; and `folder/file.py` of vtfast's own folders."""
+    """`vtfast/x.py`, `tests/y.py`, `kernels/z.py`, `bench/…` and `docs/…` in any page."""
     for page in [*PAGES.glob("*.md"), ROOT / "README.md"]:
         for name in re.findall(r"`((?:vtfast|kernels|tests|bench|docs)/[\w./-]*)`", page.read_text()):
             if "NAME" not in name:
@@ -113,7 +112,24 @@ def test_files_that_the_pages_name_exist():
 def test_imports_in_the_pages_work():
     pattern = r"^(?:from (vtfast\S*) import ([\w, ]+)|import (vtfast\S*))"
     for page in PAGES.glob("*.md"):
-        for module, names, alone in re.findall(pattern, page.read_text(), re.MULTILINE):
-            found = importlib.import_module(module or alone)
+        for module, names, plain in re.findall(pattern, page.read_text(), re.MULTILINE):
+            imported = importlib.import_module(module or plain)
             for name in filter(None, names.split(", ")):
-                assert hasattr(found, name), f"{page.name}: from {module} import {name}"
+                assert hasattr(imported, name), f"{page.name}: from {module} import {name}"
+
+
+def test_flags_in_the_commands_of_the_pages_exist():
+    """Of `python train.py`, `vtfast COMMAND` and `python -m bench`, in the blocks that are shell."""
+    known = known_flags()
+    for page in PAGES.glob("*.md"):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.search(r"(train\.py|\bvtfast \S+)(.*)", line.split(" #")[0])
+                if command:
+                    assert set(re.findall(r"--([\w-]+)", command[2])) <= known, f"{page.name}: {line}"
+
+
+def known_flags() -> set[str]:
+    from vtfast.config import field_names
+
+    return {*field_names(), "recipe", "config", "dry-run", "gpu_memory_gb", "help_all", "rows", "output", "bench"}

@@ -1,5 +1,5 @@
-"""The kernels in other people's trainers, in processes of their own: a trainer of Hugging Face's wraps its model for
-whatever process group another test has left, and then waits for it."""
+"""The kernels in other trainers. Each file runs in its own process: a Hugging Face trainer wraps its model for any
+process group that another test has left, and then waits for it."""
 
 import re
 import subprocess

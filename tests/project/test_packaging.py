@@ -1,4 +1,4 @@
-"""What gets installed, and that our folder `kernels/` never stands in for Hugging Face's package of that name."""
+"""What gets installed, and that our folder `kernels/` never shadows Hugging Face's package of that name."""
 
 import re
 import runpy
@@ -34,7 +34,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 
 def test_the_root_folder_does_not_shadow_the_hubs_kernels(tmp_path):
-    """From the repository root, without that package and with one that stands in for it."""
+    """From the repository root, without that package and with a stand-in for it."""
     subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True")
@@ -45,7 +45,7 @@ def test_the_root_folder_does_not_shadow_the_hubs_kernels(tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """What a user gets: the sdist, the wheel built from it, installed into an empty folder."""
+    """What a user installs: the wheel built from the sdist, in an empty folder."""
     work = tmp_path_factory.mktemp("dist")
     copy = work / "checkout"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
@@ -93,6 +93,13 @@ def test_the_installed_package_runs_from_anywhere(installed, tmp_path):
         check=True,
     )
     assert all(path.startswith(str(installed)) for path in where.stdout.split())
+
+
+def test_the_license_is_named_by_its_spdx_name(installed):
+    """In the installed package's metadata and in the README."""
+    (metadata,) = installed.glob("vtfast-*.dist-info/METADATA")
+    assert re.search(r"^License(-Expression)?: Apache-2.0$", metadata.read_text(), re.MULTILINE)
+    assert "Apache-2.0" in (ROOT / "README.md").read_text().split("## License")[1]
 
 
 def test_the_changelog_has_the_version():

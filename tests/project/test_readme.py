@@ -13,8 +13,8 @@ CITED = re.findall(r"^\|.*\| ([\d.]+) \| (\w+\.csv: .*) \|$", TEXT, re.MULTILINE
 
 
 def row_of(citation: str) -> tuple[dict, float]:
-    """The newest row of `file.csv: op, peer, shape's beginning[, threads], ...`, and ours / theirs: paired where the
-    row has it, else of the medians of that run."""
+    """The newest row of `file.csv: op, peer, start of the shape[, threads], ...`, and our time / theirs: the row's paired
+    ratio if it has one, else the ratio of that run's medians."""
     name, words = citation.split(": ")
     op, peer, shape, *rest = words.split(", ")
     threads = next((word for word in rest if "threads" in word), "")
@@ -32,7 +32,7 @@ def row_of(citation: str) -> tuple[dict, float]:
 
 
 WINGS = re.findall(r"^  (\w+)", TEXT.split("## Layout")[1].split("```")[1], re.MULTILINE)
-"""From the highest, which no other wing imports, to the lowest."""
+"""From high to low: a wing imports only from those after it."""
 
 
 def test_it_is_short():
@@ -48,7 +48,7 @@ def test_there_are_figures():
     assert len(CITED) >= 6
 
 
-def test_rows_say_what_they_were_measured_on():
+def test_rows_name_the_device_and_the_versions():
     for _, citation in CITED:
         row, _ = row_of(citation)
         assert row["device"] and row["versions"] and row["date"]
@@ -92,7 +92,7 @@ def test_the_commands_exist():
 
 
 def imports(path: Path) -> set[str]:
-    """Wings that a file imports, at its top, inside its functions and for its types."""
+    """Wings that a file imports: at its top, inside functions, or for types."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
     modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]

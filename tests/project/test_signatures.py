@@ -1,8 +1,7 @@
-"""Every public function and method of the package and of the kernels says what it takes and what it returns.
+"""Every public function and method of the package and of the kernels has types for its arguments and its result.
 
-Triton's kernels are left out: their arguments are pointers and constants that `tl` gives a type to. mypy cannot be told
-so, as a decorator does not exempt a function from its rules. Whether the types are right is mypy's business, and that a
-dataclass field has one is Python's.
+Triton kernels are exempt: their arguments are pointers and constants that `tl` types. mypy cannot exempt functions by
+decorator, so this test checks what `disallow_untyped_defs` would. mypy checks that the types are right.
 """
 
 import ast
@@ -30,31 +29,31 @@ def functions(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[Function, bool
 
 
 def untyped(source: str) -> list[str]:
-    """`name: what has no type`, a line for each function that lacks any."""
-    found = []
+    """One line `name: arguments without a type` per function that lacks any."""
+    lines = []
     for function, is_method in functions(ast.parse(source)):
         decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
         if any(decorator.startswith("triton.jit") for decorator in decorators):
             continue
-        of = function.args
-        arguments = [*of.posonlyargs, *of.args]
+        signature = function.args
+        arguments = [*signature.posonlyargs, *signature.args]
         if is_method and "staticmethod" not in decorators:
             arguments = arguments[1:]
-        arguments += [*of.kwonlyargs, *filter(None, (of.vararg, of.kwarg))]
+        arguments += [*signature.kwonlyargs, *filter(None, (signature.vararg, signature.kwarg))]
         missing = [argument.arg for argument in arguments if argument.annotation is None]
         missing += ["return"] if function.returns is None else []
         if missing:
-            found.append(f"{function.name}: {', '.join(missing)}")
-    return found
+            lines.append(f"{function.name}: {', '.join(missing)}")
+    return lines
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_all_is_typed(file: Path) -> None:
+def test_public_functions_are_typed(file: Path) -> None:
     assert untyped(file.read_text("utf-8")) == []
 
 
 @pytest.mark.parametrize(
-    "source, found",
+    "source, expected",
     [
         ("def f(x: int) -> int: ...", []),
         ("def f(x): ...", ["f: x, return"]),
@@ -71,5 +70,5 @@ def test_all_is_typed(file: Path) -> None:
         ("class _A:\n    def f(self, x): ...", []),
     ],
 )
-def test_what_is_found(source: str, found: list[str]) -> None:
-    assert untyped(source) == found
+def test_untyped(source: str, expected: list[str]) -> None:
+    assert untyped(source) == expected
