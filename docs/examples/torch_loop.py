@@ -1,4 +1,4 @@
-"""GRPO in plain PyTorch with two of the kernels: any Hugging Face causal language model, any reward.
+"""GRPO in plain PyTorch with two of the kernels, for any Hugging Face causal language model and any reward.
 
 python docs/examples/torch_loop.py [MODEL]
 """
@@ -17,27 +17,27 @@ def reward(text: str) -> float:
 
 
 def train(model, tokenizer, prompt: str, steps: int = 20, lr: float = 1e-5) -> list[float]:
-    """Sample 8 answers to one prompt, and make the better ones likelier; returns the mean reward of each step."""
+    """Sample 8 completions of one prompt per step and reinforce the better ones; return each step's mean reward."""
     G, new = 8, 16
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    asked = tokenizer([prompt] * G, return_tensors="pt").to(model.device)
+    inputs = tokenizer([prompt] * G, return_tensors="pt").to(model.device)
     history = []
     for _ in range(steps):
-        ids = model.generate(**asked, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-        answers = ids[:, asked.input_ids.shape[1] :]
-        rewards = torch.tensor([reward(text) for text in tokenizer.batch_decode(answers)])
+        ids = model.generate(**inputs, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+        completions = ids[:, inputs.input_ids.shape[1] :]
+        rewards = torch.tensor([reward(text) for text in tokenizer.batch_decode(completions)])
         states = model.model(input_ids=ids).last_hidden_state
-        states = states[:, -new - 1 : -1]  # those that predicted the answers
-        sequence = torch.arange(G, device=model.device).repeat_interleave(new)
+        states = states[:, -new - 1 : -1]  # the states that predict the completions
+        sequence_id = torch.arange(G, device=model.device).repeat_interleave(new)
         loss = linear_grpo_loss(
             states.flatten(0, 1),
             model.lm_head.weight,
-            answers.flatten(),
-            sequence,
+            completions.flatten(),
+            sequence_id,
             group_advantage(rewards.to(model.device), G),
             spec=GRPOLoss(beta=0.0),
         ).loss
-        loss.backward()  # the gradients are made already: this hands them on
+        loss.backward()  # the loss already holds the gradients; this passes them on to the trunk
         optimizer.step()
         optimizer.zero_grad()
         history.append(float(rewards.mean()))

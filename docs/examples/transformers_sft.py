@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with transformers' own Trainer and `linear_logprob`: no logits in memory.
+"""Supervised fine-tuning with transformers' Trainer and `linear_logprob`, without logits in memory.
 
 python docs/examples/transformers_sft.py [MODEL]
 """
@@ -11,11 +11,11 @@ from vtfast_kernels.linear_logprob import linear_logprob
 
 
 class FusedLossTrainer(Trainer):
-    """Hugging Face's Trainer; only the loss is another: cross entropy from hidden states."""
+    """Hugging Face's Trainer with another loss: cross entropy from hidden states."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")[:, 1:]  # a position predicts the token after it
-        # Through the model as it is wrapped (DDP, DeepSpeed), but for one position's logits.
+        # Call the wrapped model (DDP, DeepSpeed) and let it compute the logits of one position only.
         states = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
         head = self.accelerator.unwrap_model(model).lm_head.weight
         logp = linear_logprob(states[:, :-1].flatten(0, 1), head, labels.flatten())  # 0 at -100
@@ -24,7 +24,7 @@ class FusedLossTrainer(Trainer):
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows with `input_ids` and the length of the prompt, which is no target."""
+    """Pad rows of `input_ids`; the first `prompt` tokens of a row are not targets."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
     labels = [row.clone() for row in ids]

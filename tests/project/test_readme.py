@@ -13,7 +13,7 @@ CITED = re.findall(r"^\|.*\| ([\d.]+) \| (\w+\.csv: .*) \|$", TEXT, re.MULTILINE
 
 
 def row_of(citation: str) -> tuple[dict, float]:
-    """The newest row of `file.csv: op, peer, start of the shape[, threads], ...`, and our time / theirs: the row's paired
+    """The newest row of `file.csv: op, peer, start of the shape[, threads], ...`, and our time / theirs: its paired
     ratio if it has one, else the ratio of that run's medians."""
     name, words = citation.split(": ")
     op, peer, shape, *rest = words.split(", ")
