@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
 
 from bench._workload import Shape, model_config
-from vtfast.data.prompts import IMAGE
+from vtfast.data.prompt_templates import IMAGE
 from vtfast.model.tiny_model import SPECIAL_IDS, build_tiny_model
 
 PATCH = 14

@@ -32,7 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bench._phases import Phases
 from bench._task import BETA, MAX_PIXELS, Task, variety
 from vtfast.data.processor import Processor
-from vtfast.data.prompts import IMAGE
+from vtfast.data.prompt_templates import IMAGE
 
 TEMPLATE = (
     "{% for message in messages %}{% for item in message.content %}"

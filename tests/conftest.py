@@ -49,7 +49,7 @@ def prompts(processor):
     """Four prompts: one image, two images of different sizes, text alone, a large image."""
     from PIL import Image
 
-    from vtfast.data.prompts import IMAGE
+    from vtfast.data.prompt_templates import IMAGE
 
     generator = torch.Generator().manual_seed(0)
 

@@ -20,13 +20,13 @@ from vtfast_kernels.group_advantage import group_advantage
 from vtfast.config import Config
 from vtfast.cost.devices import mfu
 from vtfast.data.prompt_builder import EncodedSample
-from vtfast.data.prompts import response_prefix
+from vtfast.data.prompt_templates import response_prefix
 from vtfast.distributed import watchdog
-from vtfast.evaluate.held_out import HeldOut
+from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
 from vtfast.model.reference import Reference
 from vtfast.report import draw_curves
-from vtfast.rewards.scorer import Scorer
+from vtfast.rewards.manager import RewardManager
 from vtfast.rollout import Sampling
 from vtfast.rollout.engine import RolloutCancelled
 from vtfast.scoring import packed_logprobs
@@ -51,7 +51,7 @@ class Trainer(Run):
 
     def __init__(self, config: Config) -> None:
         check_start(config)
-        self.scorer = Scorer(
+        self.scorer = RewardManager(
             config.reward_funcs, config.reward_mode, workers=config.reward_workers, timeout=config.reward_timeout
         )
         self.sampling = Sampling(
@@ -89,7 +89,7 @@ class Trainer(Run):
     def summary(self, metrics: Mapping[str, float | None]) -> str:
         return summary(metrics)
 
-    def draw(self, before: HeldOut | None, after: HeldOut | None) -> None:
+    def draw(self, before: HeldOutScores | None, after: HeldOutScores | None) -> None:
         draw_curves(self.folder, before, after)
 
     def step(self, step: int, questions: Sequence[EncodedSample] | None) -> tuple[dict, list[dict]]:

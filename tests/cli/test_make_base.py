@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vtfast.cli.base_model import base_training, make_base
-from vtfast.data.prompts import IMAGE
+from vtfast.data.prompt_templates import IMAGE
 from vtfast.data.synthetic import Scene, Thing, encode_jpeg, render, sample_questions
 from vtfast.model import tiny_model
 from vtfast.model.tiny_model import ASSET, SPECIAL_IDS, build_tiny_model, prompt_text

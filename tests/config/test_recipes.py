@@ -5,7 +5,7 @@ import yaml
 
 from vtfast.config import RECIPES, load_config, recipe_names
 from vtfast.data import Sample
-from vtfast.data.prompts import load_template, render
+from vtfast.data.prompt_templates import load_template, render
 from vtfast.rewards import get_reward
 from vtfast.utils.errors import UserError
 

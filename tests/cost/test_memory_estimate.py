@@ -147,7 +147,7 @@ def kept_by(policy: Policy, config, groups: int) -> int:
     from PIL import Image
 
     from vtfast.data import Processor
-    from vtfast.data.prompts import IMAGE
+    from vtfast.data.prompt_templates import IMAGE
 
     processor = Processor.from_pretrained(config.model, config.min_pixels, config.max_pixels)
     side = int(config.max_pixels**0.5)

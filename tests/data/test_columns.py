@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from make_files import R1_V, encoded, picture, sat_row, write_jsonl, write_sat
 
-from vtfast.data import BadRow, NotSelected, Selection, load_samples, read_row
+from vtfast.data import FilteredOut, InvalidRow, RowFilter, load_samples, parse_row
 from vtfast.data.columns import Columns
 from vtfast.utils.errors import UserError
 
@@ -54,7 +54,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_known_columns(name):
     row, (question, options, answer, images) = PUBLISHED[name]
-    sample = read_row(row)
+    sample = parse_row(row)
     assert (sample.question, sample.options, sample.answer) == (question, options, answer)
     assert len(sample.images) == images
 
@@ -62,11 +62,11 @@ def test_known_columns(name):
 def test_sats_rows_are_whole_or_broken_and_others_are_open():
     """`correct_answer` tells a row of SAT, unless a flag says that it is somebody else's column."""
     row = {"question": "1 + 1?", "correct_answer": "2"}
-    with pytest.raises(BadRow, match="no image"):
-        read_row(row)
-    with pytest.raises(BadRow, match="no options"):
-        read_row(row | {"images": [PNG]})
-    assert read_row(row, columns=Columns(answer="correct_answer")).answer == "2"
+    with pytest.raises(InvalidRow, match="no image"):
+        parse_row(row)
+    with pytest.raises(InvalidRow, match="no options"):
+        parse_row(row | {"images": [PNG]})
+    assert parse_row(row, columns=Columns(answer="correct_answer")).answer == "2"
 
 
 def test_r1_vs_parquet(tmp_path):
@@ -102,7 +102,7 @@ def test_columns_of_ones_own(tmp_path):
 
 def test_the_unsaid_columns_are_still_recognised():
     row = {"prompt": "Same?", "answer": "yes", "image": PNG, "choices": ["yes", "no"]}
-    sample = read_row(row, columns=Columns(question="prompt"))
+    sample = parse_row(row, columns=Columns(question="prompt"))
     assert (sample.question, sample.options, len(sample.images)) == ("Same?", ["yes", "no"], 1)
 
 
@@ -149,37 +149,37 @@ BAD = {
 
 
 def test_a_number_may_name_an_option():
-    assert read_row({"question": "?", "answer": 3, "options": ["2", "3"]}).answer == "3"
+    assert parse_row({"question": "?", "answer": 3, "options": ["2", "3"]}).answer == "3"
 
 
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_rows(reason):
-    with pytest.raises(BadRow, match=reason):
-        read_row(BAD[reason])
+    with pytest.raises(InvalidRow, match=reason):
+        parse_row(BAD[reason])
 
 
-# --------------------------------------------------------------------------------- selection
+# --------------------------------------------------------------------------------- row_filter
 
 TWO = {"image_bytes": [encoded(), encoded()]}
 
 
 def test_static_is_one_image(tmp_path, caplog):
-    """Rows outside of a selection are counted, and are no bad rows."""
+    """Rows outside of a row_filter are counted, and are no bad rows."""
     caplog.set_level("INFO", "vtfast")
     broken = [encoded()[:-300]] * 2
     rows = [sat_row(0), sat_row(1, **TWO), sat_row(2, image_bytes=broken), sat_row(3)]
     path = write_sat(tmp_path / "x.parquet", rows)
-    samples = load_samples(path, selection=Selection(static=True), on_bad="error")
+    samples = load_samples(path, row_filter=RowFilter(static=True), on_bad="error")
     assert [sample.row for sample in samples] == [0, 3]
     assert samples.skipped == []
     assert caplog.messages == [
         f"left out 2 of 4 rows, the first: {path}, row 1 (counted from 0): 2 images, and --static wants one"
     ]
     text = {"question": "?", "answer": "a"}
-    with pytest.raises(NotSelected, match="0 images"):
-        read_row(text, selection=Selection(static=True))
-    with pytest.raises(BadRow, match="no image"):  # SAT's rows have some, or are broken
-        read_row(sat_row(image_bytes=[]), selection=Selection(static=True))
+    with pytest.raises(FilteredOut, match="0 images"):
+        parse_row(text, row_filter=RowFilter(static=True))
+    with pytest.raises(InvalidRow, match="no image"):  # SAT's rows have some, or are broken
+        parse_row(sat_row(image_bytes=[]), row_filter=RowFilter(static=True))
 
 
 def test_question_types(tmp_path):
@@ -187,19 +187,19 @@ def test_question_types(tmp_path):
     rows = [sat_row(n, question_type=kind) for n, kind in enumerate(kinds)]
     path = write_sat(tmp_path / "x.parquet", rows)
     for wanted, found in {("other",): [0, 2], ("goal_aim", "perspective"): [1, 3]}.items():
-        samples = load_samples(path, selection=Selection(question_types=wanted))
+        samples = load_samples(path, row_filter=RowFilter(question_types=wanted))
         assert [sample.row for sample in samples] == found
         assert {sample.question_type for sample in samples} == set(wanted)
     with pytest.raises(UserError, match=r"no usable row among 4.*row 0 \(counted from 0\): question_type other"):
-        load_samples(path, selection=Selection(question_types=("ego_movement",)))
-    with pytest.raises(BadRow, match="no question_type, which --question_types goes by"):
-        read_row({"question": "?", "answer": "a"}, selection=Selection(question_types=("other",)))
+        load_samples(path, row_filter=RowFilter(question_types=("ego_movement",)))
+    with pytest.raises(InvalidRow, match="no question_type, which --question_types goes by"):
+        parse_row({"question": "?", "answer": "a"}, row_filter=RowFilter(question_types=("other",)))
 
 
 def test_a_selection_and_first_rows_count_as_visualthinker_does(tmp_path):
     """Its script reads rows 0 to N - 1 and keeps those with one image."""
     rows = [sat_row(0), sat_row(1, **TWO), sat_row(2), sat_row(3)]
     path = write_sat(tmp_path / "x.parquet", rows)
-    static = Selection(static=True)
-    assert [s.row for s in load_samples(path, first_rows=3, selection=static)] == [0, 2]
-    assert [s.row for s in load_samples(path, limit=3, selection=static)] == [0, 2, 3]
+    static = RowFilter(static=True)
+    assert [s.row for s in load_samples(path, first_rows=3, row_filter=static)] == [0, 2]
+    assert [s.row for s in load_samples(path, limit=3, row_filter=static)] == [0, 2, 3]

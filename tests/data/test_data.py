@@ -21,7 +21,7 @@ from make_files import (
 from PIL import Image, ImageFile
 
 import vtfast.data.images
-from vtfast.data import BadRow, Sample, load_samples, question_kind, read_row, shuffle_options
+from vtfast.data import InvalidRow, Sample, load_samples, parse_row, question_kind, shuffle_options
 from vtfast.data.images import Images
 from vtfast.utils.errors import UserError
 
@@ -129,12 +129,12 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     for sides in ((50_000, 50_000), (12_000, 9_000)):
-        with pytest.raises(BadRow, match="more than"):
-            read_row(sat_row(image_bytes=[png_header(*sides)]))
+        with pytest.raises(InvalidRow, match="more than"):
+            parse_row(sat_row(image_bytes=[png_header(*sides)]))
 
 
 def test_a_long_strip_within_the_ratio_is_an_image():
-    sample = read_row(sat_row(image_bytes=[encoded(picture(20_000, 200))]))
+    sample = parse_row(sat_row(image_bytes=[encoded(picture(20_000, 200))]))
     assert sample.images[0].size == (20_000, 200)
 
 
@@ -147,8 +147,8 @@ def test_a_decompression_bomb(tmp_path, monkeypatch):
 
 def test_pils_own_bomb_alarm_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadRow, match="image of more than"):
-        read_row(ROWS[0])
+    with pytest.raises(InvalidRow, match="image of more than"):
+        parse_row(ROWS[0])
 
 
 def test_rows_count_over_all_files(tmp_path, caplog):
@@ -200,18 +200,18 @@ IMAGE_ITEMS = [
 @pytest.mark.parametrize("column", ["image_bytes", "images"])
 def test_every_form_of_an_image(item, column):
     row = {key: value for key, value in ROWS[0].items() if key != "image_bytes"}
-    sample = read_row(row | {column: [item]})
+    sample = parse_row(row | {column: [item]})
     assert [image.size for image in sample.images] == [(40, 30)]
 
 
 def test_image_paths(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(kind="PNG"))
     for item in ("a.png", {"bytes": None, "path": "a.png"}, str(tmp_path / "a.png")):
-        assert read_row(sat_row(image_bytes=[item]), folder=tmp_path).images[0].size == (40, 30)
-    with pytest.raises(BadRow, match=r"image 0: no such file: .*b\.png"):
-        read_row(sat_row(image_bytes=["b.png"]), folder=tmp_path)
-    with pytest.raises(BadRow, match="has no folder"):
-        read_row(sat_row(image_bytes=["a.png"]))
+        assert parse_row(sat_row(image_bytes=[item]), folder=tmp_path).images[0].size == (40, 30)
+    with pytest.raises(InvalidRow, match=r"image 0: no such file: .*b\.png"):
+        parse_row(sat_row(image_bytes=["b.png"]), folder=tmp_path)
+    with pytest.raises(InvalidRow, match="has no folder"):
+        parse_row(sat_row(image_bytes=["a.png"]))
 
 
 JSON_LIKE = st.recursive(
@@ -245,7 +245,7 @@ ENTRIES = st.fixed_dictionaries(
 @given(JSON_LIKE | ENTRIES)
 def test_no_row_raises_anything_else(entry):
     try:
-        sample = read_row(entry)
+        sample = parse_row(entry)
     except UserError:
         return
     assert sample.question.strip() and sample.answer.strip()

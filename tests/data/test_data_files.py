@@ -11,9 +11,9 @@ import pytest
 from make_files import ROWS, assert_same_questions, encoded, sat_row, write_jsonl, write_sat, write_visualthinker
 from PIL import Image
 
-import vtfast.data.sources
+import vtfast.data.file_reader
 from vtfast.data import load_samples
-from vtfast.data.sources import find_files, read_rows
+from vtfast.data.file_reader import find_files, read_rows
 from vtfast.utils.errors import UserError
 
 # ---------------------------------------------------------------------------------- folders
@@ -138,17 +138,17 @@ def test_json_rows_of_the_wrong_shape(tmp_path):
 
 
 def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(vtfast.data.sources, "BATCH_ROWS", 2)
+    monkeypatch.setattr(vtfast.data.file_reader, "BATCH_ROWS", 2)
     rows = [sat_row(n % 4, question=f"{n}?", answers=["3"] * (n != 1)) for n in range(40)]
     path = write_sat(tmp_path / "x.parquet", rows)
-    read, real = [], vtfast.data.sources._parquet_rows
+    read, real = [], vtfast.data.file_reader._parquet_rows
 
     def counting(*arguments):
         for batch in real(*arguments):
             read.extend(batch)
             yield batch
 
-    monkeypatch.setattr(vtfast.data.sources, "_parquet_rows", counting)
+    monkeypatch.setattr(vtfast.data.file_reader, "_parquet_rows", counting)
     samples = load_samples(path, limit=3)
     assert [sample.row for sample in samples] == [0, 2, 3]
     assert samples.skipped == [(1, "no options")]
@@ -157,21 +157,21 @@ def test_limit_counts_good_rows_and_stops_reading(tmp_path, monkeypatch):
 
 def test_first_rows_counts_all_rows_and_stops_reading(tmp_path, monkeypatch):
     """VisualThinker's `--total_num`: what is unusable among the first rows is not made up for."""
-    monkeypatch.setattr(vtfast.data.sources, "BATCH_ROWS", 2)
+    monkeypatch.setattr(vtfast.data.file_reader, "BATCH_ROWS", 2)
     rows = [sat_row(n % 4, question=f"{n}?", answers=["3"] * (n != 1)) for n in range(40)]
     path = write_sat(tmp_path / "x.parquet", rows)
     assert [sample.row for sample in load_samples(path, first_rows=3)] == [0, 2]
     assert [sample.row for sample in load_samples(path, first_rows=4)] == [0, 2, 3]
     assert [sample.row for sample in load_samples(path, limit=1, first_rows=4)] == [0]
     assert len(load_samples(path, first_rows=100)) == 39
-    read, real = [], vtfast.data.sources._parquet_rows
+    read, real = [], vtfast.data.file_reader._parquet_rows
 
     def counting(*arguments):
         for batch in real(*arguments):
             read.extend(batch)
             yield batch
 
-    monkeypatch.setattr(vtfast.data.sources, "_parquet_rows", counting)
+    monkeypatch.setattr(vtfast.data.file_reader, "_parquet_rows", counting)
     load_samples(path, first_rows=3)
     assert len(read) == 4
 

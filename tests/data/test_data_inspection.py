@@ -12,7 +12,7 @@ from vtfast.config import load_config
 from vtfast.data import load_samples, shuffle_options
 from vtfast.data.inspection import inspect_data, summary
 from vtfast.data.processor import Processor
-from vtfast.data.prompts import load_template, render
+from vtfast.data.prompt_templates import load_template, render
 
 MIXED = [
     sat_row(0),

@@ -6,9 +6,9 @@ import pytest
 from make_files import encoded, picture, sat_row, write_jsonl, write_sat
 
 from vtfast.config import load_config
-from vtfast.data import RECOGNISED, Selection
+from vtfast.data import AUTO_COLUMNS, RowFilter
 from vtfast.data.prompt_builder import PromptBuilder
-from vtfast.data.splits import columns, load_questions, selection
+from vtfast.data.splits import columns, load_questions, row_filter
 from vtfast.trainer import Trainer
 
 TWO = {"image_bytes": [encoded(), encoded()], "question_type": "goal_aim"}
@@ -48,9 +48,9 @@ def test_rendered_data_need_no_columns(tmp_path, rows_asked):
 
 
 def test_nothing_said():
-    assert columns(load_config()) == RECOGNISED
-    assert selection(load_config()) == Selection()
-    assert selection(load_config(overrides={"question_types": "none"})).question_types is None
+    assert columns(load_config()) == AUTO_COLUMNS
+    assert row_filter(load_config()) == RowFilter()
+    assert row_filter(load_config(overrides={"question_types": "none"})).question_types is None
 
 
 def test_a_run_on_rows_of_ones_own(tmp_path):

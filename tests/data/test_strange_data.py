@@ -125,11 +125,11 @@ def test_paths_in_data_are_regular_files_near_them(tmp_path):
 
 
 def test_a_path_in_data_from_the_hub_is_refused():
-    from vtfast.data import BadRow, read_row
+    from vtfast.data import InvalidRow, parse_row
 
     row = {"question": "What?", "answer": "x", "image": "/etc/hostname"}
-    with pytest.raises(BadRow, match="/etc/hostname is a path, and the data set has no folder"):
-        read_row(row, folder=None)
+    with pytest.raises(InvalidRow, match="/etc/hostname is a path, and the data set has no folder"):
+        parse_row(row, folder=None)
 
 
 def test_texts_that_no_tokenizer_takes_are_bad_rows(tmp_path):
@@ -150,7 +150,7 @@ def test_texts_that_no_tokenizer_takes_are_bad_rows(tmp_path):
 
 
 def test_a_row_without_end_is_a_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("vtfast.data.sources.LONGEST_LINE", 100)
+    monkeypatch.setattr("vtfast.data.file_reader.LONGEST_LINE", 100)
     good = json.dumps({"question": "Where?", "answer": "x"})
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([good, good + " " * 500, good, " " * (99 - len(good)) + good, "x" * 100]))

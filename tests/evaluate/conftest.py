@@ -8,7 +8,7 @@ import yaml
 from make_benchmarks import write_all
 
 from vtfast.data.processor import Processor
-from vtfast.evaluate import evaluation
+from vtfast.evaluate import run_benchmark
 from vtfast.model.loading import load_model
 from vtfast.rollout import Completion
 
@@ -53,7 +53,7 @@ class Oracle:
 
 @pytest.fixture
 def oracle(monkeypatch, base_path):
-    monkeypatch.setattr(evaluation, "RolloutEngine", Oracle)
+    monkeypatch.setattr(run_benchmark, "RolloutEngine", Oracle)
     monkeypatch.setattr(Oracle, "processor", Processor.from_pretrained(base_path), raising=False)
     monkeypatch.setattr(Oracle, "calls", [], raising=False)
     return Oracle

@@ -9,8 +9,8 @@ import yaml
 from make_benchmarks import COUNTS, flags, rows_of
 
 from vtfast.cli.main import main
-from vtfast.evaluate import BENCHMARKS, evaluation
-from vtfast.evaluate.checkpoints import default_template, find_checkpoint
+from vtfast.evaluate import BENCHMARKS, run_benchmark
+from vtfast.evaluate.evaluated_model import default_template, find_model
 from vtfast.utils.errors import UserError
 
 
@@ -20,26 +20,26 @@ def test_what_a_model_stands_for(run_folder, base_path, monkeypatch, tmp_path):
     (run_folder / "checkpoints" / "step-200").mkdir()  # torn: no model in it
     (run_folder / "checkpoints" / ".step-300.partial").mkdir()
     for name in (step, run_folder / "checkpoints" / "last", run_folder):
-        found = find_checkpoint(str(name))
+        found = find_model(str(name))
         assert (found.path, found.name, found.home, found.step) == (str(step), "step-100", run_folder, 100)
         assert found.config["max_pixels"] == 784
     (run_folder / "checkpoints" / "last").symlink_to("step-20")
-    assert find_checkpoint(str(run_folder)).step == 20
-    gone = find_checkpoint(str(run_folder / "checkpoints" / "step-7"))
+    assert find_model(str(run_folder)).step == 20
+    gone = find_model(str(run_folder / "checkpoints" / "step-7"))
     assert (gone.step, gone.home) == (7, run_folder)
 
     monkeypatch.chdir(tmp_path)
     elsewhere = shutil.copytree(base_path, tmp_path / "step-5")
-    assert (find_checkpoint("step-5").name, find_checkpoint("step-5").step) == ("step-5", None)
-    assert find_checkpoint(str(elsewhere)).home == Path()
-    hub = find_checkpoint("Qwen/Qwen2-VL-2B")
+    assert (find_model("step-5").name, find_model("step-5").step) == ("step-5", None)
+    assert find_model(str(elsewhere)).home == Path()
+    hub = find_model("Qwen/Qwen2-VL-2B")
     assert (hub.path, hub.name, hub.step) == ("Qwen/Qwen2-VL-2B", "Qwen2-VL-2B", None)
-    assert find_checkpoint("tiny-spatial-base").path == str(base_path)
+    assert find_model("tiny-spatial-base").path == str(base_path)
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     (empty / "config.yaml").write_text("template: r1-zero")
     with pytest.raises(UserError, match=r"there is no checkpoint \(step-N\) in"):
-        find_checkpoint(str(empty))
+        find_model(str(empty))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_a_model_stands_for(run_folder, base_path, monkeypatch, tmp_path):
 )
 def test_the_default_template(trained_with, chat, template, run_folder):
     (run_folder / "config.yaml").write_text(yaml.safe_dump({"template": trained_with, "model": "x"}))
-    assert default_template(find_checkpoint(str(run_folder)), chat) == template
+    assert default_template(find_model(str(run_folder)), chat) == template
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_rescoring_needs_neither_model_nor_data(evaluated, tmp_path, capsys):
 
 def test_a_second_call_asks_nothing(evaluated, capsys, caplog, monkeypatch):
     run, command = evaluated
-    monkeypatch.setattr(evaluation._Asker, "answer", None)
+    monkeypatch.setattr(run_benchmark._Asker, "answer", None)
     before = {path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()}
     assert main(command) == 0
     assert before == {path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()}

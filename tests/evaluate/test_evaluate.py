@@ -16,11 +16,11 @@ from transformers import GenerationConfig
 from vtfast.cli.main import main
 from vtfast.data import Sample, load_samples
 from vtfast.data.processor import Processor
-from vtfast.data.prompts import IMAGE, load_template, render
+from vtfast.data.prompt_templates import IMAGE, load_template, render
 from vtfast.distributed.ranks import Ranks
-from vtfast.evaluate import BENCHMARKS, evaluate, evaluation
-from vtfast.evaluate.evaluation import fingerprint
-from vtfast.evaluate.items import load_items
+from vtfast.evaluate import BENCHMARKS, evaluate, run_benchmark
+from vtfast.evaluate.benchmark_files import load_examples
+from vtfast.evaluate.run_benchmark import fingerprint
 from vtfast.model.loading import load_model
 from vtfast.utils.errors import UserError
 
@@ -64,10 +64,10 @@ def test_the_studys_prompts(template, text):
 
 def test_sat_is_asked_as_in_training(files):
     """The same text as the training template makes of the same row and order of options."""
-    item = next(load_items(BENCHMARKS["sat"], files["sat"]))
+    example = next(load_examples(BENCHMARKS["sat"], files["sat"]))
     [sample, *_] = load_samples(files["sat"])
-    sample.options = list(item.options)
-    asked = type(sample)(item.question, sample.options, sample.answer, sample.images)
+    sample.options = list(example.options)
+    asked = type(sample)(example.question, sample.options, sample.answer, sample.images)
     assert render(load_template("eval-r1-zero"), asked) == render(load_template("r1-zero"), sample)
 
 
@@ -77,9 +77,9 @@ def test_sat_is_asked_as_in_training(files):
 def test_answers_are_hugging_faces(base, base_path, files):
     """Greedy, a batch of several lengths, pixel limits of the processor: token for token what `generate` says."""
     processor = Processor.from_pretrained(base_path, min_pixels=784, max_pixels=2352)
-    asker = evaluation._Asker(base, processor, "eval-r1-zero", False, 10)
-    items = list(load_items(BENCHMARKS["cvbench"], files["cvbench"]))[:3]
-    batch = asker.encode(items)
+    asker = run_benchmark._Asker(base, processor, "eval-r1-zero", False, 10)
+    examples = list(load_examples(BENCHMARKS["cvbench"], files["cvbench"]))[:3]
+    batch = asker.encode(examples)
     settings = GenerationConfig(do_sample=False, max_new_tokens=10, eos_token_id=processor.eos_ids, pad_token_id=0)
     for (_, prompt), row in zip(batch, asker.answer(BENCHMARKS["cvbench"], batch, False), strict=True):
         with plain(base) as module:
@@ -117,15 +117,15 @@ def test_a_stopped_evaluation_goes_on(base, files, tmp_path, monkeypatch):
     whole = evaluate(base, **ask, output=tmp_path / "whole")
     expected = (tmp_path / "whole" / "cvbench.jsonl").read_bytes()
 
-    answer, batches = evaluation._Asker.answer, []
+    answer, batches = run_benchmark._Asker.answer, []
 
     def stopping(self, benchmark, batch, progress):
-        batches.append([item.index for item, _ in batch])
+        batches.append([example.index for example, _ in batch])
         if len(batches) == 2:
             raise KeyboardInterrupt
         return answer(self, benchmark, batch, progress)
 
-    monkeypatch.setattr(evaluation._Asker, "answer", stopping)
+    monkeypatch.setattr(run_benchmark._Asker, "answer", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate(base, **ask, output=tmp_path / "part")
     file = tmp_path / "part" / "cvbench.jsonl"

@@ -19,15 +19,14 @@ from make_benchmarks import (
 )
 from make_files import encoded, sat_row, write_sat, write_sat_v2
 
-from vtfast.evaluate import BENCHMARKS
-from vtfast.evaluate.benchmarks import vsr_images
+from vtfast.evaluate import BENCHMARKS, vsr_images
+from vtfast.evaluate.benchmark_files import load_examples
 from vtfast.evaluate.benchmarks.vsr import QUESTION
-from vtfast.evaluate.items import load_items
 from vtfast.utils.errors import UserError
 
 
 def items(bench: str, source: Path) -> list:
-    return list(load_items(BENCHMARKS[bench], source))
+    return list(load_examples(BENCHMARKS[bench], source))
 
 
 # ------------------------------------------------------------------------------------ layouts
@@ -39,8 +38,8 @@ def test_cvbench(tmp_path):
     (folder / "img").mkdir()
     (folder / "img" / "test_9d.parquet").write_text("not ours")
     found = items("cvbench", folder)
-    assert [item.index for item in found] == [0, 1, 2, 3]
-    assert [item.task for item in found] == ["Count", "Relation", "Depth", "Distance"]
+    assert [example.index for example in found] == [0, 1, 2, 3]
+    assert [example.task for example in found] == ["Count", "Relation", "Depth", "Distance"]
     assert found[0].question == (
         "How many organs are in the image? Select from the following choices.\n(A) 3\n(B) 2\n(C) 1\n(D) 0"
     )
@@ -49,7 +48,7 @@ def test_cvbench(tmp_path):
     assert found[2].images == (rows[2]["image"]["bytes"],)
     one = write_parquet(tmp_path / "one" / "test-00000-of-00001.parquet", rows, CVBENCH)
     assert items("cvbench", one) == items("cvbench", one.parent) == found
-    assert [item.task for item in items("cvbench", folder / "test_3d.parquet")] == ["Depth", "Distance"]
+    assert [example.task for example in items("cvbench", folder / "test_3d.parquet")] == ["Depth", "Distance"]
 
 
 def test_blink(tmp_path):
@@ -59,7 +58,7 @@ def test_blink(tmp_path):
     write_parquet(folder / "Counting" / "val-00000-of-00001.parquet", rows, BLINK)
     write_parquet(folder / "Relative_Depth" / "test-00000-of-00001.parquet", rows, BLINK)
     found = items("blink", folder)
-    assert [(item.index, item.task) for item in found] == [
+    assert [(example.index, example.task) for example in found] == [
         (0, "Relative_Depth"),
         (2, "Relative_Depth"),
         (3, "Spatial_Relation"),
@@ -75,8 +74,8 @@ def test_sat(tmp_path):
     path = write_sat(tmp_path / "sat" / "SAT_test.parquet", rows)
     write_sat(tmp_path / "sat" / "SAT_val.parquet", rows[:1])
     found = items("sat", path.parent)
-    assert [item.options[item.gold] for item in found] == ["3"] * 12
-    assert len({item.options for item in found}) > 3, "the right option must not always come first"
+    assert [example.options[example.gold] for example in found] == ["3"] * 12
+    assert len({example.options for example in found}) > 3, "the right option must not always come first"
     assert found == items("sat", path)
     options = found[0].options
     assert found[0].question == (
@@ -89,7 +88,7 @@ def test_sat(tmp_path):
 
 def test_vsr(tmp_path):
     found = items("vsr", write_vsr(tmp_path / "vsr", [vsr_row(0), vsr_row(1)]))
-    assert [item.gold for item in found] == [1, 0] and found[0].options == ("True", "False")
+    assert [example.gold for example in found] == [1, 0] and found[0].options == ("True", "False")
     assert found[0].question == (
         'Please analyze the provided image. Does the statement "The cup is left of the plate." accurately describes'
         " what you see? Choose from (A) True or (B) False."
@@ -158,7 +157,7 @@ def test_where_images_are_looked_for(tmp_path, cache):
     for place in (tmp_path / "vsr", tmp_path / "vsr" / "images", tmp_path / "coco", cache):
         folder = write_vsr(tmp_path / "vsr", rows, place)
         located = vsr_images.locate(items("vsr", folder), tmp_path / "coco")
-        assert [item.images[0] for item in located] == [place / row["image"] for row in rows]
+        assert [example.images[0] for example in located] == [place / row["image"] for row in rows]
         for row in rows:
             (place / row["image"]).unlink()
     write_vsr(tmp_path / "vsr", rows, tmp_path / "coco")
@@ -201,7 +200,7 @@ def test_images_are_fetched_with_patience(tmp_path, cache, server, monkeypatch):
     vsr_images.fetch(wanted, None)
     assert sorted(asked) == ["/0.jpg"] * 3 + ["/1.jpg"] * 3, "twice in vain, then the image; the third is there"
     assert sorted(path.name for path in cache.iterdir()) == [row["image"] for row in rows[:2]]
-    assert [item.images[0].parent for item in vsr_images.locate(wanted, None)] == [cache, cache, folder]
+    assert [example.images[0].parent for example in vsr_images.locate(wanted, None)] == [cache, cache, folder]
     vsr_images.fetch(wanted, None)
     assert len(asked) == 6, "what is there is not asked for again"
 

@@ -7,7 +7,7 @@ from make_files import picture, sat_row
 
 from vtfast.cli.eval import BENCHES
 from vtfast.evaluate import BENCHMARKS, score
-from vtfast.evaluate.table import PUBLISHED, score_table
+from vtfast.evaluate.score_table import PUBLISHED, score_table
 from vtfast.utils.errors import UserError
 
 CVBENCH = {"Count": 788, "Relation": 650, "Depth": 600, "Distance": 600}
@@ -125,17 +125,17 @@ def test_the_right_option_scores_and_another_does_not(bench):
     """By its letter where the questions show letters, else by its text; a row has all columns that a file must have."""
     benchmark, rows = BENCHMARKS[bench], sample_rows()[bench]
     assert all(set(benchmark.columns) <= set(row) for row in rows)
-    items = [benchmark.read(row, index) for index, row in enumerate(rows)]
+    examples = [benchmark.read(row, index) for index, row in enumerate(rows)]
     for turn in (0, 1):
-        places = [(item.gold + turn) % len(item.options) for item in items]
+        places = [(example.gold + turn) % len(example.options) for example in examples]
         said = [
-            "ABCDEF"[place] if benchmark.letters else item.options[place]
-            for item, place in zip(items, places, strict=True)
+            "ABCDEF"[place] if benchmark.letters else example.options[place]
+            for example, place in zip(examples, places, strict=True)
         ]
         result = score(bench, rows, [f"<answer>{text}</answer>" for text in said])
         assert result["total"] == result["official"] == result["strict"]["total"] == 1 - turn
         shown = [f"({text})" if benchmark.letters else text for text in said]
-        assert all(text in item.question for text, item in zip(shown, items, strict=True))
+        assert all(text in example.question for text, example in zip(shown, examples, strict=True))
 
 
 def test_images_are_not_looked_at():

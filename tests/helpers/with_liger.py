@@ -31,7 +31,7 @@ def main(folder: str) -> None:
     from transformers.models.qwen2_vl import modeling_qwen2_vl
 
     from vtfast.data import Processor
-    from vtfast.data.prompts import IMAGE
+    from vtfast.data.prompt_templates import IMAGE
     from vtfast.model import liger
     from vtfast.model.loading import load_model
     from vtfast.scoring import completion_logprobs

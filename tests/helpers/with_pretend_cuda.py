@@ -18,7 +18,7 @@ from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
 from vtfast_kernels.objective import LOSS_TYPES, TOKEN_LEVEL
 
 from vtfast.data.processor import Processor
-from vtfast.data.prompts import IMAGE
+from vtfast.data.prompt_templates import IMAGE
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs

@@ -86,7 +86,7 @@ FLAGS = st.lists(
 
 def template(data: bytes, folder: Path) -> str:
     from vtfast.data import Sample
-    from vtfast.data.prompts import load_template, render
+    from vtfast.data.prompt_templates import load_template, render
 
     (folder / "template.txt").write_bytes(data)
     text = load_template(folder / "template.txt")

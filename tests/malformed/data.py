@@ -25,7 +25,7 @@ BASE = Path(vtfast.__file__).parent / "model" / "assets" / "tiny-spatial-base"
 def rows(file: tuple[str, bytes], folder: Path) -> str:
     """Read, shuffled, rendered and tokenized, as a run does it. What is skipped is told by its number."""
     from vtfast.data import load_samples, shuffle_options
-    from vtfast.data.prompts import load_template, render
+    from vtfast.data.prompt_templates import load_template, render
 
     name, data = file
     (folder / name).write_bytes(data)

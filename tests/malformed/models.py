@@ -18,7 +18,7 @@ from malformed.values import damage, json_bytes
 def model(changes: tuple[str, bytes | None], folder: Path) -> str:
     """Loaded, asked with an image and answered in four tokens."""
     from vtfast.data import Processor
-    from vtfast.data.prompts import IMAGE
+    from vtfast.data.prompt_templates import IMAGE
     from vtfast.model.loading import load_model
     from vtfast.rollout import RolloutEngine, Sampling
 

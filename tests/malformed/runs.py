@@ -88,13 +88,13 @@ ANSWERS = st.one_of(
 
 def checkpoint(text: str | bytes, folder: Path) -> str:
     """What an evaluation takes from the config.yaml of a run."""
-    from vtfast.evaluate.checkpoints import default_template, find_checkpoint
+    from vtfast.evaluate.evaluated_model import default_template, find_model
 
     (folder / "checkpoints" / "step-1").mkdir(parents=True)
     (folder / "checkpoints" / "step-1" / "config.json").write_text("{}")
     data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
     (folder / "config.yaml").write_bytes(data)
-    default_template(find_checkpoint(str(folder)), None)
+    default_template(find_model(str(folder)), None)
     return WORKS
 
 

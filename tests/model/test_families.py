@@ -14,7 +14,7 @@ from vtfast.config import field_help
 from vtfast.cost.flops import forward_flops
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
-from vtfast.data.prompts import IMAGE
+from vtfast.data.prompt_templates import IMAGE
 from vtfast.model.loading import FAMILIES, load_model
 from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout import RolloutEngine, Sampling

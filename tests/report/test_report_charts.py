@@ -178,10 +178,10 @@ def test_the_overview_is_of_the_last_steps(tmp_path):
 
 
 def test_held_out_scores_survive_the_way_through_the_file(tmp_path):
-    from vtfast.evaluate.held_out import HeldOut
+    from vtfast.evaluate.held_out import HeldOutScores
 
-    before = HeldOut({"sampled": {"all": (0.28, 0.45)}, "greedy": {"all": (0.56, 0.98)}}, 400)
-    after = HeldOut({"sampled": {"all": (0.99, 1.0)}, "greedy": {"all": (1.0, 1.0)}}, 400)
+    before = HeldOutScores({"sampled": {"all": (0.28, 0.45)}, "greedy": {"all": (0.56, 0.98)}}, 400)
+    after = HeldOutScores({"sampled": {"all": (0.99, 1.0)}, "greedy": {"all": (1.0, 1.0)}}, 400)
     folder = write_run(tmp_path / "run")
     save_held_out(folder, before, None)
     save_held_out(folder, None, after)

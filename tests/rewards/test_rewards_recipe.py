@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vtfast.data import Sample
 from vtfast.rewards import get_reward, strict
-from vtfast.rewards.recipe import accuracy_reward, format_reward, may_verify
+from vtfast.rewards.recipe import accuracy_reward, format_reward, may_use_math_verify
 
 # gold, completion behind a prompt that ends with <think>, accuracy, format
 DECISIONS = [
@@ -147,7 +147,7 @@ def test_a_gold_over_two_lines_is_compared_with_its_tags():
 def test_math_verify_sees_nothing_in_golds_that_it_is_not_asked_about(gold):
     from math_verify import parse
 
-    assert not may_verify(Sample("?", [], gold, []))
+    assert not may_use_math_verify(Sample("?", [], gold, []))
     assert parse(f"<answer>{gold}</answer>", parsing_timeout=None) == []
 
 

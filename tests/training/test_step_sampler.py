@@ -5,7 +5,7 @@ import torch
 from steps import PROPORTIONAL, answered, logprobs, weights
 from vtfast_kernels import reference
 
-from vtfast.evaluate.held_out import held_out
+from vtfast.evaluate.held_out import evaluate_held_out
 from vtfast.training.grpo_objective import loss_spec
 
 
@@ -158,7 +158,7 @@ def test_greedy_judging_has_no_chance_in_it(make, monkeypatch):
 
     def judge():
         arguments = (trainer.rollout, trainer.asker, trainer.held_out_samples, trainer.config, trainer.ranks)
-        return held_out(*arguments).scores
+        return evaluate_held_out(*arguments).scores
 
     first = judge()
     monkeypatch.setattr("vtfast.evaluate.held_out.SEED", 5)

@@ -13,7 +13,7 @@ import torch
 
 from vtfast.config import RunConfig, SFTConfig
 from vtfast.cost.memory import Load, Memory, Part, load_of, memory_of, parts_of
-from vtfast.data.sources import find_files
+from vtfast.data.file_reader import find_files
 from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
 from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.model.blueprint import blueprint, read_model_config

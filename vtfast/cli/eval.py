@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vtfast.cli.arguments import Parser, WholeWords, one_of, whole_number
 from vtfast.config import SettingsError
-from vtfast.data.prompts import load_template
+from vtfast.data.prompt_templates import load_template
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import check_inside, expand
 from vtfast.utils.hub import model_path
@@ -19,7 +19,7 @@ from vtfast.utils.suggestions import did_you_mean
 from vtfast.utils.terminal import show
 
 if TYPE_CHECKING:
-    from vtfast.evaluate.checkpoints import Checkpoint
+    from vtfast.evaluate.evaluated_model import EvaluatedModel
 
 log = logging.getLogger("vtfast")
 BENCHES = ("cvbench", "blink", "vsr", "sat")
@@ -42,11 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     if problems:
         raise SettingsError(problems)
 
-    from vtfast.evaluate.answers import write_scores
-    from vtfast.evaluate.checkpoints import check_model, find_checkpoint
-    from vtfast.evaluate.table import score_table
+    from vtfast.evaluate.evaluated_model import check_model, find_model
+    from vtfast.evaluate.response_file import write_scores
+    from vtfast.evaluate.score_table import score_table
 
-    checkpoint = find_checkpoint(options.model)
+    checkpoint = find_model(options.model)
     home = expand(options.output_dir) if options.output_dir else checkpoint.home
     folder = home / "evaluations" / checkpoint.name
     check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHES))
@@ -183,7 +183,7 @@ def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[s
 
 
 def _may_be_checkpoint(path: Path) -> bool:
-    """Whether `find_checkpoint` can make something of it: RUN/checkpoints/last need not exist."""
+    """Whether `find_model` can make something of it: RUN/checkpoints/last need not exist."""
     return path.is_dir() or (path.name == "last" and path.parent.is_dir())
 
 
@@ -199,7 +199,11 @@ def _there(folder: Path, benches: Sequence[str]) -> list[str]:
 
 
 def _ask(
-    options: argparse.Namespace, checkpoint: Checkpoint, folder: Path, benches: Sequence[str], data: Mapping[str, str]
+    options: argparse.Namespace,
+    checkpoint: EvaluatedModel,
+    folder: Path,
+    benches: Sequence[str],
+    data: Mapping[str, str],
 ) -> Iterator[str]:
     """Yields, on rank 0, each benchmark whose questions have been answered."""
     import torch
@@ -209,8 +213,8 @@ def _ask(
     from vtfast.data.processor import Processor
     from vtfast.distributed import launch
     from vtfast.evaluate import BENCHMARKS, evaluate
-    from vtfast.evaluate.checkpoints import default_template
-    from vtfast.evaluate.items import find_files
+    from vtfast.evaluate.benchmark_files import find_files
+    from vtfast.evaluate.evaluated_model import default_template
     from vtfast.model.loading import load_model
 
     sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}

@@ -2,28 +2,28 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vtfast.data.columns import RECOGNISED, Columns
-from vtfast.data.loading import Row, Samples, iter_rows, load_samples, shuffle_options
-from vtfast.data.rows import BadRow, NotSelected, Sample, Selection, read_row
+from vtfast.data.columns import AUTO_COLUMNS, Columns
+from vtfast.data.loading import RowResult, Samples, iter_rows, load_samples, shuffle_options
+from vtfast.data.row_parser import FilteredOut, InvalidRow, RowFilter, Sample, parse_row
 from vtfast.data.sample import question_kind
 
 if TYPE_CHECKING:
     from vtfast.data.processor import Processor
 
 __all__ = [
-    "RECOGNISED",
-    "BadRow",
+    "AUTO_COLUMNS",
     "Columns",
-    "NotSelected",
+    "FilteredOut",
+    "InvalidRow",
     "Processor",
-    "Row",
+    "RowFilter",
+    "RowResult",
     "Sample",
     "Samples",
-    "Selection",
     "iter_rows",
     "load_samples",
+    "parse_row",
     "question_kind",
-    "read_row",
     "shuffle_options",
 ]
 

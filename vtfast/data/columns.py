@@ -67,7 +67,7 @@ class Columns:
 
     def check(self, there: Collection[str], where: str) -> None:
         """Raises UserError, naming `where`, if a column that was said is not there or none fits."""
-        if MESSAGES in there and self == RECOGNISED:
+        if MESSAGES in there and self == AUTO_COLUMNS:
             return
         for entry in fields(self):
             column = getattr(self, entry.name)
@@ -83,7 +83,7 @@ class Columns:
 
     def wanted(self, there: Collection[str]) -> list[str]:
         """The names among `there` that reading a row needs."""
-        if MESSAGES in there and self == RECOGNISED:
+        if MESSAGES in there and self == AUTO_COLUMNS:
             found = [MESSAGES, "images"]
         else:
             resolved = self.resolve(there)
@@ -91,7 +91,7 @@ class Columns:
         return [name for name in dict.fromkeys(found) if name in there]
 
 
-RECOGNISED = Columns()
+AUTO_COLUMNS = Columns()
 """None said: all recognised by their names."""
 
 

@@ -25,14 +25,14 @@ MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as R
 MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
 MAX_BYTES = 400_000_000  # encoded: more than MAX_PIXELS take without compression
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of several frames, the first
-Source: TypeAlias = bytes | Path | Image.Image
+ImageSource: TypeAlias = bytes | Path | Image.Image
 
 
 class ImageError(UserError):
     """An image that cannot be used; the message says why, the caller adds which."""
 
 
-def open_image(source: Source | str) -> Image.Image:
+def open_image(source: ImageSource | str) -> Image.Image:
     """Opens encoded bytes, a path or a PIL image (returned as it is). Pixels may still be unread.
 
     Raises:
@@ -63,7 +63,7 @@ def open_image(source: Source | str) -> Image.Image:
     return image
 
 
-def check_file(source: Source | str) -> None:
+def check_file(source: ImageSource | str) -> None:
     """Raises ImageError for a path that is not that of a regular file with something in it, and for more encoded bytes
     than any allowed image has."""
     if isinstance(source, bytes):
@@ -85,7 +85,7 @@ def check_file(source: Source | str) -> None:
         raise ImageError(f"{size} bytes, more than {MAX_BYTES}")
 
 
-def load_image(source: Source | str) -> Image.Image:
+def load_image(source: ImageSource | str) -> Image.Image:
     """`open_image`, with all pixels read.
 
     Raises:
@@ -94,7 +94,7 @@ def load_image(source: Source | str) -> Image.Image:
     return _read(open_image(source))
 
 
-def check_image(source: Source | str) -> None:
+def check_image(source: ImageSource | str) -> None:
     """Decodes an image once and drops it.
 
     Raises:
@@ -125,7 +125,7 @@ class Images(Sequence[Image.Image]):
 
     __slots__ = ("_sources",)
 
-    def __init__(self, sources: Iterable[Source]) -> None:
+    def __init__(self, sources: Iterable[ImageSource]) -> None:
         self._sources = tuple(sources)
 
     def __len__(self) -> int:

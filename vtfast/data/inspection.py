@@ -14,11 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from vtfast.config import Config
-from vtfast.data import NotSelected, Row, Sample, Samples, iter_rows, shuffle_options
+from vtfast.data import FilteredOut, RowResult, Sample, Samples, iter_rows, shuffle_options
 from vtfast.data.images import image_sizes
 from vtfast.data.processor import Processor
 from vtfast.data.prompt_builder import PromptBuilder
-from vtfast.data.splits import columns, selection
+from vtfast.data.splits import columns, row_filter
 from vtfast.utils.errors import UserError
 
 SHOWN = 3  # rows that are named for each reason
@@ -122,21 +122,21 @@ def inspect_data(config: Config) -> DataReport:
     asker = PromptBuilder(config, processor)
     report = DataReport(config.data, config.model, config.template, config.max_prompt_length)
     rows = iter_rows(
-        config.data, config.split, columns=columns(config), selection=selection(config), first_rows=config.first_rows
+        config.data, config.split, columns=columns(config), row_filter=row_filter(config), first_rows=config.first_rows
     )
     for row in tqdm(rows, desc="rows", unit="row", total=config.first_rows, leave=False, delay=2):
         report.rows += 1
         if isinstance(row.result, Sample):
             [sample] = shuffle_options(Samples([row.result]), config.seed)
             _add(report, row, sample, asker)
-        elif isinstance(row.result, NotSelected):
+        elif isinstance(row.result, FilteredOut):
             _problem(report.left_out, row, str(row.result))
         else:
             _problem(report.bad, row, str(row.result))
     return report
 
 
-def _add(report: DataReport, row: Row, sample: Sample, asker: PromptBuilder) -> None:
+def _add(report: DataReport, row: RowResult, sample: Sample, asker: PromptBuilder) -> None:
     text, sizes = asker.text(sample), image_sizes(sample.images)
     try:
         tokens = asker.processor.prompt_length(text, sizes)
@@ -158,7 +158,7 @@ def _add(report: DataReport, row: Row, sample: Sample, asker: PromptBuilder) -> 
     report.heights += [height for _, height in sizes]
 
 
-def _problem(found: dict[str, Problem], row: Row, reason: str) -> None:
+def _problem(found: dict[str, Problem], row: RowResult, reason: str) -> None:
     # What differs from row to row, quoted text, lists, paths and numbers, does not make another reason.
     general = re.sub(r"\[.*\]|'[^']*'|\"[^\"]*\"|\S*/\S*|\d+", "…", reason, flags=re.DOTALL)
     problem = found.setdefault(general, Problem())

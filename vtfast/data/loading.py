@@ -16,9 +16,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from vtfast.data.columns import RECOGNISED, Columns
-from vtfast.data.rows import ALL, BadRow, NotSelected, Sample, Selection, read_row, where_of
-from vtfast.data.sources import DataFile, Entry, find_files, read_rows
+from vtfast.data.columns import AUTO_COLUMNS, Columns
+from vtfast.data.file_reader import DataFile, RawRow, find_files, read_rows
+from vtfast.data.row_parser import ALL, FilteredOut, InvalidRow, RowFilter, Sample, parse_row, where_of
 from vtfast.utils.errors import UserError
 
 log = logging.getLogger("vtfast")
@@ -43,15 +43,15 @@ class Samples(list[Sample]):
 
 
 @dataclass(frozen=True)
-class Row:
-    """What became of one row: a sample, a bad row, or one that the selection leaves out."""
+class RowResult:
+    """What became of one row: a sample, a bad row, or one that the row_filter leaves out."""
 
     number: int
     """In the source, from 0."""
     place: str
     """What messages call it in its file."""
     file: str
-    result: Sample | BadRow | NotSelected
+    result: Sample | InvalidRow | FilteredOut
 
     def __str__(self) -> str:
         return f"{self.file}, {self.place}: {self.result}"
@@ -63,8 +63,8 @@ def load_samples(
     limit: int | None = None,
     *,
     on_bad: Literal["skip", "error"] = "skip",
-    columns: Columns = RECOGNISED,
-    selection: Selection = ALL,
+    columns: Columns = AUTO_COLUMNS,
+    row_filter: RowFilter = ALL,
     first_rows: int | None = None,
 ) -> Samples:
     """The questions of a data set, in file order.
@@ -77,7 +77,7 @@ def load_samples(
         on_bad: "skip" leaves unusable rows out, into `.skipped` and one logged warning; "error"
             stops at the first.
         columns: names of columns that are not recognised by themselves.
-        selection: rows outside of it are left out, and counted in the log.
+        row_filter: rows outside of it are left out, and counted in the log.
         first_rows: look at this many rows and no more; what is unusable or not selected among them is not made up for.
 
     Raises:
@@ -91,7 +91,7 @@ def load_samples(
         raise UserError(f"limit={limit}: 1 or more is wanted, or none at all")
     samples, bad, left_out = Samples(source=source), [], []
     rows = iter_rows(
-        source, split, columns=columns, selection=selection, first_rows=first_rows, stream=limit is not None
+        source, split, columns=columns, row_filter=row_filter, first_rows=first_rows, stream=limit is not None
     )
     # Ranks other than the first keep their log, and with it their bar, to themselves.
     quiet = not log.isEnabledFor(logging.INFO)
@@ -100,7 +100,7 @@ def load_samples(
             samples.append(row.result)
             if len(samples) == limit:
                 break
-        elif isinstance(row.result, NotSelected):
+        elif isinstance(row.result, FilteredOut):
             left_out.append(str(row))
         else:
             bad.append(str(row))
@@ -124,19 +124,19 @@ def iter_rows(
     source: str | Path,
     split: str | None = None,
     *,
-    columns: Columns = RECOGNISED,
-    selection: Selection = ALL,
+    columns: Columns = AUTO_COLUMNS,
+    row_filter: RowFilter = ALL,
     first_rows: int | None = None,
     stream: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[RowResult]:
     """Every row of a source, read and its images checked, one after another: nothing of the rows before is kept.
 
     Args:
-        columns, selection, first_rows: as for `load_samples`.
+        columns, row_filter, first_rows: as for `load_samples`.
         stream: on the hub, fetch only what is read; so also with `first_rows`.
 
     Raises:
-        UserError: nothing there, not readable, or wrong columns. What is wrong with a row is in its `Row`.
+        UserError: nothing there, not readable, or wrong columns. What is wrong with a row is in its `RowResult`.
     """
     number = 0
     files = find_files(str(source), split, stream=stream or first_rows is not None)
@@ -145,31 +145,31 @@ def iter_rows(
             for batch in read_rows(file, columns):
                 batch = batch if first_rows is None else batch[: first_rows - number]
 
-                def read(entry: Entry, row: int, file: DataFile = file):
-                    return _try(entry, row, file, columns, selection)
+                def read(entry: RawRow, row: int, file: DataFile = file):
+                    return _try(entry, row, file, columns, row_filter)
 
                 results = pool.map(read, batch, range(number, number + len(batch)))
                 for entry, result in zip(batch, results, strict=True):
-                    yield Row(number, entry.place, file.name, result)
+                    yield RowResult(number, entry.place, file.name, result)
                     number += 1
                 if number == first_rows:
                     return
 
 
 def _try(
-    entry: Entry, row: int, file: DataFile, columns: Columns, selection: Selection
-) -> Sample | BadRow | NotSelected:
+    entry: RawRow, row: int, file: DataFile, columns: Columns, row_filter: RowFilter
+) -> Sample | InvalidRow | FilteredOut:
     try:
-        return read_row(
+        return parse_row(
             entry.value,
             columns=columns,
-            selection=selection,
+            row_filter=row_filter,
             row=row,
             place=entry.place,
             source=file.name,
             folder=file.folder,
         )
-    except (BadRow, NotSelected) as problem:
+    except (InvalidRow, FilteredOut) as problem:
         return problem
 
 

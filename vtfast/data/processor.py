@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from vtfast.data.images import MAX_PIXELS, ImageError, Source, load_image
+from vtfast.data.images import MAX_PIXELS, ImageError, ImageSource, load_image
 from vtfast.data.prompt import Prompt, _key, mrope_positions
 from vtfast.data.resize import _resizer, resized_sides
 from vtfast.utils.errors import UserError
@@ -111,7 +111,7 @@ class Processor:
         size = self.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
 
-    def encode(self, text: str, images: Sequence[Source | str]) -> Prompt:
+    def encode(self, text: str, images: Sequence[ImageSource | str]) -> Prompt:
         """Tokens, positions and pixels of one rendered prompt.
 
         Args:
@@ -169,7 +169,7 @@ class Processor:
         """Text of token ids; end marks and other special tokens are left out unless asked for."""
         return self.tokenizer.decode(ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
 
-    def resize(self, source: Source | str) -> Image.Image:
+    def resize(self, source: ImageSource | str) -> Image.Image:
         """An image as the model sees it: RGB, sides in whole pairs of patches, area within the limits.
 
         Raises:
@@ -178,7 +178,7 @@ class Processor:
         """
         return _resizer()(load_image(source), *self.pixel_limits, self.image_processor.patch_size)
 
-    def _pixels(self, images: Sequence[Source | str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pixels(self, images: Sequence[ImageSource | str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> pixels [K, 1176] float32, grid [I, 3] int64."""
         resized = []
         for number, source in enumerate(images):

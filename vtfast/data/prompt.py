@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtfast.data.images import Source
+from vtfast.data.images import ImageSource
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Prompt:
     """The text that was encoded."""
     image_mask: torch.Tensor | None = None
     """[P] bool: where image features replace embeddings. Completions never count as images."""
-    images: Sequence[Source | str] = ()
+    images: Sequence[ImageSource | str] = ()
     """What the pixels were made of."""
 
     @property

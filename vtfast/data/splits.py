@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtfast.config import RunConfig
-from vtfast.data import RECOGNISED, Columns, Sample, Selection, load_samples, shuffle_options, synthetic
+from vtfast.data import AUTO_COLUMNS, Columns, RowFilter, Sample, load_samples, shuffle_options, synthetic
 from vtfast.data.prompt_builder import PromptBuilder
 
 SYNTHETIC = "synthetic"
@@ -30,14 +30,14 @@ def load_questions(config: RunConfig, asker: PromptBuilder, rendered: Path) -> d
             continue
         named = columns(config)
         if source == SYNTHETIC:
-            source, named = rendered / f"{split}.parquet", RECOGNISED
+            source, named = rendered / f"{split}.parquet", AUTO_COLUMNS
         loaded = load_samples(
             source,
             of_source,
             limit,
             on_bad=config.on_bad_sample,
             columns=named,
-            selection=selection(config),
+            row_filter=row_filter(config),
             first_rows=first_rows,
         )
         asker.skipped += [
@@ -53,10 +53,10 @@ def columns(config: RunConfig) -> Columns:
     return Columns(config.question_column, config.answer_column, config.options_column, config.image_column)
 
 
-def selection(config: RunConfig) -> Selection:
+def row_filter(config: RunConfig) -> RowFilter:
     """The rows that the settings ask for."""
     types = config.question_types
-    return Selection(config.static, None if types is None else tuple(types))
+    return RowFilter(config.static, None if types is None else tuple(types))
 
 
 def render_synthetic(config: RunConfig, folder: Path) -> Path:

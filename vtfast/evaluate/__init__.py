@@ -4,7 +4,7 @@ evaluate(policy, bench="cvbench", data=None, limit=None, ...) -> scores    asks 
 score("cvbench", rows, responses) -> scores                                judges responses, without a model
 """
 
-from vtfast.evaluate.evaluation import evaluate
+from vtfast.evaluate.run_benchmark import evaluate
 from vtfast.evaluate.scores import BENCHMARKS, score
 
 __all__ = ["BENCHMARKS", "evaluate", "score"]

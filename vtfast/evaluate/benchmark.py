@@ -1,4 +1,4 @@
-"""What every benchmark is made of: items, and how one of its rows becomes an item."""
+"""What every benchmark is made of: examples, and how one of its rows becomes an example."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.data import BadRow
-from vtfast.evaluate.matching import LETTERS
+from vtfast.data import InvalidRow
+from vtfast.evaluate.grading import LETTERS
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """One multiple-choice question of a benchmark."""
 
     index: int
@@ -33,8 +33,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An item's answer after both scorers."""
+class Grade:
+    """An example's answer after both scorers."""
 
     task: str
     source: str
@@ -51,9 +51,9 @@ class Benchmark:
     """Regular expressions over file names of a folder or hub id; the first that finds any is used."""
     columns: tuple[str, ...]
     """What a file must have."""
-    read: Callable[[Mapping[str, Any], int], Item]
-    """Row and its number -> item. Raises BadRow. Rows without images are read too: scoring needs none."""
-    official: Callable[[Sequence[Judged]], float]
+    read: Callable[[Mapping[str, Any], int], Example]
+    """Row and its number -> example. Raises InvalidRow. Rows without images are read too: scoring needs none."""
+    official: Callable[[Sequence[Grade]], float]
     """The benchmark's own formula over a non-empty sequence."""
     sizes: tuple[int, ...]
     """Questions of the whole benchmark, and of its other splits."""
@@ -65,14 +65,14 @@ class Benchmark:
     """Which rows are asked at all."""
 
 
-def accuracy(judged: Sequence[Judged]) -> float:
-    return sum(one.correct for one in judged) / len(judged)
+def accuracy(grades: Sequence[Grade]) -> float:
+    return sum(one.correct for one in grades) / len(grades)
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{column} is {value!r}, and text is wanted")
+        raise InvalidRow(f"{column} is {value!r}, and text is wanted")
     return value
 
 
@@ -80,7 +80,7 @@ def options_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     value = row.get(column)
     value = value.tolist() if hasattr(value, "tolist") else value  # pandas hands over arrays
     if not isinstance(value, list | tuple) or not value or not all(isinstance(x, str) and x for x in value):
-        raise BadRow(f"{column} is {value!r}, and a list of texts is wanted")
+        raise InvalidRow(f"{column} is {value!r}, and a list of texts is wanted")
     return tuple(value)
 
 
@@ -88,10 +88,10 @@ def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
     """Place of the right option from an answer such as `(C)`."""
     answer = text_of(row, "answer")
     if len(options) > len(LETTERS):
-        raise BadRow(f"{len(options)} options, and letters go to {LETTERS[-1]}")
+        raise InvalidRow(f"{len(options)} options, and letters go to {LETTERS[-1]}")
     place = LETTERS.find(answer.strip().strip("()"))
     if len(answer.strip().strip("()")) != 1 or not 0 <= place < len(options):
-        raise BadRow(f"answer is {answer!r}, and one of (A) to ({LETTERS[len(options) - 1]}) is wanted")
+        raise InvalidRow(f"answer is {answer!r}, and one of (A) to ({LETTERS[len(options) - 1]}) is wanted")
     return place
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from vtfast.config import RunConfig
 from vtfast.data.prompt_builder import PromptBuilder
-from vtfast.data.prompts import response_prefix
+from vtfast.data.prompt_templates import response_prefix
 from vtfast.distributed.ranks import Ranks
 from vtfast.rewards import accuracy_reward, format_reward
 from vtfast.rollout import Sampling
@@ -21,7 +21,7 @@ SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutScores:
     """`scores[mode][kind]` is (accuracy, format) in [0, 1]; mode: sampled | greedy; kind: "all" or a name."""
 
     scores: dict[str, dict[str, tuple[float, float]]]
@@ -34,14 +34,14 @@ class HeldOut:
         return self.scores[mode][kind][1]
 
 
-def held_out(
+def evaluate_held_out(
     engine: Engine,
     asker: PromptBuilder,
     samples: Sequence,
     config: RunConfig,
     ranks: Ranks,
     graded: Callable[[str], str] = str,
-) -> HeldOut:
+) -> HeldOutScores:
     """Ask every sample once sampled and once greedily; the ranks share them out.
 
     `graded`: a response -> what of it the rewards are shown."""
@@ -62,7 +62,9 @@ def held_out(
         bar.update(len(questions))
     bar.close()
     parts = ranks.gather(results)
-    return HeldOut({mode: _by_kind([row for part in parts for row in part[mode]]) for mode in results}, len(samples))
+    return HeldOutScores(
+        {mode: _by_kind([row for part in parts for row in part[mode]]) for mode in results}, len(samples)
+    )
 
 
 def _by_kind(rows: Sequence[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:

@@ -1,14 +1,14 @@
-"""Judged answers -> the numbers that are reported."""
+"""Grade answers -> the numbers that are reported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vtfast.data import BadRow
-from vtfast.evaluate.benchmark import Benchmark, Item, Judged, accuracy
+from vtfast.data import InvalidRow
+from vtfast.evaluate.benchmark import Benchmark, Example, Grade, accuracy
 from vtfast.evaluate.benchmarks import blink, cvbench, sat, vsr
-from vtfast.evaluate.matching import paper_correct, strict_correct
+from vtfast.evaluate.grading import paper_correct, strict_correct
 from vtfast.utils.errors import UserError
 
 BENCHMARKS: dict[str, Benchmark] = {module.BENCHMARK.name: module.BENCHMARK for module in (cvbench, blink, vsr, sat)}
@@ -37,41 +37,41 @@ def score(bench: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str
     benchmark = get_benchmark(bench)
     if len(rows) != len(responses):
         raise UserError(f"{bench}: {len(responses)} responses for {len(rows)} rows")
-    judged = []
+    grades = []
     for index, (row, response) in enumerate(zip(rows, responses, strict=True)):
         if not isinstance(response, str):
             raise UserError(f"{bench}, response {index}: not text but {type(response).__name__}")
         try:
-            judged.append(judge(benchmark, benchmark.read(row, index), response))
-        except BadRow as error:
+            grades.append(grade(benchmark, benchmark.read(row, index), response))
+        except InvalidRow as error:
             raise UserError(f"{bench}, row {index}: {error}") from error
-    return summarise(benchmark, judged)
+    return summarise(benchmark, grades)
 
 
-def judge(benchmark: Benchmark, item: Item, response: str) -> Judged:
-    question = item.options, item.gold, benchmark.letters
-    return Judged(item.task, item.source, paper_correct(response, *question), strict_correct(response, *question))
+def grade(benchmark: Benchmark, example: Example, response: str) -> Grade:
+    question = example.options, example.gold, benchmark.letters
+    return Grade(example.task, example.source, paper_correct(response, *question), strict_correct(response, *question))
 
 
-def summarise(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, Any]:
+def summarise(benchmark: Benchmark, grades: Sequence[Grade]) -> dict[str, Any]:
     """The result of `score`. Raises UserError where there is nothing to average."""
-    if not judged:
+    if not grades:
         raise UserError(f"{benchmark.name}: no answers to score")
-    seen = dict.fromkeys(one.task for one in judged)
+    seen = dict.fromkeys(one.task for one in grades)
     tasks = [task for task in benchmark.tasks if task in seen]
     tasks += [task for task in seen if task not in tasks]
-    by_task = {task: [one for one in judged if one.task == task] for task in tasks}
-    sources = sorted({one.source for one in judged})
+    by_task = {task: [one for one in grades if one.task == task] for task in tasks}
+    sources = sorted({one.source for one in grades})
     return {
-        "total": accuracy(judged),
-        "official": benchmark.official(judged),
-        "count": len(judged),
+        "total": accuracy(grades),
+        "official": benchmark.official(grades),
+        "count": len(grades),
         "by_task": {task: accuracy(part) for task, part in by_task.items()},
-        "by_source": {name: accuracy([one for one in judged if one.source == name]) for name in sources},
+        "by_source": {name: accuracy([one for one in grades if one.source == name]) for name in sources},
         "count_by_task": {task: len(part) for task, part in by_task.items()},
-        "strict": {"total": _strict(judged), "by_task": {task: _strict(part) for task, part in by_task.items()}},
+        "strict": {"total": _strict(grades), "by_task": {task: _strict(part) for task, part in by_task.items()}},
     }
 
 
-def _strict(judged: Sequence[Judged]) -> float:
-    return sum(one.strict_correct for one in judged) / len(judged)
+def _strict(grades: Sequence[Grade]) -> float:
+    return sum(one.strict_correct for one in grades) / len(grades)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from vtfast.data.prompts import load_template, render
+from vtfast.data.prompt_templates import load_template, render
 from vtfast.data.synthetic import CELL, KINDS, Question, sample_question
 from vtfast.utils.files import sha256, write_json
 from vtfast.utils.hub import ASSETS

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
-    from vtfast.evaluate.held_out import HeldOut
+    from vtfast.evaluate.held_out import HeldOutScores
 
 
-def held_out_table(before: HeldOut, after: HeldOut) -> str:
+def held_out_table(before: HeldOutScores, after: HeldOutScores) -> str:
     """Accuracy and format before -> after by kind of question, closed by the two summary lines."""
     lines = [
         f"{'held-out (' + str(after.count) + ')':<16}{'sampled':^31}{'greedy':^31}",
@@ -31,7 +31,7 @@ def held_out_table(before: HeldOut, after: HeldOut) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folder: Path, before: HeldOut | None, after: HeldOut | None) -> Path:
+def draw_curves(folder: Path, before: HeldOutScores | None, after: HeldOutScores | None) -> Path:
     """`folder`/curves.png from metrics.jsonl: rewards, length and entropy, time by phase, and the held-out bars."""
     import matplotlib
 
@@ -74,7 +74,7 @@ def draw_curves(folder: Path, before: HeldOut | None, after: HeldOut | None) -> 
     return path
 
 
-def _held_out_bars(axis, before: HeldOut, after: HeldOut) -> None:
+def _held_out_bars(axis, before: HeldOutScores, after: HeldOutScores) -> None:
     kinds = list(after.scores["greedy"])
     bars = [
         ("before, sampled", before, "sampled", "lightsteelblue"),

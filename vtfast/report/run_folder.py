@@ -17,7 +17,7 @@ from vtfast.utils.files import read_mapping, step_of, write_json
 from vtfast.utils.suggestions import did_you_mean, near_run, question
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
-    from vtfast.evaluate.held_out import HeldOut
+    from vtfast.evaluate.held_out import HeldOutScores
 
 HELD_OUT = "held_out.json"
 
@@ -35,7 +35,7 @@ class Run:
     evaluations: dict[str, dict[str, dict[str, Any]]]
     """folder under evaluations/ -> benchmark -> scores, in order of steps."""
     held_out: dict[str, Any] | None
-    """`before` and `after` training: the fields of HeldOut."""
+    """`before` and `after` training: the fields of HeldOutScores."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, in words."""
 
@@ -93,7 +93,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-def save_held_out(folder: Path, before: HeldOut | None, after: HeldOut | None) -> None:
+def save_held_out(folder: Path, before: HeldOutScores | None, after: HeldOutScores | None) -> None:
     """Leave the held-out scores in the run folder, for the report; nothing if there were no questions."""
     if before and after:
         scores = {"before": asdict(before), "after": asdict(after)}

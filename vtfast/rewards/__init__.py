@@ -17,15 +17,15 @@ import os
 import sys
 
 from vtfast.rewards import recipe, strict
-from vtfast.rewards.calling import Response, Reward, Score, call
+from vtfast.rewards.reward import Reward, RewardInput, Score, call
 from vtfast.rewards.strict import accuracy_reward, format_reward, length_reward
 from vtfast.utils.errors import UserError
 
 __all__ = [
     "MODES",
     "REWARDS",
-    "Response",
     "Reward",
+    "RewardInput",
     "Score",
     "accuracy_reward",
     "call",

@@ -26,7 +26,7 @@ import re
 import threading
 from typing import TYPE_CHECKING
 
-from vtfast.rewards.calling import never_raises
+from vtfast.rewards.reward import zero_on_error
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
@@ -41,7 +41,7 @@ _LETTER = re.compile(r"(?:^|\s|\[|\()([A-H])(?:\s|\]|\)|$)")
 _MATHEMATICAL = re.compile(r"[\d$\\[]")
 
 
-@never_raises
+@zero_on_error
 def accuracy_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) -> float:
     """1.0 or 0.0, by the three steps above.
 
@@ -51,20 +51,20 @@ def accuracy_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) 
     """
     content = completion.removeprefix(prefix)
     solution = f"<answer>{sample.answer}</answer>"
-    if may_verify(sample) and _verify(content, solution):
+    if may_use_math_verify(sample) and _verify(content, solution):
         return 1.0
     gold, student = _first_answer(solution), _first_answer(content)
     return float(student == gold or _LETTER.findall(student)[-1:] == [gold])
 
 
-@never_raises
+@zero_on_error
 def format_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) -> float:
     """1.0 if the response, `prefix` included, is thinking and answer to the last character, else 0.0."""
     response = prefix + completion.removeprefix(prefix)
     return float(_SHAPE.fullmatch(response) is not None)
 
 
-def may_verify(sample: "Sample") -> bool:
+def may_use_math_verify(sample: "Sample") -> bool:
     """Whether math-verify can find anything in the gold: all its patterns want one of these characters."""
     return _MATHEMATICAL.search(sample.answer) is not None
 

@@ -19,8 +19,8 @@ import re
 import string
 from typing import TYPE_CHECKING
 
-from vtfast.rewards.calling import never_raises
-from vtfast.rewards.expressions import HEDGE, is_expression, same_expression
+from vtfast.rewards.math_answers import HEDGE, is_math, math_equal
+from vtfast.rewards.reward import zero_on_error
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
@@ -85,7 +85,7 @@ def _verify(gold: str, answer: str) -> bool:
     return bool(verify(parse(gold, parsing_timeout=None), target, timeout_seconds=None))
 
 
-@never_raises
+@zero_on_error
 def accuracy_reward(completion: str, sample: "Sample") -> float:
     """1.0 if the last `<answer>…</answer>` is the right option, else 0.0.
 
@@ -96,20 +96,20 @@ def accuracy_reward(completion: str, sample: "Sample") -> float:
     inside = _last_answer(completion)
     if inside is None:
         return 0.0
-    if is_open_expression(sample):
-        return float(same_expression(inside, sample.answer))
+    if has_math_answer(sample):
+        return float(math_equal(inside, sample.answer))
     answer, gold = _normalise(inside), _normalise(sample.answer)
     if not gold:  # the right answer is punctuation only
         return float(inside.strip() == sample.answer.strip())
     return float(answer == gold or _same_number(inside, sample))
 
 
-def is_open_expression(sample: "Sample") -> bool:
+def has_math_answer(sample: "Sample") -> bool:
     """Whether the question has no options and a number, a quantity or a formula for an answer."""
-    return not sample.options and is_expression(sample.answer)
+    return not sample.options and is_math(sample.answer)
 
 
-@never_raises
+@zero_on_error
 def format_reward(completion: str, sample: "Sample") -> float:
     """1.0 if the response is `<think>…</think> <answer>…</answer>` and nothing else, else 0.0.
 
@@ -123,7 +123,7 @@ def format_reward(completion: str, sample: "Sample") -> float:
     return float(once and _SHAPE.fullmatch(response) is not None)
 
 
-@never_raises
+@zero_on_error
 def length_reward(completion: str, sample: "Sample", *, tokens: int | None = None) -> float:
     """0.001 for every token of the response.
 

@@ -13,8 +13,8 @@ from vtfast.cost.micro_batches import Part
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.packing import Pack
 from vtfast.model.policy import Policy
-from vtfast.rewards import Response
-from vtfast.rewards.scorer import Scorer
+from vtfast.rewards import RewardInput
+from vtfast.rewards.manager import RewardManager
 from vtfast.rollout import Completion
 
 
@@ -83,10 +83,10 @@ class MicroBatch:
             group.scores.setdefault(whose, [logp.new_empty(0)] * len(group.completions))[i] = logp
 
 
-def reward(groups: Sequence[Group], scorer: Scorer, prefix: str = "", progress: bool = False) -> None:
+def reward(groups: Sequence[Group], scorer: RewardManager, prefix: str = "", progress: bool = False) -> None:
     """Give every answer of the groups its rewards. `prefix`: what the prompts had already written of the answers."""
     responses = [
-        Response(text, group.question.sample, len(completion.tokens), prefix)
+        RewardInput(text, group.question.sample, len(completion.tokens), prefix)
         for group in groups
         for text, completion in zip(group.texts, group.completions, strict=True)
     ]

@@ -27,7 +27,7 @@ from vtfast.distributed import launch, watchdog
 from vtfast.distributed.determinism import seed_all
 from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.distributed.zero2 import zero2_engine
-from vtfast.evaluate.held_out import HeldOut, held_out
+from vtfast.evaluate.held_out import HeldOutScores, evaluate_held_out
 from vtfast.model.fingerprint import fingerprint
 from vtfast.model.liger import use_liger
 from vtfast.model.loading import load_model
@@ -138,7 +138,7 @@ class Run:
         """The few numbers beside the progress bar."""
         raise NotImplementedError
 
-    def draw(self, before: HeldOut | None, after: HeldOut | None) -> None:
+    def draw(self, before: HeldOutScores | None, after: HeldOutScores | None) -> None:
         """The run folder's curves.png."""
         raise NotImplementedError
 
@@ -366,12 +366,12 @@ class Run:
             with (self.folder / "skipped.jsonl").open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def judge(self) -> HeldOut | None:
+    def judge(self) -> HeldOutScores | None:
         if not self.held_out_samples:
             return None
         watchdog.beat("held-out questions")
         arguments = (self.rollout, self.asker, self.held_out_samples, self.config, self.ranks)
-        return held_out(*arguments, graded=self.graded)
+        return evaluate_held_out(*arguments, graded=self.graded)
 
     @watchdog.no_progress_expected("saving")
     def save(self) -> None:

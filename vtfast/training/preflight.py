@@ -13,9 +13,9 @@ import torch
 from vtfast.config import RunConfig, SettingsError
 from vtfast.config.rules import PIXELS_A_TOKEN
 from vtfast.data import Sample
+from vtfast.data.file_reader import find_files
 from vtfast.data.processor import Processor
-from vtfast.data.prompts import load_template, render
-from vtfast.data.sources import find_files
+from vtfast.data.prompt_templates import load_template, render
 from vtfast.data.splits import SYNTHETIC
 from vtfast.model.attention import choose_backend
 from vtfast.model.blueprint import blueprint, read_model_config

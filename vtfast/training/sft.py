@@ -25,7 +25,7 @@ from vtfast.data import Sample
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.data.prompt_builder import EncodedSample
-from vtfast.evaluate.held_out import HeldOut
+from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.packing import IGNORED, Pack
 from vtfast.model.policy import Policy
 from vtfast.model.row_gather import RowGather
@@ -210,7 +210,7 @@ class SFTTrainer(Run):
         accuracy, speed = metrics["mean_token_accuracy"], metrics["tokens_per_second"]
         return f"loss {metrics['loss']:.3f}, token accuracy {accuracy:.2f}, {speed:.0f} tok/s"
 
-    def draw(self, before: HeldOut | None, after: HeldOut | None) -> None:
+    def draw(self, before: HeldOutScores | None, after: HeldOutScores | None) -> None:
         import matplotlib
 
         matplotlib.use("Agg")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vtfast.data import Sample
 from vtfast.data.processor import Processor
-from vtfast.data.prompts import response_prefix
+from vtfast.data.prompt_templates import response_prefix
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, read_text
 

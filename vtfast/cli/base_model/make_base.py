@@ -27,7 +27,7 @@ from vtfast.cli.base_model.base_training import (
     completion_loss,
     scores,
 )
-from vtfast.data.prompts import IMAGE
+from vtfast.data.prompt_templates import IMAGE
 from vtfast.data.synthetic import COLUMNS, ROWS, Question, Scene, sample_question, sample_questions, sample_scene
 from vtfast.model.tiny_model import (
     SPECIAL_IDS,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vtfast.evaluate.benchmark import Benchmark, Item, Judged, accuracy, images_of, lettered_gold, options_of, text_of
+from vtfast.evaluate.benchmark import Benchmark, Example, Grade, accuracy, images_of, lettered_gold, options_of, text_of
 
 TASKS = ("Relative_Depth", "Spatial_Relation")
 
 
-def read(row: Mapping[str, Any], index: int) -> Item:
+def read(row: Mapping[str, Any], index: int) -> Example:
     options = options_of(row, "choices")
-    return Item(
+    return Example(
         index=index,
         task=text_of(row, "sub_task"),
         source="BLINK",
@@ -27,10 +27,10 @@ def has_one_image(row: Mapping[str, Any]) -> bool:
     return row.get("image_2") is None
 
 
-def official(judged: Sequence[Judged]) -> float:
+def official(grades: Sequence[Grade]) -> float:
     """Unweighted mean over the tasks present."""
-    tasks = {one.task for one in judged}
-    scores = [accuracy([one for one in judged if one.task == task]) for task in sorted(tasks)]
+    tasks = {one.task for one in grades}
+    scores = [accuracy([one for one in grades if one.task == task]) for task in sorted(tasks)]
     return sum(scores) / len(scores)
 
 

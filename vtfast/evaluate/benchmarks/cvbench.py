@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vtfast.evaluate.benchmark import Benchmark, Item, Judged, accuracy, images_of, lettered_gold, options_of, text_of
+from vtfast.evaluate.benchmark import Benchmark, Example, Grade, accuracy, images_of, lettered_gold, options_of, text_of
 
 SOURCES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
 
 
-def read(row: Mapping[str, Any], index: int) -> Item:
+def read(row: Mapping[str, Any], index: int) -> Example:
     options = options_of(row, "choices")
-    return Item(
+    return Example(
         index=index,
         task=text_of(row, "task"),
         source=text_of(row, "source"),
@@ -23,15 +23,15 @@ def read(row: Mapping[str, Any], index: int) -> Item:
     )
 
 
-def official(judged: Sequence[Judged]) -> float:
+def official(grades: Sequence[Grade]) -> float:
     """((ADE20K + COCO) / 2 + Omni3D) / 2. Each mean runs over the sources, and then the halves, that are present."""
     halves = []
     for sources in SOURCES.values():
-        parts = [[one for one in judged if one.source == source] for source in sources]
+        parts = [[one for one in grades if one.source == source] for source in sources]
         scores = [accuracy(part) for part in parts if part]
         if scores:
             halves.append(sum(scores) / len(scores))
-    return sum(halves) / len(halves) if halves else accuracy(judged)
+    return sum(halves) / len(halves) if halves else accuracy(grades)
 
 
 BENCHMARK = Benchmark(

@@ -9,21 +9,21 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from vtfast.data import BadRow, question_kind
-from vtfast.data.prompts import join_options
-from vtfast.data.rows import clean_option
-from vtfast.evaluate.benchmark import Benchmark, Item, accuracy, images_of, options_of, text_of
+from vtfast.data import InvalidRow, question_kind
+from vtfast.data.prompt_templates import join_options
+from vtfast.data.row_parser import clean_option
+from vtfast.evaluate.benchmark import Benchmark, Example, accuracy, images_of, options_of, text_of
 
 
-def read(row: Mapping[str, Any], index: int) -> Item:
+def read(row: Mapping[str, Any], index: int) -> Example:
     options = [clean_option(option) for option in options_of(row, "answers")]
     answer = clean_option(text_of(row, "correct_answer"))
     if answer not in options:
-        raise BadRow(f"the answer {answer!r} is not among the options {options}")
+        raise InvalidRow(f"the answer {answer!r} is not among the options {options}")
     random.Random(f"SAT/{index}").shuffle(options)  # the generator puts the right one first
     question = text_of(row, "question")
     values = row.get("image_bytes") or row.get("images") or []
-    return Item(
+    return Example(
         index=index,
         task=question_kind(question, row.get("question_type")),
         source="SAT",

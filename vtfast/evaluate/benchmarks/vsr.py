@@ -1,7 +1,7 @@
 """Visual Spatial Reasoning (cambridgeltl/vsr_random, or vsr_zeroshot): is a caption true of an image? 2,195 test rows.
 
 The data set has no images, only names and links of COCO's. They lie beside the JSONL, in `images/`, or in a folder of
-the user's choice; `vtfast.evaluate.benchmarks.vsr_images` finds and, if asked to, fetches them.
+the user's choice; `vtfast.evaluate.vsr_images` finds and, if asked to, fetches them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vtfast.data import BadRow
-from vtfast.evaluate.benchmark import Benchmark, Item, accuracy, text_of
+from vtfast.data import InvalidRow
+from vtfast.evaluate.benchmark import Benchmark, Example, accuracy, text_of
 
 QUESTION = (
     'Please analyze the provided image. Does the statement "{caption}" accurately describes what you see? '
@@ -21,14 +21,14 @@ QUESTION = (
 OPTIONS = ("True", "False")
 
 
-def read(row: Mapping[str, Any], index: int) -> Item:
+def read(row: Mapping[str, Any], index: int) -> Example:
     label = row.get("label")
     if label not in (0, 1):
-        raise BadRow(f"label is {label!r}, and 0 or 1 is wanted")
+        raise InvalidRow(f"label is {label!r}, and 0 or 1 is wanted")
     name, link = row.get("image"), row.get("image_link")
     if isinstance(name, str) and (name != Path(name).name or name == ".." or len(name) > 200):
-        raise BadRow(f"image is {name!r}, and a file name is wanted")
-    return Item(
+        raise InvalidRow(f"image is {name!r}, and a file name is wanted")
+    return Example(
         index=index,
         task=text_of(row, "relation"),
         source="zeroshot" if "subj" in row else "random",

@@ -12,7 +12,7 @@ from vtfast.config import RunConfig
 from vtfast.data.processor import Processor
 from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
-from vtfast.evaluate.held_out import HeldOut
+from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
 from vtfast.report.tracking import Tracker
 from vtfast.training.checkpoint.find import Checkpoint
@@ -59,7 +59,7 @@ class Checkpointer:
             self.saver.mark_resumed(resumed.folder, resumed.state.step)
 
     @watchdog.no_progress_expected("saving")
-    def save(self, step: int, before: HeldOut | None, tracker: Tracker | None) -> None:
+    def save(self, step: int, before: HeldOutScores | None, tracker: Tracker | None) -> None:
         """Write a checkpoint of the run after `step` steps; with `async_save`, start to write it. Collective.
 
         Args:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from vtfast.config import RunConfig
 from vtfast.data.processor import Processor
 from vtfast.distributed.ranks import Ranks
-from vtfast.evaluate.held_out import HeldOut
+from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
 from vtfast.training.checkpoint.checksums import SETTINGS, STATE
 from vtfast.training.checkpoint.find import Checkpoint
@@ -116,7 +116,7 @@ def snapshot(
     engine: DeepSpeedEngine,
     ranks: Ranks,
     identity: Identity,
-    before: HeldOut | None,
+    before: HeldOutScores | None,
     trackers: dict[str, str],
     parts: Mapping[str, Stateful],
 ) -> State:
@@ -143,9 +143,9 @@ def snapshot(
     )
 
 
-def held_out_before(state: State) -> HeldOut | None:
+def held_out_before(state: State) -> HeldOutScores | None:
     """The held-out result from before training, if the run had held-out questions."""
-    return HeldOut(**state.before) if state.before else None
+    return HeldOutScores(**state.before) if state.before else None
 
 
 def write_files(

@@ -43,7 +43,7 @@ class State:
     counters: dict[str, int]
     """DeepSpeed's own counts of steps and samples."""
     before: dict[str, Any] | None = None
-    """Held-out result from before training (the fields of HeldOut)."""
+    """Held-out result from before training (the fields of HeldOutScores)."""
     trackers: dict[str, str] = field(default_factory=dict)
     """Ids of the run at Weights & Biases and the like, by tracker."""
     carried: dict[str, Any] = field(default_factory=dict)

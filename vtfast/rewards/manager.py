@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward, recipe, strict
-from vtfast.rewards.calling import Response, Score, call
-from vtfast.rewards.pool import Pool
+from vtfast.rewards.reward import RewardInput, Score, call
+from vtfast.rewards.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from vtfast.data import Sample
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vtfast")
 
 
-class Scorer:
+class RewardManager:
     """Scores responses with several rewards. Where a reward runs does not change what it gives.
 
     A job goes to the pool if its reward is the user's own, or if it may run math-verify on what a model wrote: accuracy
@@ -35,9 +35,9 @@ class Scorer:
         """
         self.names, self.mode = list(names), mode
         self.rewards = [get_reward(name, mode) for name in names]
-        self.pool = Pool(names, mode, workers, timeout) if workers else None
+        self.pool = WorkerPool(names, mode, workers, timeout) if workers else None
 
-    def score(self, responses: Sequence[Response], progress: bool = False) -> list[list[Score]]:
+    def score(self, responses: Sequence[RewardInput], progress: bool = False) -> list[list[Score]]:
         """result[reward][response], in the order of `names` and of `responses`."""
         table: list[list[Score]] = []
         jobs, places = [], []
@@ -65,8 +65,8 @@ class Scorer:
         if name != "accuracy":
             return ":" in name
         if self.mode == "recipe":
-            return recipe.may_verify(sample)
-        return strict.is_open_expression(sample)
+            return recipe.may_use_math_verify(sample)
+        return strict.has_math_answer(sample)
 
     def _warn(self, table: list[list[Score]]) -> None:
         for name, scores in zip(self.names, table, strict=True):

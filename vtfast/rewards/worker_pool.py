@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward
-from vtfast.rewards.calling import Response, Reward, Score, call, failed
+from vtfast.rewards.reward import Reward, RewardInput, Score, call, failed
 
-Job = tuple[str, Response]
+Job = tuple[str, RewardInput]
 """Name of the reward, and what it judges."""
 START_LIMIT = 300.0
 """Seconds for a worker to import the rewards."""
@@ -35,10 +35,10 @@ STARTS = 3
 """Workers that may die one after the other before any has started."""
 BAR_DELAY = 5.0
 """Seconds before the scoring shows its progress bar."""
-_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from vtfast.rewards.pool import serve; serve(int(sys.argv[1]))"
+_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from vtfast.rewards.worker_pool import serve; serve(int(sys.argv[1]))"
 
 
-class Pool:
+class WorkerPool:
     """Up to `size` workers that score with the rewards called `names`; started when there is work for them."""
 
     def __init__(self, names: Sequence[str], mode: str, size: int, timeout: float) -> None:

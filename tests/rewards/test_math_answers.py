@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vtfast.data import Sample
 from vtfast.rewards import accuracy_reward
-from vtfast.rewards.expressions import is_expression, same_expression
+from vtfast.rewards.math_answers import is_math, math_equal
 
 
 def judged(answer: str, gold: str) -> float:
@@ -79,8 +79,8 @@ def test_only_the_last_answer_is_read():
 @pytest.mark.parametrize("gold", ["left", "on", "A", "AB", "room 12", "the red one", "", "x", r"\triangle ABC"])
 def test_words_are_text(gold):
     """As a product of letters, `on` would be equal to `no`."""
-    assert not is_expression(gold)
-    assert not same_expression(gold, gold)
+    assert not is_math(gold)
+    assert not math_equal(gold, gold)
     assert judged(f" {gold.upper()}.\n", gold) == 1.0 or not gold
     assert judged(gold[::-1] + "?", gold) == 0.0 or len(gold) < 2
 
@@ -94,7 +94,7 @@ HARMFUL = [
 
 @pytest.mark.parametrize("answer", HARMFUL)
 def test_nothing_that_sympy_would_compute_for_days_reaches_it(answer):
-    assert not is_expression(answer)
+    assert not is_math(answer)
     assert judged(answer, "3") == judged(answer, "x^2 + 1") == 0.0
 
 
@@ -115,4 +115,4 @@ def test_no_answer_raises(answer, gold):
 @settings(max_examples=100, deadline=5000)
 @given(MESS)
 def test_every_expression_is_the_same_as_itself(text):
-    assert same_expression(text, text) == is_expression(text)
+    assert math_equal(text, text) == is_math(text)

@@ -1,6 +1,6 @@
 """Files of questions -> rows: which files a source means, and their rows one after another.
 
-Rows are left as the files have them; `vtfast.data.rows` reads them.
+Rows are left as the files have them; `vtfast.data.row_parser` reads them.
 """
 
 import json
@@ -12,8 +12,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtfast.data.columns import RECOGNISED, Columns, keys
-from vtfast.data.rows import BadRow
+from vtfast.data.columns import AUTO_COLUMNS, Columns, keys
+from vtfast.data.row_parser import InvalidRow
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import hub_files, is_hub_id, open_dataset_file
@@ -42,11 +42,11 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RawRow:
     """A row as its file has it."""
 
     value: Any
-    """Plain Python values, or a BadRow."""
+    """Plain Python values, or an InvalidRow."""
     place: str
     """What messages call it in its file."""
 
@@ -150,8 +150,8 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
     return sorted(picked, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
-def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[Entry]]:
-    """Rows of a file in small batches; a line that is no JSON is a BadRow.
+def read_rows(file: DataFile, columns: Columns = AUTO_COLUMNS) -> Iterator[list[RawRow]]:
+    """Rows of a file in small batches; a line that is no JSON is an InvalidRow.
 
     Args:
         columns: columns that are not recognised by themselves; others than needed are not read.
@@ -172,7 +172,7 @@ def read_rows(file: DataFile, columns: Columns = RECOGNISED) -> Iterator[list[En
         yield batch
 
 
-def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[Entry]]:
+def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[RawRow]]:
     def wanted(there: list[str]) -> list[str]:
         columns.check(there, file.name)
         return columns.wanted(there)
@@ -180,8 +180,8 @@ def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[Entry]]:
     return parquet_batches(file, wanted)
 
 
-def parquet_batches(file: DataFile, wanted: Callable[[list[str]], list[str]]) -> Iterator[list[Entry]]:
-    """Rows of a parquet file in small batches; one that has no value in Python is a BadRow. `wanted`: names of its
+def parquet_batches(file: DataFile, wanted: Callable[[list[str]], list[str]]) -> Iterator[list[RawRow]]:
+    """Rows of a parquet file in small batches; one that has no value in Python is an InvalidRow. `wanted`: names of its
     columns -> those to read, or a UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -191,7 +191,7 @@ def parquet_batches(file: DataFile, wanted: Callable[[list[str]], list[str]]) ->
         with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
             columns, number = wanted(table.schema_arrow.names), count()
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield [Entry(value, row(next(number))) for value in _values(batch)]
+                yield [RawRow(value, row(next(number))) for value in _values(batch)]
     except UserError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -222,11 +222,11 @@ def _value(single: "pa.RecordBatch") -> Any:
     try:
         return single.to_pylist()[0]
     except (ValueError, OverflowError) as error:
-        return BadRow(f"has a value that cannot be read ({error})")
+        return InvalidRow(f"has a value that cannot be read ({error})")
 
 
-def jsonl_rows(file: DataFile) -> Iterator[Entry]:
-    """Rows of a JSONL file, one after another; a line that is no JSON is a BadRow, and an empty one is no row.
+def jsonl_rows(file: DataFile) -> Iterator[RawRow]:
+    """Rows of a JSONL file, one after another; a line that is no JSON is an InvalidRow, and an empty one is no row.
 
     Raises UserError where the file cannot be read.
     """
@@ -238,9 +238,9 @@ def jsonl_rows(file: DataFile) -> Iterator[Entry]:
                 while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
                     rest = lines.readline(LONGEST_LINE)
                 if rest is not text:
-                    yield Entry(BadRow(f"more than {LONGEST_LINE} bytes"), line(number))
+                    yield RawRow(InvalidRow(f"more than {LONGEST_LINE} bytes"), line(number))
                 elif text.strip():
-                    yield Entry(_json_line(text), line(number))
+                    yield RawRow(_json_line(text), line(number))
                 elif not text:
                     return
     except OSError as error:
@@ -251,14 +251,14 @@ def _json_line(text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:  # its own text counts lines within this one
-        return BadRow(f"not JSON ({error.msg}, column {error.colno})")
+        return InvalidRow(f"not JSON ({error.msg}, column {error.colno})")
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 ({error.reason}, byte {error.start + 1})")
+        return InvalidRow(f"not UTF-8 ({error.reason}, byte {error.start + 1})")
     except (ValueError, RecursionError) as error:
-        return BadRow(f"not JSON ({error})")
+        return InvalidRow(f"not JSON ({error})")
 
 
-def _json_rows(file: DataFile) -> Iterator[Entry]:
+def _json_rows(file: DataFile) -> Iterator[RawRow]:
     try:
         opened = file.open()
         data = Path(opened).read_bytes() if isinstance(opened, str) else opened.read()
@@ -271,4 +271,4 @@ def _json_rows(file: DataFile) -> Iterator[Entry]:
             " a file with a row a line is called .jsonl"
         )
     for number, value in enumerate(rows):
-        yield Entry(value, row(number))
+        yield RawRow(value, row(number))

@@ -1,6 +1,6 @@
 """The answers of one evaluation on disk: a JSONL that grows batch by batch, and scores beside it.
 
-FOLDER/cvbench.jsonl    a row an item: index, task, source, question, options, gold, response, correct, ...
+FOLDER/cvbench.jsonl    a row an example: index, task, source, question, options, gold, response, correct, ...
 FOLDER/settings.json    by benchmark, what the answers depend on; a file is only continued under the same settings
 FOLDER/scores.json      by benchmark, the scores of all rows of its file
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.evaluate.benchmark import Benchmark, Item, Judged
-from vtfast.evaluate.matching import LETTERS
-from vtfast.evaluate.scores import get_benchmark, judge, summarise
+from vtfast.evaluate.benchmark import Benchmark, Example, Grade
+from vtfast.evaluate.grading import LETTERS
+from vtfast.evaluate.scores import get_benchmark, grade, summarise
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import read_json, write_json, write_whole
 
@@ -26,38 +26,38 @@ log = logging.getLogger("vtfast")
 Row = dict[str, Any]
 
 
-def make_row(benchmark: Benchmark, item: Item, response: str, tokens: int, finish_reason: str) -> Row:
-    judged = judge(benchmark, item, response)
+def make_row(benchmark: Benchmark, example: Example, response: str, tokens: int, finish_reason: str) -> Row:
+    grades = grade(benchmark, example, response)
     return {
-        "index": item.index,
-        "task": item.task,
-        "source": item.source,
-        "question": item.question,
-        "options": list(item.options),
-        "gold": LETTERS[item.gold],  # a place among the options, whether letters were shown or not
-        "images": digest(item),
+        "index": example.index,
+        "task": example.task,
+        "source": example.source,
+        "question": example.question,
+        "options": list(example.options),
+        "gold": LETTERS[example.gold],  # a place among the options, whether letters were shown or not
+        "images": digest(example),
         "response": response,
-        "correct": judged.correct,
-        "strict_correct": judged.strict_correct,
+        "correct": grades.correct,
+        "strict_correct": grades.strict_correct,
         "tokens": tokens,
         "finish_reason": finish_reason,
     }
 
 
-def digest(item: Item) -> str:
-    """Tells the item's images from others; empty where there are none to look at."""
-    images = [image if isinstance(image, bytes) else image.read_bytes() for image in item.images]
+def digest(example: Example) -> str:
+    """Tells the example's images from others; empty where there are none to look at."""
+    images = [image if isinstance(image, bytes) else image.read_bytes() for image in example.images]
     return hashlib.blake2b(b"|".join(images), digest_size=12).hexdigest() if images else ""
 
 
-def item_of(row: Row) -> Item:
-    return Item(
+def example_of(row: Row) -> Example:
+    return Example(
         row["index"], row["task"], row["source"], row["question"], tuple(row["options"]), LETTERS.index(row["gold"])
     )
 
 
 @dataclass
-class AnswerFile:
+class ResponseFile:
     """One benchmark's answers: those that are there already, and a way to add to them."""
 
     path: Path | None = None
@@ -65,35 +65,35 @@ class AnswerFile:
     rows: list[Row] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path, bench: str, settings: Mapping[str, Any]) -> AnswerFile:
+    def open(cls, folder: Path, bench: str, settings: Mapping[str, Any]) -> ResponseFile:
         """Raises UserError if the folder cannot be made, or holds answers that came about under other settings."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output_dir") from error
         path, settings_path = folder / f"{bench}.jsonl", folder / "settings.json"
-        rows, whole = read_answers(path)
+        rows, whole = read_responses(path)
         known = _read_json(settings_path)
         if rows:
             _check_same(path, _settings_of(folder, bench), settings)
         else:
             write_json(settings_path, known | {bench: dict(settings)})
         if path.exists() and whole < path.stat().st_size:
-            log.warning("%s: the last line was cut off; its item is asked again", path)
+            log.warning("%s: the last line was cut off; its example is asked again", path)
             os.truncate(path, whole)
         return cls(path, rows)
 
-    def left(self, items: Sequence[Item]) -> list[Item]:
-        """The items without an answer. Raises UserError if an answered one is not the item that it was."""
+    def left(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples without an answer. Raises UserError if an answered one is not the example that it was."""
         answered = {row["index"]: row for row in self.rows}
-        for item in items:
-            row = answered.get(item.index)
-            if row and _asked(row) != (item.question, item.options, LETTERS[item.gold], digest(item)):
+        for example in examples:
+            row = answered.get(example.index)
+            if row and _asked(row) != (example.question, example.options, LETTERS[example.gold], digest(example)):
                 raise UserError(
-                    f"{self.path}: row {item.index} of the data is another question than the one answered there."
+                    f"{self.path}: row {example.index} of the data is another question than the one answered there."
                     " Remove the file, or choose another --output_dir"
                 )
-        return [item for item in items if item.index not in answered]
+        return [example for example in examples if example.index not in answered]
 
     def add(self, rows: Sequence[Row], write: bool = True) -> None:
         """`write`: whether this process is the one that writes them down."""
@@ -107,7 +107,7 @@ def _asked(row: Row) -> tuple:
     return row["question"], tuple(row["options"]), row["gold"], row["images"]
 
 
-def read_answers(path: Path) -> tuple[list[Row], int]:
+def read_responses(path: Path) -> tuple[list[Row], int]:
     """-> rows, and the bytes that they take up: less than the file where its last line was cut off.
 
     Raises:
@@ -123,10 +123,10 @@ def read_answers(path: Path) -> tuple[list[Row], int]:
         try:
             row = json.loads(line)
             _check_types(row)
-            item = item_of(row)
-            if item.index in rows:
+            example = example_of(row)
+            if example.index in rows:
                 raise ValueError("a second answer to the same question")
-            if item.gold >= len(item.options):
+            if example.gold >= len(example.options):
                 raise ValueError("no such option")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: damaged ({error}). Remove the line, or the file") from error
@@ -163,16 +163,16 @@ def _check_types(row: Any) -> None:
         raise ValueError(f"options: {_short(row['options'])} are not all texts")
 
 
-def judge_rows(bench: str, rows: Sequence[Row]) -> list[Judged]:
-    """An answer file's rows, judged anew."""
+def grade_rows(bench: str, rows: Sequence[Row]) -> list[Grade]:
+    """An answer file's rows, grades anew."""
     benchmark = get_benchmark(bench)
-    return [judge(benchmark, item_of(row), row["response"]) for row in rows]
+    return [grade(benchmark, example_of(row), row["response"]) for row in rows]
 
 
-def scores_of(bench: str, rows: Sequence[Row], judged: Sequence[Judged] | None = None) -> dict[str, Any]:
-    """Scores of an answer file's rows, with the mean number of tokens and the share that was cut off. `judged`: what
-    `judge_rows` gives, where that is at hand."""
-    scores = summarise(get_benchmark(bench), judge_rows(bench, rows) if judged is None else judged)
+def scores_of(bench: str, rows: Sequence[Row], grades: Sequence[Grade] | None = None) -> dict[str, Any]:
+    """Scores of an answer file's rows, with the mean number of tokens and the share that was cut off. `grades`: what
+    `grade_rows` gives, where that is at hand."""
+    scores = summarise(get_benchmark(bench), grade_rows(bench, rows) if grades is None else grades)
     return scores | {
         "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
@@ -185,23 +185,23 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
     Raises:
         UserError: no answers, or damaged ones.
     """
-    rows, _ = read_answers(folder / f"{bench}.jsonl")
-    judged = judge_rows(bench, rows)
-    _mend(folder / f"{bench}.jsonl", rows, judged)
+    rows, _ = read_responses(folder / f"{bench}.jsonl")
+    grades = grade_rows(bench, rows)
+    _mend(folder / f"{bench}.jsonl", rows, grades)
     settings = _settings_of(folder, bench)
     about = {"model": model, "step": step} | {
         name: settings.get(name) for name in ("template", "min_pixels", "max_pixels")
     }
-    scores = scores_of(bench, rows, judged) | about
+    scores = scores_of(bench, rows, grades) | about
     path = folder / "scores.json"
     write_json(path, _read_json(path) | {bench: scores})
     return scores
 
 
-def _mend(path: Path, rows: Sequence[Row], judged: Sequence[Judged]) -> None:
+def _mend(path: Path, rows: Sequence[Row], grades: Sequence[Grade]) -> None:
     """What the rows say of themselves follows their responses, which a user may have mended."""
     changed = False
-    for row, one in zip(rows, judged, strict=True):
+    for row, one in zip(rows, grades, strict=True):
         now = {"correct": one.correct, "strict_correct": one.strict_correct}
         changed |= now != {name: row[name] for name in now}
         row.update(now)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.data.prompts import load_template
+from vtfast.data.prompt_templates import load_template
 from vtfast.model.blueprint import read_model_config
 from vtfast.model.folder import check_folder
 from vtfast.utils.errors import UserError
@@ -17,7 +17,7 @@ from vtfast.utils.suggestions import near_run, question
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EvaluatedModel:
     path: str
     """Folder or hub id, for `load_model`."""
     name: str
@@ -32,7 +32,7 @@ class Checkpoint:
         return step_of(self.name) if self.config else None
 
 
-def find_checkpoint(model: str) -> Checkpoint:
+def find_model(model: str) -> EvaluatedModel:
     """The checkpoint that a path, a run folder or a hub id stands for. It need not exist any more (`--rescore`).
 
     `RUN` and `RUN/checkpoints/last` are the newest step in there; a name in vtfast/model/assets is what ships.
@@ -42,18 +42,18 @@ def find_checkpoint(model: str) -> Checkpoint:
     """
     path = expand(model)
     if not path.exists() and (ASSETS / model).is_dir():
-        return Checkpoint(str(ASSETS / model), model, Path())
+        return EvaluatedModel(str(ASSETS / model), model, Path())
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "last"
     if path.name == "last" and path.parent.name == "checkpoints":
         path = path.resolve() if path.exists() else _newest(path.parent)
     run = path.parent.parent
     if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
-        return Checkpoint(str(path), path.name, run, _read_config(run / "config.yaml"))
-    return Checkpoint(str(path) if path.exists() else model, path.absolute().name, Path())
+        return EvaluatedModel(str(path), path.name, run, _read_config(run / "config.yaml"))
+    return EvaluatedModel(str(path) if path.exists() else model, path.absolute().name, Path())
 
 
-def check_model(checkpoint: Checkpoint) -> None:
+def check_model(checkpoint: EvaluatedModel) -> None:
     """Raises UserError where there is no model of a family that is known: from names and config.json alone."""
     folder = Path(checkpoint.path)
     if folder.is_dir():
@@ -96,7 +96,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def default_template(checkpoint: Checkpoint, chat_template: str | Mapping[str, str] | None) -> str:
+def default_template(checkpoint: EvaluatedModel, chat_template: str | Mapping[str, str] | None) -> str:
     """The evaluation prompt that fits how a model was trained.
 
     A run's own template tells: chat marks or not, `<think>` or not. For a model from elsewhere, its tokenizer's chat

@@ -1,6 +1,6 @@
 """One row of a data set -> a `Sample`, or what is wrong with it.
 
-Nothing is guessed: a row either has a question, an answer and images that decode, or it is a `BadRow` with a reason.
+Nothing is guessed: a row either has a question, an answer and images that decode, or an `InvalidRow` with a reason.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from vtfast.data.columns import MESSAGES, QUESTION_TYPE, RECOGNISED, Columns, is_sat
-from vtfast.data.images import Images, Source, check_image
+from vtfast.data.columns import AUTO_COLUMNS, MESSAGES, QUESTION_TYPE, Columns, is_sat
+from vtfast.data.images import Images, ImageSource, check_image
 from vtfast.data.sample import question_kind
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import shortened
@@ -60,16 +60,16 @@ LONGEST_TEXT = 1_000_000
 """Characters of one text: far more than any prompt, and little enough to tokenize before that is known."""
 
 
-class BadRow(UserError):
+class InvalidRow(UserError):
     """A row that cannot be used; the message says why."""
 
 
-class NotSelected(Exception):
+class FilteredOut(Exception):
     """A sound row that the run does not want; the message says why."""
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowFilter:
     """Which rows a run wants. A row outside of it is no bad row: it is left out whatever `on_bad_sample` says."""
 
     static: bool = False
@@ -78,25 +78,25 @@ class Selection:
     """Only rows whose column `question_type` is one of these; None: all."""
 
     def check(self, images: int, question_type: Any) -> None:
-        """Raises NotSelected, or BadRow where a question type is asked for and there is none."""
+        """Raises FilteredOut, or InvalidRow where a question type is asked for and there is none."""
         if self.static and images != 1:
-            raise NotSelected(f"{images} images, and --static wants one")
+            raise FilteredOut(f"{images} images, and --static wants one")
         if self.question_types is None:
             return
         if not isinstance(question_type, str):
-            raise BadRow("no question_type, which --question_types goes by")
+            raise InvalidRow("no question_type, which --question_types goes by")
         if question_type not in self.question_types:
-            raise NotSelected(f"question_type {question_type}")
+            raise FilteredOut(f"question_type {question_type}")
 
 
-ALL = Selection()
+ALL = RowFilter()
 
 
-def read_row(
+def parse_row(
     entry: Any,
     *,
-    columns: Columns = RECOGNISED,
-    selection: Selection = ALL,
+    columns: Columns = AUTO_COLUMNS,
+    row_filter: RowFilter = ALL,
     row: int = -1,
     source: str = "",
     place: str = "",
@@ -110,27 +110,27 @@ def read_row(
         folder: what relative image paths start from.
 
     Raises:
-        BadRow: anything missing, empty, of a wrong type, or not decodable.
-        NotSelected: sound so far, but outside of `selection`. Its images were not looked at.
+        InvalidRow: anything missing, empty, of a wrong type, or not decodable.
+        FilteredOut: sound so far, but outside of `row_filter`. Its images were not looked at.
     """
-    if isinstance(entry, BadRow):  # a line that its file's reader could not read
+    if isinstance(entry, InvalidRow):  # a line that its file's reader could not read
         raise entry
     if not isinstance(entry, Mapping):
-        raise BadRow(f"not a row of named values but {type(entry).__name__}")
+        raise InvalidRow(f"not a row of named values but {type(entry).__name__}")
     question_type = entry.get(QUESTION_TYPE)
-    if MESSAGES in entry and columns == RECOGNISED:
+    if MESSAGES in entry and columns == AUTO_COLUMNS:
         items, complete = _items(entry.get("images")), True
         question, options, answer = _visualthinker_texts(entry[MESSAGES])
     else:
         try:
             names = columns.resolve(entry)
         except UserError as error:
-            raise BadRow(str(error)) from None
+            raise InvalidRow(str(error)) from None
         items, complete = _items(entry.get(names.image)), is_sat(columns, names)
         question, options, answer = (entry.get(name) for name in (names.question, names.options, names.answer))
     if not items and complete:
-        raise BadRow("no image")
-    selection.check(len(items), question_type)
+        raise InvalidRow("no image")
+    row_filter.check(len(items), question_type)
     question = _text(_IMAGE_MARKS.sub("", _text(question, "question")), "question")
     options = _options(options, required=complete)
     answer = _answer(answer, options)
@@ -145,16 +145,16 @@ _IMAGE_MARKS = re.compile(r"\A(?:\s*<image>)+\s*")
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"the {name} is not text but {type(value).__name__}")
+        raise InvalidRow(f"the {name} is not text but {type(value).__name__}")
     if not value.strip():
-        raise BadRow(f"empty {name}")
+        raise InvalidRow(f"empty {name}")
     if len(value) > LONGEST_TEXT:
-        raise BadRow(f"the {name} has {len(value)} characters, more than {LONGEST_TEXT}")
+        raise InvalidRow(f"the {name} has {len(value)} characters, more than {LONGEST_TEXT}")
     if re.search("[\ud800-\udfff]", value):
-        raise BadRow(f"the {name} holds half of a character (a lone surrogate)")
+        raise InvalidRow(f"the {name} holds half of a character (a lone surrogate)")
     mark = re.search(r"<\|\w+\|>", value)
     if mark:  # the tokenizer would take it for the real thing
-        raise BadRow(f"the {name} holds the special token {mark[0]}")
+        raise InvalidRow(f"the {name} holds the special token {mark[0]}")
     return value
 
 
@@ -163,12 +163,12 @@ def _options(values: Any, *, required: bool) -> list[str]:
         return []
     if not isinstance(values, list | tuple):
         kind = "" if values is None else f": not a list but {type(values).__name__}"
-        raise BadRow(f"no options{kind}")
+        raise InvalidRow(f"no options{kind}")
     if not values and required:
-        raise BadRow("no options")
+        raise InvalidRow("no options")
     options = [clean_option(_text(option, "option")) for option in values]
     if not all(options):
-        raise BadRow("empty option")
+        raise InvalidRow("empty option")
     return options
 
 
@@ -176,15 +176,15 @@ def _answer(value: Any, options: Sequence[str]) -> str:
     """The bare answer, one of the options if there are any."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):
-            raise BadRow(f"the answer is {value}")
+            raise InvalidRow(f"the answer is {value}")
         value = str(value)
         if not options:
             return value
     answer = clean_option(_unwrap(_text(value, "answer")))
     if not answer:
-        raise BadRow("empty answer")
+        raise InvalidRow("empty answer")
     if options and answer not in options:
-        raise BadRow(f"the answer {answer[:80]!r} is not among the options {str(options)[:200]}")
+        raise InvalidRow(f"the answer {answer[:80]!r} is not among the options {str(options)[:200]}")
     return answer
 
 
@@ -212,11 +212,11 @@ def _images(items: Sequence[Any], folder: Path | None) -> Images:
             sources.append(_source(item, folder))
             check_image(sources[-1])
         except UserError as error:
-            raise BadRow(f"image {number}: {error}") from error
+            raise InvalidRow(f"image {number}: {error}") from error
     return Images(sources)
 
 
-def _source(item: Any, folder: Path | None) -> Source:
+def _source(item: Any, folder: Path | None) -> ImageSource:
     """What one entry of an image column holds: bytes, a path, both in a dict, or a PIL image."""
     if isinstance(item, Mapping):
         item = item.get("bytes") or item.get("path")
@@ -225,7 +225,7 @@ def _source(item: Any, folder: Path | None) -> Source:
     if isinstance(item, bytes | Image.Image) and item:
         return item
     if not isinstance(item, str | Path) or not str(item):
-        raise BadRow("empty" if item is None or not item else f"{type(item).__name__} is no image")
+        raise InvalidRow("empty" if item is None or not item else f"{type(item).__name__} is no image")
     return _placed(str(item), folder)
 
 
@@ -237,14 +237,14 @@ def _placed(name: str, folder: Path | None) -> Path:
     """
     shown = shortened(name)
     if re.match(r"\w[\w+.-]*://|data:", name):  # http://, s3://, data:image/png;base64
-        raise BadRow(f"{shown} is a link, and images are not fetched: give a file, or its bytes")
+        raise InvalidRow(f"{shown} is a link, and images are not fetched: give a file, or its bytes")
     if folder is None:
-        raise BadRow(f"{shown} is a path, and the data set has no folder")
+        raise InvalidRow(f"{shown} is a path, and the data set has no folder")
     if os.path.isabs(name):
         return Path(name)
     top = os.path.abspath(folder.parent)
     if os.path.commonpath([top, os.path.abspath(folder / name)]) != top:
-        raise BadRow(f"{shown} leads out of {top}, where the data are: give an absolute path")
+        raise InvalidRow(f"{shown} leads out of {top}, where the data are: give an absolute path")
     tried = [folder / name, folder.parent / name]
     return next((path for path in tried if os.path.exists(path)), tried[0])
 
@@ -264,9 +264,9 @@ def _visualthinker_texts(messages: Any) -> tuple[str, list[str], str]:
         user, answer = texts["user"], _text(texts["assistant"], "answer")
         match = _USER.fullmatch(user)
     except (TypeError, KeyError) as error:
-        raise BadRow("messages of a user and an assistant with text are wanted") from error
+        raise InvalidRow("messages of a user and an assistant with text are wanted") from error
     if not match:
-        raise BadRow(f"no 'Choose between the following options:' in {user[:200]!r}")
+        raise InvalidRow(f"no 'Choose between the following options:' in {user[:200]!r}")
     return match["question"], _split_options(match["options"], answer), answer
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from vtfast.evaluate.matching import paper_correct, strict_correct
+from vtfast.evaluate.grading import paper_correct, strict_correct
 
 SIDE = ["left", "right"]
 COUNT = ["3", "2", "1", "0"]

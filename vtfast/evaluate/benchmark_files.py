@@ -1,4 +1,4 @@
-"""A benchmark's files -> items: a file, a folder in the data set's layout, or a hub id."""
+"""A benchmark's files -> examples: a file, a folder in the data set's layout, or a hub id."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vtfast.data import BadRow
-from vtfast.data.sources import DataFile, Entry, jsonl_rows, parquet_batches
-from vtfast.evaluate.benchmark import Benchmark, Item
+from vtfast.data import InvalidRow
+from vtfast.data.file_reader import DataFile, RawRow, jsonl_rows, parquet_batches
+from vtfast.evaluate.benchmark import Benchmark, Example
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import hub_files, is_hub_id, open_dataset_file
 from vtfast.utils.suggestions import did_you_mean
 
 
-def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterator[Item]:
-    """The items of a benchmark in file order, read as they are asked for.
+def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Iterator[Example]:
+    """The examples of a benchmark in file order, read as they are asked for.
 
     Raises:
         UserError: no such source, an unreadable file, or a row that cannot be asked. A benchmark without some of its
@@ -28,17 +28,17 @@ def load_items(benchmark: Benchmark, source: str | Path | None = None) -> Iterat
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
         for entry in read_rows(file, benchmark.columns):
             row, where = entry.value, f"{file.name}, {entry.place}"
-            if isinstance(row, BadRow):
+            if isinstance(row, InvalidRow):
                 raise UserError(f"{where}: {row}")
             if benchmark.use(row):
                 try:
-                    item = benchmark.read(row, index)
-                    if not item.images:
-                        raise BadRow("it has no image")
-                except BadRow as error:
+                    example = benchmark.read(row, index)
+                    if not example.images:
+                        raise InvalidRow("it has no image")
+                except InvalidRow as error:
                     raise UserError(f"{where}: {error}") from error
-                images = (_placed(image, file.folder) for image in item.images)
-                yield dataclasses.replace(item, images=tuple(images), where=where)
+                images = (_placed(image, file.folder) for image in example.images)
+                yield dataclasses.replace(example, images=tuple(images), where=where)
             index += 1
 
 
@@ -105,12 +105,12 @@ def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> lis
     return picked
 
 
-def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
+def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[RawRow]:
     """Rows of a parquet or JSONL file. Raises UserError: not readable, or without the columns."""
     return (_jsonl_rows if file.name.endswith(".jsonl") else _parquet_rows)(file, columns)
 
 
-def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
+def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[RawRow]:
     def all_of_them(there: list[str]) -> list[str]:
         _check_columns(file, there, columns)
         return there
@@ -119,11 +119,11 @@ def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
         yield from batch
 
 
-def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[Entry]:
+def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[RawRow]:
     for entry in jsonl_rows(file):
         if isinstance(entry.value, dict):
             _check_columns(file, list(entry.value), columns)
-        elif not isinstance(entry.value, BadRow):
+        elif not isinstance(entry.value, InvalidRow):
             raise UserError(f"{file.name}, {entry.place}: not a row of named values")
         yield entry
 

@@ -72,12 +72,12 @@ _POWER = re.compile(r"\^\s*(\{[^{}^]*\}|\w)")
 _LITTERED = re.compile(r"\d\s+\d|\d_|\^\s*$|\\\\|[#&@!~\"'?;$]")
 
 
-def is_expression(text: str) -> bool:
+def is_math(text: str) -> bool:
     """Whether a gold is to be compared as mathematics: it has a digit or a LaTeX command and no words but a unit."""
     return _core(text) is not None
 
 
-def same_expression(answer: str, gold: str) -> bool:
+def math_equal(answer: str, gold: str) -> bool:
     """Whether `answer` is the number, quantity or formula `gold`, however written.
 
     A unit may be missing on either side; where both have one they must agree. `x = 3` is `3`, other equations are only

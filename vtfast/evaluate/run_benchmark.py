@@ -17,13 +17,13 @@ from vtfast.data import Sample
 from vtfast.data.images import ImageError, Images, check_image
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
-from vtfast.data.prompts import load_template, render
+from vtfast.data.prompt_templates import load_template, render
 from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
-from vtfast.evaluate.answers import AnswerFile, Row, make_row, scores_of
-from vtfast.evaluate.benchmark import Benchmark, Item
-from vtfast.evaluate.benchmarks import vsr_images
-from vtfast.evaluate.items import load_items
+from vtfast.evaluate import vsr_images
+from vtfast.evaluate.benchmark import Benchmark, Example
+from vtfast.evaluate.benchmark_files import load_examples
+from vtfast.evaluate.response_file import ResponseFile, Row, make_row, scores_of
 from vtfast.evaluate.scores import get_benchmark
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
@@ -58,7 +58,7 @@ def evaluate(
 
     Args:
         data: a file, a folder in the data set's layout, or a hub id; the benchmark's own hub id where None.
-        limit: ask the first so many items only.
+        limit: ask the first so many examples only.
         processor: for text and images; of the checkpoint that the policy was loaded from where None.
         template: a name in vtfast/data/templates, or the path of a text file.
         literal_image: fill the template's slot for the text `<image>`, which the study's prompts have by an oversight.
@@ -77,24 +77,24 @@ def evaluate(
     ranks = ranks or Ranks(0, 1, policy.device)
     processor = processor or Processor.from_pretrained(policy.module.name_or_path)
     asker = _Asker(policy, processor, str(template), literal_image, max_completion_length)
-    items = list(itertools.islice(load_items(benchmark, data), limit))
-    if not items:
+    examples = list(itertools.islice(load_examples(benchmark, data), limit))
+    if not examples:
         raise UserError(f"{data or benchmark.hub_id}: has no questions of {benchmark.title}")
     if bench == "vsr":
         folder = None if image_folder is None else expand(image_folder)
         if fetch_images:
-            ranks.on_main(lambda: vsr_images.fetch(items, folder))
-        items = vsr_images.locate(items, folder)
+            ranks.on_main(lambda: vsr_images.fetch(examples, folder))
+        examples = vsr_images.locate(examples, folder)
     if output is None:
-        answers = AnswerFile()
+        answers = ResponseFile()
     else:
         settings = asker.settings()
-        answers = ranks.on_main(lambda: AnswerFile.open(Path(output), bench, settings))
+        answers = ranks.on_main(lambda: ResponseFile.open(Path(output), bench, settings))
 
-    left = answers.left(items)
+    left = answers.left(examples)
     ranks.gather_rows(lambda: _check_images(left[ranks.rank :: ranks.size]))
     show = progress and ranks.is_main
-    bar = tqdm(total=len(items), initial=len(items) - len(left), desc=bench, unit="question", disable=not show)
+    bar = tqdm(total=len(examples), initial=len(examples) - len(left), desc=bench, unit="question", disable=not show)
     watchdog.beat(bench)
     with bar:
         for encoded in _batches(left, batch_size, ranks, asker.encode):
@@ -104,21 +104,21 @@ def evaluate(
     return scores_of(bench, answers.rows)
 
 
-def _check_images(items: Sequence[Item]) -> list[Row]:
+def _check_images(examples: Sequence[Example]) -> list[Row]:
     """No rows: raises UserError for an image that does not decode, before the first question is asked."""
 
-    def problem(item: Item) -> str | None:
+    def problem(example: Example) -> str | None:
         try:
-            for image in item.images:
+            for image in example.images:
                 check_image(image)
         except ImageError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
-        for item, found in zip(items, pool.map(problem, items), strict=True):
+        for example, found in zip(examples, pool.map(problem, examples), strict=True):
             if found:
-                raise UserError(f"{item.where}: {found}")
+                raise UserError(f"{example.where}: {found}")
     return []
 
 
@@ -162,39 +162,39 @@ class _Asker:
             "eos_ids": list(self.policy.eos_ids),
         }
 
-    def encode(self, items: Sequence[Item]) -> list[tuple[Item, Prompt]]:
-        return [(item, self._prompt(item)) for item in items]
+    def encode(self, examples: Sequence[Example]) -> list[tuple[Example, Prompt]]:
+        return [(example, self._prompt(example)) for example in examples]
 
-    def _prompt(self, item: Item) -> Prompt:
-        options = list(item.options)
-        sample = Sample(item.question, options, options[item.gold], Images(item.images), item.task)
+    def _prompt(self, example: Example) -> Prompt:
+        options = list(example.options)
+        sample = Sample(example.question, options, options[example.gold], Images(example.images), example.task)
         text = render(self.text, sample, literal_image=self.literal_image)
         try:
             return self.processor.encode(text, sample.images)
         except UserError as error:
-            raise UserError(f"{item.where}: {error}") from error
+            raise UserError(f"{example.where}: {error}") from error
 
-    def answer(self, benchmark: Benchmark, batch: Sequence[tuple[Item, Prompt]], progress: bool) -> list[Row]:
+    def answer(self, benchmark: Benchmark, batch: Sequence[tuple[Example, Prompt]], progress: bool) -> list[Row]:
         prompts = [prompt for _, prompt in batch]
         completions = self.engine.generate(prompts, 1, self.sampling, progress=progress)
         return [
             make_row(
                 benchmark,
-                item,
+                example,
                 self.processor.decode(completion.tokens),
                 len(completion.tokens),
                 completion.finish_reason,
             )
-            for (item, _), (completion,) in zip(batch, completions, strict=True)
+            for (example, _), (completion,) in zip(batch, completions, strict=True)
         ]
 
 
 def _batches(
-    items: Sequence[Item], per_rank: int, ranks: Ranks, encode: Callable[[Sequence[Item]], T]
+    examples: Sequence[Example], per_rank: int, ranks: Ranks, encode: Callable[[Sequence[Example]], T]
 ) -> Iterator[Future[T]]:
     """This rank's share of each batch, encoded; the next one is encoded while the caller works on this one."""
     size = per_rank * ranks.size
-    shares = [items[start : start + size][ranks.rank :: ranks.size] for start in range(0, len(items), size)]
+    shares = [examples[start : start + size][ranks.rank :: ranks.size] for start in range(0, len(examples), size)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = [pool.submit(encode, share) for share in shares[:1]]
         for share in [*shares[1:], None]:

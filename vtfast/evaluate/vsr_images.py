@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vtfast.data.images import ImageError, check_image
-from vtfast.evaluate.benchmark import Item
+from vtfast.evaluate.benchmark import Example
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import written_whole
 
@@ -32,33 +32,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vtfast" / "vsr"
 
 
-def locate(items: Sequence[Item], image_folder: Path | None) -> list[Item]:
-    """The same items with paths of files that exist.
+def locate(examples: Sequence[Example], image_folder: Path | None) -> list[Example]:
+    """The same examples with paths of files that exist.
 
     An image is looked for in `image_folder`, beside the data file, in `images/` there, and among the fetched ones.
 
     Raises:
         UserError: some are nowhere; the message names the first and what to do.
     """
-    found = [_find(item, image_folder) for item in items]
-    missing = [item for item, path in zip(items, found, strict=True) if path is None]
+    found = [_find(example, image_folder) for example in examples]
+    missing = [example for example, path in zip(examples, found, strict=True) if path is None]
     if missing:
         looked = ", ".join(str(path.parent) for path in _places(missing[0], image_folder))
         raise UserError(
-            f"vsr: {len(missing)} of {len(items)} images are missing, {missing[0].images[0].name} first (looked in "
+            f"vsr: {len(missing)} of {len(examples)} images are missing, {missing[0].images[0].name} first (looked in "
             f"{looked}). --image_folder FOLDER says where they are; --fetch_images fetches them from COCO's links"
         )
-    return [dataclasses.replace(item, images=(path,)) for item, path in zip(items, found, strict=True)]
+    return [dataclasses.replace(example, images=(path,)) for example, path in zip(examples, found, strict=True)]
 
 
-def fetch(items: Sequence[Item], image_folder: Path | None) -> None:
+def fetch(examples: Sequence[Example], image_folder: Path | None) -> None:
     """Fetch what `locate` would miss into `image_folder` or the cache.
 
     Raises:
         UserError: an image that cannot be had, named; what came is kept, and another call goes on from there.
     """
     folder = image_folder or cache_folder()
-    missing = {item.images[0].name: item.link for item in items if _find(item, image_folder) is None}
+    missing = {example.images[0].name: example.link for example in examples if _find(example, image_folder) is None}
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +94,11 @@ def _fetch_one(name: str, link: str, folder: Path) -> str | None:
     return problem
 
 
-def _find(item: Item, image_folder: Path | None) -> Path | None:
-    return next((path for path in _places(item, image_folder) if path.is_file()), None)
+def _find(example: Example, image_folder: Path | None) -> Path | None:
+    return next((path for path in _places(example, image_folder) if path.is_file()), None)
 
 
-def _places(item: Item, image_folder: Path | None) -> list[Path]:
-    given = item.images[0]
+def _places(example: Example, image_folder: Path | None) -> list[Path]:
+    given = example.images[0]
     folders = [image_folder, given.parent, given.parent / "images", cache_folder()]
     return [folder / given.name for folder in folders if folder is not None]

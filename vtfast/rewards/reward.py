@@ -17,7 +17,7 @@ LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
-class Response:
+class RewardInput:
     """What a reward judges."""
 
     completion: str
@@ -45,7 +45,7 @@ def failed(reason: str | BaseException) -> Score:
     return Score(0.0, reason[:LONGEST_REASON])
 
 
-def call(reward: Reward, response: Response) -> Score:
+def call(reward: Reward, response: RewardInput) -> Score:
     """What `reward` gives for `response`. A reward that raises or returns no finite number gives 0 and a reason."""
     given = {"tokens": response.tokens, "prefix": response.prefix}
     try:
@@ -61,7 +61,7 @@ def call(reward: Reward, response: Response) -> Score:
         return failed(error)
 
 
-def never_raises(reward: Reward) -> Reward:
+def zero_on_error(reward: Reward) -> Reward:
     """For rewards that are called on their own too: no completion makes them raise; a broken one is worth 0."""
 
     @functools.wraps(reward)

@@ -4,7 +4,7 @@ import pytest
 from make_files import picture
 
 from vtfast.data import Sample
-from vtfast.data.prompts import IMAGE, join_options, load_template, render, response_prefix, template_names
+from vtfast.data.prompt_templates import IMAGE, join_options, load_template, render, response_prefix, template_names
 from vtfast.utils.errors import UserError
 
 OURS = [name for name in template_names() if not name.startswith("eval")]

@@ -16,8 +16,8 @@ from vtfast.config import load_config
 from vtfast.data import Sample
 from vtfast.data.batches import batches
 from vtfast.data.images import Images
-from vtfast.rewards import Response
-from vtfast.rewards.scorer import Scorer
+from vtfast.rewards import RewardInput
+from vtfast.rewards.manager import RewardManager
 from vtfast.trainer import Trainer
 from vtfast.utils.errors import UserError
 
@@ -71,7 +71,7 @@ def make():
 
     def build(*functions, workers=2, timeout=30.0, **settings):
         names = [name if name in ("accuracy", "format") else f"mine:{name}" for name in functions]
-        made.append(Scorer(names, workers=workers, timeout=timeout, **settings))
+        made.append(RewardManager(names, workers=workers, timeout=timeout, **settings))
         return made[-1]
 
     yield build
@@ -80,7 +80,7 @@ def make():
 
 
 def responses(*texts, sample=SAMPLE):
-    return [Response(str(text), sample, tokens=11, prefix="<think>") for text in texts]
+    return [RewardInput(str(text), sample, tokens=11, prefix="<think>") for text in texts]
 
 
 FAILURES = {
@@ -131,7 +131,7 @@ def test_scores_do_not_depend_on_the_number_of_workers(make):
 
 def test_a_job_is_timed_from_when_a_worker_has_it(make, module):
     (module / "slow.py").write_text("import time; time.sleep(1.2)\ndef one(c, s): return 1")
-    scorer = Scorer(["slow:one"], workers=1, timeout=0.5)
+    scorer = RewardManager(["slow:one"], workers=1, timeout=0.5)
     assert [score.value for score in scorer.score(responses(*range(3)))[0]] == [1, 1, 1]
     scorer.close()
 
@@ -160,14 +160,14 @@ def test_a_worker_that_cannot_start_ends_the_work_and_not_the_run(module):
     (module / "here_only.py").write_text(
         f"import os\nif os.getpid() != {os.getpid()}: os._exit(9)\ndef one(c, s): return 1"
     )
-    scorer = Scorer(["here_only:one"], workers=2, timeout=5)
+    scorer = RewardManager(["here_only:one"], workers=2, timeout=5)
     (scores,) = scorer.score(responses(*range(3)))
     assert {score.failure for score in scores} == {"no worker started: its process ended (exit code 9)"}
     assert [score.failure for score in scorer.score(responses(1))[0]] == [scores[0].failure]
     (module / "picky.py").write_text(
         f"import os\nif os.getpid() != {os.getpid()}: raise KeyError('x')\ndef one(c, s): return 1"
     )
-    scorer = Scorer(["picky:one", "mine:number"], workers=1, timeout=5)
+    scorer = RewardManager(["picky:one", "mine:number"], workers=1, timeout=5)
     (picky,), (number,) = scorer.score(responses("4"))
     assert "cannot load the reward 'picky:one': KeyError" in picky.failure and number.value == 4
     scorer.close()
@@ -223,22 +223,22 @@ def test_a_reward_that_fails_everywhere_is_named(make, caplog):
 
 def test_an_unknown_reward_is_named_at_once():
     with pytest.raises(UserError, match="did you mean 'accuracy'"):
-        Scorer(["acuracy"])
+        RewardManager(["acuracy"])
     with pytest.raises(UserError, match="no_such_module"):
-        Scorer(["no_such_module:x"], workers=2)
+        RewardManager(["no_such_module:x"], workers=2)
 
 
 # Without `if __name__ == "__main__"`: a worker must not run the script again.
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {folder!r})
-from vtfast.rewards import Response
-from vtfast.rewards.scorer import Scorer
+from vtfast.rewards import RewardInput
+from vtfast.rewards.manager import RewardManager
 from types import SimpleNamespace
 print("start", flush=True)
 sample = SimpleNamespace(options=[], answer="x", images=[])
-scorer = Scorer(["mine:process", "mine:hangs"][:{rewards}], workers=2, timeout={timeout})
-pids = scorer.score([Response("", sample, 1)] * 8)[0]
+scorer = RewardManager(["mine:process", "mine:hangs"][:{rewards}], workers=2, timeout={timeout})
+pids = scorer.score([RewardInput("", sample, 1)] * 8)[0]
 print(*sorted({{int(score.value) for score in pids}}), flush=True)
 {end}
 """
@@ -293,7 +293,7 @@ def test_a_worker_that_has_not_started_ends_with_the_trainer_too(module):
     end = "print(*(worker.process.pid for worker in scorer.pool.workers))"
     script = SCRIPT.format(folder=str(module), rewards=1, timeout=5, end=end)
     script = script.replace("mine:process", "slow:process").replace(
-        "pids =", 'scorer.score([Response("", sample, 1)])\npids ='
+        "pids =", 'scorer.score([RewardInput("", sample, 1)])\npids ='
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=40)
@@ -310,7 +310,7 @@ def test_what_a_hung_reward_started_is_killed_with_it(make, module):
         "    pathlib.Path(completion).write_text(str(child.pid))\n"
         "    child.wait()\n"
     )
-    scorer = Scorer(["parent:hangs"], workers=1, timeout=1.5)
+    scorer = RewardManager(["parent:hangs"], workers=1, timeout=1.5)
     ((score,),) = scorer.score(responses(module / "pid"))
     assert score.failure == KILLED["hangs"]
     assert gone(int((module / "pid").read_text()), 5)

@@ -10,7 +10,7 @@ Quirks that are kept, since the published numbers have them: without tags, the a
 `Left` is not `left`, and `A)` is nothing; numbers are compared as written, so "about 3.00" is not `3`; an option that
 opens the response wins over all later ones, unless the word "answer" stands before one of those.
 
-Of 80,000 random responses made of options, letters, numbers, formulas and these quirks, 6 were judged otherwise than by
+Of 80,000 random responses made of options, letters, numbers, formulas and these quirks, 6 were graded otherwise than by
 math-verify 0.5.2 itself; each held broken formulas, or several in a row.
 """
 
