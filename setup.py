@@ -16,6 +16,7 @@ RUNTIME = [
     "qwen-vl-utils>=0.0.14",
     "math-verify>=0.9",
     "pillow",
+    "pydantic>=2.11",
     "pyarrow",
     "pyyaml",
     "safetensors",

@@ -1,13 +1,12 @@
-"""The page of all settings, written from the docstrings under the fields of vtfast/config; formulas as MathML."""
+"""The page of all settings, written from the fields of vtfast/config; formulas as MathML."""
 
 import html
 import re
-from dataclasses import MISSING, fields
 
 from latex2mathml.converter import convert
 
-from vtfast.config import Config, SFTConfig, field_help
-from vtfast.config import fields as sections
+from vtfast.config import Config, SFTConfig, field_defaults, field_help
+from vtfast.config.describe import SECTIONS
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
@@ -25,22 +24,21 @@ def _mathml(found: re.Match) -> str:
 
 
 def settings() -> str:
-    """A table a section, each setting with its default and its help."""
+    """A table per section: each setting with its default and its help."""
     parts = []
-    for section in (sections.Task, sections.GRPO, sections.SFT, sections.Rollout, sections.Optimizer, sections.Output):
-        of_run = SFTConfig if section is sections.SFT else Config
-        help_of = field_help(of_run)
-        rows = [f"| `--{field.name}` | {_default(field)} | {_cell(help_of[field.name])} |" for field in fields(section)]
+    for section in SECTIONS:
+        kind = Config if issubclass(Config, section) else SFTConfig
+        help_of, default_of = field_help(kind), field_defaults(kind)
+        rows = [
+            f"| `--{name}` | {_default(default_of[name])} | {_cell(help_of[name])} |" for name in section.model_fields
+        ]
         title = f"## {section.__name__}\n\n{section.__doc__}\n"
         parts.append("\n".join([title, "| flag | default | |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
-def _default(field) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory()
-    if isinstance(value, list):
-        value = ",".join(map(str, value)) or None
-    return "" if value is None else f"`{value}`"
+def _default(value: str) -> str:
+    return "" if value == "none" else f"`{value}`"
 
 
 def _cell(text: str) -> str:

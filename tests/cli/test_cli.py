@@ -112,7 +112,7 @@ def test_mistakes_of_all_kinds_are_told_at_once(tmp_path, capsys):
         "--bta: unknown flag; did you mean --beta?",
         "stray: does not belong to any flag",
         "--recipe and --config: give one of them",
-        f"{tmp_path / 'mine.yaml'}:1: lerning_rate: unknown",
+        f"{tmp_path / 'mine.yaml'}:1: --lerning_rate: unknown",
         "--beta much: must be a finite number",
         f"{tmp_path / 'mine.yaml'}:2: --max_steps 0",
     ]

@@ -6,7 +6,7 @@ import yaml
 from vtfast.cli.main import main
 from vtfast.cli.migration import migrate
 from vtfast.cli.migration.rules import COUNTED, DEFAULTS, EASYR1, TRL
-from vtfast.config import Config, load_config
+from vtfast.config import Config, field_names, load_config
 from vtfast.utils.errors import UserError
 
 VISUALTHINKER = """
@@ -28,7 +28,7 @@ def test_visualthinkers_launch_script_becomes_its_recipe(tmp_path):
     ours = migrate(str(script), rows=15000)
     recipe = load_config("visualthinker-2b-sat")
     mine = Config(**{**ours.settings, "recipe": recipe.recipe})
-    differing = {name for name, value in vars(recipe).items() if value != getattr(mine, name)}
+    differing = {name for name, value in recipe if value != getattr(mine, name)}
     assert differing == {"max_steps", "output_dir", "report_to", "dtype"}
     assert mine.max_steps == 2 * 15000 // 8
     assert mine.output_dir == "outputs/sat"
@@ -102,7 +102,7 @@ def test_what_trl_does_when_nothing_is_said_is_written_down():
     for name, value in DEFAULTS["trl"].items():
         theirs = defaults[name]
         assert value == ([theirs] if name == "report_to" else theirs), name
-    shared = set(defaults) & set(vars(ours)) & set(TRL) - set(DEFAULTS["trl"]) - COUNTED
+    shared = set(defaults) & set(field_names()) & set(TRL) - set(DEFAULTS["trl"]) - COUNTED
     same_by_meaning = {
         "max_steps",
         "output_dir",

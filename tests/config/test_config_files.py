@@ -34,19 +34,19 @@ def write(tmp_path):
         ("beta: 1\n--- \nbeta: 2\n", "several documents"),
         ("beta: \xff".encode("latin-1"), "byte 6 is not UTF-8"),
         ("beta: \x07\n", "not valid YAML"),
-        (b"#" * (1 << 17), "not a file of settings"),
-        ("[" * 50_000, "must be a mapping"),
+        (b"#" * (1 << 17), "longer than 65536 bytes"),
+        ("[" * 50_000, "not valid YAML (line 1: nested too deeply)"),
         ("beta: " + "[" * 50_000, "not valid YAML (line 1: nested too deeply)"),
-        ("beta: 1\nseed: 2\nbeta: 3\n", "mine.yaml:3: beta: is set in line 1 already"),
-        ("beta: {a: 1}\n", "mine.yaml:1: beta: must be a value or a flat list of values, not a mapping"),
-        ("freeze: [[vision]]\n", "mine.yaml:1: freeze: must be a value or a flat list"),
-        ("seed: &s 1\nmax_steps: *s\n", "mine.yaml:2: max_steps: *s is an alias"),
-        ("<<: &s {a: 1}\n", "mine.yaml:1: <<: must be a value"),
-        (BOMB, "mine.yaml:2: b: *a is an alias"),
-        ("seed: !!int '1'\n", "mine.yaml:1: seed: tag:yaml.org,2002:int is a tag"),
-        ("seed: !!python/object/apply:os.getcwd []\n", "mine.yaml:1: seed: tag:yaml.org,2002:python/object"),
-        ("[a, b]: 1\n", "mine.yaml:1: a setting's name must be text"),
-        ("~: 1\n", "mine.yaml:1: a setting's name must be text"),
+        ("beta: 1\nseed: 2\nbeta: 3\n", "line 3: beta: is set in line 1 already"),
+        ("beta: {a: 1}\n", "mine.yaml:1: --beta (dict): must be a finite number"),
+        ("freeze: [[vision]]\n", "mine.yaml:1: --freeze (list): must be a flat list"),
+        ("seed: &s 1\nmax_steps: *s\n", "line 2: *s is an alias"),
+        ("<<: &s {a: 1}\n", "line 1: a name must be text"),
+        (BOMB, "line 2: *a is an alias"),
+        ("seed: !!int '1'\n", "line 1: tag:yaml.org,2002:int is a tag"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "line 1: tag:yaml.org,2002:python/object"),
+        ("[a, b]: 1\n", "line 1: a name must be text"),
+        ("~: 1\n", "line 1: a name must be text"),
         ("seed: 2001-99-99\n", "mine.yaml:1: --seed 2001-99-99: must be a whole number"),
         ("seed: " + "9" * 5000 + "\n", "mine.yaml:1: --seed 9999"),
         ("seed: null\n", "mine.yaml:1: --seed None: must be a whole number"),
@@ -59,7 +59,7 @@ def write(tmp_path):
         ("reward_weights: [1, ~]\n", "--reward_weights None: must be a finite number"),
         ("model: ''\n", "--model '': must be text that says something"),
         ('model: "a\\0b"\n', "text without null characters"),
-        ("lerning_rate: 1\n", "mine.yaml:1: lerning_rate: unknown; did you mean learning_rate?"),
+        ("lerning_rate: 1\n", "mine.yaml:1: --lerning_rate: unknown; did you mean --learning_rate?"),
     ],
 )
 def test_a_bad_file_costs_one_error(write, content, message):
@@ -70,7 +70,7 @@ def test_a_bad_file_costs_one_error(write, content, message):
 
 @pytest.mark.parametrize("name", ["", "gone.yaml", "bad\0name.yaml", "x" * 300])
 def test_a_path_that_cannot_be_read(tmp_path, name):
-    with pytest.raises(UserError, match=r"--config .*(is a folder|cannot be read|no such file)"):
+    with pytest.raises(UserError, match=r"--config .*(is a folder|cannot be used|no such file)"):
         load_config(file=f"{tmp_path}/{name}")
 
 
@@ -81,11 +81,11 @@ def test_yaml_and_flags_are_blamed_each_for_its_own(write):
         load_config(file=file, overrides=flags)
     assert caught.value.problems == [
         f"{file}:1: --beta much: must be a finite number",
-        f"{file}:2: lerning_rate: unknown; did you mean learning_rate?",
+        f"{file}:2: --lerning_rate: unknown; did you mean --learning_rate?",
+        f"{file}:3: --temperature -1.0: must be above 0",
         "--num_generatons: unknown; did you mean --num_generations?",
         "--seed x: must be a whole number",
-        f"{file}:3: --temperature -1.0: must be above 0",
-        f"{file}:4: --delta: --loss_type cispo does not know it; leave it out",
+        f"{file}:4: --delta: has no effect with --loss_type cispo; leave it out",
     ]
     assert str(caught.value).startswith("6 problems:\n  ")
 

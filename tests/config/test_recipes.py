@@ -28,7 +28,7 @@ def test_a_recipe_names_what_there_is(name):
 
 def differs(name: str, base: str) -> dict:
     """Settings of a recipe that are not its base's."""
-    one, other = (vars(load_config(recipe)) for recipe in (name, base))
+    one, other = (load_config(recipe).model_dump() for recipe in (name, base))
     return {key: value for key, value in one.items() if value != other[key] and key != "recipe"}
 
 

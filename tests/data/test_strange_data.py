@@ -18,7 +18,7 @@ from vtfast.config import Config
 from vtfast.data import load_samples
 from vtfast.data.images import FORMATS, ImageError, check_image, load_image
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import read_mapping
+from vtfast.utils.yaml_file import read_yaml
 
 
 def gif(width: int, height: int, frames: int) -> bytes:
@@ -162,27 +162,30 @@ def test_a_row_without_end_is_a_bad_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a: &a [x, x]\nb: &b [*a, *a]\nfreeze: [*b, *b]", r"line 2: alias \*a: write the value out"),
-        ("seed: !!python/object/apply:os.system ['touch proof']", "line 1: could not determine a constructor"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nfreeze: [*b, *b]", r"line 2: \*a is an alias; write the value itself"),
+        (
+            "seed: !!python/object/apply:os.system ['touch proof']",
+            "line 1: tag:yaml.org,2002:python/object.* is a tag",
+        ),
         ("seed: 2024-99-99", "month must be in 1..12"),
-        ("[" * 20_000, "too deeply nested"),
+        ("[" * 20_000, "nested too deeply"),
         ("seed: " + "9" * 6000, "not valid YAML"),
-        ("x" * 2_000_000, "2000000 bytes, more than"),
-        ("1: 2", "the name 1 is no text"),
+        ("x" * 2_000_000, "longer than 65536 bytes"),
+        ("1: 2", "line 1: a name must be text"),
     ],
 )
 def test_settings_are_plain_values(tmp_path, text, reason):
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=f"settings.yaml: .*{reason}") as refused:
-        read_mapping(file)
+        read_yaml(file)
     assert "\n" not in str(refused.value)
 
 
 def test_settings_are_not_read_from_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "settings.yaml")
     with pytest.raises(UserError, match="not a regular file"):
-        read_mapping(tmp_path / "settings.yaml")
+        read_yaml(tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize("flag", ["--model", "--data", "--template", "--output_dir"])
@@ -200,5 +203,5 @@ def test_a_recipes_name_leads_nowhere(name, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"recipe": name}))
     assert main(["train", "--config", str(file), "--dry_run"]) == 2
-    with pytest.raises(UserError, match="must be a plain name"):
+    with pytest.raises(UserError, match=r"must be (a plain name|text that says something)"):
         Config(recipe=name)

@@ -20,7 +20,8 @@ from vtfast.rollout import engine as rollout_engine
 from vtfast.training import loop as run_module
 from vtfast.training.token_budget import TokenBudget, cut_again
 from vtfast.utils.errors import RankError, UserError
-from vtfast.utils.out_of_memory import in_short, is_out_of_memory
+from vtfast.utils.out_of_memory import is_out_of_memory
+from vtfast.utils.text import first_line
 
 ON_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand so on")
 ON_CPU = RuntimeError("alloc_cpu.cpp:124: DefaultCPUAllocator: can't allocate memory: you tried 9")
@@ -90,7 +91,7 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
     assert 80 < budget <= 130
     (said,) = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
     assert f"token budget 260 -> {budget}, the same batch again in {len(work.batches)} passes" in said
-    assert in_short(error) in said
+    assert first_line(error) in said
     said = json.loads((tmp_path / "tight" / "memory.json").read_text())
     assert said == {"token_budget": {"0": budget}}
 

@@ -130,7 +130,7 @@ def whole_number(least: int) -> Check:
     def check(text: str) -> int:
         number = convert(text, int)
         if number < least:
-            raise BadValue(text, f"at least {least}")
+            raise BadValue(text, f"must be at least {least}")
         return number
 
     return check
@@ -141,7 +141,7 @@ def one_of(*words: str) -> Check:
 
     def check(text: str) -> str:
         if text not in words:
-            raise BadValue(text, f"one of {', '.join(words)}")
+            raise BadValue(text, f"must be one of {', '.join(words)}")
         return text
 
     return check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -169,11 +168,11 @@ def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str
 
     together: dict[str, Any] = {}
     for name, value in _remedies(config):
-        alone = dataclasses.replace(config, **{name: value})
+        alone = config.model_copy(update={name: value})
         if fits(alone):
             return f"try {_flag(name, _largest(config, name, value, fits))}"
         together[name] = value
-    everything = dataclasses.replace(config, **together)
+    everything = config.model_copy(update=together)
     text = " ".join(_flag(name, value) for name, value in together.items())
     if together and fits(everything):
         return f"try {text}"
@@ -209,7 +208,7 @@ def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig
     low, high = least, config.tokens_per_pass
     while high - low > max(1, low // 100):
         middle = (low + high) // 2
-        if fits(dataclasses.replace(config, token_budget=middle)):
+        if fits(config.model_copy(update={"token_budget": middle})):
             low = middle
         else:
             high = middle

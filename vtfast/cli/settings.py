@@ -48,17 +48,16 @@ Kind = TypeVar("Kind", Config, SFTConfig)
 def read_settings(arguments: Sequence[str], kind: type[Kind], *, prog: str, description: str) -> Kind | None:
     """The settings that the command line asks for; None if it was to print them, which is done then."""
     names = [name for name in field_names(kind) if name != "recipe"]
+    own = field_defaults(kind)["recipe"]
     parser = Parser(
         hints=_hints(kind),
         prog=prog,
         usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
         description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
         " --dry-run prints what a command line comes to. --help_all says more of each setting.",
-        epilog=f"example: {prog} --recipe {kind.recipe} --seed 1 --max_steps 50",
+        epilog=f"example: {prog} --recipe {own} --seed 1 --max_steps 50",
     )
-    parser.add_argument(
-        "--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names(kind))} (default {kind.recipe})"
-    )
+    parser.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names(kind))} (default {own})")
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings instead of a recipe")
     parser.add_argument(
         "--dry_run",

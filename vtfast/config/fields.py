@@ -1,54 +1,72 @@
-"""The settings, section by section. The text under a field is its help."""
+"""The settings of a run, section by section. The docstring under a field is its help; `{choices}` in it stands for the
+values that its type allows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from typing import Literal, get_args
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-ATTENTION = ("auto", "flash_attn_3", "flash_attn", "varlen", "sdpa")
-DECODE_ATTENTION = ("auto", "flash_attn_3", "flash_attn", "triton", "varlen", "torch")
-FREEZABLE = ("vision", "merger", "language", "embeddings")
+from pydantic import Field, field_validator
+from vtfast_kernels.loss_names import LossType, SamplerMode
+
+from vtfast.config.section import Section
+from vtfast.config.values import BadValue
+
+Freezable = Literal["vision", "merger", "language", "embeddings"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen", "sdpa"]
+DecodeAttention = Literal["auto", "flash_attn_3", "flash_attn", "triton", "varlen", "torch"]
+
+FREEZABLE: tuple[str, ...] = get_args(Freezable)
 
 
-@dataclass
-class Task:
+class Task(Section):
     """What is trained, and what it is asked."""
 
     recipe: str = "tiny-spatial"
     """Name of the recipe that these settings started from."""
 
+    @field_validator("recipe")
+    @classmethod
+    def _names_a_run_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise BadValue(
+                name, "must be a plain name: a run folder is named after it, so it must not hold slashes or spaces"
+            )
+        return name
+
     # What is trained
     model: str = "tiny-spatial-base"
     """Folder or hub id of a Qwen2-VL, Qwen2.5-VL, or (for questions without images) Qwen2, Qwen2.5 or Qwen3;
     `tiny-spatial-base` ships with vtfast."""
-    freeze: list[str] = field(default_factory=list)
-    """Parts that get no gradient: any of vision, merger, language, embeddings."""
-    dtype: str = "auto"
+    freeze: list[Freezable] = Field(default=[])
+    """Parts that get no gradient: any of {choices}."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """float32, bfloat16, or auto: bfloat16 on CUDA and float32 on the CPU."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    ddp_timeout: int = 1800
+    ddp_timeout: int = Field(default=1800, ge=1)
     """Seconds that a rank waits for the others in a collective before the run fails."""
-    rank_timeout: float = 600.0
+    rank_timeout: float = Field(default=600.0, ge=0)
     """Seconds without progress after which a rank counts as hung and the run ends, naming it; 0: never, and a rank's
     death is no business of the others. Progress is a step of decoding, a reward's score, a pass of the update; loading,
     saving and vLLM's rollouts may take as long as they like. Lower it to what your slowest reward needs."""
-    cpu_threads: int | None = None
+    cpu_threads: int | None = Field(default=None, ge=1)
     """Threads of each rank on the CPU; none shares the cores out among the ranks."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third of their memory, a fifth more time (`bench update`, CPU)."""
-    attn_implementation: str = "auto"
-    """Attention over packed rows: flash_attn_3, flash_attn, varlen (PyTorch's), sdpa; auto takes the first usable."""
+    attn_implementation: Attention = "auto"
+    """Attention over packed rows: {choices}. auto takes the first usable one; varlen is PyTorch's own."""
     use_liger_kernel: bool = True
     """Liger's norms, SwiGLU and rotation in place of Hugging Face's. On CUDA alone; the CPU does without."""
     use_peft: bool = False
     """Train LoRA adapters instead of the weights; the model without them is the reference."""
-    lora_r: int = 16
+    lora_r: int = Field(default=16, ge=1)
     """Rank of the adapters."""
-    lora_alpha: int = 32
+    lora_alpha: int = Field(default=32, ge=1)
     """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora_target_modules: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Names of the linear layers that get an adapter."""
 
@@ -61,14 +79,22 @@ class Task:
     """Held-out rows in the same forms, asked before and after training; none skips that."""
     eval_split: str | None = "val"
     """Split of `eval_data`, where it has several; a lone file is taken whatever its name."""
-    first_n: int | None = None
+    first_n: int | None = Field(default=None, ge=1)
     """Use only the first N good rows of `data`; none means all."""
-    first_rows: int | None = None
+    first_rows: int | None = Field(default=None, ge=1)
     """Read only the first N rows of `data`, good or not; none means all. VisualThinker's 15,000 are counted so."""
     static: bool = False
     """Use only rows with exactly one image: VisualThinker's rule for SAT's static questions."""
     question_types: list[str] | None = None
     """Use only rows whose column `question_type` is one of these; none means all. SAT's static rows are `other`."""
+
+    @field_validator("question_types")
+    @classmethod
+    def _names_a_type(cls, names: list[str] | None) -> list[str] | None:
+        if names == []:
+            raise ValueError("name at least one, or none for all")
+        return names
+
     question_column: str | None = None
     """Column of the question, in `data` and `eval_data`; none recognises published sets, as for the next three."""
     answer_column: str | None = None
@@ -77,120 +103,136 @@ class Task:
     """Column of the list of options; a set or a row without it asks open questions."""
     image_column: str | None = None
     """Column of the image or images: paths, encoded bytes, or both; a set or a row without it is text alone."""
-    eval_samples: int = 400
+    eval_samples: int = Field(default=400, ge=1)
     """Number of held-out questions."""
     template: str = "r1-zero"
     """Prompt template: a name in vtfast/data/templates, or the path of a text file."""
     literal_image: bool = False
     """Write the text `<image>` behind the images, as VisualThinker's prompts do by an oversight (for parity)."""
-    min_pixels: int = 3136
+    min_pixels: int = Field(default=3136, ge=1)
     """Smallest image area in pixels; smaller images are enlarged."""
     max_pixels: int = 12845056
     """Largest image area in pixels; larger images are shrunk. One merged token covers 28 x 28 pixels."""
-    max_prompt_length: int = 1024
+    max_prompt_length: int = Field(default=1024, ge=1)
     """Longest prompt in tokens, image tokens counted. Longer ones are bad samples, never truncated."""
-    on_bad_sample: str = "skip"
+    on_bad_sample: Literal["skip", "error"] = "skip"
     """skip (report, count, go on) or error (stop at the first)."""
 
 
-@dataclass
-class GRPO:
+class GRPO(Section):
     """What GRPO alone has: sampled answers, their rewards and the loss."""
 
     # How it answers
-    num_generations: int = 8
+    num_generations: int = Field(default=8, ge=1)
     """G, completions sampled per prompt; their rewards are compared with each other."""
-    max_completion_length: int = 256
+
+    @field_validator("num_generations")
+    @classmethod
+    def _is_a_group(cls, number: int) -> int:
+        if number == 1:
+            raise BadValue(number, "a group of one has no advantage over itself; use 2 or more")
+        return number
+
+    max_completion_length: int = Field(default=256, ge=1)
     """Most tokens in a completion."""
-    temperature: float = 1.0
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the loss uses the same one."""
-    top_k: int = 0
+    top_k: int = Field(default=0, ge=0)
     """Sample among the k most probable tokens; 0 means all. This and the next three are a slower path that holds the
     logits, and bend what is sampled but not the loss; the original sampled with 50, by transformers' default then."""
-    top_p: float = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample among the most probable tokens that together reach this probability."""
-    min_p: float = 0.0
+    min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample among tokens with at least this share of the most probable one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1, tokens of the prompt and of the answer so far become less likely."""
-    sampler_drift_warning: float = 0.1
+    sampler_drift_warning: float = Field(default=0.1, ge=0)
     """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average. This and the
     next two are said once, when a step leaves the bound, and again only after one that kept to it."""
-    kl_warning: float = 1.0
+    kl_warning: float = Field(default=1.0, ge=0)
     """Warn when the policy is further than this from the reference model, in nats a token (beta > 0)."""
-    entropy_warning: float = 0.01
+    entropy_warning: float = Field(default=0.01, ge=0)
     """Warn when the mean entropy of a token falls below this, in nats: the answers to a question are then all alike."""
 
     # What is good
-    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
+    reward_funcs: list[str] = Field(default=["accuracy", "format"])
     """Rewards, by name (accuracy, format, length) or as `module:function`; the total is their weighted sum."""
+
+    @field_validator("reward_funcs")
+    @classmethod
+    def _names_each_reward_once(cls, names: list[str]) -> list[str]:
+        if not names:
+            raise ValueError("name at least one reward")
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice:
+            raise BadValue(", ".join(twice), "is named twice; name it once, with a weight in --reward_weights")
+        return names
+
     reward_weights: list[float] | None = None
     """One weight per reward; none means 1 each."""
-    reward_mode: str = "strict"
+    reward_mode: Literal["strict", "recipe"] = "strict"
     """strict, or recipe: the decisions of VisualThinker's code, its accidents included (vtfast/rewards/recipe.py)."""
-    reward_timeout: float = 10.0
+    reward_timeout: float = Field(default=10.0, gt=0)
     """Seconds for one call of a reward in a process of its own; one that takes longer scores 0."""
-    reward_workers: int = 4
+    reward_workers: int = Field(default=4, ge=0)
     """Most such processes of a rank, for user functions and math-verify; 0 runs these in the trainer, without limit."""
-    scale_rewards: str = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: group (standard deviation of the G), batch, or none."""
 
     # The loss
-    loss_type: str = "grpo"
-    """grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo."""
-    importance_sampling_level: str = "token"
+    loss_type: LossType = "grpo"
+    """The loss: {choices}."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     """token, or sequence (GSPO)."""
-    beta: float = 0.0
+    beta: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the starting model; 0 loads no reference model."""
-    epsilon: float = 0.2
+    epsilon: float = Field(default=0.2, ge=0)
     """Lower clip range of the importance ratio."""
-    epsilon_high: float | None = None
+    epsilon_high: float | None = Field(default=None, ge=0)
     """Upper clip range; none means epsilon."""
-    delta: float | None = None
+    delta: float | None = Field(default=None, gt=0)
     """Upper bound of the ratio for negative advantages (two-sided clip); none means no bound."""
-    num_iterations: int = 1
+    num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps per rollout. Above 1 the policy's log-probs at the time of the rollout are scored once."""
     offload_reference: bool = False
     """Keep the reference model in CPU memory between uses."""
     vllm_importance_sampling_correction: bool = False
     """Weigh tokens by exp(policy's - sampler's own log-prob). TRL's name; here both come from the same weights."""
-    vllm_importance_sampling_mode: str = "sequence_mask"
-    """token_truncate (TIS), token_mask, sequence_truncate or sequence_mask."""
+    vllm_importance_sampling_mode: SamplerMode = "sequence_mask"
+    """How that weight is bounded: {choices}. token_truncate is TIS."""
     vllm_importance_sampling_clip_max: float | None = 3.0
     """Upper bound of that weight; none means no bound."""
     vllm_importance_sampling_clip_min: float | None = None
     """Lower bound of that weight; none means no bound."""
 
     # What it says of its speed
-    roofline_steps: int = 10
+    roofline_steps: int = Field(default=10, ge=0)
     """Say every N steps how near to the device's limits each phase runs (vtfast/cost/roofline.py); 0 means never."""
-    roofline_rates: str = "data_sheet"
+    roofline_rates: Literal["data_sheet", "measured"] = "data_sheet"
     """The limits: data_sheet (A100, H100 and H200, and nothing is said of other devices) or measured (a matmul and a
     copy on the device at hand, before the first step)."""
 
 
-@dataclass
-class Rollout:
+class Rollout(Section):
     """What sampling runs on."""
 
-    rollout_max_rows: int = 512
+    rollout_max_rows: int = Field(default=512, ge=1)
     """Most completions in flight at once on a rank; the others wait. It changes memory and speed, never the result."""
-    rollout_cache_tokens: int | None = None
+    rollout_cache_tokens: int | None = Field(default=None, ge=1)
     """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
     rollout_keep_cache: bool = True
     """Keep cache and CUDA graphs between rollouts; false frees them for the update and builds them anew each time."""
-    rollout_attention: str = "auto"
-    """Attention of a decode step: flash_attn_3, flash_attn, triton, varlen, torch; auto takes the first usable."""
+    rollout_attention: DecodeAttention = "auto"
+    """Attention of a decode step: {choices}. auto takes the first usable one."""
     use_vllm: bool = False
     """Sample with vLLM, colocated on each rank's GPU, instead of the engine that shares the trainer's weights."""
-    vllm_gpu_memory_utilization: float = 0.3
+    vllm_gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
     """Share of the GPU's memory that vLLM takes while it is awake."""
     vllm_enable_sleep_mode: bool = True
     """Put vLLM to sleep between rollouts, so that the update has its memory."""
 
 
-@dataclass
-class SFT:
+class SFT(Section):
     """What supervised fine-tuning alone has."""
 
     target: str = "{answer}"
@@ -198,49 +240,48 @@ class SFT:
     follows by itself: `<|im_end|>` behind a chat template, else the tokenizer's own; not if the text writes one."""
     completion_only_loss: bool = True
     """Train on the target alone. false: on the prompt's text as well, image tokens and their two marks left out."""
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the data, where max_steps is none. The last step is filled up from the pass after them."""
-    max_completion_length: int = 256
+    max_completion_length: int = Field(default=256, ge=1)
     """Longest target in tokens; longer ones are bad samples, never truncated. Also of held-out answers."""
-    temperature: float = 1.0
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the held-out answers that are not greedy. The loss has none."""
 
 
-@dataclass
-class Optimizer:
+class Optimizer(Section):
     """How it learns."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = Field(default=1e-6, ge=0)
     """Peak learning rate of AdamW."""
-    lr_scheduler_type: str = "linear"
-    """Schedule after the warm-up: linear (to zero), cosine, constant or constant_with_warmup, as in transformers."""
-    warmup_steps: int = 0
+    lr_scheduler_type: Schedule = "linear"
+    """Schedule after the warm-up, as in transformers: {choices}. linear falls to zero."""
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
-    weight_decay: float = 0.0
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first decay rate."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's second decay rate."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = Field(default=1e-8, gt=0)
     """AdamW's denominator floor."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm is clipped to this; 0 switches it off."""
-    max_steps: int = 200
-    """Optimizer steps."""
-    max_nonfinite_steps: int = 3
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; none: as many as num_train_epochs asks for."""
+    max_nonfinite_steps: int = Field(default=3, ge=1)
     """Stop after so many steps in a row that had to be left out: a loss or gradient was not finite, or no question
     could be used. nonfinite.jsonl lists them; fewer are counted, and training goes on as if they had not been."""
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int = Field(default=1, ge=1)
     """Prompts of one rank in a pass (their G completions come with them)."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Multiplies the batch. Prompts per step = ranks x per_device_train_batch_size x this."""
-    token_budget: int | None = None
+    token_budget: int | None = Field(default=None, ge=1)
     """Most tokens in one packed pass (a longer prompt with one completion goes alone). It changes memory and speed,
     never the result. None: as many as per_device_train_batch_size prompts with their completions can have at most."""
-    num_processes: int | None = None
+    num_processes: int | None = Field(default=None, ge=1)
     """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the data order, the order of options, the rendered questions, the sampling (with the step, the prompt and
     the number of the answer) and LoRA's adapters. Nothing else is random: models are never initialised here."""
     deterministic: bool = False
@@ -251,25 +292,24 @@ class Optimizer:
     beyond it."""
 
 
-@dataclass
-class Output:
+class Output(Section):
     """What is left behind."""
 
     output_dir: str | None = None
     """Run folder; must be new or empty, or a run that is resumed. None means runs/RECIPE, then runs/RECIPE-2 and so
     on."""
-    save_steps: int = 100
+    save_steps: int = Field(default=100, ge=0)
     """Write a checkpoint every N steps and at the end; 0 means at the end only. With num_iterations above 1 a
     checkpoint waits for the step before the next answers."""
-    save_total_limit: int | None = None
+    save_total_limit: int | None = Field(default=None, ge=1)
     """Keep only the newest N whole checkpoints; none keeps all."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in CPU memory."""
-    on_save_error: str = "stop"
+    on_save_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint or a log that cannot be written (disk full) does: stop the run, or continue it with a warning.
     The last whole checkpoint stays either way."""
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint: `last`, the newest whole one in output_dir (if there is none, start), or a path; with
     a new output_dir the run forks. The checkpoint's settings hold, flags on top, unless a recipe or config is given."""
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """tensorboard, wandb, trackio, or none."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "none"]] = Field(default=["tensorboard"])
+    """Trackers: any of {choices}."""

@@ -1,49 +1,66 @@
-"""What a run of each kind can be told, and which of it makes no sense."""
+"""The settings of each kind of run, put together from the sections of `fields.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
-from vtfast_kernels.loss_names import TOKEN_LEVEL
+import yaml
+from pydantic import Field, ValidationError
 
+from vtfast.config import rules
 from vtfast.config.fields import GRPO, SFT, Optimizer, Output, Rollout, Task
-from vtfast.config.rules import Checks
+from vtfast.config.problems import Problem, SettingsError
+from vtfast.config.section import describe
 
 
-@dataclass
-class Config(Checks, Output, Optimizer, Rollout, GRPO, Task):
-    """Settings of a GRPO run. Bases are named last section first: that is how a dataclass orders their fields."""
+class Settings(Output, Optimizer, Rollout, Task):
+    """The sections that both kinds of run have, last one first: this orders the fields from Task to Output."""
 
-    def _problems(self) -> Iterator[str]:
-        yield from super()._problems()
-        if self.importance_sampling_level == "sequence" and self.loss_type in TOKEN_LEVEL:
-            yield (f"--importance_sampling_level sequence: not defined for --loss_type {self.loss_type}; use token")
-        bounds = {
-            "top_k": (self.top_k >= 0, "must not be negative"),
-            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "must be between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
-        }
-        for name, (holds, message) in bounds.items():
-            if not holds:
-                yield f"--{name} {getattr(self, name)}: {message}"
-        if self.num_generations == 1:
-            yield "--num_generations 1: a group of one has no advantage over itself; use 2 or more"
-        if self.offload_reference and (self.beta == 0 or self.use_peft):
-            yield "--offload_reference: there is no copy to move with --beta 0 or --use_peft; leave it out"
-        if self.epsilon_high is not None and self.epsilon_high < 0:
-            yield f"--epsilon_high {self.epsilon_high}: must not be negative"
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low > high:
-            yield f"--vllm_importance_sampling_clip_min {low}: above --vllm_importance_sampling_clip_max {high}"
-        if not self.reward_funcs:
-            yield "--reward_funcs: name at least one reward"
-        elif self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            yield (
-                f"--reward_weights: {len(self.reward_weights)} weights for "
-                f"{len(self.reward_funcs)} rewards ({', '.join(self.reward_funcs)})"
-            )
+    def __init__(self, **values: Any) -> None:
+        """`values` may be text, as on the command line. Raises SettingsError, which names all that is wrong."""
+        problems: list[Problem] = []
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            order = list(values)
+            errors = sorted(error.errors(include_url=False), key=lambda one: order.index(str(one["loc"][0])))
+            problems = [describe(one, type(self)) for one in errors]
+            refused = {name for problem in problems for name in problem.fields}
+            super().__init__(**{name: value for name, value in values.items() if name not in refused})
+        refused = {name for problem in problems for name in problem.fields}
+        # A rule about a refused value would judge the default that stands in for it.
+        problems += [problem for problem in self._broken_rules() if refused.isdisjoint(problem.fields)]
+        if problems:
+            raise SettingsError(problems)
+
+    def _broken_rules(self) -> Iterator[Problem]:
+        yield from rules.adapters(self)
+        yield from rules.image_size(self)
+        yield from rules.sampler(self)
+        yield from rules.reproducibility(self, self)
+
+    def warnings(self) -> list[str]:
+        """Settings that are accepted and probably not meant."""
+        return list(rules.warnings(self, self))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+class Config(Settings, GRPO, Task):
+    """Settings of a GRPO run."""
+
+    max_steps: int = Field(default=200, ge=1)
+    """Optimizer steps."""
+
+    def _broken_rules(self) -> Iterator[Problem]:
+        yield from super()._broken_rules()
+        yield from rules.reward_time(self, self)
+        yield from rules.rewards(self)
+        yield from rules.reference(self, self)
+        yield from rules.loss(self)
+        yield from rules.sampler_correction(self)
 
     @property
     def tokens_per_pass(self) -> int:
@@ -52,16 +69,13 @@ class Config(Checks, Output, Optimizer, Rollout, GRPO, Task):
         return self.token_budget or self.per_device_train_batch_size * group
 
 
-@dataclass
-class SFTConfig(Checks, Output, Optimizer, Rollout, SFT, Task):
+class SFTConfig(Settings, SFT, Task):
     """Settings of a supervised run."""
 
     recipe: str = "tiny-spatial-sft"
     """Name of the recipe that these settings started from."""
-    learning_rate: float = 2e-5
+    learning_rate: float = Field(default=2e-5, ge=0)
     """Peak learning rate of AdamW."""
-    max_steps: int | None = None
-    """Optimizer steps; none: as many as num_train_epochs asks for."""
 
     @property
     def tokens_per_pass(self) -> int:

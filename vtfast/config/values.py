@@ -1,32 +1,47 @@
-"""A value as it was written -> the type of its field, and back."""
+"""Text of flags and files -> values of a setting's type, and back."""
 
 from __future__ import annotations
 
 import math
 import os
-from numbers import Real
+from numbers import Number, Real
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from vtfast.config.problems import shown
+from vtfast.utils.text import shorten
 
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 LARGEST = 2**32 - 1
 """Of a whole number: seeds go up to here, and nothing that is counted comes near it."""
 
 
-class BadValue(ValueError):
-    """Not of the field's type. `str()` of it is the value and what it must be."""
+LONGEST_SHOWN = 80
+"""Characters of a value that a message quotes."""
 
-    def __init__(self, value: Any, wanted: str) -> None:
-        super().__init__(f"{shown(value)}: must be {wanted}")
+
+class BadValue(ValueError):
+    """A value that a setting cannot take; its text is the value and what is wrong with it."""
+
+    def __init__(self, value: Any, problem: str) -> None:
+        super().__init__(f"{show(value)}: {problem}")
+
+
+def show(value: Any) -> str:
+    """A value for a message: on one line, shortened."""
+    if isinstance(value, bytes) or not isinstance(value, str | Number | os.PathLike | None):
+        return f"({type(value).__name__})"
+    try:
+        text = str(value)
+    except ValueError:  # Python writes out no integer of more than some thousand digits
+        return "(a number of thousands of digits)"
+    if text == "" or not text.isprintable():
+        text = repr(text)
+    return shorten(text, LONGEST_SHOWN)
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as a field's type `hint`. Text is read as the command line means it: "none", "true", "a,b".
-
-    Raises BadValue.
-    """
+    """`value` as the type `hint`: bool, int, float, str, a Literal of words, a list of these, or one of them or None.
+    Text is read as on the command line: "none", "true", "a,b". Raises BadValue."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -34,6 +49,8 @@ def convert(value: Any, hint: Any) -> Any:
         return convert(value, next(part for part in arguments if part is not NoneType))
     if origin is list:
         return _list(value, arguments[0])
+    if origin is Literal:
+        return _str(value)
     return {bool: _bool, int: _int, float: _float, str: _str}[hint](value)
 
 
@@ -53,24 +70,24 @@ def _list(value: Any, hint: type) -> list:
         return []
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
-        raise BadValue(value, "a list, such as a,b")
+        raise BadValue(value, "must be a list, such as a,b")
     if any(isinstance(item, list | tuple | dict | set) for item in items):
-        raise BadValue(value, "a flat list, such as a,b")
+        raise BadValue(value, "must be a flat list, such as a,b")
     return [convert(item, hint) for item in items if item != ""]
 
 
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    word = shown(value).lower()
+    word = show(value).lower()
     if word not in WORDS:
-        raise BadValue(value, "true or false")
+        raise BadValue(value, "must be true or false")
     return WORDS[word]
 
 
 def _int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, str | Real):
-        raise BadValue(value, "a whole number")
+        raise BadValue(value, "must be a whole number")
     try:
         number: Any = int(value) if isinstance(value, str) else value
     except ValueError:  # no digits, or thousands of them
@@ -79,7 +96,7 @@ def _int(value: Any) -> int:
         number = number.__index__()
     if not isinstance(number, int):
         whole = math.isfinite(number) and number == int(number) and abs(number) <= LARGEST
-        raise BadValue(value, "a whole number" + (f"; write {int(number)}" if whole else ""))
+        raise BadValue(value, "must be a whole number" + (f"; write {int(number)}" if whole else ""))
     if abs(number) > LARGEST:
         raise BadValue(value, f"a whole number of at most {LARGEST}")
     return int(number)
@@ -89,7 +106,7 @@ def _float(value: Any) -> float:
     is_number = isinstance(value, str | Real) and not isinstance(value, bool)
     number = _float_or_nan(value) if is_number else math.nan
     if not math.isfinite(number):
-        raise BadValue(value, "a finite number")
+        raise BadValue(value, "must be a finite number")
     return number
 
 
@@ -104,10 +121,10 @@ def _str(value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, bool) or not isinstance(value, str | Real):
-        raise BadValue(value, "text")
-    text = shown(value) if isinstance(value, Real) else str(value)
+        raise BadValue(value, "must be text")
+    text = show(value) if isinstance(value, Real) else str(value)
     if not text.strip():
-        raise BadValue(value, "text that says something; leave the setting out for its default")
+        raise BadValue(value, "must be text that says something; leave the setting out for its default")
     if "\0" in text:
-        raise BadValue(value, "text without null characters")
+        raise BadValue(value, "must be text without null characters")
     return text

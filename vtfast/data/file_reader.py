@@ -16,8 +16,8 @@ from vtfast.data.columns import AUTO_COLUMNS, Columns, keys
 from vtfast.data.row_parser import InvalidRow
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
-from vtfast.utils.hub import hub_files, is_hub_id, open_dataset_file
-from vtfast.utils.suggestions import DATA, did_you_mean
+from vtfast.utils.hub import DATASETS, hub_files, is_hub_id, open_dataset_file
+from vtfast.utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,7 +80,7 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
                 "give a .parquet, .jsonl or .json file, a folder of such files, or the hub id of a"
                 " data set such as array/SAT"
             )
-            meant = did_you_mean(source, wanted, DATA, ["synthetic"])
+            meant = did_you_mean(source, wanted, [*DATASETS, "synthetic"])
             raise UserError(f"no such file or folder: {source}; {meant}")
         found = hub_files(source, "dataset")
         if not isinstance(found, Path):

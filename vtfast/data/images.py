@@ -19,7 +19,7 @@ from typing import TypeAlias, overload
 from PIL import Image, UnidentifiedImageError
 
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import shortened
+from vtfast.utils.text import first_line, shorten
 
 MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as RGB
 MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
@@ -52,7 +52,7 @@ def open_image(source: ImageSource | str) -> Image.Image:
         except UnidentifiedImageError:  # its message is the address of our buffer
             raise ImageError("not an image of any known format") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-            raise ImageError(f"not a readable image ({_short(error)})") from error
+            raise ImageError(f"not a readable image ({first_line(error)})") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"image of {width} x {height} pixels, more than {MAX_PIXELS}")
@@ -72,12 +72,12 @@ def check_file(source: ImageSource | str) -> None:
         try:
             status = os.stat(source)  # follows links
         except FileNotFoundError:
-            raise ImageError(f"no such file: {shortened(source)}") from None
+            raise ImageError(f"no such file: {shorten(source)}") from None
         except (OSError, ValueError) as error:  # too long a name, a NUL byte in it, no permission
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ImageError(f"no usable path: {shortened(source)} ({reason})") from None
+            raise ImageError(f"no usable path: {shorten(source)} ({reason})") from None
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"not a regular file: {shortened(source)}")
+            raise ImageError(f"not a regular file: {shorten(source)}")
         size = status.st_size
     if not size:  # what /proc holds calls itself empty too
         raise ImageError("empty file")
@@ -110,7 +110,7 @@ def _read(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception as error:
-        raise ImageError(f"corrupt image ({_short(error)})") from error
+        raise ImageError(f"corrupt image ({first_line(error)})") from error
     return image
 
 
@@ -142,7 +142,3 @@ class Images(Sequence[Image.Image]):
 
     def __repr__(self) -> str:
         return f"Images({len(self)})"
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200] or type(error).__name__

@@ -17,7 +17,7 @@ from vtfast.data.columns import AUTO_COLUMNS, MESSAGES, QUESTION_TYPE, Columns, 
 from vtfast.data.images import Images, ImageSource, check_image
 from vtfast.data.sample import question_kind
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import shortened
+from vtfast.utils.text import shorten
 
 
 @dataclass
@@ -235,7 +235,7 @@ def _placed(name: str, folder: Path | None) -> Path:
     A relative path starts from the data file's folder or from the one above it, and stays in there. An absolute one is
     taken as it is. Data from the hub hold their images themselves: there a path would be one of this machine's files.
     """
-    shown = shortened(name)
+    shown = shorten(name)
     if re.match(r"\w[\w+.-]*://|data:", name):  # http://, s3://, data:image/png;base64
         raise InvalidRow(f"{shown} is a link, and images are not fetched: give a file, or its bytes")
     if folder is None:

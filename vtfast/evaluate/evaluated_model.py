@@ -11,9 +11,10 @@ from vtfast.data.prompt_templates import load_template
 from vtfast.model.blueprint import read_model_config
 from vtfast.model.folder import check_folder
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import expand, read_mapping, step_of
+from vtfast.utils.files import expand, step_of
 from vtfast.utils.hub import ASSETS
 from vtfast.utils.suggestions import near_run, question
+from vtfast.utils.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _is_model(path: Path) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings of a run, which may be another person's: those that an evaluation goes by have their types."""
-    values = read_mapping(path)
+    values = read_yaml(path)
     if not values:
         raise UserError(f"{path}: is no run's config.yaml")
     kinds = {"template": str, "literal_image": bool, "min_pixels": int, "max_pixels": int}

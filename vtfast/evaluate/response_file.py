@@ -21,6 +21,7 @@ from vtfast.evaluate.grading import LETTERS
 from vtfast.evaluate.scores import get_benchmark, grade, summarise
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import read_json, write_json, write_whole
+from vtfast.utils.text import shorten
 
 log = logging.getLogger("vtfast")
 Row = dict[str, Any]
@@ -158,9 +159,9 @@ def _check_types(row: Any) -> None:
         raise ValueError(f"not a row of named values but {type(row).__name__}")
     for name, kind in TYPES.items():
         if type(row.get(name)) is not kind:
-            raise ValueError(f"{name}: {_short(row.get(name))} is no {kind.__name__}")
+            raise ValueError(f"{name}: {shorten(repr(row.get(name)), 60)} is no {kind.__name__}")
     if not all(isinstance(option, str) for option in row["options"]):
-        raise ValueError(f"options: {_short(row['options'])} are not all texts")
+        raise ValueError(f"options: {shorten(repr(row['options']), 60)} are not all texts")
 
 
 def grade_rows(bench: str, rows: Sequence[Row]) -> list[Grade]:
@@ -214,7 +215,7 @@ def _settings_of(folder: Path, bench: str) -> dict[str, Any]:
     path = folder / "settings.json"
     settings = _read_json(path).get(bench, {})
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: {bench}: a mapping is wanted, not {_short(settings)}")
+        raise UserError(f"{path}: {bench}: a mapping is wanted, not {shorten(repr(settings), 60)}")
     return settings
 
 
@@ -223,14 +224,9 @@ def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
     if changed:
         name = changed[0]
         raise UserError(
-            f"{path}: holds answers under other settings ({name}: {_short(before.get(name))} there,"
-            f" {_short(now[name])} now). Remove the file, or choose another --output_dir"
+            f"{path}: holds answers under other settings ({name}: {shorten(repr(before.get(name)), 60)} there,"
+            f" {shorten(repr(now[name]), 60)} now). Remove the file, or choose another --output_dir"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

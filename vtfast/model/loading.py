@@ -22,6 +22,7 @@ from vtfast.model.folder import base_of, check_folder, check_size, is_adapter
 from vtfast.model.policy import Policy, freeze_parts
 from vtfast.utils.errors import UserError
 from vtfast.utils.hub import model_path
+from vtfast.utils.text import first_line
 
 log = logging.getLogger("vtfast")
 
@@ -68,7 +69,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"--model {path}: config.json: {_first_line(error)}") from None
+        raise UserError(f"--model {path}: config.json: {first_line(error)}") from None
     if config.model_type not in FAMILIES:
         raise UserError(
             f"--model {path}: is a {config.model_type} model; those of {', '.join(FAMILIES)} can be trained"
@@ -82,7 +83,7 @@ def load_model(
             adapted, _ = _from_pretrained(family, str(folder), weights_dtype)
             module.load_state_dict(merged_weights(adapted))
     except Exception as error:
-        raise UserError(f"--model {path}: cannot be loaded ({_first_line(error)})") from None
+        raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from None
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
     eos = module.generation_config.eos_token_id
@@ -136,7 +137,3 @@ def merged_weights(module: nn.Module) -> dict[str, Tensor]:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
     return module.state_dict()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

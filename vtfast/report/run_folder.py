@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import read_mapping, step_of, write_json
+from vtfast.utils.files import step_of, write_json
 from vtfast.utils.suggestions import did_you_mean, near_run, question
+from vtfast.utils.yaml_file import read_yaml
 
 if TYPE_CHECKING:  # which loads torch; a report needs none
     from vtfast.evaluate.held_out import HeldOutScores
@@ -150,7 +151,7 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("config.yaml is missing.")
         return {}
     try:
-        return read_mapping(path)
+        return read_yaml(path)
     except UserError:
         notes.append("config.yaml cannot be read.")
         return {}

@@ -125,7 +125,7 @@ class _WandbLike:
         known = {}
         if id is not None:  # trackio knows runs by their names
             known = {"resume": "allow", **({"id": id} if name == "wandb" else {})}
-        run = self.module.init(project="vtfast", name=folder.name, config=vars(config), **known)
+        run = self.module.init(project="vtfast", name=folder.name, config=config.model_dump(), **known)
         self.id = str(getattr(run, "id", None) or folder.name)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vtfast.utils.text import shorten
+
 if TYPE_CHECKING:
     from vtfast.data import Sample
 
@@ -53,7 +55,7 @@ def call(reward: Reward, response: RewardInput) -> Score:
         options = {name: value for name, value in given.items() if name in wanted}
         value: Any = reward(response.completion, response.sample, **options)
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
-            return failed(f"returned {_short(value)} and not a finite number")
+            return failed(f"returned {shorten(repr(value), 60)} and not a finite number")
         return Score(float(value))
     except KeyboardInterrupt:
         raise
@@ -84,8 +86,3 @@ def _options(reward: Reward) -> set[str]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return {"tokens", "prefix"}
     return {parameter.name for parameter in parameters}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"

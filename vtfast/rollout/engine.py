@@ -27,7 +27,8 @@ from vtfast.rollout.sampling import Completion, Sampling
 from vtfast.rollout.scheduler import Scheduler
 from vtfast.rollout.workspace import Size, Workspace, addresses, cache_shape
 from vtfast.utils.errors import RankError, UserError
-from vtfast.utils.out_of_memory import free_memory, in_short, is_out_of_memory
+from vtfast.utils.out_of_memory import free_memory, is_out_of_memory
+from vtfast.utils.text import first_line
 
 log = logging.getLogger("vtfast")
 
@@ -118,7 +119,7 @@ class RolloutEngine:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = in_short(error)
+                reason = first_line(error)
             self._admit_fewer(prompts, num_generations, sampling.max_new_tokens, reason)
 
     def _generate(

@@ -28,7 +28,8 @@ from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.load_balancing import StepBatches
 from vtfast.utils.errors import RankError, SharedError, UserError
 from vtfast.utils.files import write_json
-from vtfast.utils.out_of_memory import free_memory, in_short, is_out_of_memory
+from vtfast.utils.out_of_memory import free_memory, is_out_of_memory
+from vtfast.utils.text import first_line
 
 log = logging.getLogger("vtfast")
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class TokenBudget:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = None if isinstance(error, Elsewhere) else in_short(error)
+                reason = None if isinstance(error, Elsewhere) else first_line(error)
             if undo:
                 undo()
             free_memory()
@@ -117,7 +118,7 @@ class TokenBudget:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = in_short(error)
+            reason = first_line(error)
         failed = torch.tensor(reason is not None, dtype=torch.int32)
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
         if reason is not None:

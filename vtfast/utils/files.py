@@ -1,4 +1,4 @@
-"""Files and paths that others chose: read with a limit, written whole or not at all, never outside of their folder."""
+"""Files at paths that a user chose: read up to a limit, written atomically, never outside their folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from vtfast.utils.errors import UserError
+from vtfast.utils.suggestions import did_you_mean
+from vtfast.utils.text import shorten
 
 LARGEST_JSON = 50_000_000
 """Bytes of a JSON file: a tokenizer's is the largest, with some ten million."""
 LARGEST_TEXT = 1_000_000
-"""Bytes of settings or of a template, which are a page: a YAML parser in Python takes minutes for more."""
+"""Bytes of a prompt template or another text that fills a page."""
 
 
 def expand(path: str | Path) -> Path:
@@ -30,17 +30,10 @@ def expand(path: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # too long, a loop of links, no permission to look
-        raise UserError(f"{shortened(path)}: cannot be used ({error.strerror})") from None
+        raise UserError(f"{shorten(path)}: cannot be used ({error.strerror})") from None
     except (ValueError, RuntimeError) as error:  # a NUL byte; no such user
-        raise UserError(f"{shortened(path)}: cannot be used ({error})") from None
+        raise UserError(f"{shorten(path)}: cannot be used ({error})") from None
     return expanded
-
-
-def shortened(text: object, longest: int = 200) -> str:
-    """Text for a message, without its middle where it is too long to be what it should be."""
-    text = str(text)
-    half = longest // 2
-    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 def step_of(name: str) -> int | None:
@@ -49,20 +42,25 @@ def step_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def read_text(path: Path) -> str:
-    """A small text file. Raises UserError where it is no regular file (a pipe would wait for ever), larger than
-    LARGEST_TEXT, or no UTF-8."""
-    if not path.is_file():
-        reason = "not a regular file" if path.exists() else "no such file"
-        raise UserError(f"{path}: cannot be read ({reason})")
+def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
+    """A text file of at most `longest` bytes. Raises UserError for any other; a pipe would block forever."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: cannot be read (not a regular file)")
     try:
-        if path.stat().st_size > LARGEST_TEXT:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, more than {LARGEST_TEXT}")
-        return path.read_bytes().decode().replace("\r\n", "\n")
+        with path.open("rb") as file:
+            content = file.read(longest + 1)
+        text = content.decode().replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {did_you_mean(path, 'check the path')}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read (not UTF-8 text: {error.reason})") from None
+        raise UserError(f"{path}: cannot be read (byte {error.start} is not UTF-8); save it as UTF-8") from None
+    if len(content) > longest:
+        raise UserError(f"{path}: longer than {longest} bytes")
+    return text
 
 
 @contextlib.contextmanager
@@ -117,34 +115,6 @@ def check_inside(root: Path, *paths: Path) -> None:
             )
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file of settings. Plain values alone: no tags that make objects, and no aliases, which would let a page
-    of text stand for gigabytes.
-
-    Raises:
-        UserError: not a regular file, not readable, or not a mapping with texts for names.
-    """
-    text = read_text(path)
-    try:
-        values = _PlainLoader(text).get_single_data()
-    except yaml.MarkedYAMLError as error:  # its own text quotes the file, which may be a link to another
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: not valid YAML ({where}{error.problem})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    except (ValueError, TypeError, OverflowError) as error:  # a date that is none, 5,000 digits
-        raise UserError(f"{path}: not valid YAML ({error})") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML (too deeply nested)") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping of settings to values")
-    for key in values:
-        if not isinstance(key, str):
-            raise UserError(f"{path}: the name {key!r} is no text")
-    return values
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises UserError for anything else."""
     try:
@@ -157,13 +127,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file}: a mapping is wanted, not {type(values).__name__}")
     return values
-
-
-class _PlainLoader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"alias *{event.anchor}: write the value out", event.start_mark
-            )
-        return super().compose_node(parent, index)

@@ -11,9 +11,22 @@ from typing import BinaryIO, Literal
 
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, step_of
-from vtfast.utils.suggestions import ASSETS, DATA, MODELS, SHIPPED, did_you_mean, near
+from vtfast.utils.suggestions import closest, did_you_mean
+from vtfast.utils.text import first_line
 
 Kind = Literal["dataset", "model"]
+
+ASSETS = Path(__file__).parents[1] / "model" / "assets"
+"""Checkpoints that ship with vtfast, each in a folder of its name."""
+EXAMPLE_MODEL = "Qwen/Qwen2-VL-2B"
+DATASETS = (
+    "array/SAT",
+    "array/SAT-v2",
+    "leonardPKU/clevr_cogen_a_train",
+    "leonardPKU/GEOQA_R1V_Train_8K",
+    "lmms-lab/multimodal-open-r1-8k-verified",
+)
+"""Ids of the sets whose columns are recognised (`vtfast.data.columns`)."""
 
 
 def is_hub_id(source: str) -> bool:
@@ -41,14 +54,14 @@ def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
         elif isinstance(error, RepositoryNotFoundError):
             reason = "no such id, or a private one"
         else:
-            said = (str(error).splitlines() or ["no reason given"])[0]
-            reason = f"no connection ({type(error).__name__}: {said[:200]})"
+            reason = f"no connection ({type(error).__name__}: {first_line(error)})"
             try:
                 return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
             except Exception:
                 reason += ", and no downloaded copy"
         local = "a folder with its data files" if kind == "dataset" else "a checkpoint folder"
-        meant = near(repo, MODELS if kind == "model" else DATA)
+        neighbours = [str(path) for path in Path(repo).parent.glob("*")]
+        meant = closest(repo, neighbours + list(DATASETS if kind == "dataset" else ()))
         hint = f" (did you mean {meant}?)" if meant else ""
         raise UserError(
             f"{repo} is no local path{hint}, and the Hugging Face hub does not give this {kind}: "
@@ -72,10 +85,12 @@ def model_path(path: str | Path) -> str:
     if Path(path).name == str(path) and (ASSETS / path).is_dir():
         return str(ASSETS / path)
     if not is_hub_id(str(path)):
-        wanted = f"give a checkpoint folder or a hub id such as {MODELS[0]}"
+        wanted = f"give a checkpoint folder or a hub id such as {EXAMPLE_MODEL}"
         if folder.exists():
             raise UserError(f"no model folder {path}: it is a file; {wanted}")
-        raise UserError(f"no model folder {path}; {did_you_mean(path, wanted, MODELS, SHIPPED)}")
+        raise UserError(
+            f"no model folder {path}; {did_you_mean(path, wanted, [folder.name for folder in ASSETS.iterdir()])}"
+        )
     found = hub_files(str(path), "model")
     return str(found) if isinstance(found, Path) else str(path)
 

@@ -21,12 +21,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in IN_WORDS)
 
 
-def in_short(error: BaseException) -> str:
-    """Its first line, of which PyTorch's goes on about its allocator."""
-    lines = str(error).splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
 def free_memory() -> None:
     """Give back what nothing refers to any more. To be called outside the `except` block: the traceback of an error
     refers to everything that its frames held."""

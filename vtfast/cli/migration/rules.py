@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from vtfast.config.fields import SCHEDULES
+from vtfast.config.fields import Schedule
 
+SCHEDULES = get_args(Schedule)
 Outcome = tuple[dict[str, Any], str]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vtfast.distributed.watchdog.connection import Door, Line, connect
 from vtfast.distributed.watchdog.judge import RANK_LOST, Judge, Member, State, Verdict
+from vtfast.utils.text import first_line
 
 INTERVAL = 1.0
 """Seconds between two reports of a rank."""
@@ -63,7 +64,7 @@ class Watch:
     def fail(self, reason: str, code: int) -> bool:
         judge = Judge(self.members, float("inf"))
         judge.report(self.rank, self.report())
-        self.failure = judge.failed(self.rank, _first_line(reason), code)
+        self.failure = judge.failed(self.rank, first_line(reason or "no reason given", 500), code)
         self.wake()
         self.over.wait(ANSWER_LIMIT)  # the thread ends the process where another rank is to blame
         return self.judged
@@ -286,11 +287,6 @@ class Spoke(Watch):
 
     def close(self) -> None:
         self.line.close()
-
-
-def _first_line(text: str) -> str:
-    lines = text.strip().splitlines() or ["no reason given"]
-    return lines[0][:500]
 
 
 def _where(thread: int) -> str:

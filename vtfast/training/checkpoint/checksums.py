@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vtfast.utils.files import flush, sha256, shortened, write_whole
+from vtfast.utils.files import flush, sha256, write_whole
+from vtfast.utils.text import shorten
 
 CHECKSUMS = "resume/checksums.json"
 SETTINGS = "resume/config.yaml"
@@ -110,4 +111,4 @@ def _check(folder: Path, name: str, size: int, digest: str) -> None:
         if sha256(file) != digest:
             raise _Damaged(f"{name} is damaged (its checksum is wrong)")
     except OSError as error:
-        raise _Damaged(f"{shortened(name)} cannot be read ({error.strerror})") from None
+        raise _Damaged(f"{shorten(name)} cannot be read ({error.strerror})") from None

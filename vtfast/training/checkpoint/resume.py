@@ -208,7 +208,7 @@ def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConf
 def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
     where = checkpoint.folder
     saved = yaml.safe_load((where / SETTINGS).read_text(encoding="utf-8"))
-    changed = dict(_differences(saved, asdict(config)))
+    changed = dict(_differences(saved, config.model_dump()))
     for name in FIXED_SETTINGS:
         if name in changed and not (name.startswith("lora_") and not config.use_peft):
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from vtfast.config import RunConfig
@@ -78,7 +77,7 @@ def keep_data(rendered: Path, run: Path) -> None:
 
 def settings(config: RunConfig) -> str:
     """config.yaml. From where a run has been resumed is no setting of it."""
-    return replace(config, resume_from_checkpoint=None).to_yaml()
+    return config.model_copy(update={"resume_from_checkpoint": None}).to_yaml()
 
 
 def _new_folder(config: RunConfig) -> Path:
