@@ -113,8 +113,8 @@ def test_mistakes_of_all_kinds_are_told_at_once(tmp_path, capsys):
         "stray: does not belong to any flag",
         "--recipe and --config: give one of them",
         f"{tmp_path / 'mine.yaml'}:1: --lerning_rate: unknown",
-        "--beta much: must be a finite number",
         f"{tmp_path / 'mine.yaml'}:2: --max_steps 0",
+        "--beta much: must be a finite number",
     ]
     assert len(lines) == len(told)
     for line, start in zip(lines, told, strict=True):
