@@ -36,7 +36,7 @@ setup(
     package_data={"vtfast": ["config/recipes/*.yaml", "data/templates/*.txt", "model/assets/*/*", "report/assets/*"]},
     install_requires=RUNTIME,
     extras_require={
-        # qwen_vl_utils needs torchvision, which package indexes hold as a CUDA build only
+        # qwen_vl_utils needs torchvision, which package indexes offer only as a CUDA build
         "gpu": ["flash-attn", "torchvision"],
         "lora": ["peft>=0.18"],
         "dev": [
