@@ -45,9 +45,9 @@ def parser() -> Parser:
 
 
 def test_values_are_checked_and_turned():
-    options = parser().parse_args(["x", "--count", "3", "--name", "m", "--name", "n"])
+    options = parser().parse(["x", "--count", "3", "--name", "m", "--name", "n"])
     assert vars(options) == {"place": "x", "count": 3, "kind": "a", "name": ["m", "n"]}
-    assert parser().parse_args(["x"]).count == 7
+    assert parser().parse(["x"]).count == 7
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_values_are_checked_and_turned():
 )
 def test_all_that_is_wrong_is_told(words, told):
     with pytest.raises(SettingsError) as stopped:
-        parser().parse_args(words)
+        parser().parse(words)
     assert stopped.value.problems == told
 
 
@@ -182,7 +182,7 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--model", "Qwen2-VL-2B"], "did you mean Qwen/Qwen2-VL-2B?"),
+        (["--model", "Qwen2-VL-2B"], "or a hub id such as Qwen/Qwen2-VL-2B"),
         (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not asked; add it with"),
         (["--model", "m", "--fetch_images"], "--fetch_images: is for VSR's images"),
         (["--model", "m", "--bench", ","], "--bench: name at least one of cvbench"),

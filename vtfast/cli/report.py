@@ -16,7 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
     parser.add_argument("--output", metavar="FILE", help="the page (default: report.html in the first run folder)")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
 
     from vtfast.report import write_report
 

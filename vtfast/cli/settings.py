@@ -1,4 +1,4 @@
-"""Flags that are settings: what `vtfast train` and `vtfast sft` have in common."""
+"""The flags that `vtfast train` and `vtfast sft` share: one for each setting."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ SPELLINGS = {
     "torch_dtype": "dtype",
     "warmup": "warmup_steps",
 }
-"""What other trainers and habit call some settings."""
+"""Names that other trainers and habit have for some settings."""
 Kind = TypeVar("Kind", Config, SFTConfig)
 
 
 def read_settings(arguments: Sequence[str], kind: type[Kind], *, prog: str, description: str) -> Kind | None:
-    """The settings that the command line asks for; None if it was to print them, which is done then."""
+    """The settings of a command line; None for --dry-run, which prints them instead."""
     names = [name for name in field_names(kind) if name != "recipe"]
     own = field_defaults(kind)["recipe"]
     parser = Parser(
         hints=_hints(kind),
         prog=prog,
         usage=f"{prog} [--recipe NAME | --config FILE] [--SETTING VALUE ...] [--dry-run]",
-        description=f"{description} Defaults stand behind each setting; a recipe sets some of them otherwise, and"
-        " --dry-run prints what a command line comes to. --help_all says more of each setting.",
+        description=f"{description} Each setting is shown with its default. A recipe changes some of them;"
+        " --dry-run prints the settings that result. --help_all prints the whole help of each setting.",
         epilog=f"example: {prog} --recipe {own} --seed 1 --max_steps 50",
     )
     parser.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names(kind))} (default {own})")
@@ -63,30 +63,30 @@ def read_settings(arguments: Sequence[str], kind: type[Kind], *, prog: str, desc
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="print the resolved settings, and as comments behind them an estimate of memory and steps; then stop",
+        help="print the resolved settings and, as comments, an estimate of memory and steps; then stop",
     )
     parser.add_argument(
         "--gpu_memory_gb",
         metavar="X",
-        help="the GPU of that estimate, where it is not here: its GB, or a name such as A100-40, H100 or H200",
+        help="the GPU of that estimate, if it is not this machine's: its GB, or a name such as A100-40, H100 or H200",
     )
-    parser.add_argument("--help_all", action="help", help="this with all that is to say of a setting")
+    parser.add_argument("--help_all", action="help", help="this help with every word about each setting")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     _add_settings(parser, kind, short="--help_all" not in arguments)
     options, problems = parser.parse_known(arguments)
     flags = vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
     if flags["recipe"] and flags["config"]:
-        problems.append("--recipe and --config: give one of them; a --config file stands for itself")
+        problems.append("--recipe and --config: give one of them; a --config file replaces the recipe")
     file, resumed = flags["config"], given.get("resume_from_checkpoint")
     if resumed and not flags["recipe"] and not file:
         from vtfast.training.checkpoint import settings_of  # brings torch
 
         file = settings_of(resumed, given.get("output_dir"))
-        if file:  # the run may have been moved since: where it is, the flags say
+        if file:  # the run may have been moved since, so its own output_dir does not count
             given = {"output_dir": None} | given
     if flags["gpu_memory_gb"] and not flags["dry_run"]:
-        problems.append("--gpu_memory_gb: says nothing without --dry-run; leave it out, or add that")
+        problems.append("--gpu_memory_gb: has no effect without --dry-run; leave it out, or add that")
     try:
         config = load_config(flags["recipe"], file, given, kind=kind)
     except SettingsError as error:
@@ -94,26 +94,26 @@ def read_settings(arguments: Sequence[str], kind: type[Kind], *, prog: str, desc
     if problems:
         raise SettingsError(problems)
     if flags["dry_run"]:
-        outlook = _outlook(config, flags["gpu_memory_gb"])  # first: it may refuse the GPU's name
-        print(config.to_yaml() + outlook)
+        estimate = _estimate(config, flags["gpu_memory_gb"])  # first: it may refuse the GPU's name
+        print(config.to_yaml() + estimate)
         return None
     return config
 
 
 def _hints(kind: type[RunConfig]) -> dict[str, str]:
-    """What to say of a flag that is a setting under another name, or one of the other kind of run."""
+    """By flag: the hint for a setting under another name, or for one that the other kind of run has."""
     names, other = field_names(kind), SFTConfig if kind is Config else Config
     command = "train" if other is Config else "sft"
-    told = {name: f"vtfast {command} has it" for name in field_names(other) if name not in names} | {
-        said: f"did you mean --{name}?" for said, name in SPELLINGS.items() if name in names
+    hints = {name: f"vtfast {command} has it" for name in field_names(other) if name not in names} | {
+        spelling: f"did you mean --{name}?" for spelling, name in SPELLINGS.items() if name in names
     }
     if kind is Config:  # GRPO counts steps
-        told |= dict.fromkeys(("epochs", "num_train_epochs"), "did you mean --max_steps?")
-    return {f"--{name}": hint for name, hint in told.items()}
+        hints |= dict.fromkeys(("epochs", "num_train_epochs"), "did you mean --max_steps?")
+    return {f"--{name}": hint for name, hint in hints.items()}
 
 
 def _add_settings(parser: Parser, kind: type[RunConfig], short: bool) -> None:
-    """A flag for each setting, under the heading of its section; `short`: with its first statement alone."""
+    """A flag for each setting, grouped by section. `short`: only the first statement of its help."""
     help_of, default_of = field_help(kind), field_defaults(kind)
     for section, names in field_sections(kind).items():
         group = parser.add_argument_group(section.__name__, section.__doc__)
@@ -130,14 +130,14 @@ def _add_settings(parser: Parser, kind: type[RunConfig], short: bool) -> None:
                 )
 
 
-def _outlook(config: RunConfig, gpu_memory_gb: str | None) -> str:
-    """What a run with these settings would take, and what would stop it here: as YAML comments, so that the output of a
-    dry run is a settings file."""
+def _estimate(config: RunConfig, gpu_memory_gb: str | None) -> str:
+    """An estimate of what a run with these settings takes, and what would stop it on this machine: as YAML comments, so
+    that the output of a dry run is a settings file."""
     from vtfast.cli.dry_run import estimate
     from vtfast.training.preflight import find_problems
 
     lines = list(estimate(config, gpu_memory_gb))
     lines += [f"warning: {warning}" for warning in config.warnings()]
-    said = "\n".join(lines)
-    lines += [f"would stop here: {p}" for p in find_problems(config) if p.partition(": ")[2] not in said]
+    text = "\n".join(lines)
+    lines += [f"would stop here: {p}" for p in find_problems(config) if p.partition(": ")[2] not in text]
     return "\n".join(["#", *(f"# {line}".rstrip() for line in lines)])
