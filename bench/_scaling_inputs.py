@@ -54,7 +54,7 @@ def from_run(run: Recorded) -> Start:
         raise UserError(f"{run.name}: no group had a signal, so no update was measured")
     return Start(
         f"{run.name}, means of steps {steps[0].number} to {steps[-1].number}",
-        Work(run.weights, groups, run.config.tokens_per_pass, run.config.rollout_max_rows),
+        Work(run.weights, groups, run.config.tokens_per_micro_batch, run.config.rollout_max_rows),
         Measured(
             round(len(groups) / len(steps)),
             **{name: mean[name] for name in PHASES},

@@ -208,7 +208,7 @@ def test_every_setting_is_read():
     files = [file for file in (ROOT / "vtfast").rglob("*.py") if file.parent.name not in others]
     code = "\n".join(file.read_text("utf-8") for file in files)
     read = set(re.findall(r"\bconfig\.(\w+)", code))
-    assert "tokens_per_pass" in read  # this is how token_budget is
+    assert "tokens_per_micro_batch" in read  # this is how token_budget is
     assert {*field_names(Config), *field_names(SFTConfig)} - read == {"token_budget"}
 
 

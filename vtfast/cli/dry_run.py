@@ -189,7 +189,7 @@ def _flag(name: str, value: object) -> str:
 def _remedies(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Settings that lower memory and leave the result as it is, the cheapest in time first."""
     shortest = config.max_prompt_length + config.max_completion_length
-    if config.tokens_per_pass > shortest:
+    if config.tokens_per_micro_batch > shortest:
         yield "token_budget", shortest
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing", True
@@ -205,7 +205,7 @@ def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig
     """A token budget as large as it may be, in two digits; other remedies have one value."""
     if name != "token_budget":
         return least
-    low, high = least, config.tokens_per_pass
+    low, high = least, config.tokens_per_micro_batch
     while high - low > max(1, low // 100):
         middle = (low + high) // 2
         if fits(config.model_copy(update={"token_budget": middle})):

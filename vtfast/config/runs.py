@@ -63,7 +63,7 @@ class Config(Settings, GRPO, Task):
         yield from rules.sampler_correction(self)
 
     @property
-    def tokens_per_pass(self) -> int:
+    def tokens_per_micro_batch(self) -> int:
         """`token_budget`, or what `per_device_train_batch_size` full groups would fill."""
         group = self.max_prompt_length + self.num_generations * self.max_completion_length
         return self.token_budget or self.per_device_train_batch_size * group
@@ -78,7 +78,7 @@ class SFTConfig(Settings, SFT, Task):
     """Peak learning rate of AdamW."""
 
     @property
-    def tokens_per_pass(self) -> int:
+    def tokens_per_micro_batch(self) -> int:
         """`token_budget`, or what `per_device_train_batch_size` of the longest samples would fill."""
         longest = self.max_prompt_length + self.max_completion_length
         return self.token_budget or self.per_device_train_batch_size * longest

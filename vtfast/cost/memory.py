@@ -73,11 +73,11 @@ class Load:
 
 
 def load_of(config: RunConfig, has_images: bool) -> Load:
-    """A step is cut into rows of at most `tokens_per_pass` tokens; a prompt with one completion always fits."""
+    """A step is cut into rows of at most `tokens_per_micro_batch` tokens; a prompt with one completion always fits."""
     group = getattr(config, "num_generations", 1)
     P, C, prompts = config.max_prompt_length, config.max_completion_length, prompts_per_rank(config)
     step = prompts * (P + group * C)
-    tokens = max(P + C, min(config.tokens_per_pass, step))
+    tokens = max(P + C, min(config.tokens_per_micro_batch, step))
     image = min(P, config.max_pixels // PIXELS_A_TOKEN) if has_images else 0
     return Load(prompts, group, P, C, image, tokens, passes=-(-step // tokens))
 

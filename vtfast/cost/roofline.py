@@ -239,7 +239,7 @@ def step_floors(
     ranks = len(everyone)
     sizes = [size for mine in everyone for size in mine]
     costs = [size.flops(weights.policy.module.config).total for size in sizes]
-    passes = passes_of(sizes, costs, config.tokens_per_pass, ranks)
+    passes = passes_of(sizes, costs, config.tokens_per_micro_batch, ranks)
     floors: dict[str, Floor] = defaultdict(Floor)
     if fresh:
         prefill = [prefill_floor(weights, rates, mine) for mine in everyone]

@@ -96,7 +96,7 @@ class Run:
                 put_back(self, checkpoint)
             self.folder = ranks.on_main(lambda: prepare_run_folder(config, checkpoint))
             limit = timedelta(seconds=config.ddp_timeout)
-            self.budget = TokenBudget(config.tokens_per_pass, self.folder, ranks, limit)
+            self.budget = TokenBudget(config.tokens_per_micro_batch, self.folder, ranks, limit)
             most = config.max_nonfinite_steps
             self.keeper = GuardedOptimizer(self.engine, ranks, self.folder, most, self.health)
             ranks.on_main(lambda: keep_data(rendered, self.folder))
