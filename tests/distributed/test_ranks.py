@@ -1,5 +1,5 @@
 """Ranks that are lost, under the real launchers: the run ends in time, with a message and an exit code, and leaves no
-process behind. What the heartbeat itself does is tried in test_watchdog.py."""
+process behind. The watchdog itself is tested in test_watchdog.py."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def planted(kind, name, step=None):
  "rollout": lambda: planted(trainer.Trainer, "answer", step=3),
  "update": lambda: planted(trainer.Trainer, "update"),
  "save": lambda: planted(run.Saver, "start", step=2)}[where]()
-from vtfast.cli import main
+from vtfast.cli.main import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 

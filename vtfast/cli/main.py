@@ -135,6 +135,7 @@ def _prepare() -> None:
     logging.getLogger("vtfast").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     # OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

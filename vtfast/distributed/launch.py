@@ -9,7 +9,6 @@ import atexit
 import ctypes
 import logging
 import os
-import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,7 @@ def init_distributed(config: RunConfig) -> Ranks:
         config.cpu_threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.size)
         _tune_cpu(config.cpu_threads)
     if ranks.size > 1 and config.rank_timeout:
-        _watch(ranks, config.rank_timeout)
+        _start_watchdog(ranks, config.rank_timeout)
     if config.num_processes not in (None, ranks.size) and ranks.is_main:
         log.warning(
             "recipe %s was written for %d ranks and runs on %d: %d prompts a step instead of %d"
@@ -85,16 +84,12 @@ def _start_again(backend: str, limit: timedelta, device: torch.device | None) ->
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=device)
 
 
-def _watch(ranks: Ranks, limit: float) -> None:
-    """The heartbeat of all ranks. Collective."""
-    on_this_machine = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    door = None
-    if ranks.is_main:
-        local = on_this_machine == str(ranks.size)
-        door = watchdog.Door(os.environ["MASTER_ADDR"], local=local)
-    address = ranks.from_main(door and door.address)
-    members = ranks.gather(watchdog.Member(ranks.rank, socket.gethostname(), os.getpid()))
-    watchdog.start_watchdog(members, ranks.rank, limit, door, address)
+def _start_watchdog(ranks: Ranks, limit: float) -> None:
+    """Collective. The client is the watchdog's own: one that waits in a collective does not answer."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
+    watchdog.start_watchdog(dist.PrefixStore(f"watchdog-{attempt}", store), ranks.rank, ranks.size, limit)
 
 
 def _tune_cpu(threads: int) -> None:

@@ -1,16 +1,14 @@
-"""Ranks that know of each other's life: one that dies, fails or hangs ends the others with a message that names it.
+"""The watchdog: a rank that dies, fails or hangs ends the whole run, with one line that names it. `monitor.py` decides.
 
 A collective alone says little about a lost rank: gloo an address, NCCL nothing until its timeout. So every rank has a
-small thread with a connection to rank 0. What ends a run:
+small thread that writes a report to the launcher's TCPStore once a second and reads the reports of the others:
 
-    died      the connection closed without a word, at once for a process, after `connection.GONE` seconds for a machine
-    failed    an exception; the rank sends its reason before it ends
-    hung      the main thread made no progress for `--rank_timeout` seconds, or the thread itself was not heard for so
-              long (a stopped process). Start-up, saving and waiting for another rank need make no progress.
+    died      its process is gone (seen by the ranks of its machine), or, for rank 0, the store that it hosts
+    failed    an exception; the report carries its message
+    hung      the main thread made no progress for `--rank_timeout` seconds, or no report came for so long (a stopped
+              process, a lost machine). Start-up, saving and waiting for other ranks need no progress.
 
-The main thread only sets fields of a small object; with one rank there is no thread and no connection. Ages are
-measured where they are judged, by that machine's own clock. torch's own store has no place in this: it tells nobody
-that a client is gone, and it goes away with the process that hosts it.
+The main thread only sets the fields of its report. One rank alone has no thread.
 """
 
 from __future__ import annotations
@@ -19,81 +17,88 @@ import atexit
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from vtfast.distributed.watchdog.connection import Door
-from vtfast.distributed.watchdog.judge import RANK_LOST, Member, State
-from vtfast.distributed.watchdog.watch import Hub, Spoke, Watch
+from vtfast.distributed.watchdog.monitor import RANK_LOST, Report
 
-__all__ = ["RANK_LOST", "Door", "Member", "beat", "fail", "no_progress_expected", "start_watchdog", "stop", "waiting"]
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
-_state = State()
-_watch: Watch | None = None
+    from vtfast.distributed.watchdog.thread import WatchThread
+
+__all__ = ["RANK_LOST", "beat", "fail", "no_progress_expected", "start_watchdog", "stop", "waiting"]
+
+_report = Report()
+_thread: WatchThread | None = None
 
 
-def start_watchdog(members: list[Member], rank: int, limit: float, door: Door | None, address: tuple) -> None:
-    """Watch from now on. `members`: all ranks in order; `limit`: seconds without progress; `door`: rank 0's own;
-    `address`: what rank 0's door said. Raises UserError where rank 0 cannot be reached."""
-    global _watch
-    kind, way = (Hub, door) if rank == 0 else (Spoke, address)
-    _watch = kind(members, rank, _state, limit, way)
-    _watch.start()
+def start_watchdog(store: dist.Store, rank: int, size: int, limit: float) -> None:
+    """Watch all ranks from now on; collective. `store`: a client that nothing else uses; `limit`: seconds without
+    progress after which a rank counts as hung."""
+    global _thread
+    from vtfast.distributed.watchdog.thread import WatchThread  # needs torch, which the command line does not load
+
+    _thread = WatchThread(store, rank, size, _report, limit)
+    _thread.start()
     atexit.register(_at_exit)
 
 
 def beat(phase: str | None = None, step: int | None = None) -> None:
-    """The main thread got on: a new phase or step, or one more piece of the phase. Costs next to nothing."""
-    _state.beats += 1
+    """Report progress: a new phase, a new step, or one more piece of work in the same phase. Costs next to nothing."""
+    _report.beats += 1
     if step is not None:
-        _state.step = step
+        _report.step = step
     if phase is not None:
-        _enter(phase, patient=False)
+        _enter(phase, idle=False)
 
 
 @contextlib.contextmanager
 def no_progress_expected(phase: str) -> Iterator[None]:
-    """In here nobody expects progress: one long call that cannot report any. Also a decorator."""
-    before = _state.phase, _state.patient
-    _enter(phase, patient=True)
+    """A phase that is one long call and cannot report progress. Also a decorator."""
+    before = _report.phase, _report.idle
+    _enter(phase, idle=True)
     try:
         yield
     finally:
-        _state.beats += 1
+        _report.beats += 1
         _enter(*before)
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """In here this rank waits for others, and is not to blame for it."""
-    _state.waiting = True
+    """This rank waits for other ranks in a collective, so it does not count as hung."""
+    _report.waiting = True
     try:
         yield
     finally:
-        _state.waiting = False
+        _report.waiting = False
         beat()
 
 
-def _enter(phase: str, patient: bool) -> None:
-    _state.phase, _state.patient = phase, patient
-    if _watch is not None:
-        _watch.wake()  # who dies now dies in this phase, not in the one last reported
+def _enter(phase: str, idle: bool) -> None:
+    _report.phase, _report.idle = phase, idle
+    if _thread is not None:
+        _thread.wake.set()  # if the rank dies now, the others know this phase and not the one last reported
 
 
-def fail(reason: str, code: int) -> bool:
-    """Tell the others why this rank ends; -> whether they have heard, and the first rank of each machine says so. Does
-    not return where `reason` only follows from the loss of another rank: the process then ends with a message about
-    that one. Bad input is always a reason of its own."""
-    return _watch is not None and _watch.fail(reason, code)
+def fail(reason: str, exit_code: int) -> bool:
+    """Tell the other ranks why this one ends. Returns whether they know; the first rank of each machine then prints it.
+
+    Does not return if `reason` is only a consequence of another rank's loss (exit code RANK_LOST): the process then
+    ends with a message about that rank."""
+    return _thread is not None and _thread.fail(reason, exit_code)
 
 
 def stop() -> None:
-    """Nothing is left to do together; the end of this process is no death."""
-    global _watch
-    if _watch is not None:
-        _watch.leave()
-        _watch = None
+    """End the watch: the ranks have no more work in common, and the end of this process is not a failure."""
+    global _thread
+    if _thread is not None:
+        _thread.stop()
+        _thread = None
 
 
 def _at_exit() -> None:
-    uncaught = getattr(sys, "last_value", None)
-    if uncaught is None:
+    if getattr(sys, "last_value", None) is None:
         stop()
+    elif _thread is not None:  # an uncaught exception: without a last report, so that the others see a death
+        _thread.abandon()
