@@ -14,7 +14,7 @@ from vtfast.cost.micro_batches import Size
 from vtfast.cost.roofline import Weights
 from vtfast.model.blueprint import read_model_config, skeleton
 from vtfast.model.lora import add_lora
-from vtfast.report.run_folder import JsonLines, read_runs
+from vtfast.report.run_folder import JsonLinesReader, read_runs
 from vtfast.utils.errors import UserError
 from vtfast.utils.hub import model_path
 
@@ -86,7 +86,7 @@ def _groups(folder: Path, config: Config) -> dict[int, list[list[Size]]]:
     """The groups of each rank by step. Of a step that comes again, after a resumed run, the newer rows count."""
     rows: dict[int, dict[tuple[int, int], list[dict]]] = {}
     newest = 0
-    for _, row in JsonLines(folder / "completions.jsonl"):
+    for _, row in JsonLinesReader(folder / "completions.jsonl"):
         missing = [name for name in NEEDED if name not in row]
         if missing:
             raise UserError(

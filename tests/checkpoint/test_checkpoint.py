@@ -83,19 +83,19 @@ def test_damaged_settings_are_not_taken_up(copy, wanted):
 
 FOREIGN = {
     "another format": ("format", 2, "has format 2"),
-    "no step": ("step", None, "step must be int"),
-    "a step in words": ("step", "four", "step must be int"),
-    "a step below 0": ("step", -4, "step lacks a number"),
-    "no schedule": ("schedule", {}, "schedule lacks"),
-    "counters of text": ("counters", {"global_steps": "4"}, "counters lacks"),
-    "optimizer of text": ("optimizer", [{"step": "4"}], "optimizer lacks"),
-    "optimizer of lists": ("optimizer", [[4]], "optimizer lacks"),
+    "no step": ("step", None, "step: Input should be a valid integer"),
+    "a step in words": ("step", "four", "step: Input should be a valid integer"),
+    "a step below 0": ("step", -4, "step: Input should be greater than or equal to 0"),
+    "no schedule": ("schedule", {}, "schedule.last_epoch: Field required"),
+    "counters of text": ("counters", {"global_steps": "4"}, "counters.global_steps: Input should be a valid integer"),
+    "optimizer of text": ("optimizer", [{"step": "4"}], "optimizer.0.step: Input should be a valid number"),
+    "optimizer of lists": ("optimizer", [[4]], "optimizer.0: Input should be an object"),
     "two groups": ("optimizer", [{"step": 4.0}, {"step": 4.0}], "2 groups of weights"),
-    "held-out in short": ("before", {"scores": {}}, "before must have"),
-    "no samples": ("samples", ..., "lacks samples"),
-    "nothing carried": ("carried", {}, "what it carries is not this version's"),
-    "more carried": ("carried", {"health": {"alarms": [], "mood": 1}}, "what it carries"),
-    "another step": ("step", 3, "is of step 3; give it the name step-3 back"),
+    "held-out in short": ("before", {"scores": {}}, "before.count: Field required"),
+    "no samples": ("samples", ..., "samples: Field required"),
+    "nothing carried": ("carried", {}, "was written by another version"),
+    "more carried": ("carried", {"health": {"alarms": [], "mood": 1}}, "was written by another version"),
+    "another step": ("step", 3, "was saved at step 3; rename it back to step-3"),
 }
 
 
@@ -149,7 +149,7 @@ def test_random_numbers_that_are_missing(copy, sft):
     kept = {name: value for name, value in load_file(path).items() if name != "random.numpy"}
     save_file(kept, path, places)
     sign(step(copy, 4))
-    with pytest.raises(UserError, match=r"step-4: what it carries .*random\.numpy"):
+    with pytest.raises(UserError, match=r"step-4: was written by another version .*random\.numpy"):
         build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
 
 
@@ -208,7 +208,7 @@ def test_last_starts_a_run(folder, tmp_path, sft):
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, sft):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="no run to go on with"):
+    with pytest.raises(UserError, match="no run to resume"):
         build(output_dir=str(tmp_path), resume_from_checkpoint="last", **sft)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -279,7 +279,7 @@ def test_a_run_that_was_killed_before_its_report_writes_it(copy, sft):
     [
         ({"freeze": "vision"}, "--freeze .*cannot change"),
         ({"use_peft": True}, "--use_peft .*cannot change"),
-        ({"model": "random"}, "is not the model that the run of .* began with"),
+        ({"model": "random"}, "is not the model that the run of .* started from"),
     ],
 )
 def test_what_cannot_change(settings, message, copy, sft, random_path):

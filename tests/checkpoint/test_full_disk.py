@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from whole_runs import assert_same_run, build, run, step, steps, truncate
 
-from vtfast.report.tracking import Rows, Tracker
+from vtfast.report.tracking import JsonLinesWriter, Tracker
 from vtfast.training.checkpoint import checksums as files
 from vtfast.training.checkpoint import save
 from vtfast.utils.errors import UserError
@@ -58,7 +58,7 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
 
     def fill(number, *rest):
         if number == 2:
-            trainer.tracker.metrics_file = Rows(Path("/dev/full"))
+            trainer.tracker.metrics_file = JsonLinesWriter(Path("/dev/full"))
         log_step(number, *rest)
 
     trainer.log_step = fill
@@ -107,7 +107,7 @@ def test_a_tracker_without_room_ends_and_the_run_does_not(tmp_path, caplog):
     tracker.log(2, {"step": 2}, [])
     tracker.flush()
     tracker.close()
-    assert caplog.text.count("--report_to tensorboard ends here") == 1
+    assert caplog.text.count("--report_to tensorboard: its curves end here") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -59,7 +59,7 @@ def test_checkpoints_wait_for_the_end_of_a_batch_of_answers(tmp_path, questions,
     with caplog.at_level(logging.WARNING, "vtfast"):
         trainer = build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **settings | {"max_steps": 8})
     assert trainer.done == 6
-    assert "step-7: was saved between two uses of the same answers" in caplog.text
+    assert "step-7: was saved between two optimizer steps on the same completions" in caplog.text
 
 
 def test_what_a_kind_of_training_carries_comes_back(tmp_path, questions):

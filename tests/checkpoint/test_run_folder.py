@@ -62,7 +62,7 @@ def test_a_run_without_its_settings_is_refused_and_left_alone(flags, copy, sft):
 def test_a_run_inside_another_is_not_gone_on_with_in_the_outer_one(copy, whole, sft):
     inner = shutil.copytree(whole, copy / "old")
     before = contents(copy)
-    with pytest.raises(UserError, match=r"is not known as the run of .*old/checkpoints/step-1"):
+    with pytest.raises(UserError, match=r"is not the run folder of .*old/checkpoints/step-1"):
         build(
             output_dir=str(copy), resume_from_checkpoint=str(inner / "checkpoints" / "step-1"), **sft | {"max_steps": 2}
         )

@@ -83,7 +83,7 @@ def broken(tmp_path):
         (["--template", "r2-zero"], "r1-zero"),
         (["--reward_funcs", "acuracy"], "accuracy"),
         (["--report_to", "trackio"], "trackio"),
-        (["--output_dir", "{tmp}/full"], "never written over (name a new one)"),
+        (["--output_dir", "{tmp}/full"], "never overwritten (name a new one)"),
         (["--config", "{tmp}/gone.yaml"], "gone.yaml"),
     ],
 )

@@ -6,7 +6,7 @@ import re
 import pytest
 from make_runs import completion_row, metrics_row, read, write_run
 
-from vtfast.report.completions import Seen, evenly, pick, read_completions
+from vtfast.report.completions import LineSummary, evenly, pick, read_completions
 from vtfast.report.reflection import PATTERN, count_words, first_step, in_words
 from vtfast.report.run_folder import read_runs
 from vtfast.utils.errors import UserError
@@ -39,7 +39,7 @@ def test_torn_and_odd_lines_become_notes(tmp_path):
     run = read(folder)
     assert [row["step"] for row in run.metrics] == [1, 2]
     assert [run.metrics[1][key] for key in NULLS] == [None] * 5
-    assert run.status == "step 2 of 9: still going, or stopped early"
+    assert run.status == "step 2 of 9: still running, or stopped early"
     assert run.notes == [
         "metrics.jsonl: 3 unreadable line(s) left out.",
         "metrics.jsonl: the last line is cut off and left out.",
@@ -162,7 +162,7 @@ def test_what_is_picked_of_many():
     """50 steps of 20: the step that matters, the first and the last; of each the best, the worst, the reflecting."""
     rewards = {7: 2.0, 12: -2.0}
     seen = [
-        Seen(100 * step + i, step, rewards.get(i, 0.0), {"wait": 1} if i in (4, 5) else {})
+        LineSummary(100 * step + i, step, rewards.get(i, 0.0), {"wait": 1} if i in (4, 5) else {})
         for step in range(50)
         for i in range(20)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,3 @@ def fingerprint(module: nn.Module) -> str:
         values.append(weight.detach().flatten()[:SAMPLED].bfloat16())
     digest.update(torch.cat(values).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _values_of(part: Any) -> list[Any]:
-    return list(part.values()) if isinstance(part, dict) else [part]

@@ -1,7 +1,7 @@
-"""The charts of the page as plain data: what is drawn; `assets/charts.js` says how.
+"""The charts of the page as JSON values; `assets/charts.js` draws them.
 
-With one run a chart may show several quantities; with several runs it shows one quantity, a line a run. Quantities that
-no run has logged have no chart.
+With one run a chart may show several quantities; with several runs it shows one quantity with a line per run.
+Quantities that no run has logged have no chart.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from vtfast.report.run_folder import Run, number
 from vtfast.utils.files import step_of
 
 POINTS = 4000
-"""Most points of a line; longer ones are averaged over equal stretches of steps."""
+"""Most points of a line; longer ones are averaged over equal intervals of steps."""
 STACKED_POINTS = 150
-"""The same for stacked areas, which are read as a whole."""
+"""The same for stacked areas."""
 
 Chart = dict[str, Any]
 Line = dict[str, Any]
@@ -37,17 +37,17 @@ TRAINING = (
     ("Token accuracy", "%", {"accuracy": "mean_token_accuracy"}),
     ("Learning rate", "", {"learning rate": "learning_rate"}),
 )
-"""(title, unit, {line: name in metrics.jsonl}). A unit of % means a share in [0, 1]."""
+"""(title, unit, {line: key in metrics.jsonl}). Values with the unit % are fractions in [0, 1]."""
 
 
 def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Totals of the benchmarks over the evaluated steps, with the study's result as a dashed mark."""
+    """Benchmark totals over the evaluated steps, with the study's result as a dashed line."""
 
     def totals(run: Run, bench: str) -> tuple[list[int], list[Any]]:
         points = [
-            (step_of(name), scores[bench].get("total"))
+            (step, scores[bench].get("total"))
             for name, scores in run.evaluations.items()
-            if step_of(name) is not None and bench in scores
+            if (step := step_of(name)) is not None and bench in scores
         ]
         return [x for x, _ in points], [y for _, y in points]
 
@@ -74,7 +74,7 @@ def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def length_chart(runs: Sequence[Run], labels: Sequence[str]) -> list[Chart]:
-    """`labels`: what tells the runs apart, such as the parts that they froze."""
+    """Response length over steps. `labels`: a name for each run, such as the parts that it froze."""
     lines = [
         _line(label, *_metric(run, "completions/mean_length"), i)
         for i, (run, label) in enumerate(zip(runs, labels, strict=True))
@@ -95,17 +95,17 @@ def reward_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Of the quantities of TRAINING those that were logged."""
+    """The quantities of TRAINING that were logged."""
     return [chart for title, unit, names in TRAINING for chart in _quantity(runs, title, unit, names)]
 
 
 def is_zero(chart: Chart) -> bool:
-    """Whether there is nothing to look at."""
+    """Whether all values are 0 or unknown."""
     return not any(y for line in chart["lines"] for y in line["y"])
 
 
 def time_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Seconds of a step by phase, stacked, a chart a run; then speed and memory."""
+    """Seconds of a step by phase, stacked, one chart per run; then speed and memory."""
     charts = []
     for run in runs:
         phases = dict.fromkeys(key for row in run.metrics[-1:] for key in row if key.startswith("time/"))
@@ -126,19 +126,21 @@ def time_charts(runs: Sequence[Run]) -> list[Chart]:
     return [*_charts(charts), *speed, *use, *memory]
 
 
-def reflection_charts(runs: Sequence[Run], found: Sequence[Completions]) -> list[Chart]:
+def reflection_charts(runs: Sequence[Run], completions: Sequence[Completions]) -> list[Chart]:
+    """The share of completions with a reflection word over steps; for one run also the frequency of each word."""
     shares = [
-        _line(run.name if len(runs) > 1 else "share", *_columns(completions.shares), i)
-        for i, (run, completions) in enumerate(zip(runs, found, strict=True))
+        _line(run.name if len(runs) > 1 else "share", *_columns(of_run.shares), i)
+        for i, (run, of_run) in enumerate(zip(runs, completions, strict=True))
     ]
     mark = {"y": THRESHOLD, "label": f"threshold {THRESHOLD:.0%}", "colour": None}
     charts = [_chart("Completions with a reflection word", "%", shares, [mark])]
-    if len(runs) == 1 and any(found[0].reflecting.values()):
+    if len(runs) == 1 and any(completions[0].reflecting.values()):
+        (of_run,) = completions
         per_hundred = [
             _line(
                 word,
-                list(found[0].words),
-                [100 * counts[word] / found[0].per_step[step] for step, counts in found[0].words.items()],
+                list(of_run.words),
+                [100 * counts[word] / of_run.per_step[step] for step, counts in of_run.words.items()],
                 i,
             )
             for i, word in enumerate(WORDS)
@@ -149,7 +151,7 @@ def reflection_charts(runs: Sequence[Run], found: Sequence[Completions]) -> list
 
 
 def _quantity(runs: Sequence[Run], title: str, unit: str, names: dict[str, str]) -> list[Chart]:
-    """One chart with a line a name for one run; for several, a chart a name with a line a run."""
+    """For one run, one chart with a line per name; for several, a chart per name with a line per run."""
     if len(runs) == 1:
         lines = [_line(label, *_metric(runs[0], key), i) for i, (label, key) in enumerate(names.items())]
         return _charts([_chart(title, unit, lines)])
@@ -177,13 +179,13 @@ def _chart(title: str, unit: str, lines: Sequence[Line], marks: Sequence[Line] =
 
 
 def _charts(charts: Iterable[Chart]) -> list[Chart]:
-    """Without lines that hold nothing, and without charts that hold no line."""
-    kept = []
+    """Drop lines without values, and charts without lines."""
+    nonempty = []
     for chart in charts:
         lines = [line for line in chart["lines"] if any(y is not None for y in line["y"])]
         if lines:
-            kept.append(chart | {"lines": lines})
-    return kept
+            nonempty.append(chart | {"lines": lines})
+    return nonempty
 
 
 def _mark(bench: str, colour: int | None) -> Line:
@@ -205,7 +207,7 @@ def _line(label: str, x: Sequence[int], y: Sequence[Any], colour: int) -> Line:
 
 
 def _thin(line: Line, size: int) -> Line:
-    """Means over stretches of `size` steps, each at the stretch's first step, with five digits."""
+    """Means over intervals of `size` steps, each at the interval's first step, with five digits."""
     y = line["y"]
     means = [_mean(y[i : i + size]) for i in range(0, len(y), size)]
     rounded = [None if value is None else float(f"{value:.5g}") for value in means]

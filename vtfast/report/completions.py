@@ -1,7 +1,7 @@
-"""completions.jsonl: all of it is counted, a bounded part of it is shown.
+"""completions.jsonl: all completions are counted, a bounded number of them is shown.
 
-The file may hold gigabytes. It is read twice: once to note of every line its step, its reward and its reflection words,
-and once to fetch the lines that were picked.
+The file may hold gigabytes. It is read twice: once for the step, reward and reflection words of every line, and once
+for the lines that were picked.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from vtfast.report.reflection import count_words, first_step
-from vtfast.report.run_folder import JsonLines, is_step, number
+from vtfast.report.run_folder import JsonLinesReader, is_step, number
 
 SHOWN = 2000
-"""Completions in the page, over all runs."""
+"""Most completions on the page, over all runs."""
 PER_STEP = 8
-"""Fewer than this say little about a step: rather than that, steps are left out."""
+"""Fewest completions of a step that is shown; if there are too many steps for that, some are left out."""
 CHARACTERS = 8_000_000
-"""Text of completions in the page, over all runs; longer ones lose their middle."""
+"""Most characters of completions on the page, over all runs; the middle of longer ones is left out."""
 LONGEST = 20_000
-"""Characters of one completion in any case."""
+"""Most characters of one completion."""
+T = TypeVar("T")
 
 
-class Seen(NamedTuple):
-    """What is remembered of a line."""
+class LineSummary(NamedTuple):
+    """What the first reading keeps of a line."""
 
     offset: int
     step: int
@@ -46,11 +47,11 @@ class Completions:
     per_step: dict[int, int] = field(default_factory=dict)
     """step -> number of completions."""
     reflecting: dict[int, int] = field(default_factory=dict)
-    """step -> number of those with a reflection word."""
+    """step -> number of completions with a reflection word."""
     words: dict[int, Counter[str]] = field(default_factory=dict)
     """step -> word -> occurrences."""
     shown: list[dict[str, Any]] = field(default_factory=list)
-    """The picked rows, cleaned, in the file's order."""
+    """The picked rows in the file's order, with the types that the page expects."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -60,33 +61,33 @@ class Completions:
 
 
 def read_completions(folder: Path, limit: int = SHOWN, characters: int = CHARACTERS) -> Completions:
-    """`folder`/completions.jsonl; at most about `limit` of its rows and `characters` of their text are kept."""
-    lines = JsonLines(folder / "completions.jsonl")
-    seen = _since_rewind(_scan(lines))
-    found = Completions(len(seen), notes=lines.notes())
-    for step, of_step in groupby(seen, key=lambda row: row.step):
+    """Read `folder`/completions.jsonl and pick at most about `limit` rows with `characters` of text to show."""
+    lines = JsonLinesReader(folder / "completions.jsonl")
+    summaries = _drop_repeated(_scan(lines))
+    completions = Completions(len(summaries), notes=lines.notes())
+    for step, of_step in groupby(summaries, key=lambda row: row.step):
         rows = list(of_step)
-        found.per_step[step] = len(rows)
-        found.reflecting[step] = sum(bool(row.words) for row in rows)
-        found.words[step] = sum((Counter(row.words) for row in rows), Counter())
-    picked = pick(seen, limit, keep=first_step(found.shares))
+        completions.per_step[step] = len(rows)
+        completions.reflecting[step] = sum(bool(row.words) for row in rows)
+        completions.words[step] = sum((Counter(row.words) for row in rows), Counter())
+    picked = pick(summaries, limit, keep=first_step(completions.shares))
     longest = min(LONGEST, characters // max(1, len(picked)))
     if picked:
         with lines.path.open("rb") as file:
             for row in picked:
                 file.seek(row.offset)
-                found.shown.append(_clean(json.loads(file.readline()), row, longest))
-    return found
+                completions.shown.append(_clean(json.loads(file.readline()), row, longest))
+    return completions
 
 
-def pick(seen: Sequence[Seen], limit: int, keep: int | None = None) -> list[Seen]:
-    """About `limit` rows: of evenly spaced steps each the best, the worst, some with reflection words, some others.
+def pick(summaries: Sequence[LineSummary], limit: int, keep: int | None = None) -> list[LineSummary]:
+    """About `limit` rows of evenly spaced steps: of each the best, the worst, some with reflection words, some others.
 
-    The first and the last step are always among them, and so is the step `keep`.
+    The first step, the last one and `keep` are always among them.
     """
-    if len(seen) <= limit:
-        return list(seen)
-    by_step = {step: list(rows) for step, rows in groupby(seen, key=lambda row: row.step)}
+    if len(summaries) <= limit:
+        return list(summaries)
+    by_step = {step: list(rows) for step, rows in groupby(summaries, key=lambda row: row.step)}
     steps = list(by_step)
     quota = max(PER_STEP, limit // len(steps))
     chosen = {*evenly(steps, max(2, limit // quota)), *([] if keep is None else [keep])}
@@ -94,8 +95,8 @@ def pick(seen: Sequence[Seen], limit: int, keep: int | None = None) -> list[Seen
     return sorted(rows, key=lambda row: row.offset)
 
 
-def evenly(items: Sequence, count: int) -> list:
-    """`count` of the items at even distances, the first and the last among them; all if there are no more."""
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` evenly spaced items, the first and the last included; all items if there are fewer."""
     if len(items) <= count:
         return list(items)
     if count < 2:
@@ -103,7 +104,7 @@ def evenly(items: Sequence, count: int) -> list:
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
 
 
-def _pick_of_step(rows: Sequence[Seen], quota: int) -> list[Seen]:
+def _pick_of_step(rows: Sequence[LineSummary], quota: int) -> list[LineSummary]:
     if len(rows) <= quota:
         return list(rows)
     best, worst = (choose(rows, key=lambda row: row.reward) for choose in (max, min))
@@ -113,35 +114,35 @@ def _pick_of_step(rows: Sequence[Seen], quota: int) -> list[Seen]:
     return [*chosen.values(), *evenly(others, quota - len(chosen))]
 
 
-def _scan(lines: JsonLines) -> Iterable[Seen]:
+def _scan(lines: JsonLinesReader) -> Iterable[LineSummary]:
     size = lines.path.stat().st_size if lines.path.is_file() else 0
     with tqdm(total=size, desc="completions", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for offset, row in lines:
             bar.update(offset - bar.n)
             step, text = row.get("step"), row.get("completion")
             if is_step(step) and isinstance(text, str):
-                yield Seen(offset, step, _rounded(row.get("reward")) or 0.0, count_words(text))
+                yield LineSummary(offset, step, _rounded(row.get("reward")) or 0.0, count_words(text))
             else:
                 lines.bad += 1
 
 
-def _since_rewind(rows: Iterable[Seen]) -> list[Seen]:
-    """A step below the one before means that the run went back: what came from there on is replaced."""
-    kept: list[Seen] = []
+def _drop_repeated(rows: Iterable[LineSummary]) -> list[LineSummary]:
+    """Drop the older rows of a run that went back: a step below the one before replaces all rows from there on."""
+    newest: list[LineSummary] = []
     for row in rows:
-        if kept and row.step < kept[-1].step:
-            while kept and kept[-1].step >= row.step:
-                kept.pop()
-        kept.append(row)
-    return kept
+        if newest and row.step < newest[-1].step:
+            while newest and newest[-1].step >= row.step:
+                newest.pop()
+        newest.append(row)
+    return newest
 
 
-def _clean(row: dict[str, Any], seen: Seen, longest: int) -> dict[str, Any]:
-    """The row's known fields with the types that the page counts on; None where a field is missing."""
+def _clean(row: dict[str, Any], summary: LineSummary, longest: int) -> dict[str, Any]:
+    """The row's known fields with the types that the page expects; None or empty if a field is missing."""
     rewards = row.get("rewards")
     rewards = rewards if isinstance(rewards, dict) else {}
     return {
-        "step": seen.step,
+        "step": summary.step,
         "kind": _text(row.get("kind"), 100),
         "question": _text(row.get("question"), 2000),
         "answer": _text(row.get("answer"), 500),
@@ -151,7 +152,7 @@ def _clean(row: dict[str, Any], seen: Seen, longest: int) -> dict[str, Any]:
         "advantage": _rounded(row.get("advantage")),
         "length": _rounded(row.get("length")),
         "finish_reason": _text(row.get("finish_reason"), 40),
-        "reflects": sum(seen.words.values()),
+        "reflects": sum(summary.words.values()),
     }
 
 
@@ -160,7 +161,7 @@ def _text(value: Any, longest: int) -> str:
 
 
 def _cut(text: str, longest: int) -> str:
-    """Long text without its middle."""
+    """Text without its middle if it is too long."""
     if len(text) <= longest:
         return text
     half = longest // 2
@@ -168,5 +169,5 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _rounded(value: Any) -> float | None:
-    """Six digits of a number are enough to read."""
+    """A number with six digits; None for anything else."""
     return None if number(value) is None else float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""What a person looks at after a run: a table of held-out answers by kind, and a picture of the curves."""
+"""A table of held-out results by kind of question, and curves.png."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # which loads torch; a report needs none
+if TYPE_CHECKING:  # it imports torch, which a report does not need
+    from matplotlib.axes import Axes
+
     from vtfast.evaluate.held_out import HeldOutScores
 
 
 def held_out_table(before: HeldOutScores, after: HeldOutScores) -> str:
-    """Accuracy and format before -> after by kind of question, closed by the two summary lines."""
+    """Accuracy and format before -> after training by kind of question, then two summary lines."""
     lines = [
         f"{'held-out (' + str(after.count) + ')':<16}{'sampled':^31}{'greedy':^31}",
         f"{'':<16}{'accuracy':^15}{'format':^16}{'accuracy':^15}{'format':^16}",
@@ -74,7 +76,7 @@ def draw_curves(folder: Path, before: HeldOutScores | None, after: HeldOutScores
     return path
 
 
-def _held_out_bars(axis, before: HeldOutScores, after: HeldOutScores) -> None:
+def _held_out_bars(axis: Axes, before: HeldOutScores, after: HeldOutScores) -> None:
     kinds = list(after.scores["greedy"])
     bars = [
         ("before, sampled", before, "sampled", "lightsteelblue"),
@@ -82,9 +84,9 @@ def _held_out_bars(axis, before: HeldOutScores, after: HeldOutScores) -> None:
         ("after, sampled", after, "sampled", "navajowhite"),
         ("after, greedy", after, "greedy", "darkorange"),
     ]
-    for i, (label, judged, mode, colour) in enumerate(bars):
-        places = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
-        axis.bar(places, [judged.accuracy(mode, kind) for kind in kinds], 0.2, label=label, color=colour)
+    for i, (label, result, mode, colour) in enumerate(bars):
+        positions = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
+        axis.bar(positions, [result.accuracy(mode, kind) for kind in kinds], 0.2, label=label, color=colour)
     axis.set_xticks(range(len(kinds)), kinds)
     axis.set(title=f"Held-out accuracy ({after.count} questions)", ylim=(0, 1.4))
     axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])

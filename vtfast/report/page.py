@@ -1,7 +1,7 @@
-"""One self-contained page: opened from disk, it needs no server and no network, and it runs no script but its own.
+"""One self-contained HTML page about a run: it needs no server and no network, and runs no script but its own.
 
-What a model wrote is data, never markup. It travels as JSON in which no `<` occurs, the scripts set it as text and not
-as HTML, and a content security policy admits only the page's own script and style, by their hash, and no request.
+Text of a model is never markup. It is embedded as JSON without any `<`, the scripts insert it as text and not as HTML,
+and a content security policy allows only the page's own script and style, by their hash, and no requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from vtfast.report import charts, tables
 from vtfast.report.completions import CHARACTERS, SHOWN, Completions, read_completions
 from vtfast.report.reflection import PATTERN, THRESHOLD, WORDS, first_step, in_words
 from vtfast.report.run_folder import Run, read_runs
-from vtfast.report.without_script import summary
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import write_whole
 
@@ -27,27 +26,27 @@ SCRIPTS = ("elements.js", "charts.js", "tables.js", "browser.js", "page.js")
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page about these run folders to `output` (default: report.html in the first) and return its path.
+    """Write a page about these run folders to `output` (default: report.html in the first) and return its path.
 
-    The file appears whole or not at all. Raises UserError for a folder that is no run and an `output` that cannot be
-    written.
+    The file is written whole or not at all. Raises UserError for a folder that is not a run folder and an `output` that
+    cannot be written.
     """
     paths = [Path(folder) for folder in folders]
     path = Path(output) if output is not None else paths[0] / "report.html"
     if output is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"--output {path}: not a file in an existing folder; name one")
+        raise UserError(f"--output {path}: is not a file in an existing folder; name one")
     share = len(paths)
     try:
         runs = read_runs(paths)
-        found = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
-        write_whole(path, render(content(runs, found), summary(runs)))
+        completions = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
+        write_whole(path, render(content(runs, completions)))
     except OSError as error:  # permissions, a full disk
         raise UserError(f"{error.filename or path}: {error.strerror}; no report was written") from error
     return path
 
 
-def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]:
-    """Everything that the page shows, as plain data."""
+def content(runs: Sequence[Run], completions: Sequence[Completions]) -> dict[str, Any]:
+    """Everything that the page shows, as JSON values."""
     several = len(runs) > 1
     freezing = [tables.frozen(run) for run in runs]
     by_freezing = several and len(set(freezing)) == len(runs)
@@ -62,9 +61,9 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
                 "status": run.status,
                 "model": str(run.config.get("model", "")),
                 "data": str(run.config.get("data", "")),
-                "notes": [*run.notes, *(completions.notes if run.config.get("num_generations") else [])],
+                "notes": [*run.notes, *(of_run.notes if run.config.get("num_generations") else [])],
             }
-            for run, completions in zip(runs, found, strict=True)
+            for run, of_run in zip(runs, completions, strict=True)
         ],
         "overview": tables.overview(runs),
         "held_out": tables.held_out(runs),
@@ -79,43 +78,42 @@ def content(runs: Sequence[Run], found: Sequence[Completions]) -> dict[str, Any]
         "evaluated": evaluated,
         "paper_tables": [tables.table_3(runs), tables.table_5(runs)],
         "reflection": {
-            "charts": charts.reflection_charts(runs, found),
+            "charts": charts.reflection_charts(runs, completions),
             "words": list(WORDS),
             "pattern": PATTERN,
             "threshold": THRESHOLD,
             "dated": [
-                {"run": run.name, "text": in_words(completions.shares), "step": first_step(completions.shares)}
-                for run, completions in zip(runs, found, strict=True)
+                {"run": run.name, "text": in_words(of_run.shares), "step": first_step(of_run.shares)}
+                for run, of_run in zip(runs, completions, strict=True)
             ],
         },
         "completions": {
-            "total": sum(completions.total for completions in found),
-            "rows": [row | {"run": number} for number, completions in enumerate(found) for row in completions.shown],
+            "total": sum(of_run.total for of_run in completions),
+            "rows": [row | {"run": number} for number, of_run in enumerate(completions) for row in of_run.shown],
         },
     }
 
 
-def render(data: dict[str, Any], without_script: str) -> str:
-    """The HTML file. `without_script`: HTML that stands for the rest where scripts are not allowed."""
+def render(data: dict[str, Any]) -> str:
+    """The HTML file."""
     assets = files("vtfast.report") / "assets"
     style = (assets / "style.css").read_text("utf-8")
     script = "\n".join((assets / name).read_text("utf-8") for name in SCRIPTS)
-    # string.Template replaces all slots in one pass, so that nothing in the data is taken for a slot.
+    # string.Template replaces all placeholders in one pass, so that none in the data is replaced.
     return Template((assets / "page.html").read_text("utf-8")).substitute(
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
         style=style,
-        without_script=without_script,
         data=embed(data),
         script=script,
     )
 
 
 def embed(data: Any) -> str:
-    """JSON that can stand inside a script element: no character in it can end the element or open a comment."""
+    """JSON for a script element: no character in it can end the element or open a comment."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates have no UTF-8
+    return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
 
 
 def _hash(text: str) -> str:

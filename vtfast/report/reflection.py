@@ -1,8 +1,8 @@
-"""Words with which a model turns back on what it has just said, and the step at which they appear.
+"""Reflection words, with which a model questions what it has just written, and the step at which they appear.
 
-The words are those that the study counted (aha, check, possibl, verify, wait, yet) and two more of the same kind. Each
-is matched as a whole word in any case, so `checkered` and `waiter` do not count. A word is a sign and not a proof: the
-page highlights them so that a person can judge.
+The words are those that the study counted (aha, check, possibl, verify, wait, yet) and two similar ones. They are
+matched as whole words in any case, so `checkered` and `waiter` do not count. A word does not prove reflection: the page
+highlights it so that a person can judge.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WORDS = {
     "wait": ("wait", r"wait"),
     "yet": ("yet", r"yet"),
 }
-"""name -> (letters that every match has, pattern). Patterns mean the same in Python and in JavaScript."""
+"""name -> (substring of every match, pattern). Patterns mean the same in Python and in JavaScript."""
 PATTERN = rf"\b(?:{'|'.join(pattern for _, pattern in WORDS.values())})\b"
-"""Any of them; the page highlights with it."""
+"""Matches any of the words; the page highlights matches."""
 THRESHOLD = 0.10
-"""Share of a step's completions with a reflection word from which on reflection counts as seen."""
+"""Reflection counts as seen from this share of a step's completions with a reflection word."""
 
 _PATTERNS = {name: (letters, re.compile(rf"\b{pattern}\b", re.ASCII)) for name, (letters, pattern) in WORDS.items()}
 
@@ -32,12 +32,12 @@ _PATTERNS = {name: (letters, re.compile(rf"\b{pattern}\b", re.ASCII)) for name, 
 def count_words(text: str) -> dict[str, int]:
     """How often each word occurs in a completion; words that do not occur are left out."""
     text = text.lower()
-    found = {}
+    counts = {}
     for name, (letters, pattern) in _PATTERNS.items():
-        # The search for bare letters is many times faster than the pattern, and mostly finds nothing.
+        # Searching the substring is many times faster than the pattern, and mostly finds nothing.
         if letters in text and (times := len(pattern.findall(text))):
-            found[name] = times
-    return found
+            counts[name] = times
+    return counts
 
 
 def first_step(shares: Mapping[int, float]) -> int | None:
@@ -46,9 +46,9 @@ def first_step(shares: Mapping[int, float]) -> int | None:
 
 
 def in_words(shares: Mapping[int, float]) -> str:
-    """When reflection was first seen, as a sentence. `shares`: by step, of completions with a reflection word."""
+    """A sentence on when reflection was first seen. `shares`: step -> share of completions with a reflection word."""
     if not shares:
-        return "No completions, so no reflection words to date."
+        return "No completions, so no reflection words to look for."
     step = first_step(shares)
     if step is None:
         top = max(shares, key=lambda step: shares[step])

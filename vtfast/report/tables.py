@@ -1,4 +1,4 @@
-"""The tables of the page as plain data: a caption, headings, rows of text. An unknown value is an empty cell."""
+"""The tables of the page as JSON values: a caption, headings, rows of text. An unknown value is an empty cell."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vtfast.utils.files import step_of
 Table = dict[str, Any]
 
 LAST = 10
-"""Steps at a run's end whose mean is its result."""
+"""Number of last steps over which a run's result is averaged."""
 FROZEN = {"vision": "vision encoder", "language": "language model", "merger": "merger", "embeddings": "embeddings"}
 
 
 def overview(runs: Sequence[Run]) -> Table:
-    """What came of each run: means over its last steps."""
+    """The result of each run: means over its last steps."""
     rows = []
     for run in runs:
         rows.append(
@@ -35,7 +35,7 @@ def overview(runs: Sequence[Run]) -> Table:
                 ],
             }
         )
-    columns = ["reward", "accuracy", "format", "tokens/answer", "KL", "tokens/s", "time trained"]
+    columns = ["reward", "accuracy", "format", "tokens/completion", "KL", "tokens/s", "time trained"]
     return {
         "caption": "At the end of training",
         "note": f"On training questions, means over the last {LAST} steps.",
@@ -45,7 +45,7 @@ def overview(runs: Sequence[Run]) -> Table:
 
 
 def held_out(runs: Sequence[Run]) -> list[Table]:
-    """Before and after training, by kind of question; a table a run that has them."""
+    """Results before and after training by kind of question: one table per run that has them."""
     tables = []
     for run in runs:
         if run.held_out is None:
@@ -72,7 +72,7 @@ def held_out(runs: Sequence[Run]) -> list[Table]:
 
 
 def differing_settings(runs: Sequence[Run]) -> Table:
-    """The settings in which the runs differ, but for where they were written."""
+    """The settings in which the runs differ, except the output folder."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key != "output_dir")
     texts = {key: [_text(run.config[key]) if key in run.config else "" for run in runs] for key in keys}
     return {
@@ -83,24 +83,14 @@ def differing_settings(runs: Sequence[Run]) -> Table:
     }
 
 
-def last_step(run: Run) -> Table:
-    """Every number of the newest step."""
-    row = run.metrics[-1]
-    known = {key: value for key, value in row.items() if key != "step" and value is not None}
-    return {
-        "caption": f"Step {row['step']:,}",
-        "columns": ["value"],
-        "rows": [{"label": key, "cells": [f"{value:.5g}"]} for key, value in known.items()],
-    }
-
-
 def settings(run: Run) -> Table:
+    """All settings of a run."""
     rows = [{"label": key, "cells": [_text(value)]} for key, value in run.config.items()]
     return {"caption": run.name, "columns": ["value"], "rows": rows}
 
 
 def table_3(runs: Sequence[Run]) -> Table:
-    """The study's main results, and below them the newest evaluation of each run; of a lone run also the first."""
+    """The study's main results, and below them the newest evaluation of each run; for a single run also the first."""
     rows = [_paper_row(name, cells) for name, cells in paper.TABLE_3.items()]
     for run in runs:
         first = list(run.evaluations)[:1] if len(runs) == 1 else []
@@ -117,7 +107,7 @@ def table_3(runs: Sequence[Run]) -> Table:
 
 
 def table_5(runs: Sequence[Run]) -> Table:
-    """Frozen parts: the study's, and below them the newest evaluation of each run."""
+    """The study's results by frozen parts, and below them the newest evaluation of each run."""
     rows = [_paper_row(name, cells) for name, cells in paper.TABLE_5.items()]
     for run in runs:
         label = f"{frozen(run)}: {run.name}"
@@ -134,7 +124,7 @@ def table_5(runs: Sequence[Run]) -> Table:
 
 
 def frozen(run: Run) -> str:
-    """The freezing setting in words."""
+    """The `freeze` setting in words."""
     parts = run.config.get("freeze") or []
     parts = parts if isinstance(parts, list) else [parts]
     names = [FROZEN.get(str(part), str(part)) for part in parts]
@@ -158,13 +148,13 @@ def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[
 
 
 def _newest(run: Run) -> list[str]:
-    """The evaluation of the latest step; if no folder names a step, the last by name. At most one."""
+    """The name of the latest step's evaluation, or of the last by name if no folder names a step. At most one."""
     names = list(run.evaluations)
     return ([name for name in names if step_of(name) is not None] or names)[-1:]
 
 
 def _accuracy(score: dict[str, Any] | None, task: str | None) -> str:
-    """Per cent with the study's two decimals. Task names are compared without regard to spaces and underscores."""
+    """Accuracy in % with two decimals, as the study prints it. Spaces and underscores in task names are equal."""
     if score is None:
         return ""
     if task is None:
@@ -173,7 +163,8 @@ def _accuracy(score: dict[str, Any] | None, task: str | None) -> str:
         by_task = score.get("by_task")
         by_task = by_task if isinstance(by_task, dict) else {}
         value = {str(key).replace(" ", "_"): share for key, share in by_task.items()}.get(task)
-    return "" if number(value) is None else f"{100 * value:.2f}"
+    share = number(value)
+    return "" if share is None else f"{100 * share:.2f}"
 
 
 def _at_the_end(run: Run, key: str, form: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ log = logging.getLogger("vtfast")
 
 
 MEASURED = ("time/", "rollout/", "roofline/", "tokens_per_second", "mfu", "memory_gb", "resident_gb", "open_files")
-"""Beginnings of the metrics that a clock or the machine decides: two equal runs differ in these alone."""
+"""Prefixes of the metrics that depend on a clock or the machine; two equal runs differ in these alone."""
 
 
 class Tracker:
     """Writes each step's metrics and completions into the run folder and to the trackers of `--report_to`."""
 
     def __init__(self, config: RunConfig, folder: Path, done: int = 0, ids: Mapping[str, str] | None = None) -> None:
-        """`done`: steps behind which a resumed run goes on. `ids`: by tracker, those under which it was known."""
+        """
+        Args:
+            folder: the run's.
+            done: optimizer steps that a resumed run has done.
+            ids: the resumed run's ids, by tracker.
+        """
         self.problem: str | None = None
         """Why the newest rows are not on the disk."""
-        self.metrics_file = Rows(folder / "metrics.jsonl")
-        self.completions_file = Rows(folder / "completions.jsonl")
+        self.metrics_file = JsonLinesWriter(folder / "metrics.jsonl")
+        self.completions_file = JsonLinesWriter(folder / "completions.jsonl")
         known = ids or {}
         self.sinks = {
             name: _open_sink(name, config, folder, done, known.get(name)) for name in config.report_to if name != "none"
@@ -38,65 +44,66 @@ class Tracker:
 
     @property
     def ids(self) -> dict[str, str]:
-        """By which a resumed run finds its curves again."""
+        """Ids by tracker, under which a resumed run continues its curves."""
         return {name: sink.id for name, sink in self.sinks.items() if sink.id}
 
     def flush(self) -> None:
-        """Have the disk hold all rows so far. Raises OSError when it cannot."""
+        """Flush all rows to the disk. Raises OSError if some are not written yet."""
         if self.problem:
             raise OSError(self.problem)
         for file in (self.metrics_file, self.completions_file):
             file.flush()
 
     def log(self, step: int, metrics: Mapping[str, float | None], completions: Sequence[Mapping[str, Any]]) -> None:
-        """Numbers that are not finite or not known are written as null. What the disk does not take now is kept for the
-        next call, and `problem` says so."""
+        """Write the rows of a step; numbers that are not finite are written as null. Rows that the disk refuses are
+        written by the next call, and `problem` is set."""
         finite = {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
-        self.problem = None
-        for file, rows in ((self.metrics_file, [finite]), (self.completions_file, completions)):
-            try:
-                file.write(rows)
-            except OSError as error:
-                self.problem = f"{file.path}: cannot be written: {error.strerror}"
+        problems = (self.metrics_file.write([finite]), self.completions_file.write(completions))
+        self.problem = next(filter(None, reversed(problems)), None)
+        known = {key: value for key, value in finite.items() if value is not None}
         for name, sink in list(self.sinks.items()):
-            try:
-                sink.log(step, {key: value for key, value in finite.items() if value is not None})
-            except OSError as error:  # its curves are a copy: metrics.jsonl has them
-                log.warning("step %d: --report_to %s ends here (%s)", step, name, error)
-                del self.sinks[name]
+            self._send(name, functools.partial(sink.log, step, known))
 
     def close(self) -> None:
+        """Write the rows that are left and close all files and trackers."""
         for file in (self.metrics_file, self.completions_file):
             file.close()
-        for name, sink in self.sinks.items():
-            try:
-                sink.close()
-            except OSError as error:
-                log.warning("--report_to %s: its last steps are lost (%s)", name, error)
+        for name, sink in list(self.sinks.items()):
+            self._send(name, sink.close)
+
+    def _send(self, name: str, send: Callable[[], None]) -> None:
+        """Call a tracker; one that fails is dropped, as metrics.jsonl holds the same numbers."""
+        try:
+            send()
+        except OSError as error:
+            log.warning("--report_to %s: its curves end here (%s); metrics.jsonl has all steps", name, error)
+            del self.sinks[name]
 
 
-class Rows:
-    """A file that rows are added to. What the disk does not take is kept, in its order, for the next time: Python's own
-    buffers forget it."""
+class JsonLinesWriter:
+    """A file that rows are appended to. Rows that the disk refuses are kept in order and written later; Python's own
+    buffers lose them."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.left = path, b""
+        self.path, self.unwritten = path, b""
         self.file = path.open("ab", buffering=0)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Raises OSError when the disk does not take all that there is."""
-        self.left += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        while self.left:
-            self.left = self.left[self.file.write(self.left) :]
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Append rows -> why the disk refused some of them; None if all are written."""
+        self.unwritten += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            return f"{self.path}: cannot be written: {error.strerror}"
+        return None
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        try:
-            self.write([])
-        except OSError as error:
-            log.warning("%s: the rows of its last steps are lost (%s)", self.path, error.strerror)
+        if problem := self.write([]):
+            log.warning("%s; the rows of its last steps are lost", problem)
         self.file.close()
 
 
@@ -106,10 +113,10 @@ class _TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = done + 1 if done else None  # points from there on are of steps that are done anew
+        purge = done + 1 if done else None  # a resumed run repeats the steps from there on
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
-    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, step)
 
@@ -118,17 +125,17 @@ class _TensorBoard:
 
 
 class _WandbLike:
-    """Weights & Biases, and trackio, which has the same calls."""
+    """Weights & Biases, and trackio, which has the same functions."""
 
     def __init__(self, name: str, config: RunConfig, folder: Path, id: str | None) -> None:
         self.module = importlib.import_module(name)
-        known = {}
-        if id is not None:  # trackio knows runs by their names
-            known = {"resume": "allow", **({"id": id} if name == "wandb" else {})}
-        run = self.module.init(project="vtfast", name=folder.name, config=config.model_dump(), **known)
+        resume = {}
+        if id is not None:  # trackio identifies a run by its name alone
+            resume = {"resume": "allow", **({"id": id} if name == "wandb" else {})}
+        run = self.module.init(project="vtfast", name=folder.name, config=config.model_dump(), **resume)
         self.id = str(getattr(run, "id", None) or folder.name)
 
-    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.module.log(dict(metrics), step=step)
 
     def close(self) -> None:
@@ -136,7 +143,7 @@ class _WandbLike:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker that is not installed; called before anything is loaded."""
+    """Raises UserError for a tracker that is not installed."""
     for name in names:
         if name in ("wandb", "trackio") and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name}: not installed (pip install {name})")

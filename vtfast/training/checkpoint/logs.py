@@ -1,14 +1,16 @@
-"""A run's logs after a resume: as if the run had never gone beyond the step that it goes on from.
+"""A run's logs after a resume: as if the run had stopped at the checkpoint that it resumes from.
 
-Nothing is deleted: what is later than that step goes to RUN/superseded-K.
+Nothing is deleted: rows and files of later steps are moved to RUN/superseded-K.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vtfast.training.checkpoint.save import checkpoints
@@ -18,10 +20,10 @@ from vtfast.utils.files import flush, write_whole, written_whole
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl", "nonfinite.jsonl")
 LISTS = LOGS[2:]
-"""Those that nobody holds open."""
+"""Logs that are opened anew for each row."""
 SUPERSEDED = "superseded-"
 COMPLETED = "completed.json"
-"""Written last: the run has been judged and reported."""
+"""Written last: the run has been evaluated and its report written."""
 
 
 def mark_completed(run: Path, step: int) -> None:
@@ -29,18 +31,18 @@ def mark_completed(run: Path, step: int) -> None:
 
 
 def completed_step(run: Path) -> int:
-    """The last step of a run that has been judged and reported; 0 for one that has not."""
+    """The last step of a run that is complete, evaluation and report included; 0 for any other run."""
     try:
         return int(json.loads((run / COMPLETED).read_text(encoding="utf-8"))["step"])
     except FileNotFoundError:
         return 0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: cannot be read (%s); the run is judged again", run / COMPLETED, error)
+        log.warning("%s: cannot be read (%s); the run is evaluated again", run / COMPLETED, error)
         return 0
 
 
 def flush_lists(run: Path) -> None:
-    """Have the disk hold all rows of the lists so far, and the names of all logs."""
+    """Flush all rows of the lists, and the names of all logs, to the disk."""
     for path in (run / name for name in LISTS):
         if path.exists():
             flush(path)
@@ -48,40 +50,37 @@ def flush_lists(run: Path) -> None:
 
 
 def cut_back(run: Path, step: int) -> None:
-    """Move rows of later steps than `step`, lines that are none, later checkpoints and what was made of them to
-    RUN/superseded-K. A line that a kill has torn goes there too."""
-    aside = _Aside(run)
+    """Move to RUN/superseded-K: rows of steps after `step`, lines that are not rows (a kill may cut one off), later
+    checkpoints and their evaluations."""
+    superseded = _Superseded(run)
     for name in LOGS:
-        if not _all_belong(run / name, step):
-            _copy(run / name, aside.folder() / name, lambda line: not _belongs(line, step))
-            _copy(run / name, run / name, lambda line: _belongs(line, step))
-    for number, folder in checkpoints(run / "checkpoints"):
+        if not _all_up_to(run / name, step):
+            _copy(run / name, superseded.folder() / name, lambda line: not _is_up_to(line, step))
+            _copy(run / name, run / name, lambda line: _is_up_to(line, step))
+    for number, folder in [*checkpoints(run / "checkpoints"), *checkpoints(run / "evaluations")]:
         if number > step:
-            aside.take(folder)
-    evaluations = run / "evaluations"
-    for _, folder in [entry for entry in checkpoints(evaluations) if entry[0] > step]:
-        aside.take(folder)
+            superseded.move(folder)
     if completed_step(run) > step:
-        aside.take(run / COMPLETED)
-    _clear(run)
-    if aside.taken:
-        log.info("what came after step %d is in %s now", step, aside.taken)
+        superseded.move(run / COMPLETED)
+    _remove_leftovers(run)
+    if superseded.path:
+        log.info("everything after step %d has been moved to %s", step, superseded.path)
 
 
 def set_aside(run: Path) -> None:
-    """Move all of a run folder to RUN/superseded-K: the run starts from the beginning.
+    """Move everything in a run folder to RUN/superseded-K: the run starts from the beginning.
 
-    config.yaml goes last: as long as it is there, a start that is killed here can be made again."""
-    _clear(run)
-    aside = _Aside(run)
+    config.yaml is moved last: as long as it is there, a start that is killed in between can be repeated."""
+    _remove_leftovers(run)
+    superseded = _Superseded(run)
     for path in sorted(run.iterdir(), key=lambda path: (path.name == "config.yaml", path.name)):
         if not path.name.startswith(SUPERSEDED):
-            aside.take(path)
-    log.info("what was there is in %s now", aside.taken)
+            superseded.move(path)
+    log.info("the files of the earlier start have been moved to %s", superseded.path)
 
 
-def _clear(run: Path) -> None:
-    """Delete what a start that was killed has left half done: a save, a removal, a cut, a stop."""
+def _remove_leftovers(run: Path) -> None:
+    """Delete what a killed process has left behind: a half-written checkpoint, copy or log, a stop request."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
     partial = (*run.glob(".*.partial"), *run.glob(f"{SUPERSEDED}*/.*.partial"))
@@ -93,50 +92,55 @@ def _clear(run: Path) -> None:
 
 
 def copy_logs(source: Path, run: Path, step: int) -> None:
-    """The rows up to `step` of another run, which this one goes on from."""
+    """Copy the rows up to `step` of another run, of which this one is a fork."""
     for name in LOGS:
         if (source / name).exists():
-            _copy(source / name, run / name, lambda line: _belongs(line, step))
+            _copy(source / name, run / name, lambda line: _is_up_to(line, step))
 
 
-def _copy(source: Path, to: Path, wanted: Callable[[bytes], bool]) -> None:
-    """The wanted lines of `source`, in place of `to` at once. Logs may be larger than memory."""
+def make_first_free(folders: Iterable[Path]) -> Path:
+    """Make the first of these folders that does not exist yet."""
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("every folder exists")
+
+
+def _copy(source: Path, to: Path, keep: Callable[[bytes], bool]) -> None:
+    """Replace `to` by the lines of `source` that `keep` accepts. Logs may be larger than memory."""
     with source.open("rb") as lines, written_whole(to) as file:
-        file.writelines(line for line in lines if wanted(line))
+        file.writelines(line for line in lines if keep(line))
 
 
-def _all_belong(path: Path, step: int) -> bool:
+def _all_up_to(path: Path, step: int) -> bool:
     if not path.exists():
         return True
     with path.open("rb") as file:
-        return all(_belongs(line, step) for line in file)
+        return all(_is_up_to(line, step) for line in file)
 
 
-def _belongs(line: bytes, step: int) -> bool:
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether a line is a whole row of `step` or a step before."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
 
 
-class _Aside:
-    """RUN/superseded-K with the next free K, made when there is something for it."""
+class _Superseded:
+    """RUN/superseded-K with the next free K; the folder is made when something is moved there."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self.taken: Path | None = None
+        self.path: Path | None = None
 
     def folder(self) -> Path:
-        number = 1
-        while self.taken is None:
-            try:
-                (self.run / f"{SUPERSEDED}{number}").mkdir()
-                self.taken = self.run / f"{SUPERSEDED}{number}"
-            except FileExistsError:
-                number += 1
-        return self.taken
+        if self.path is None:
+            self.path = make_first_free(self.run / f"{SUPERSEDED}{number}" for number in itertools.count(1))
+        return self.path
 
-    def take(self, path: Path) -> None:
-        into = self.folder() / path.relative_to(self.run)
-        into.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(into)
+    def move(self, path: Path) -> None:
+        target = self.folder() / path.relative_to(self.run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)

@@ -1,8 +1,8 @@
-"""ZeRO-2's share of a rank, weight by weight: fp32 masters and AdamW's moments, written by name and place.
+"""A rank's partition of ZeRO-2, weight by weight: fp32 master weights and AdamW's moments, stored by name and offset.
 
-ZeRO lays all trained weights behind each other and gives every rank a stretch of that. Where a weight's piece lies in
-the rank's stretch is in `param._hp_mapping`, which DeepSpeed's universal checkpoints are made of, too. A file that
-names weights and places does not depend on the number of ranks.
+ZeRO concatenates all trained weights and gives every rank one slice. `param._hp_mapping` says where a weight's piece
+lies in the rank's slice; DeepSpeed's universal checkpoints are made of it, too. A file with names and offsets does not
+depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Fragment:
     start: int
     """First value of the piece in the flattened weight."""
     tensors: dict[str, Tensor]
-    """Views of the piece [values], fp32, by what they hold: `fp32`, `exp_avg`, `exp_avg_sq`."""
+    """Views of the piece [values], fp32, by content: `fp32` (master weights), `exp_avg`, `exp_avg_sq`."""
 
     @property
     def stop(self) -> int:
@@ -41,7 +41,9 @@ class Fragment:
 
 
 def fragments(module: nn.Module, zero: Any) -> Iterator[Fragment]:
-    """`zero`: `engine.optimizer` of DeepSpeed. Weights that are frozen, or other ranks' business, have no fragment."""
+    """The fragments of this rank; weights that are frozen or belong to other ranks have none.
+
+    `zero`: `engine.optimizer` of DeepSpeed."""
     for name, weight in module.named_parameters():
         mapping = getattr(weight, "_hp_mapping", None)
         if mapping is None:
@@ -49,13 +51,13 @@ def fragments(module: nn.Module, zero: Any) -> Iterator[Fragment]:
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         state = zero.optimizer.state.get(flat, {})
         whole = {MASTER: flat.detach()} | {key: value for key, value in state.items() if _is_moment(value, flat)}
-        place = mapping.get_hp_fragment_address()
-        tensors = {key: value.narrow(0, place.start, place.numel) for key, value in whole.items()}
+        address = mapping.get_hp_fragment_address()
+        tensors = {key: value.narrow(0, address.start, address.numel) for key, value in whole.items()}
         yield Fragment(name, tuple(weight.shape), mapping.lp_fragment_address.start, tensors)
 
 
 def scalars(zero: Any) -> list[dict[str, float]]:
-    """For each parameter group the state that is one number: AdamW's `step`. Empty before the first step."""
+    """For each parameter group the optimizer state that is one number: AdamW's `step`. Empty before the first step."""
     return [
         {key: float(value) for key, value in zero.optimizer.state.get(flat, {}).items() if not _is_moment(value, flat)}
         for flat in zero.single_partition_of_fp32_groups
@@ -71,31 +73,32 @@ def to_tensors(pieces: list[Fragment]) -> tuple[dict[str, Tensor], dict[str, str
 
 @torch.no_grad()
 def restore_optimizer(module: nn.Module, zero: Any, folder: Path, numbers: Sequence[Mapping[str, float]]) -> None:
-    """Fill this rank's masters and moments from the files of all ranks that wrote `folder`, then the weights of all
-    ranks from the masters. Collective. `numbers`: what `scalars` said.
+    """Restore this rank's master weights and moments from the files in `folder`, whatever number of ranks wrote them,
+    then the model's weights from the master weights. Collective.
 
-    Raises UserError where the files do not hold exactly the weights that are trained here."""
+    Args:
+        numbers: what `scalars` returned when the checkpoint was written.
+
+    Raises UserError unless the files hold exactly the weights that are trained now."""
     if len(numbers) != len(zero.single_partition_of_fp32_groups):
-        raise UserError(f"{folder}: has {len(numbers)} groups of weights, and training has another number")
+        raise UserError(f"{folder}: has {len(numbers)} groups of weights, and this run has another number")
     with ExitStack() as stack:
-        saved = _Saved(folder, stack)
-        _make_state(zero, saved.keys, numbers)
-        names = set()
+        saved = _RankFiles(folder, stack)
+        _create_state(zero, saved.keys, numbers)
         for piece in fragments(module, zero):
-            names.add(piece.name)
-            for key, into in piece.tensors.items():
-                saved.read(key, piece, into)
+            for key, values in piece.tensors.items():
+                saved.read(key, piece, values)
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     if surplus := sorted(set(saved.shapes) - trained):
         raise UserError(
-            f"{folder.parent}: {surplus[0]} was trained there and is not trained here; --freeze and --use_peft"
-            " cannot change in a resumed run"
+            f"{folder.parent}: {surplus[0]} was trained and is not trained now; --freeze and --use_peft cannot"
+            " change in a resumed run"
         )
     zero.update_lp_params()
 
 
-def _make_state(zero: Any, keys: set[str], numbers: Sequence[Mapping[str, float]]) -> None:
-    """The state that AdamW would make at its first step, in its own types, to be filled."""
+def _create_state(zero: Any, keys: set[str], numbers: Sequence[Mapping[str, float]]) -> None:
+    """Create the state that AdamW creates at its first step, with zeros for the moments."""
     for flat, values in zip(zero.single_partition_of_fp32_groups, numbers, strict=True):
         moments = {key: torch.zeros_like(flat) for key in keys - {MASTER}}
         if moments or values:
@@ -107,8 +110,8 @@ def _is_moment(value: Any, flat: Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == flat.shape
 
 
-class _Saved:
-    """The pieces in the files of all ranks."""
+class _RankFiles:
+    """The files of all ranks, and which piece of which weight each holds."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -124,18 +127,18 @@ class _Saved:
                     self.shapes[name] = tuple(map(int, place["shape"]))
                     self.pieces.setdefault(name, []).append((int(place["start"]), file))
             except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{path}: is no part of an optimizer ({error!r})") from None
+                raise UserError(f"{path}: is not a file of optimizer state ({error!r})") from None
             self.keys |= {key.split("/")[0] for key in file.keys() if "/" in key}  # noqa: SIM118
 
-    def read(self, key: str, piece: Fragment, into: Tensor) -> None:
-        """`into` [values] := `key` of the piece, from whichever files hold parts of it."""
+    def read(self, key: str, piece: Fragment, out: Tensor) -> None:
+        """Copy `key` of the piece into `out` [values], from all files that hold parts of it."""
         where = f"{self.folder.parent}: {piece.name}"
         if self.shapes.get(piece.name) != piece.shape:
             raise UserError(
-                f"{where}: is {self.shapes.get(piece.name, 'not trained')} there and {piece.shape} here;"
+                f"{where}: is {self.shapes.get(piece.name, 'not trained')} in the checkpoint and {piece.shape} now;"
                 " --model, --freeze and --use_peft cannot change in a resumed run"
             )
-        found = 0
+        num_read = 0
         for start, file in self.pieces[piece.name]:
             try:
                 source = file.get_slice(f"{key}/{piece.name}")
@@ -143,7 +146,7 @@ class _Saved:
                 raise UserError(f"{where}: {error}") from None
             first, last = max(piece.start, start), min(piece.stop, start + source.get_shape()[0])
             if first < last:
-                into[first - piece.start : last - piece.start] = source[first - start : last - start].to(into.device)
-                found += last - first
-        if found != len(into):
-            raise UserError(f"{where}: {key} has {found} of {len(into)} values")
+                out[first - piece.start : last - piece.start] = source[first - start : last - start].to(out.device)
+                num_read += last - first
+        if num_read != len(out):
+            raise UserError(f"{where}: {key} has {num_read} of {len(out)} values")

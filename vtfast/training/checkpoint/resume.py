@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import yaml
 from safetensors import safe_open
 
 from vtfast.config import RunConfig
@@ -21,8 +20,9 @@ from vtfast.training.checkpoint.find import Checkpoint
 from vtfast.training.checkpoint.optimizer import restore_optimizer, scalars
 from vtfast.training.checkpoint.rng import set_rng_state
 from vtfast.training.checkpoint.run_folder import settings
-from vtfast.training.checkpoint.state import COUNTERS, State, code_versions
+from vtfast.training.checkpoint.state import FORMAT, Counters, State, code_versions
 from vtfast.utils.errors import UserError
+from vtfast.utils.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -106,7 +106,7 @@ def restore(
                 set_rng_state({name: file.get_tensor(name) for name in names})
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{checkpoint.folder}: what it carries is not this version's ({error!r}); name another one"
+            f"{checkpoint.folder}: was written by another version of vtfast ({error!r}); name another one"
         ) from error
 
 
@@ -135,11 +135,17 @@ def snapshot(
         base=identity.base_fingerprint,
         schedule=engine.lr_scheduler.state_dict(),
         optimizer=scalars(engine.optimizer),
-        counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        before=asdict(before) if before else None,
+        counters=Counters(
+            global_steps=int(engine.global_steps),
+            global_samples=int(engine.global_samples),
+            micro_steps=int(engine.micro_steps),
+            skipped_steps=int(engine.skipped_steps),
+        ),
+        before={"scores": before.scores, "count": before.count} if before else None,
         trackers=trackers,
         carried={name: part.state_dict() for name, part in parts.items()},
         code=code_versions(),
+        format=FORMAT,
     )
 
 
@@ -163,12 +169,11 @@ def _restore_schedule(engine: DeepSpeedEngine, state: State) -> None:
 
     The rates are computed anew: the learning rate may have been changed for the rest of the run."""
     schedule = engine.lr_scheduler
-    position = {key: state.schedule[key] for key in ("last_epoch", "_step_count")}
-    schedule.load_state_dict(schedule.state_dict() | position)
+    schedule.load_state_dict(schedule.state_dict() | state.schedule)
     for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * rate(schedule.last_epoch)
-    for name in COUNTERS:
-        setattr(engine, name, state.counters[name])
+    for name, count in state.counters.items():
+        setattr(engine, name, count)
 
 
 def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConfig, num_ranks: int) -> None:
@@ -176,18 +181,18 @@ def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConf
     state, where = checkpoint.state, checkpoint.folder
     if state.method != identity.method:
         raise UserError(
-            f"{where}: is of a run of {state.method}, and this is one of {identity.method}; its weights"
-            " start a new run with --model"
+            f"{where}: is a checkpoint of {state.method}, and this run is {identity.method}; name it with --model to"
+            " start a new run from its weights"
         )
     if state.base != identity.base_fingerprint:
         raise UserError(
-            f"--model {config.model}: is not the model that the run of {where} began with; resuming needs it"
-            " (its weights are what the KL and frozen parts go by)"
+            f"--model {config.model}: is not the model that the run of {where} started from; resuming needs it (for the"
+            " KL's reference policy and frozen weights)"
         )
     _check_settings(checkpoint, config)
     if state.samples_digest != identity.samples_digest:
         log.warning(
-            "%s: the training samples are others than those of %s (%d, were %d)",
+            "%s: the training samples differ from those of %s (%d, were %d)",
             config.data,
             where.name,
             identity.num_samples,
@@ -195,8 +200,8 @@ def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConf
         )
     if state.prompts_per_step != identity.prompts_per_step:
         log.warning(
-            "%d prompts a step on %d rank(s), were %d on %d in %s; from here on other questions are asked than would"
-            " have been",
+            "%d prompts a step on %d rank(s), were %d on %d in %s; from now on the order of the samples differs from"
+            " the saved run's",
             identity.prompts_per_step,
             num_ranks,
             state.prompts_per_step,
@@ -207,17 +212,16 @@ def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConf
 
 def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
     where = checkpoint.folder
-    saved = yaml.safe_load((where / SETTINGS).read_text(encoding="utf-8"))
-    changed = dict(_differences(saved, config.model_dump()))
+    changed = dict(_differences(read_yaml(where / SETTINGS), config.model_dump()))
     for name in FIXED_SETTINGS:
         if name in changed and not (name.startswith("lora_") and not config.use_peft):
             raise UserError(
-                f"--{name} {changed[name][1]}: was {changed[name][0]} when the run of {where} began, and cannot change"
+                f"--{name} {changed[name][1]}: was {changed[name][0]} in the run of {where}, and cannot change"
             )
     for name, (before, now) in changed.items():
-        say = log.warning if name in ORDER_SETTINGS else log.info
-        note = "; from here on other questions are asked than would have been" if name in ORDER_SETTINGS else ""
-        say("--%s: %s, was %s in %s%s", name, now, before, where.name, note)
+        level = logging.WARNING if name in ORDER_SETTINGS else logging.INFO
+        note = "; from now on the order of the samples differs from the saved run's" if name in ORDER_SETTINGS else ""
+        log.log(level, "--%s: %s, was %s in %s%s", name, now, before, where.name, note)
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

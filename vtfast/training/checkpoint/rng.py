@@ -1,6 +1,7 @@
-"""The random numbers of a process, as tensors: PyTorch's, and Python's and NumPy's for rewards of one's own.
+"""The states of a process's random number generators, as tensors: those of PyTorch, Python and NumPy.
 
-Nothing of a step depends on them: data order and sampling are functions of the seed and the step. A user's reward may.
+vtfast itself does not depend on them, since data order and sampling are functions of the seed and the step; a user's
+reward may.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ GAUSS = "random.gauss"
 
 
 def rng_state() -> dict[str, Tensor]:
+    """The states as named tensors."""
     version, words, gauss = random.getstate()
-    _, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=False)
+    rest = [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]]
     state = {
         "random.torch": torch.get_rng_state(),
         "random.python": torch.tensor([version, *words]),
-        "random.numpy": torch.from_numpy(keys.astype(np.int64)),
+        "random.numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
         "random.numpy_rest": torch.tensor(rest, dtype=torch.float64),
     }
     if gauss is not None:
@@ -32,6 +35,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Restore the states that `rng_state` returned; raises KeyError, TypeError or ValueError for other tensors."""
     torch.set_rng_state(state["random.torch"])
     version, *words = state["random.python"].tolist()
     random.setstate((version, tuple(words), float(state[GAUSS]) if GAUSS in state else None))

@@ -1,30 +1,55 @@
-"""`resume/state.json`: everything of a checkpoint that is no tensor."""
+"""`resume/state.json`: everything in a checkpoint that is not a tensor."""
 
 from __future__ import annotations
 
 import functools
 import json
 import subprocess
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal
 
-from vtfast.model.fingerprint import _values_of
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from vtfast.training.checkpoint.checksums import STATE
 from vtfast.utils.errors import UserError
 
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-FORMAT = 1
-"""Of the folder `resume`. A reader that does not know the number does not guess."""
+FORMAT: Literal[1] = 1
+"""Version of the folder `resume`. A reader refuses every other one."""
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+class Schedule(TypedDict):
+    """What is read of the `state_dict` of the learning-rate schedule; the file holds all of it."""
+
+    last_epoch: Count
+    _step_count: Count
+
+
+class Counters(TypedDict):
+    """DeepSpeed's own counts of steps and samples: attributes of its engine."""
+
+    global_steps: Count
+    global_samples: Count
+    micro_steps: Count
+    skipped_steps: Count
+
+
+class Before(TypedDict):
+    """The fields of HeldOutScores."""
+
+    scores: dict[str, dict[str, tuple[float, float]]]
+    count: Count
+
+
+@dataclass(frozen=True, kw_only=True)
 class State:
-    """What a run was when it was saved. All values are JSON's."""
+    """A run at the time it was saved. All values are JSON values."""
 
-    step: int
+    step: Count
     """Optimizer steps done."""
     method: str
     """GRPO or SFT."""
@@ -32,67 +57,47 @@ class State:
     prompts_per_step: int
     """Over all ranks."""
     samples: int
-    """Training samples, of which `questions.order` makes the order."""
+    """Number of training samples."""
     samples_digest: str
     base: str
-    """Fingerprint of the weights that training began with: those of `--model`."""
-    schedule: dict[str, Any]
-    """`state_dict` of the learning-rate schedule."""
-    optimizer: list[dict[str, float]]
+    """Fingerprint of the weights that training started from: those of `--model`."""
+    schedule: Schedule
+    optimizer: list[dict[str, Number]]
     """For each parameter group the optimizer state that is one number, such as Adam's `step`."""
-    counters: dict[str, int]
-    """DeepSpeed's own counts of steps and samples."""
-    before: dict[str, Any] | None = None
-    """Held-out result from before training (the fields of HeldOutScores)."""
-    trackers: dict[str, str] = field(default_factory=dict)
+    counters: Counters
+    before: Before | None
+    """Held-out result from before training."""
+    trackers: dict[str, str]
     """Ids of the run at Weights & Biases and the like, by tracker."""
-    carried: dict[str, Any] = field(default_factory=dict)
-    """What the kind of training carries from step to step (`Run.carried`)."""
-    code: dict[str, str | None] = field(default_factory=dict)
+    carried: dict[str, Any]
+    """`state_dict` of every stateful part of the run, by name."""
+    code: dict[str, str | None]
     """Versions of vtfast, its commit, and the libraries."""
-    format: int = FORMAT
+    format: Literal[1]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def read_state(folder: Path) -> State:
-    """Of a checkpoint folder. Raises UserError for one that this version cannot read."""
+    """The state of a checkpoint folder. Raises UserError if this version cannot read it."""
     path = folder / STATE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be an object")
-    if values.get("format") != FORMAT:
-        raise UserError(f"{path}: has format {values.get('format')} and this version of vtfast reads {FORMAT}")
-    hints = get_type_hints(State)
-    for name in hints:
-        if name not in values:
-            raise UserError(f"{path}: lacks {name}")
-        kind = getattr(hints[name], "__origin__", hints[name])
-        if isinstance(kind, UnionType):
-            kind = dict if values[name] is not None else type(None)
-        if isinstance(kind, type) and not isinstance(values[name], kind):
-            raise UserError(f"{path}: {name} must be {kind.__name__}")
-    numbers = {
-        "schedule": [values["schedule"].get(key) for key in ("last_epoch", "_step_count")],
-        "counters": [values["counters"].get(key) for key in COUNTERS],
-        "step": [values["step"]],
-        "optimizer": [x for part in values["optimizer"] for x in _values_of(part)],
-    }
-    for name, found in numbers.items():
-        if not all(type(number) in (int, float) and number >= 0 for number in found):
-            raise UserError(f"{path}: {name} lacks a number, or holds something else")
-    if values["before"] is not None and set(values["before"]) != {"scores", "count"}:
-        raise UserError(f"{path}: before must have scores and count")
-    return State(**{entry.name: values[entry.name] for entry in fields(State)})
+        return TypeAdapter(State).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        problems = error.errors()
+    for problem in problems:
+        if problem["loc"] == ("format",) and problem["type"] == "literal_error":
+            raise UserError(f"{path}: has format {problem['input']} and this version of vtfast reads {FORMAT}")
+    reasons = [": ".join(filter(None, (".".join(map(str, p["loc"])), p["msg"]))) for p in problems]
+    raise UserError(f"{path}: cannot be read ({'; '.join(reasons)})")
 
 
 @functools.cache
 def code_versions() -> dict[str, str | None]:
-    """Of vtfast (with its commit, if it runs from a repository) and of what its numbers depend on."""
+    """Versions of vtfast (with its commit, if it runs from a repository) and of the libraries that compute."""
     versions: dict[str, str | None] = {}
     for name in ("vtfast", "torch", "transformers", "deepspeed", "safetensors"):
         try:
@@ -105,10 +110,10 @@ def code_versions() -> dict[str, str | None]:
 
 
 def _commit(root: Path) -> str | None:
-    """`-dirty` behind it says that files had been changed since."""
+    """The commit of a repository, with `-dirty` appended if files have been changed since."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):  # no git here: then nobody knows
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed or hangs
         return None
     return done.stdout.strip() or None
