@@ -21,7 +21,7 @@ FREEZABLE: tuple[str, ...] = get_args(Freezable)
 
 
 class Task(Section):
-    """What is trained, and what it is asked."""
+    """The model, and the data that it is trained on."""
 
     recipe: str = "tiny-spatial"
     """Name of the recipe that these settings started from."""
@@ -35,7 +35,7 @@ class Task(Section):
             )
         return name
 
-    # What is trained
+    # The model
     model: str = "tiny-spatial-base"
     """Folder or hub id of a Qwen2-VL, Qwen2.5-VL, or (for questions without images) Qwen2, Qwen2.5 or Qwen3;
     `tiny-spatial-base` ships with vtfast."""
@@ -44,21 +44,21 @@ class Task(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """float32, bfloat16, or auto: bfloat16 on CUDA and float32 on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, or auto: cuda if there is a GPU."""
     ddp_timeout: int = Field(default=1800, ge=1)
     """Seconds that a rank waits for the others in a collective before the run fails."""
     rank_timeout: float = Field(default=600.0, ge=0)
-    """Seconds without progress after which a rank counts as hung and the run ends, naming it; 0: never, and a rank's
-    death is no business of the others. Progress is a step of decoding, a reward's score, a pass of the update; loading,
-    saving and vLLM's rollouts may take as long as they like. Lower it to what your slowest reward needs."""
+    """Seconds without progress after which a rank counts as hung: the run ends and names it; 0 watches for neither hung
+    nor dead ranks. Progress is a decode step, a reward's score or a micro-batch of the update; loading, saving and
+    vLLM's rollouts have no limit. Lower it to what your slowest reward needs."""
     cpu_threads: int | None = Field(default=None, ge=1)
-    """Threads of each rank on the CPU; none shares the cores out among the ranks."""
+    """Threads of each rank on the CPU; none divides the cores among the ranks."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third of their memory, a fifth more time (`bench update`, CPU)."""
     attn_implementation: Attention = "auto"
     """Attention over packed rows: {choices}. auto takes the first usable one; varlen is PyTorch's own."""
     use_liger_kernel: bool = True
-    """Liger's norms, SwiGLU and rotation in place of Hugging Face's. On CUDA alone; the CPU does without."""
+    """Liger's norms, SwiGLU and rotation in place of Hugging Face's. On CUDA only; the CPU uses Hugging Face's."""
     use_peft: bool = False
     """Train LoRA adapters instead of the weights; the model without them is the reference."""
     lora_r: int = Field(default=16, ge=1)
@@ -70,19 +70,19 @@ class Task(Section):
     )
     """Names of the linear layers that get an adapter."""
 
-    # What it is asked
+    # The data
     data: str = "synthetic"
-    """Questions: a parquet, JSONL or JSON file, a folder, or a hub id; `synthetic` renders its own."""
+    """Training data: a parquet, JSONL or JSON file, a folder, or a hub id; `synthetic` renders its own questions."""
     split: str | None = None
-    """Split to train on, where `data` has several; none means train."""
+    """Split to train on, if `data` has several; none means train."""
     eval_data: str | None = None
-    """Held-out rows in the same forms, asked before and after training; none skips that."""
+    """Held-out data in the same formats, evaluated before and after training; none skips the evaluation."""
     eval_split: str | None = "val"
-    """Split of `eval_data`, where it has several; a lone file is taken whatever its name."""
+    """Split of `eval_data`, if it has several; a single file is used whatever its name."""
     first_n: int | None = Field(default=None, ge=1)
-    """Use only the first N good rows of `data`; none means all."""
+    """Use only the first N valid rows of `data`; none means all."""
     first_rows: int | None = Field(default=None, ge=1)
-    """Read only the first N rows of `data`, good or not; none means all. VisualThinker's 15,000 are counted so."""
+    """Read only the first N rows of `data`, valid or not; none means all. VisualThinker counts its 15,000 this way."""
     static: bool = False
     """Use only rows with exactly one image: VisualThinker's rule for SAT's static questions."""
     question_types: list[str] | None = None
@@ -96,33 +96,33 @@ class Task(Section):
         return names
 
     question_column: str | None = None
-    """Column of the question, in `data` and `eval_data`; none recognises published sets, as for the next three."""
+    """Column of the question, in `data` and `eval_data`; none recognises published data sets. So for the next three."""
     answer_column: str | None = None
     """Column of the right answer: text or a number, bare or inside `<answer> </answer>`."""
     options_column: str | None = None
-    """Column of the list of options; a set or a row without it asks open questions."""
+    """Column of the list of options; a data set or a row without it has open questions."""
     image_column: str | None = None
-    """Column of the image or images: paths, encoded bytes, or both; a set or a row without it is text alone."""
+    """Column of the image or images: paths, encoded bytes, or both; a data set or a row without it is text only."""
     eval_samples: int = Field(default=400, ge=1)
     """Number of held-out questions."""
     template: str = "r1-zero"
     """Prompt template: a name in vtfast/data/templates, or the path of a text file."""
     literal_image: bool = False
-    """Write the text `<image>` behind the images, as VisualThinker's prompts do by an oversight (for parity)."""
+    """Write the text `<image>` after the images, as VisualThinker's prompts do by mistake (for parity)."""
     min_pixels: int = Field(default=3136, ge=1)
     """Smallest image area in pixels; smaller images are enlarged."""
     max_pixels: int = 12845056
     """Largest image area in pixels; larger images are shrunk. One merged token covers 28 x 28 pixels."""
     max_prompt_length: int = Field(default=1024, ge=1)
-    """Longest prompt in tokens, image tokens counted. Longer ones are bad samples, never truncated."""
+    """Longest prompt in tokens, image tokens included. Longer ones are bad samples and never truncated."""
     on_bad_sample: Literal["skip", "error"] = "skip"
-    """skip (report, count, go on) or error (stop at the first)."""
+    """skip (report and count it, then continue) or error (stop at the first)."""
 
 
 class GRPO(Section):
-    """What GRPO alone has: sampled answers, their rewards and the loss."""
+    """Settings of GRPO alone: sampling, rewards and the loss."""
 
-    # How it answers
+    # Sampling
     num_generations: int = Field(default=8, ge=1)
     """G, completions sampled per prompt; their rewards are compared with each other."""
 
@@ -134,27 +134,27 @@ class GRPO(Section):
         return number
 
     max_completion_length: int = Field(default=256, ge=1)
-    """Most tokens in a completion."""
+    """Maximum number of tokens in a completion."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the loss uses the same one."""
     top_k: int = Field(default=0, ge=0)
-    """Sample among the k most probable tokens; 0 means all. This and the next three are a slower path that holds the
-    logits, and bend what is sampled but not the loss; the original sampled with 50, by transformers' default then."""
+    """Sample among the k most probable tokens; 0 means all. This and the next three take a slower path that keeps the
+    logits, and change what is sampled but not the loss. The original sampled with 50, transformers' default then."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample among the most probable tokens that together reach this probability."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample among tokens with at least this share of the most probable one's probability."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1, tokens of the prompt and of the answer so far become less likely."""
+    """Above 1, tokens of the prompt and of the completion so far become less likely."""
     sampler_drift_warning: float = Field(default=0.1, ge=0)
-    """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average. This and the
-    next two are said once, when a step leaves the bound, and again only after one that kept to it."""
+    """Warn when the sampler's and the trainer's log-probs of a step differ by more than this on average. This warning
+    and the next two appear once, when a step leaves the bound, and again only after a step within it."""
     kl_warning: float = Field(default=1.0, ge=0)
-    """Warn when the policy is further than this from the reference model, in nats a token (beta > 0)."""
+    """Warn when the policy is further than this from the reference model, in nats per token (beta > 0)."""
     entropy_warning: float = Field(default=0.01, ge=0)
-    """Warn when the mean entropy of a token falls below this, in nats: the answers to a question are then all alike."""
+    """Warn when the mean entropy of a token falls below this, in nats: all completions of a prompt are then alike."""
 
-    # What is good
+    # Rewards
     reward_funcs: list[str] = Field(default=["accuracy", "format"])
     """Rewards, by name (accuracy, format, length) or as `module:function`; the total is their weighted sum."""
 
@@ -171,11 +171,12 @@ class GRPO(Section):
     reward_weights: list[float] | None = None
     """One weight per reward; none means 1 each."""
     reward_mode: Literal["strict", "recipe"] = "strict"
-    """strict, or recipe: the decisions of VisualThinker's code, its accidents included (vtfast/rewards/recipe.py)."""
+    """strict, or recipe: the decisions of VisualThinker's code, mistakes included (vtfast/rewards/recipe.py)."""
     reward_timeout: float = Field(default=10.0, gt=0)
     """Seconds for one call of a reward in a process of its own; one that takes longer scores 0."""
     reward_workers: int = Field(default=4, ge=0)
-    """Most such processes of a rank, for user functions and math-verify; 0 runs these in the trainer, without limit."""
+    """Maximum number of these processes per rank, for user functions and math-verify; 0 runs them in the trainer,
+    without a time limit."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: group (standard deviation of the G), batch, or none."""
 
@@ -205,19 +206,20 @@ class GRPO(Section):
     vllm_importance_sampling_clip_min: float | None = None
     """Lower bound of that weight; none means no bound."""
 
-    # What it says of its speed
+    # Logged speed
     roofline_steps: int = Field(default=10, ge=0)
-    """Say every N steps how near to the device's limits each phase runs (vtfast/cost/roofline.py); 0 means never."""
+    """Log every N steps how near to the device's limits each phase runs (vtfast/cost/roofline.py); 0 means never."""
     roofline_rates: Literal["data_sheet", "measured"] = "data_sheet"
-    """The limits: data_sheet (A100, H100 and H200, and nothing is said of other devices) or measured (a matmul and a
-    copy on the device at hand, before the first step)."""
+    """The limits: data_sheet (A100, H100 and H200; nothing is logged on other devices) or measured (a matmul and a copy
+    on the device in use, before the first step)."""
 
 
 class Rollout(Section):
-    """What sampling runs on."""
+    """The engine that samples completions."""
 
     rollout_max_rows: int = Field(default=512, ge=1)
-    """Most completions in flight at once on a rank; the others wait. It changes memory and speed, never the result."""
+    """Maximum number of completions decoded at once on a rank; the others wait. It changes memory and speed, never the
+    result."""
     rollout_cache_tokens: int | None = Field(default=None, ge=1)
     """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
     rollout_keep_cache: bool = True
@@ -233,23 +235,25 @@ class Rollout(Section):
 
 
 class SFT(Section):
-    """What supervised fine-tuning alone has."""
+    """Settings of supervised fine-tuning alone."""
 
     target: str = "{answer}"
-    """What the model is to answer: text with the slot {answer}, or the path of a .txt file of such text. The end mark
-    follows by itself: `<|im_end|>` behind a chat template, else the tokenizer's own; not if the text writes one."""
+    """The completion to learn: text with the slot {answer}, or the path of a .txt file of such text. The
+    end-of-sequence token is added: `<|im_end|>` after a chat template, else the tokenizer's own; not if the text has
+    one."""
     completion_only_loss: bool = True
-    """Train on the target alone. false: on the prompt's text as well, image tokens and their two marks left out."""
+    """Train on the target only. false: on the prompt's text as well, except image tokens and their two marks."""
     num_train_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data, where max_steps is none. The last step is filled up from the pass after them."""
+    """Epochs, if max_steps is none. The last step is filled up from the next epoch."""
     max_completion_length: int = Field(default=256, ge=1)
-    """Longest target in tokens; longer ones are bad samples, never truncated. Also of held-out answers."""
+    """Longest target in tokens; longer ones are bad samples and never truncated. Also the limit of held-out
+    completions."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of the held-out answers that are not greedy. The loss has none."""
+    """Sampling temperature of the held-out completions that are not greedy. The loss has none."""
 
 
 class Optimizer(Section):
-    """How it learns."""
+    """The optimizer, the batch and the seed."""
 
     learning_rate: float = Field(default=1e-6, ge=0)
     """Peak learning rate of AdamW."""
@@ -270,46 +274,48 @@ class Optimizer(Section):
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; none: as many as num_train_epochs asks for."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
-    """Stop after so many steps in a row that had to be left out: a loss or gradient was not finite, or no question
-    could be used. nonfinite.jsonl lists them; fewer are counted, and training goes on as if they had not been."""
+    """Stop after this many skipped steps in a row: a loss or gradient was not finite, or no sample could be used.
+    nonfinite.jsonl lists them; fewer are counted, and training continues as if they had not happened."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
-    """Prompts of one rank in a pass (their G completions come with them)."""
+    """Prompts of one rank in a micro-batch (with their G completions)."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Multiplies the batch. Prompts per step = ranks x per_device_train_batch_size x this."""
     token_budget: int | None = Field(default=None, ge=1)
-    """Most tokens in one packed pass (a longer prompt with one completion goes alone). It changes memory and speed,
-    never the result. None: as many as per_device_train_batch_size prompts with their completions can have at most."""
+    """Maximum number of tokens in a packed micro-batch (a longer prompt with one completion gets its own). It changes
+    memory and speed, never the result. none: the most that per_device_train_batch_size prompts with their completions
+    can have."""
     num_processes: int | None = Field(default=None, ge=1)
-    """Ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
+    """Number of ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the order of options, the rendered questions, the sampling (with the step, the prompt and
-    the number of the answer) and LoRA's adapters. Nothing else is random: models are never initialised here."""
+    the number of the completion) and LoRA's adapters. Nothing else is random: models are never initialised here."""
     deterministic: bool = False
-    """Bitwise equal runs from the same settings, machine, packages and number of ranks: metrics but for times, speeds
-    and memory, completions and weights. The CPU gives them anyway (cpu_threads counts as a setting); on CUDA this takes
-    the ordered way of every library, which is slower in the backward pass of attention and of embeddings, and any
-    operation without one is an error that names it. A reward that runs into reward_timeout, or is random itself, is
-    beyond it."""
+    """Bitwise equal runs from the same settings, machine, packages and number of ranks: metrics except times, speeds
+    and memory, completions and weights. The CPU always gives them (cpu_threads counts as a setting). On CUDA this
+    chooses the deterministic algorithm of every library, which is slower in the backward pass of attention and of
+    embeddings; an operation without one is an error that names it. Rewards that reach reward_timeout, or are random
+    themselves, are not covered."""
 
 
 class Output(Section):
-    """What is left behind."""
+    """Checkpoints and logs."""
 
     output_dir: str | None = None
-    """Run folder; must be new or empty, or a run that is resumed. None means runs/RECIPE, then runs/RECIPE-2 and so
+    """Run folder; must be new or empty, or a run that is resumed. none means runs/RECIPE, then runs/RECIPE-2 and so
     on."""
     save_steps: int = Field(default=100, ge=0)
     """Write a checkpoint every N steps and at the end; 0 means at the end only. With num_iterations above 1 a
-    checkpoint waits for the step before the next answers."""
+    checkpoint waits for the last step before the next rollout."""
     save_total_limit: int | None = Field(default=None, ge=1)
-    """Keep only the newest N whole checkpoints; none keeps all."""
+    """Keep only the newest N complete checkpoints; none keeps all."""
     async_save: bool = False
-    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    """Write checkpoints while training continues, from a copy in CPU memory."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint or a log that cannot be written (disk full) does: stop the run, or continue it with a warning.
-    The last whole checkpoint stays either way."""
+    The last complete checkpoint is kept either way."""
     resume_from_checkpoint: str | None = None
-    """Go on from a checkpoint: `last`, the newest whole one in output_dir (if there is none, start), or a path; with
-    a new output_dir the run forks. The checkpoint's settings hold, flags on top, unless a recipe or config is given."""
+    """Resume from a checkpoint: `last`, the newest complete one in output_dir (if there is none, start), or a path;
+    with a new output_dir the run forks. Unless a recipe or config is given, the checkpoint's settings are used, and
+    flags change them."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "none"]] = Field(default=["tensorboard"])
     """Trackers: any of {choices}."""
