@@ -38,7 +38,7 @@ class Tracker:
         self.metrics_file = JsonLinesWriter(folder / "metrics.jsonl")
         self.completions_file = JsonLinesWriter(folder / "completions.jsonl")
         known = ids or {}
-        self.sinks = {
+        self.sinks: dict[str, _TensorBoard | _WandbLike] = {
             name: _open_sink(name, config, folder, done, known.get(name)) for name in config.report_to if name != "none"
         }
 
