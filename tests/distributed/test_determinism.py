@@ -157,7 +157,7 @@ def test_free_memory_decides_nothing(restored):
     require_full_size(10, 9, "cache pages", "--rollout_cache_tokens")
     make_deterministic(cuda=False)
     require_full_size(10, 10, "cache pages", "--rollout_cache_tokens")
-    with pytest.raises(UserError, match=r"9 cache pages of the 10 wanted.*--rollout_cache_tokens"):
+    with pytest.raises(UserError, match=r"9 of 10 cache pages.*--rollout_cache_tokens"):
         require_full_size(10, 9, "cache pages", "--rollout_cache_tokens")
 
 

@@ -321,7 +321,7 @@ def test_what_one_rank_meets_is_said_once_a_machine(heard, said, monkeypatch, ca
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(watchdog, "fail", lambda reason, code: heard)
-    assert sys.modules["vtfast.cli.main"]._refuse(RankError("a full disk")) == BAD_INPUT
+    assert sys.modules["vtfast.cli.main"]._report(RankError("a full disk")) == BAD_INPUT
     assert capsys.readouterr().err == said
 
 

@@ -1,6 +1,6 @@
 """The command line: `vtfast COMMAND`, and `python train.py` for `vtfast train`.
 
-Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
+Nothing heavy is imported before a command needs it, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -24,32 +24,29 @@ from vtfast.utils.terminal import Formatter, message
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
     "sft": "fine-tune a model on the answers of its data",
-    "data": "tell what a data set holds (vtfast data inspect PATH)",
-    "eval": "ask a model the questions of CV-Bench, BLINK, VSR or SAT, and score the answers",
+    "data": "describe a data set (vtfast data inspect PATH)",
+    "eval": "evaluate a model on CV-Bench, BLINK, VSR or SAT",
     "report": "write one HTML page about a run, or about several side by side",
     "migrate": "turn settings of TRL, R1-V or EasyR1 into a YAML file for --config",
-    "make-base": "train the demo's base model from nothing",
+    "make-base": "train the demo's base model from random weights",
 }
 """Each is `vtfast/cli/NAME.py`."""
 PACKAGES = ("numpy", "PIL", "pyarrow", "torch", "tqdm", "transformers", "vtfast_kernels", "yaml")
-"""Whose absence says that this Python is not the one that vtfast was installed for."""
+"""If one is missing, vtfast was not installed for this Python."""
 BAD_INPUT = 2
-"""Exit code of every error that is the input's fault. `RANK_LOST` (4) is that of a rank which ends because another one
-died, failed or hung."""
+"""Exit code of every error in the input. `RANK_LOST` (4): the rank ends because another one died, failed or hung."""
 STOPPED = 75
-"""Exit code of a run that was asked to stop and has saved: to be started again (EX_TEMPFAIL of sysexits.h)."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk says that takes no more: no bug of ours, wherever it happens."""
-DENIED = (errno.EACCES, errno.EPERM)
-"""What the system says of a path that belongs to somebody else."""
+"""Exit code of a run that was asked to stop and has saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-UNREAD = 141
-"""Exit code where standard output was closed, as `| head` does (128 + SIGPIPE)."""
+CLOSED_OUTPUT = 141
+"""Exit code if standard output was closed, as `| head` does (128 + SIGPIPE)."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A UserError becomes one line on standard error."""
+    """Run one command and return its exit code. A UserError becomes one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `deepspeed --module vtfast` puts this in front of the command.
     if arguments and arguments[0].startswith("--local_rank="):
@@ -60,10 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         code = _run(command, arguments[1:])
-        sys.stdout.flush()  # what a closed pipe says is met here, and not at the interpreter's end
+        sys.stdout.flush()  # raises BrokenPipeError here, and not when the interpreter ends
         return code
-    except UserError as error:
-        return _refuse(error)
     except Stopped as stopped:
         watchdog.stop()
         if os.environ.get("RANK", "0") == "0":
@@ -74,32 +69,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            watchdog.fail("standard output is closed", UNREAD)
-            return UNREAD
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            where = f"{error.filename}: " if error.filename else ""
-            return _refuse(RankError(f"{where}{error.strerror}; make room, and start it again"))
-        if isinstance(error, OSError) and error.errno in DENIED and error.filename:
-            said = f"{error.filename}: {error.strerror}; name another path, or let this user use it"
-            return _refuse(RankError(said))
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            watchdog.fail("standard output is closed", CLOSED_OUTPUT)
+            return CLOSED_OUTPUT
+        user_error = _as_user_error(error)
+        if user_error is not None:
+            return _report(user_error)
         watchdog.fail(f"{type(error).__name__}: {error}", RANK_LOST)
         raise
 
 
-def _refuse(error: UserError) -> int:
-    heard = watchdog.fail(str(error), BAD_INPUT)
+def _as_user_error(error: Exception) -> UserError | None:
+    """The error if it is the user's to solve, like a full disk; None for a bug."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        file = f"{error.filename}: " if error.filename else ""
+        return RankError(f"{file}{error.strerror}; make room, and start it again")
+    if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+        return RankError(f"{error.filename}: {error.strerror}; name another path, or let this user use it")
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        return UserError(
+            f"{error.name} is not installed for {sys.executable}; `make setup` installs everything into .venv, and"
+            " `. .venv/bin/activate` activates it"
+        )
+    return None
+
+
+def _report(error: UserError) -> int:
+    """Print the error once a machine, and tell the other ranks."""
+    others_know = watchdog.fail(str(error), BAD_INPUT)
     rank = int(os.environ.get("RANK", 0))
-    alone = isinstance(error, RankError) and not heard
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+    print_here = isinstance(error, RankError) and not others_know
+    if print_here or os.environ.get("LOCAL_RANK", "0") == "0":
         text = message(error) + (f" (rank {rank})" if rank else "")
         print(f"error: {text}", file=sys.stderr)
     return BAD_INPUT
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is a closed pipe. What is left for it goes nowhere then, so that the interpreter's end
-    does not fail on it once more."""
+def _output_is_closed() -> bool:
+    """Whether standard output is a closed pipe. If so, it is replaced by /dev/null, so that the interpreter's last
+    flush does not fail again."""
     out, poll = sys.stdout.fileno(), select.poll()
     poll.register(out, select.POLLOUT)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -114,26 +124,18 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"vtfast {command}: unknown command; {hint}")
     _prepare()
-    try:
-        module = importlib.import_module(f"vtfast.cli.{command.replace('-', '_')}")
-        return module.run(arguments)
-    except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
-            raise
-        raise UserError(
-            f"{error.name} is not installed for {sys.executable}; `make setup` installs everything into .venv, and"
-            " `. .venv/bin/activate` chooses that"
-        ) from error
+    module = importlib.import_module(f"vtfast.cli.{command.replace('-', '_')}")
+    return module.run(arguments)
 
 
 def _prepare() -> None:
-    """Before torch is imported: how threads wait, and who speaks. Our own log on rank 0, of the libraries errors."""
+    """Set environment and logging before torch is imported. vtfast logs on rank 0, the libraries log errors only."""
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.ERROR)
     logging.getLogger("vtfast").setLevel(logging.INFO if rank == "0" else logging.ERROR)
-    # OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on a core.
+    # OpenMP threads that spin while they wait make a step ten times slower when another process uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,1 +1,1 @@
-"""Ranks: how they start, talk to each other, are watched, and train with ZeRO-2. Start with `ranks.py`."""
+"""The ranks of a run: how they start, exchange objects, are watched, and train with ZeRO-2. Start with `ranks.py`."""

@@ -1,15 +1,15 @@
 """`--deterministic`: the same settings on the same machine give the same bits.
 
-On the CPU they do so anyway. On CUDA a few libraries add in whatever order their blocks finish; each is told not to:
+On the CPU they always do. On CUDA some libraries add in the order in which blocks finish, unless that is switched off:
 
-    PyTorch     `use_deterministic_algorithms`: the ordered way where there are two, an error that names the operation
-                where there is none. Its varlen and SDPA flash attention follow it.
+    PyTorch     `use_deterministic_algorithms`: the deterministic algorithm of two, or an error that names the operation
+                that has none. Its varlen and SDPA flash attention follow it.
     cuBLAS      workspaces of a fixed size, so that streams do not race for them
-    cuDNN       no trying out of algorithms, and only those with a fixed order
-    flash-attn  its ordered backward, by an argument of each call
-    NCCL        one algorithm whose order the topology fixes
+    cuDNN       no benchmark of algorithms, and only those with a fixed order
+    flash-attn  its deterministic backward, by an argument of each call
+    NCCL        an algorithm whose order the topology fixes
 
-The kernels of `vtfast_kernels` and Liger's that are used here sum in a fixed order and are not tuned by the clock.
+The kernels of `vtfast_kernels`, and those of Liger that are used here, sum in a fixed order and are not autotuned.
 It is an error in this mode if free memory limits a size (`require_full_size`); the settings refuse vLLM.
 """
 
@@ -29,13 +29,13 @@ DETERMINISTIC_ENV = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
 }
-"""Environment variables and the values under which their library is deterministic; the first is set where none is."""
+"""Environment variable -> the values under which its library is deterministic; an unset one is set to the first."""
 
 
 def make_deterministic(cuda: bool) -> None:
-    """For the rest of the process; to be called before CUDA is in use.
+    """Make the rest of the process deterministic; to be called before CUDA is used.
 
-    Raises UserError for an environment variable with another value than will do, or if CUDA has begun without it."""
+    Raises UserError if an environment variable has a value that is not deterministic, or is unset once CUDA is used."""
     for name, values in DETERMINISTIC_ENV.items() if cuda else ():
         if torch.cuda.is_initialized() and name not in os.environ:
             raise UserError(f"--deterministic true: set {name}={values[0]} before CUDA is used")
@@ -46,14 +46,16 @@ def make_deterministic(cuda: bool) -> None:
                 f" {', '.join(values)}"
             )
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Filling costs time, and no code here reads memory that it has not written. torch's stubs lack the setting.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
 def flash_attn_kwargs(function: Callable) -> dict[str, bool]:
-    """Arguments for flash-attn's `function` as this process wants it. Raises UserError if it has no ordered way."""
+    """Keyword arguments that make flash-attn's `function` deterministic if this process is.
+
+    Raises UserError if it has no deterministic backward."""
     if not is_deterministic():
         return {}
     if "deterministic" not in inspect.signature(function).parameters:
@@ -64,12 +66,12 @@ def flash_attn_kwargs(function: Callable) -> dict[str, bool]:
     return {"deterministic": True}
 
 
-def require_full_size(wanted: int, room: int, what: str, flag: str) -> None:
-    """Raises UserError if `room` cuts `wanted` short: results would depend on what else is in memory."""
-    if is_deterministic() and room < wanted:
+def require_full_size(size: int, available: int, what: str, flag: str) -> None:
+    """In deterministic mode, raises UserError if free memory cuts `size` to `available`: results would depend on it."""
+    if is_deterministic() and available < size:
         raise UserError(
-            f"--deterministic true: memory for {room} {what} of the {wanted} wanted, and what is free is a matter of"
-            f" chance; give {flag}"
+            f"--deterministic true: memory for {available} of {size} {what}, and free memory differs from run to run;"
+            f" set {flag}"
         )
 
 

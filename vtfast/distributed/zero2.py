@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 engine. DeepSpeed is imported here alone, and only once the device is known."""
+"""DeepSpeed's ZeRO-2 engine. Only this module imports DeepSpeed, once the device is known."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 
 def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
-    """ZeRO-2 around `objective`: AdamW, the schedule and gradient clipping of `config`.
+    """`objective` in ZeRO-2 with the AdamW, schedule and gradient clipping of `config`.
 
-    bf16 weights get fp32 masters; fp32 weights are trained as they are.
-    """
+    bf16 weights get fp32 master weights; fp32 weights are trained directly."""
     from transformers import get_scheduler
 
     deepspeed = import_deepspeed()
@@ -39,10 +38,10 @@ def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps)
     settings = {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": 1,  # the trainer says itself which pass is a step's last
+        "gradient_accumulation_steps": 1,  # the trainer marks the last micro-batch of a step
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": trained[0].dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},  # bf16 sums over passes would lose small gradients
+        "data_types": {"grad_accum_dtype": "fp32"},  # bf16 sums over micro-batches would lose small gradients
         "zero_optimization": {"stage": 2, "overlap_comm": cuda, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -54,13 +53,13 @@ def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, once the device is known, and quiet."""
+    """DeepSpeed without its log. Call it once the device is known, because the import chooses the accelerator."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # DeepSpeed's shared-memory collectives for CPU ranks are C++ compiled at the first start. gloo does the same
-    # without a compiler and without half a minute of waiting.
+    # DeepSpeed's shared-memory collectives for CPU ranks are C++, compiled at the first start for half a minute. gloo
+    # needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

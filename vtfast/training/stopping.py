@@ -1,7 +1,7 @@
-"""Being asked to stop: a scheduler's SIGTERM or SIGUSR1, or Ctrl-C. The run saves and ends at the next safe place.
+"""Requests to stop: SIGTERM or SIGUSR1 of a scheduler, or Ctrl-C. The run saves and ends at the next resume point.
 
-Signals may reach one rank long before the others (DeepSpeed's launcher goes from one to the next and waits for each),
-so a rank that gets one leaves a file that the others look for.
+A signal may reach one rank long before the others (DeepSpeed's launcher signals one after the other and waits for
+each), so a rank that gets one writes a file that the others look for.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopNotice:
-    """Whether somebody has asked this run to stop."""
+    """Whether this run was asked to stop."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: the run's, which all ranks see."""
+        """`folder`: the run folder, on a file system that all ranks share."""
         self.file = folder / STOP_FILE
         self.signal: str | None = None
 
     @property
     def received(self) -> str | None:
-        """The signal's name; None as long as there was none."""
+        """The name of the signal, or None."""
         if self.signal is None and self.file.exists():
             self.signal = "a signal to another rank"
         return self.signal
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notice signals instead of dying of them. A second Ctrl-C interrupts at once."""
+        """Record signals, which would otherwise end the process. A second Ctrl-C interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
-            log.info("signals are left alone: the run is not in the main thread")
+            log.info("signals are not handled: the run is not in the main thread")
             yield
             return
         before = {number: signal.signal(number, self._notice) for number in SIGNALS}
@@ -58,4 +58,4 @@ class StopNotice:
         try:
             self.file.touch()
         except OSError as error:
-            log.warning("%s: cannot be written, so other ranks go on until the step's end (%s)", self.file, error)
+            log.warning("%s: cannot be written (%s), so other ranks continue to the end of the step", self.file, error)
