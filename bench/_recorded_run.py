@@ -10,10 +10,11 @@ import torch
 
 from vtfast.config import Config, load_config
 from vtfast.cost.devices import DEVICES, Rates, data_sheet
-from vtfast.cost.micro_batches import Size
-from vtfast.cost.roofline import Weights
-from vtfast.model.blueprint import read_model_config, skeleton
-from vtfast.model.lora import add_lora
+from vtfast.cost.micro_batches import GroupSize
+from vtfast.cost.roofline import ModelSize
+from vtfast.model.adapters import add_lora
+from vtfast.model.loading import read_model_config
+from vtfast.model.meta_model import meta_policy
 from vtfast.report.run_folder import JsonLinesReader, read_runs
 from vtfast.utils.errors import UserError
 from vtfast.utils.hub import model_path
@@ -27,7 +28,7 @@ class Step:
 
     number: int
     metrics: Mapping[str, float | None]
-    everyone: list[list[Size]]
+    everyone: list[list[GroupSize]]
     """The groups of each rank; of an earlier step where this one goes on with its answers."""
     fresh: bool
     """Whether this step had a rollout."""
@@ -39,7 +40,7 @@ class Recorded:
 
     name: str
     config: Config
-    weights: Weights
+    weights: ModelSize
     rates: Rates
     steps: list[Step]
 
@@ -65,7 +66,7 @@ def read_recorded(folder: Path, device: str | None = None, dtype: str | None = N
     checkpoints = sorted((folder / "checkpoints").glob("step-*/config.json"), key=lambda p: p.stat().st_mtime)
     model = str(checkpoints[-1].parent) if checkpoints else model_path(config.model)
     precision = _dtype(folder, config, run.metrics, dtype)
-    policy = skeleton(read_model_config(model), precision, [] if config.use_peft else config.freeze)
+    policy = meta_policy(read_model_config(model), precision, [] if config.use_peft else config.freeze)
     if config.use_peft:
         add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
     groups = _groups(folder, config)
@@ -79,10 +80,10 @@ def read_recorded(folder: Path, device: str | None = None, dtype: str | None = N
     if not steps:
         raise UserError(f"{folder}: no step is in metrics.jsonl and completions.jsonl alike")
     rates = _rates(folder, config, run.metrics, device, precision, len(steps[0].everyone))
-    return Recorded(run.name, config, Weights.of(policy), rates, steps)
+    return Recorded(run.name, config, ModelSize.of(policy), rates, steps)
 
 
-def _groups(folder: Path, config: Config) -> dict[int, list[list[Size]]]:
+def _groups(folder: Path, config: Config) -> dict[int, list[list[GroupSize]]]:
     """The groups of each rank by step. Of a step that comes again, after a resumed run, the newer rows count."""
     rows: dict[int, dict[tuple[int, int], list[dict]]] = {}
     newest = 0
@@ -107,10 +108,10 @@ def _groups(folder: Path, config: Config) -> dict[int, list[list[Size]]]:
     }
 
 
-def _size(rows: list[dict], config: Config) -> Size:
+def _size(rows: list[dict], config: Config) -> GroupSize:
     trained = config.beta > 0 or any(row["advantage"] != 0 for row in rows)
     first = rows[0]
-    return Size(first["prompt_length"], [row["length"] for row in rows], first["patches"], trained)
+    return GroupSize(first["prompt_length"], [row["length"] for row in rows], first["patches"], trained)
 
 
 def _dtype(folder: Path, config: Config, metrics: list[dict], asked: str | None) -> torch.dtype:

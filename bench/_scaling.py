@@ -1,7 +1,7 @@
 """The model behind `bench scale`: a step of n GPUs from the times of one GPU's step, link rates and drawn lengths.
 
     rollout    grows with the floor of its prefill and decode; a step waits for the slowest of n simulated rollouts
-    score      shared out by the trainer's own `passes_of`; a pass takes as long as its dearest bin
+    score      shared out by the trainer's own `plan_micro_batches`; a pass takes as long as its dearest bin
     update     the same, then: gradients all-reduced in every pass, as far as the backward pass does not hide them;
                AdamW on 1 / n of the states, at the memory's bandwidth; trained weights gathered once
 
@@ -19,8 +19,8 @@ import numpy as np
 
 from bench._cluster import Cluster
 from vtfast.cost.devices import Rates
-from vtfast.cost.micro_batches import Size, passes_of
-from vtfast.cost.roofline import Weights, decode_floor, optimizer_floor, prefill_floor
+from vtfast.cost.micro_batches import GroupSize, plan_micro_batches
+from vtfast.cost.roofline import ModelSize, decode_floor, optimizer_floor, prefill_floor
 
 BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces in one call (its reduce_bucket_size)."""
@@ -30,8 +30,8 @@ BUCKET = 500_000_000
 class Work:
     """What a step is made of."""
 
-    weights: Weights
-    groups: Sequence[Size]
+    weights: ModelSize
+    groups: Sequence[GroupSize]
     """Groups are drawn from these, with replacement."""
     token_budget: int
     """Of a pass."""
@@ -83,7 +83,7 @@ class Prediction:
     reduce: float
     """Gradients, as far as the backward pass does not hide them."""
     gather: float
-    """Weights."""
+    """ModelSize."""
     rest: float
     passes: float
     tokens: float
@@ -223,7 +223,7 @@ class Model:
             groups, costs = ([values[i] for i in drawn] for values in (work.groups, self.costs))
             bins = [
                 [sum(part.cost for part in bin) for bin in bins]
-                for bins in passes_of(groups, costs, work.token_budget, gpus)
+                for bins in plan_micro_batches(groups, costs, work.token_budget, gpus)
             ]
             total = sum(map(sum, bins))
             passes.append(len(bins))

@@ -15,9 +15,9 @@ from bench._recorded_run import Recorded
 from bench._scaling import Measured, Work
 from bench._workload import MID, TINY, TWO_B, Shape, model_config
 from vtfast.cost.devices import DEVICES, Rates, data_sheet
-from vtfast.cost.micro_batches import Size
-from vtfast.cost.roofline import PHASES, Weights, decode_floor, optimizer_floor, pass_floor, prefill_floor
-from vtfast.model.blueprint import skeleton
+from vtfast.cost.micro_batches import GroupSize
+from vtfast.cost.roofline import PHASES, ModelSize, decode_floor, micro_batch_floor, optimizer_floor, prefill_floor
+from vtfast.model.meta_model import meta_policy
 from vtfast.training.speed import phase_seconds
 from vtfast.utils.errors import UserError
 
@@ -84,7 +84,7 @@ def from_rows(files: Sequence[Path], device: str | None) -> Start:
     key = max(pairs, key=lambda key: min(row["date"] for row in pairs[key].values()))
     shape, where, dtype = parse_shape(key[0]), key[1], getattr(torch, key[2])
     groups = sizes_of(shape)
-    weights = Weights.of(skeleton(model_config(shape.model), dtype))
+    weights = ModelSize.of(meta_policy(model_config(shape.model), dtype))
     seconds = {op: float(row["p50"]) / 1e3 for op, row in pairs[key].items()}
     return Start(
         f"rows of {key[0]}, {where}, medians",
@@ -105,9 +105,9 @@ def parse_shape(text: str) -> Shape:
     raise UserError(f"{text}: not a shape of the benches")
 
 
-def sizes_of(shape: Shape) -> list[Size]:
+def sizes_of(shape: Shape) -> list[GroupSize]:
     return [
-        Size(text + rows * columns // 4, [shape.completion] * shape.G, [rows * columns])
+        GroupSize(text + rows * columns // 4, [shape.completion] * shape.G, [rows * columns])
         for text, (rows, columns) in zip(shape.text, shape.grids, strict=True)
     ]
 
@@ -115,14 +115,14 @@ def sizes_of(shape: Shape) -> list[Size]:
 def estimate(model: str, device: str, prompts: int, lengths: str, efficiency: tuple[float, float], seed: int) -> Start:
     """A step of `prompts` prompts (an image of 2,048 patches and 100 tokens of text, G = 8) from floors alone."""
     rates = known_rates(device, torch.bfloat16)
-    weights = Weights.of(skeleton(model_config(model), torch.bfloat16))
+    weights = ModelSize.of(meta_policy(model_config(model), torch.bfloat16))
     rng = np.random.default_rng(seed)
     prompt, G = 100 + 2048 // 4, 8
-    groups = [Size(prompt, draw(lengths, G, rng), [2048]) for _ in range(512)]
+    groups = [GroupSize(prompt, draw(lengths, G, rng), [2048]) for _ in range(512)]
     budget = prompt + max(sum(group.lengths) for group in groups)
     held = [groups[i : i + prompts] for i in range(0, len(groups) - prompts + 1, prompts)]
     rollouts = [(prefill_floor(weights, rates, mine) + decode_floor(weights, rates, mine)).seconds for mine in held]
-    updates = [sum(pass_floor(weights, rates, [group]).seconds for group in mine) for mine in held]
+    updates = [sum(micro_batch_floor(weights, rates, [group]).seconds for group in mine) for mine in held]
     work = Work(weights, groups, budget)
     optimizer = optimizer_floor(weights, rates).seconds
     said = f"rollouts at {efficiency[0]:.0%}, updates at {efficiency[1]:.0%} of the floor's speed"

@@ -33,7 +33,7 @@ from bench._harness import (
 )
 from bench._workload import SIZES, Shape, Workload
 from vtfast.cost.devices import PEAK_BANDWIDTH, peak
-from vtfast.cost.roofline import Weights
+from vtfast.cost.roofline import ModelSize
 from vtfast.model.attention import choose_backend
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
@@ -151,7 +151,7 @@ def share_of_floor(policy: Policy, cached_tokens: float, seconds_a_step: float) 
     bandwidth = peak(PEAK_BANDWIDTH, policy.device)
     if bandwidth is None:
         return None
-    return Weights.of(policy).decode_bytes(cached_tokens) / bandwidth / seconds_a_step
+    return ModelSize.of(policy).decode_bytes(cached_tokens) / bandwidth / seconds_a_step
 
 
 def kernels_a_layer(run: Scheduler, policy: Policy) -> float:

@@ -38,7 +38,7 @@ from bench._harness import (
 )
 from bench._workload import MID, SIZES, TWO_B, Shape, Workload
 from vtfast.cost.devices import PEAK_FLOPS, listed
-from vtfast.cost.micro_batches import Part
+from vtfast.cost.micro_batches import GroupPart
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.attention import choose_backend
 from vtfast.model.policy import Policy
@@ -74,7 +74,7 @@ class Ours:
 
     def batch(self) -> MicroBatch:
         members = tuple(range(len(self.groups[0].completions)))
-        parts = [Part(number, members, 0, 0.0) for number in self.groups]
+        parts = [GroupPart(number, members, 0, 0.0) for number in self.groups]
         return MicroBatch(parts, self.groups, self.policy)
 
     def losses(self) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from vtfast_kernels.linear_logprob import linear_logprob
 
-from vtfast.cost.micro_batches import plan, split
+from vtfast.cost.micro_batches import bin_pack, split_group
 from vtfast.data.prompt import Prompt
 from vtfast.model.packing import Completions, Pack, check_group
 from vtfast.model.policy import Policy
@@ -16,7 +16,7 @@ from vtfast.utils.errors import UserError
 
 def packed_logprobs(policy: Policy, pack: Pack, temperature: float = 1.0) -> list[Tensor]:
     """log p of each sequence's tokens: fp32 [its tokens]. Differentiable."""
-    hidden = pack.select(policy.trunk(pack))
+    hidden = pack.select(policy.hidden_states(pack))
     logp = linear_logprob(hidden, policy.head, pack.target, temperature=temperature)
     return list(logp.split(pack.lengths))
 
@@ -47,11 +47,11 @@ def completion_logprobs(
         if group:
             lengths = [len(tokens) for tokens in group]
             total = len(prompt.ids) + sum(lengths)
-            parts += split(number, len(prompt.ids), lengths, total, token_budget or total)
+            parts += split_group(number, len(prompt.ids), lengths, total, token_budget or total)
     if not parts:
         return scores
     budget = token_budget or sum(part.tokens for part in parts)
-    for (bin_,) in plan(parts, budget):
+    for (bin_,) in bin_pack(parts, budget):
         pack = policy.pack(
             [prompts[part.group] for part in bin_],
             [[completions[part.group][i] for i in part.members] for part in bin_],

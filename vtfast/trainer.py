@@ -24,7 +24,7 @@ from vtfast.data.prompt_templates import response_prefix
 from vtfast.distributed import watchdog
 from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
-from vtfast.model.reference import Reference
+from vtfast.model.reference_model import ReferenceModel
 from vtfast.report import draw_curves
 from vtfast.rewards.manager import RewardManager
 from vtfast.rollout import Sampling
@@ -69,7 +69,7 @@ class Trainer(Run):
 
     def objective(self) -> GRPOObjective:
         config = self.config
-        self.reference = Reference(self.policy, config.offload_reference) if config.beta > 0 else None
+        self.reference = ReferenceModel(self.policy, config.offload_reference) if config.beta > 0 else None
         return GRPOObjective(self.policy, loss_spec(config), config.vllm_importance_sampling_correction)
 
     def run(self) -> Path:
@@ -99,7 +99,7 @@ class Trainer(Run):
         """
         config, timer = self.config, Timer()
         began, self.at_step = time.perf_counter(), step
-        with self.policy.images.open():
+        with self.policy.cache_image_features():
             with timer.phase("time/rollout"):
                 skipped = 0
                 if questions is not None:
@@ -191,7 +191,7 @@ class Trainer(Run):
         """Log-probs before the update: the reference model's for the KL, the policy's own if it is updated twice."""
         scorers: list[tuple[str, contextlib.AbstractContextManager[Policy]]] = []
         if self.reference:
-            scorers.append(("reference", self.reference.at_hand()))
+            scorers.append(("reference", self.reference.policy()))
         if self.config.num_iterations > 1:
             scorers.append(("old", contextlib.nullcontext(self.policy)))
         for whose, at_hand in scorers:

@@ -96,7 +96,7 @@ def test_a_second_encoding_of_the_image_and_a_slow_update_show_where_they_are(ta
     player, phases = seat("ours", task, clock)
     policies = {"rollout": player.trainer.policy, "reference": player.trainer.reference.copy}
     for policy in policies.values():
-        clock.slow(policy, "_tower")
+        clock.slow(policy.vision, "encode")
     player.step()
     plain = phases.steps[-1]
     assert {phase: seconds for phase, seconds in plain.items() if seconds} == {
@@ -105,7 +105,7 @@ def test_a_second_encoding_of_the_image_and_a_slow_update_show_where_they_are(ta
         "update": TICK,
     }
 
-    clock.slow(policies["rollout"], "_tower")  # every image encoded twice by the policy, once by the reference
+    clock.slow(policies["rollout"].vision, "encode")  # every image encoded twice by the policy, once by the reference
     clock.slow(player.trainer, "optimize", 3 * TICK)
     player.step()
     player.close()

@@ -13,24 +13,24 @@ from bench._recorded_run import read_recorded
 from bench._workload import model_config
 from vtfast.config import load_config
 from vtfast.cost.devices import Rates, data_sheet, measured
-from vtfast.cost.micro_batches import Part, Size
+from vtfast.cost.micro_batches import GroupPart, GroupSize
 from vtfast.cost.roofline import (
     Floor,
-    Weights,
-    admissions,
+    ModelSize,
+    admission_steps,
     decode_floor,
     in_flight,
     link_floor,
+    micro_batch_floor,
     optimizer_floor,
-    pass_floor,
     prefill_floor,
     score_floor,
     step_floors,
 )
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.distributed.ranks import Ranks
-from vtfast.model.blueprint import read_model_config, skeleton
-from vtfast.model.loading import load_model
+from vtfast.model.loading import load_model, read_model_config
+from vtfast.model.meta_model import meta_policy
 from vtfast.rollout import Completion, RolloutEngine, Sampling
 from vtfast.rollout.scheduler import Scheduler
 from vtfast.trainer import Trainer
@@ -50,26 +50,26 @@ H100 = data_sheet("NVIDIA H100 80GB HBM3", torch.bfloat16, link=True)
 def two_b(tmp_path_factory):
     folder = tmp_path_factory.mktemp("2b")
     model_config("Qwen2-VL-2B").save_pretrained(folder)
-    return Weights.of(skeleton(read_model_config(folder), torch.bfloat16))
+    return ModelSize.of(meta_policy(read_model_config(folder), torch.bfloat16))
 
 
 @pytest.fixture(scope="module")
 def tiny(base_path):
-    return Weights.of(load_model(base_path))
+    return ModelSize.of(load_model(base_path))
 
 
 def test_a_skeleton_has_the_models_own_sizes(base_path, tiny):
-    without = Weights.of(skeleton(read_model_config(base_path), torch.float32))
+    without = ModelSize.of(meta_policy(read_model_config(base_path), torch.float32))
     assert vars(without) | {"policy": None} == vars(tiny) | {"policy": None}
     module = tiny.policy.module
     assert tiny.trained == sum(p.numel() for p in module.parameters())
-    frozen = Weights.of(skeleton(read_model_config(base_path), torch.float32, ["vision"]))
-    assert 0 < frozen.trained < tiny.trained and frozen.policy.tower_is_frozen
+    frozen = ModelSize.of(meta_policy(read_model_config(base_path), torch.float32, ["vision"]))
+    assert 0 < frozen.trained < tiny.trained and frozen.policy.vision_is_frozen
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match=r"its config\.json cannot be used"):
-        skeleton(read_model_config(tmp_path), torch.float32)
+        meta_policy(read_model_config(tmp_path), torch.float32)
 
 
 def test_decode_bytes_of_qwen2_vl_2b(two_b):
@@ -78,7 +78,7 @@ def test_decode_bytes_of_qwen2_vl_2b(two_b):
     assert two_b.head == 151936 * 1536 and two_b.kv_bytes == 28672
     assert two_b.decode_bytes(0) == pytest.approx(3.087e9, rel=1e-3)
     assert two_b.decode_bytes(8 * 1000) == pytest.approx(3.32e9, rel=2e-3)
-    one_step = decode_floor(two_b, H100, [Size(999, [2], [])] * 8)
+    one_step = decode_floor(two_b, H100, [GroupSize(999, [2], [])] * 8)
     assert one_step.seconds == pytest.approx(0.99e-3, rel=0.01) and one_step.bound == "memory"
 
 
@@ -120,7 +120,8 @@ def test_rows_in_flight_are_the_engines(policy, prompts, monkeypatch, max_rows, 
     monkeypatch.setattr(policy, "eos_ids", tuple(range(0, policy.head.shape[0], 8)))  # many lengths
     groups = engine.generate(prompts, 2, Sampling(max_new_tokens=12, min_new_tokens=2), seed=seed)
     sizes = [
-        Size(len(prompt.ids), [len(c.tokens) for c in group], []) for prompt, group in zip(prompts, groups, strict=True)
+        GroupSize(len(prompt.ids), [len(c.tokens) for c in group], [])
+        for prompt, group in zip(prompts, groups, strict=True)
     ]
     assert len({n for size in sizes for n in size.lengths}) > 2
     rows, cached, pairs = in_flight(sizes, max_rows)
@@ -131,14 +132,14 @@ def test_rows_in_flight_are_the_engines(policy, prompts, monkeypatch, max_rows, 
 
 def test_a_rollout_row_by_row():
     """Prompts of 10 and 20 tokens; completions of 3 and 1, and of 2 and 2."""
-    groups = [Size(10, [3, 1], []), Size(20, [2, 2], [])]
+    groups = [GroupSize(10, [3, 1], []), GroupSize(20, [2, 2], [])]
     rows, cached, pairs = (x.tolist() for x in in_flight(groups, 4))
     assert rows == [3, 1]
     assert cached == [10 + 1 + 20 + 1 + 1, 10 + 2]
     assert pairs == [11 + 21 + 21, 12]
-    assert admissions([[3, 1], [2, 2]], 2) == [0, 2]
+    assert admission_steps([[3, 1], [2, 2]], 2) == [0, 2]
     assert in_flight(groups, 2)[0].tolist() == [1, 1, 2]
-    assert [x.tolist() for x in in_flight([Size(5, [1, 1], [])], 4)] == [[], [], []]
+    assert [x.tolist() for x in in_flight([GroupSize(5, [1, 1], [])], 4)] == [[], [], []]
     assert [x.tolist() for x in in_flight([], 4)] == [[], [], []]
 
 
@@ -153,22 +154,22 @@ def test_flops_of_a_decode_step_are_what_torch_counts(tiny, prompts):
     run.release()
     counts = counter.get_flop_counts()["Global"]
     matmuls = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
-    floor = decode_floor(tiny, UNIT, [Size(0, [2] * 3, [])]).seconds
+    floor = decode_floor(tiny, UNIT, [GroupSize(0, [2] * 3, [])]).seconds
     token = 4 * 3 * 3 * 96  # attention of three rows to themselves: layers 3, width 96
     assert matmuls == pytest.approx(floor - token, rel=0.01)
 
 
 def test_prefill(two_b):
-    groups = [Size(612, [1] * 8, [2048])] * 30
+    groups = [GroupSize(612, [1] * 8, [2048])] * 30
     flops = prefill_floor(two_b, UNIT, groups).seconds / 30
     trunk, attention, one_draw = 612 * 2.62e9, 4 * 612 * 306 * 28 * 1536, 0.467e9
     assert flops == pytest.approx(3.30e12 + trunk + attention + one_draw, rel=0.05)
-    bare = prefill_floor(two_b, UNIT, [Size(1, [1], [])]).seconds
+    bare = prefill_floor(two_b, UNIT, [GroupSize(1, [1], [])]).seconds
     assert bare == pytest.approx(2.62e9 + one_draw, rel=0.01)
     read = prefill_floor(two_b, BYTES, groups).seconds
     weights = 3.087e9 + two_b.tower * 2
     assert read == pytest.approx(2 * weights + 30 * 612 * 28672, rel=1e-3)  # 18,360 tokens: two rows
-    text = prefill_floor(two_b, BYTES, [Size(612, [1], [])]).seconds
+    text = prefill_floor(two_b, BYTES, [GroupSize(612, [1], [])]).seconds
     assert text == pytest.approx(3.087e9 + 612 * 28672, rel=1e-3)
     assert prefill_floor(two_b, H100, []) == Floor()
 
@@ -181,48 +182,48 @@ def test_an_update_bound_by_compute_has_mfu_as_its_share(policy, prompts):
         p: Group(EncodedSample(None, prompt), [Completion([1] * n, [], "stop") for n in (3, 5)])
         for p, prompt in enumerate(prompts)
     }
-    batch = MicroBatch([Part(p, (0, 1), 0, 0.0) for p in groups], groups, policy)
-    sizes = [Size(len(prompt.ids), [3, 5], prompt.patches) for prompt in prompts]
-    floor = pass_floor(Weights.of(policy), UNIT, sizes)
+    batch = MicroBatch([GroupPart(p, (0, 1), 0, 0.0) for p in groups], groups, policy)
+    sizes = [GroupSize(len(prompt.ids), [3, 5], prompt.patches) for prompt in prompts]
+    floor = micro_batch_floor(ModelSize.of(policy), UNIT, sizes)
     assert floor == Floor(compute=update_flops(policy, [batch]))
 
 
 def test_bytes_of_an_update(two_b, base_path):
-    sizes = [Size(100, [10], [])]
+    sizes = [GroupSize(100, [10], [])]
     weights = 3.087e9
     one, two = (score_floor(two_b, BYTES, sizes, ["reference", "old"][:n]) for n in (1, 2))
     assert one.memory == pytest.approx(weights, rel=1e-3) and two.memory == 2 * one.memory
     assert score_floor(two_b, BYTES, sizes, []) == score_floor(two_b, BYTES, [], ["old"]) == Floor()
     expected = 2 * weights + 2 * two_b.trained
-    assert pass_floor(two_b, BYTES, sizes).memory == pytest.approx(expected, rel=1e-3)
+    assert micro_batch_floor(two_b, BYTES, sizes).memory == pytest.approx(expected, rel=1e-3)
     assert optimizer_floor(two_b, BYTES, 4).memory == two_b.trained * 30 / 4
-    fp32 = Weights.of(skeleton(read_model_config(base_path), torch.float32))
+    fp32 = ModelSize.of(meta_policy(read_model_config(base_path), torch.float32))
     assert optimizer_floor(fp32, BYTES).memory == fp32.trained * 28
 
 
 def test_an_image_of_a_trained_tower_is_seen_by_every_scorer(two_b, tmp_path):
-    with_image, without = [Size(100, [10], [400])], [Size(100, [10], [])]
+    with_image, without = [GroupSize(100, [10], [400])], [GroupSize(100, [10], [])]
     tower = lambda weights: (  # noqa: E731
         score_floor(weights, UNIT, with_image, ["old"]).seconds - score_floor(weights, UNIT, without, ["old"]).seconds
     )
     assert tower(two_b) == pytest.approx(400 * 2 * 0.66e9, rel=0.15)
     model_config("Qwen2-VL-2B").save_pretrained(tmp_path)
-    assert tower(Weights.of(skeleton(read_model_config(tmp_path), torch.bfloat16, ["vision", "merger"]))) == 0
+    assert tower(ModelSize.of(meta_policy(read_model_config(tmp_path), torch.bfloat16, ["vision", "merger"]))) == 0
 
 
 def test_link(two_b):
     assert link_floor(Rates(1, 1, link=100.0), 800, 4) == Floor(link=6.0)
     assert link_floor(Rates(1, 1, link=100.0), 800, 1) == link_floor(Rates(1, 1), 800, 4) == Floor()
     slow = Rates(H100.flops, H100.bandwidth, link=1e9)
-    sizes = [Size(100, [10], [])]
-    assert pass_floor(two_b, slow, sizes, ranks=2).link == pytest.approx(two_b.trained * 2 / 2 / 1e9)
-    long = [Size(600, [700] * 8, [])]
-    assert pass_floor(two_b, H100, long, ranks=2) == pass_floor(two_b, H100, long), "hidden"
+    sizes = [GroupSize(100, [10], [])]
+    assert micro_batch_floor(two_b, slow, sizes, ranks=2).link == pytest.approx(two_b.trained * 2 / 2 / 1e9)
+    long = [GroupSize(600, [700] * 8, [])]
+    assert micro_batch_floor(two_b, H100, long, ranks=2) == micro_batch_floor(two_b, H100, long), "hidden"
 
 
 def test_ranks_wait_for_the_slowest(two_b):
     config = load_config(overrides={"beta": 0.04, "token_budget": 1000})
-    light, heavy = [Size(100, [50] * 4, [])], [Size(100, [200] * 4, [])]
+    light, heavy = [GroupSize(100, [50] * 4, [])], [GroupSize(100, [200] * 4, [])]
     floors = step_floors(two_b, H100, config, [light, heavy])
     alone = step_floors(two_b, H100, config, [heavy])
     assert floors["rollout"] == alone["rollout"]
@@ -294,7 +295,7 @@ def lines_of(folder):
 
 
 def test_the_runs_lines_are_the_pages(train, capsys):
-    """Weights, work and passes are made anew from the run folder; passes of a small budget, KL, and a second update on
+    """ModelSize, work and passes are made anew from the run folder; passes of a small budget, KL, and a second update on
     the same answers included."""
     folder, logged = train(beta=0.04, num_iterations=3, token_budget=200, max_steps=6)
     assert [re.match(r"step (\d+) ", text)[1] for text in logged] == ["2", "4", "6"]

@@ -20,9 +20,9 @@ from bench._scaling_inputs import draw, estimate, from_rows, from_run, parse_sha
 from bench._workload import MID, TWO_B, Workload, model_config
 from vtfast.config import load_config
 from vtfast.cost.devices import data_sheet
-from vtfast.cost.micro_batches import Size
-from vtfast.cost.roofline import Weights
-from vtfast.model.blueprint import skeleton
+from vtfast.cost.micro_batches import GroupSize
+from vtfast.cost.roofline import ModelSize
+from vtfast.model.meta_model import meta_policy
 from vtfast.trainer import Trainer
 from vtfast.utils.errors import UserError
 
@@ -33,7 +33,7 @@ GPUS = (1, 2, 4, 8, 16, 64, 256)
 
 @pytest.fixture(scope="module")
 def weights():
-    return Weights.of(skeleton(model_config("Qwen2-VL-2B"), torch.bfloat16))
+    return ModelSize.of(meta_policy(model_config("Qwen2-VL-2B"), torch.bfloat16))
 
 
 def model_of(weights, groups, measured=None, cluster=FABRIC, budget=10_000, **choices):
@@ -44,7 +44,7 @@ def model_of(weights, groups, measured=None, cluster=FABRIC, budget=10_000, **ch
 @pytest.fixture(scope="module")
 def groups():
     rng = np.random.default_rng(0)
-    return [Size(600, draw("uniform:100:700", 8, rng), [2048]) for _ in range(64)]
+    return [GroupSize(600, draw("uniform:100:700", 8, rng), [2048]) for _ in range(64)]
 
 
 # Collectives
@@ -96,14 +96,14 @@ def test_slowest_of_two_kinds_of_rank():
 
 
 def test_equal_completions_are_not_waited_for(weights):
-    model = model_of(weights, [Size(600, [100] * 8, [])])
+    model = model_of(weights, [GroupSize(600, [100] * 8, [])])
     for n in GPUS:
         found = model.predict(n, 4 * n)
         assert found.waiting == pytest.approx(0, abs=1e-9) and found.spread == pytest.approx((0, 0, 0))
 
 
 def test_a_rank_without_prompts_waits(weights):
-    model = model_of(weights, [Size(600, [100] * 8, [])])
+    model = model_of(weights, [GroupSize(600, [100] * 8, [])])
     few, enough = model.predict(8, 4), model.predict(4, 4)
     assert few.rollout == pytest.approx(enough.rollout / 2)
     assert few.waiting == pytest.approx(few.rollout - model.measured.host / 8 + few.update + few.score)
@@ -125,7 +125,7 @@ def test_one_gpu_is_the_measurement(weights, groups):
 
 def test_parts_of_a_step_by_hand(weights):
     """Equal groups, one a pass: 16 GPUs on two machines with 4 prompts each."""
-    model = model_of(weights, [Size(600, [100] * 8, [])], budget=1400, overlap=0.0)
+    model = model_of(weights, [GroupSize(600, [100] * 8, [])], budget=1400, overlap=0.0)
     found = model.predict(16, 64)
     gradients = weights.trained * 2
     assert found.passes == 4

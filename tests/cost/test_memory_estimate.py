@@ -9,19 +9,19 @@ from bench._harness import growth_in_child
 from vtfast.config import SFTConfig, load_config
 from vtfast.cost.memory import (
     activation_bytes,
-    block_numbers,
     cache_bytes,
+    count_parameters,
+    fused_weight_bytes,
     gradient_bytes,
-    joined_bytes,
-    layer_numbers,
-    load_of,
     loss_bytes,
     optimizer_bytes,
-    parts_of,
+    saved_per_patch,
+    saved_per_token,
     vision_activation_bytes,
+    workload_of,
 )
-from vtfast.model.blueprint import blueprint, read_model_config
-from vtfast.model.loading import load_model
+from vtfast.model.loading import load_model, read_model_config
+from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.trainer import Trainer
@@ -39,10 +39,10 @@ def test_parameters_are_those_of_the_loaded_model(random_path, changes, dtype):
     config = settings(model=random_path, dtype=dtype, **changes)
     if config.use_peft:
         pytest.importorskip("peft")
-    drawn = blueprint(read_model_config(random_path), config, getattr(torch, dtype))
+    drawn = meta_policy_for_run(read_model_config(random_path), config, getattr(torch, dtype))
     real = load_model(random_path, dtype, freeze=config.freeze)
     if config.use_peft:
-        from vtfast.model.lora import add_lora
+        from vtfast.model.adapters import add_lora
 
         add_lora(real, config.lora_r, config.lora_alpha, config.lora_target_modules)
     shapes = [
@@ -50,7 +50,7 @@ def test_parameters_are_those_of_the_loaded_model(random_path, changes, dtype):
         for policy in (drawn, real)
     ]
     assert shapes[0] == shapes[1] and all(p.is_meta for p in drawn.module.parameters())
-    parts = parts_of(drawn)
+    parts = count_parameters(drawn)
     assert sum(p.parameters for p in parts) == sum(p.numel() for p in real.module.parameters())
     assert sum(p.bytes for p in parts) == sum(p.nbytes for p in real.module.parameters())
     trained = {p.name for p in parts if p.trained}
@@ -61,7 +61,7 @@ def test_parameters_are_those_of_the_loaded_model(random_path, changes, dtype):
 
 def test_parameters_of_qwen2_vl_2b():
     """4,417,971,200 bytes of bf16 weights are what its checkpoint's index says."""
-    parts = {part.name: part for part in parts_of(drawn_2b())}
+    parts = {part.name: part for part in count_parameters(drawn_2b())}
     assert sum(part.bytes for part in parts.values()) == 4_417_971_200
     assert parts["embeddings"].parameters == 151936 * 1536  # tied: counted once
 
@@ -87,7 +87,7 @@ def test_optimizer_and_gradients_are_the_engines(tmp_path, dtype, monkeypatch):
     (master,) = optimizer.single_partition_of_fp32_groups
     state = optimizer.optimizer.state[master]
     held = master.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
-    parts = parts_of(trainer.policy)
+    parts = count_parameters(trainer.policy)
     trained = sum(part.trained for part in parts)
     assert master.data_ptr() != optimizer.bit16_groups_flat[0].data_ptr(), "a copy in fp32 as well"
     assert held == optimizer_bytes(trained, ranks=1)
@@ -104,7 +104,7 @@ def group_of(trainer: Run):
 
 def test_ranks_share_the_optimizer_and_the_sums_but_not_the_buckets():
     assert optimizer_bytes(1001, ranks=2) == 501 * 12
-    parts = parts_of(drawn_2b())
+    parts = count_parameters(drawn_2b())
     one, two = (gradient_bytes(parts, ranks, "cuda") for ranks in (1, 2))
     assert one - two == 2_208_985_600 // 2 * 4
     assert one - 2_208_985_600 * 4 == 2 * 500_000_000 * 2  # two buckets of DeepSpeed's default, in bf16
@@ -120,19 +120,19 @@ def test_the_cache_and_the_joined_weights_are_the_rollouts(random_path, policy, 
         model=random_path, max_prompt_length=P, num_generations=G, per_device_train_batch_size=3, rollout_max_rows=rows
     )
     cache, decoder = engine.workspace.cache, engine.workspace.decoder
-    load = load_of(config, has_images=True)
+    load = workload_of(config, has_images=True)
     assert cache_bytes(policy, config, load, "cpu", None) == cache.keys.nbytes + cache.values.nbytes
     joined = [part for layer in decoder.layers for part in (layer._qkv, layer._gate_up)]
     held = sum(x.nbytes for part in joined for x in (part.weight, part.bias) if x is not None)
-    assert joined_bytes(policy) == held > 0
+    assert fused_weight_bytes(policy) == held > 0
 
 
 def test_a_given_cache_and_a_full_device_bound_the_cache(random_path, policy):
     config = settings(model=random_path, rollout_cache_tokens=16_000)
-    given = cache_bytes(policy, config, load_of(config, True), "cpu", None)
+    given = cache_bytes(policy, config, workload_of(config, True), "cpu", None)
     assert given == 1001 * 2 * 3 * 16 * 2 * 24 * 4  # pages, K and V, layers, tokens, heads, head size, fp32
     config = settings(model=random_path)
-    load = load_of(config, True)
+    load = workload_of(config, True)
     wanted = cache_bytes(policy, config, load, "cpu", None)
     assert cache_bytes(policy, config, load, "cpu", wanted // 2) == wanted // 2
     held_out = settings(model=random_path, eval_data="synthetic")
@@ -167,7 +167,7 @@ def kept_by(policy: Policy, config, groups: int) -> int:
 
     row = policy.pack([prompt] * groups, [answers] * groups)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        policy.trunk(row)
+        policy.hidden_states(row)
     return sum(size for size, _ in kept.values())
 
 
@@ -191,10 +191,10 @@ def test_activations_are_near_what_autograd_keeps(random_path, checkpointing, fr
     if checkpointing:
         policy.module.gradient_checkpointing_enable({"use_reentrant": False})
         policy.module.train()
-    load = load_of(config, has_images=True)
+    load = workload_of(config, has_images=True)
     assert (load.in_pass, load.tokens) == (2, 2 * (P + G * C))
-    layer = 4 * load.tokens * layer_numbers(policy, config, load, "cpu")
-    block = 4 * 2 * 36 * 4 * block_numbers(policy, config, "cpu") * (freeze == "none")
+    layer = 4 * load.tokens * saved_per_token(policy, config, load, "cpu")
+    block = 4 * 2 * 36 * 4 * saved_per_patch(policy, config, "cpu") * (freeze == "none")
     pixels = 2 * 36 * 4 * 1176 * 4
     guess = activation_bytes(policy, config, load, "cpu") - (1 + checkpointing) * layer
     guess += vision_activation_bytes(policy, config, load, "cpu") - (1 + checkpointing) * block
@@ -211,7 +211,7 @@ from vtfast.config import load_config
 from vtfast.training.groups import MicroBatch, Group
 from vtfast.model import Policy
 from vtfast.training.grpo_objective import GRPOObjective, loss_spec
-from vtfast.cost.micro_batches import Part
+from vtfast.cost.micro_batches import GroupPart
 from vtfast.data.prompt import Prompt
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.rollout import Completion
@@ -222,7 +222,7 @@ P, C, G = config.max_prompt_length, config.max_completion_length, config.num_gen
 prompt = Prompt(torch.arange(P), torch.arange(P).expand(3, -1))
 answers = [Completion(list(range(C)), [-1.0] * C, "length") for _ in range(G)]
 group = Group(EncodedSample(None, prompt), answers, advantage=torch.linspace(-1, 1, G))
-batch = MicroBatch([Part(0, tuple(range(G)), P + G * C, 1.0)], {{0: group}}, policy)
+batch = MicroBatch([GroupPart(0, tuple(range(G)), P + G * C, 1.0)], {{0: group}}, policy)
 objective = GRPOObjective(policy, loss_spec(config))
 for p in policy.module.parameters():
     p.grad = torch.zeros_like(p)  # the engine's, which the estimate counts elsewhere
@@ -250,8 +250,8 @@ def test_an_updates_memory_is_near_what_a_process_grows_by(V):
         "per_device_train_batch_size": 1,
     }
     config = load_config(overrides=overrides)
-    drawn = blueprint(Qwen2Config(**model), config, torch.float32)
-    load = load_of(config, has_images=False)
+    drawn = meta_policy_for_run(Qwen2Config(**model), config, torch.float32)
+    load = workload_of(config, has_images=False)
     guess = activation_bytes(drawn, config, load, "cpu") + loss_bytes(drawn, load.scored, "cpu")
     real = 1e6 * 1.048576 * growth_in_child(UPDATE.format(overrides=overrides, model=model))
     assert real / 1.5 < guess < real * 1.5, guess / real
@@ -269,17 +269,17 @@ def test_a_pass_is_what_packing_makes_of_it():
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
     }
-    load = load_of(settings(**common), has_images=True)
+    load = workload_of(settings(**common), has_images=True)
     assert (load.tokens, load.in_pass, load.passes, load.scored) == (720, 4, 2, 320)
     assert load.key_rows == 4 * 100 + 32 * 110 and load.image == 20 and load.prompts == 8
     assert load.images_in_pass == 720 // 108, "more prompts fit when completions are short"
-    small = load_of(settings(**common, token_budget=130), has_images=False)
+    small = workload_of(settings(**common, token_budget=130), has_images=False)
     assert (small.tokens, small.in_pass, small.scored, small.image) == (130, 1, 30, 0)
-    least = load_of(settings(**common, token_budget=50), has_images=False)
+    least = workload_of(settings(**common, token_budget=50), has_images=False)
     assert least.tokens == 110, "a prompt with one completion goes alone, whatever the budget"
-    most = load_of(settings(**common, token_budget=10**6), has_images=False)
+    most = workload_of(settings(**common, token_budget=10**6), has_images=False)
     assert (most.tokens, most.passes) == (8 * 180, 1), "no more than the step has"
-    supervised = load_of(load_config("tiny-spatial-sft", kind=SFTConfig), has_images=True)
+    supervised = workload_of(load_config("tiny-spatial-sft", kind=SFTConfig), has_images=True)
     assert supervised.group == 1 and supervised.tokens == 32 * (1024 + 32)
 
 

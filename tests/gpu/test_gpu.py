@@ -13,7 +13,7 @@ from plain_attention import KEYS, LENGTHS, D, plain, rows
 from vtfast_kernels.paged_attention import paged_attention
 from vtfast_kernels.pages import Pages
 
-from vtfast.model.attention import BACKENDS, Layout, _usable, attend
+from vtfast.model.attention import BACKENDS, AttentionLayout, _usable, packed_attention
 from vtfast.model.liger import use_liger
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
@@ -34,7 +34,7 @@ def test_attention_backends(backend, window):
     exact = [x.detach().bfloat16().double().requires_grad_() for x in rows(sum(LENGTHS))]
     ours = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
     expected = plain(*exact, LENGTHS, KEYS, window=window)
-    out = attend(*ours, Layout(LENGTHS, KEYS, backend=backend, device="cuda"), D**-0.5, window)
+    out = packed_attention(*ours, AttentionLayout(LENGTHS, KEYS, backend=backend, device="cuda"), D**-0.5, window)
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weight = weight.bfloat16()
     grads = torch.autograd.grad(out, ours, weight.cuda())

@@ -19,7 +19,7 @@ from vtfast import trainer
 from vtfast.distributed import launch as distributed
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.loading import load_model
-from vtfast.model.reference import Reference
+from vtfast.model.reference_model import ReferenceModel
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
 from vtfast.training import loop
@@ -133,7 +133,7 @@ def test_rollouts(random_path, prompts, device, deterministic, warp):
 def test_an_offloaded_reference_comes_and_goes(random_path, device):
     policy = load_model(random_path, device="cuda", freeze=["vision"])
     started = [p.cpu() for p in policy.module.parameters() if p.requires_grad]
-    reference = Reference(policy, offload=True)
+    reference = ReferenceModel(policy, offload=True)
     for parameter in policy.module.parameters():
         parameter.data.zero_()
     shared = {id(p) for p in policy.module.parameters()}
@@ -141,7 +141,7 @@ def test_an_offloaded_reference_comes_and_goes(random_path, device):
         own = [p for p in reference.copy.module.parameters() if id(p) not in shared]
         assert len(own) == len(started) and not any(p.is_cuda for p in own)
         places = [p.data.data_ptr() for p in own]
-        with reference.at_hand() as model:
+        with reference.policy() as model:
             assert model is reference.copy and all(p.is_cuda for p in model.module.parameters())
             for parameter, value in zip(own, started, strict=True):
                 assert parameter.cpu().equal(value)

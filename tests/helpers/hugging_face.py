@@ -33,12 +33,13 @@ def inputs(prompt: Prompt, tokens: list[int] | tuple[int, ...] = ()) -> dict[str
 @contextlib.contextmanager
 def plain(policy: Policy) -> Iterator[torch.nn.Module]:
     """The same module as Hugging Face loads it: its own attention everywhere, nothing of ours in its forward."""
-    parts = [policy.language_model, policy.visual]
-    configs = [part.config for part in parts if part is not None]
+    configs = [policy.language_model.config]
+    if policy.vision is not None:
+        configs.append(policy.vision.module.config)
     ours = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = "sdpa"
-    own = vars(policy.visual.patch_embed) if policy.visual is not None else {}
+    own = vars(policy.vision.module.patch_embed) if policy.vision is not None else {}
     embed = own.pop("forward", None)
     try:
         yield policy.module

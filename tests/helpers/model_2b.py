@@ -6,8 +6,8 @@ import torch
 from transformers import Qwen2VLConfig
 
 from vtfast.config import load_config
-from vtfast.cost.memory import memory_of
-from vtfast.model.blueprint import blueprint
+from vtfast.cost.memory import estimate_memory
+from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy
 
 QWEN2_VL_2B = {  # Qwen/Qwen2-VL-2B's config.json
@@ -47,9 +47,9 @@ def changed(**overrides):
 @functools.cache
 def drawn_2b(freeze: tuple[str, ...] = (), use_peft: bool = False) -> Policy:
     config = settings(freeze=list(freeze), use_peft=use_peft)
-    return blueprint(model_2b(), config, torch.bfloat16)
+    return meta_policy_for_run(model_2b(), config, torch.bfloat16)
 
 
 def memory(config, ranks=4, gigabytes=80):
     drawn = drawn_2b(tuple(config.freeze), config.use_peft)
-    return memory_of(drawn, config, ranks, "cuda", int(gigabytes * 1e9))
+    return estimate_memory(drawn, config, ranks, "cuda", int(gigabytes * 1e9))

@@ -9,14 +9,20 @@ import pytest
 import torch
 from plain_attention import KEYS, LENGTHS, D, H, K, plain, rows
 
-from vtfast.model import attention, backends
-from vtfast.model.attention import Layout, attend, choose_backend, language_attention, vision_attention
+from vtfast.model import attention, attention_layout, backends
+from vtfast.model.attention import (
+    AttentionLayout,
+    choose_backend,
+    language_attention,
+    packed_attention,
+    vision_attention,
+)
 from vtfast.utils.errors import UserError
 
 
 def assert_same(layout, lengths, keys, **options):
     tensors = rows(sum(lengths))
-    ours = attend(*tensors, layout, None, options.get("window"))
+    ours = packed_attention(*tensors, layout, None, options.get("window"))
     theirs = plain(*tensors, lengths, keys, layout.causal, **options)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     weight = torch.randn(ours.shape, dtype=ours.dtype)
@@ -30,21 +36,21 @@ def assert_same(layout, lengths, keys, **options):
 @pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 6, 7, 11, 12, 100])
 def test_sdpa_shared_prompts(monkeypatch, window, free_area):
     """Segments one at a time, and padded together."""
-    monkeypatch.setattr(attention, "FREE_AREA", free_area)
-    assert_same(Layout(LENGTHS, KEYS), LENGTHS, KEYS, window=window)
+    monkeypatch.setattr(attention_layout, "FREE_AREA", free_area)
+    assert_same(AttentionLayout(LENGTHS, KEYS), LENGTHS, KEYS, window=window)
 
 
 def test_sdpa_images():
     """Every patch sees its own image, and no other."""
     lengths, row = [4, 9, 4], [(0, 4), (4, 13), (13, 17)]
-    assert_same(Layout(lengths, causal=False), lengths, [[span] for span in row])
+    assert_same(AttentionLayout(lengths, causal=False), lengths, [[span] for span in row])
 
 
 def test_the_scale_is_not_taken_for_granted():
     """Every model of today scales by 1 / sqrt(d); another one would not."""
     tensors = rows(21)
     expected = plain(2 * tensors[0], *tensors[1:], LENGTHS, KEYS)
-    torch.testing.assert_close(attend(*tensors, Layout(LENGTHS, KEYS), 2 * D**-0.5), expected)
+    torch.testing.assert_close(packed_attention(*tensors, AttentionLayout(LENGTHS, KEYS), 2 * D**-0.5), expected)
     q, k, v = (x.detach().transpose(0, 1)[None] for x in rows(13))
     ends = torch.tensor([0, 4, 13], dtype=torch.int32)
     ours, _ = vision_attention(None, q, k, v, None, 2 * D**-0.5, cu_seq_lens_q=ends)
@@ -56,7 +62,7 @@ def test_the_scale_is_not_taken_for_granted():
 def test_padding_is_bounded():
     """A long segment among short ones must not pad them all to its length."""
     lengths = [1000, *[10] * 50]
-    batches, _ = Layout(lengths).batches
+    batches, _ = AttentionLayout(lengths).batches
     area = sum(batch.size * batch.queries * batch.keys for batch in batches)
     assert area < 1.3 * sum(n * n for n in lengths) and len(batches) < 10
 
@@ -182,14 +188,14 @@ VARLEN = [
 @pytest.mark.parametrize("backend, module, name, function", VARLEN)
 def test_varlen_kernels_get_their_own_signatures(monkeypatch, backend, module, name, function, window):
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: function}))
-    layout = Layout(LENGTHS, KEYS, backend=backend)
+    layout = AttentionLayout(LENGTHS, KEYS, backend=backend)
     if function is varlen_210 and window is not None:
         with pytest.raises(UserError, match="sliding-window"):
-            attend(*rows(21), layout, None, window)
+            packed_attention(*rows(21), layout, None, window)
         return
     assert_same(layout, LENGTHS, KEYS, window=window)
     tensors = rows(21)
-    doubled = attend(*tensors, layout, 2 * D**-0.5, window)
+    doubled = packed_attention(*tensors, layout, 2 * D**-0.5, window)
     expected = plain(2 * tensors[0], *tensors[1:], LENGTHS, KEYS, window=window)
     torch.testing.assert_close(doubled, expected, rtol=1e-9, atol=1e-9)
 
@@ -206,7 +212,7 @@ def test_varlen_kernels_are_told_what_is_causal(monkeypatch, backend, module, na
 
     kernel.__signature__ = inspect.signature(function)
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: kernel}))
-    attend(*rows(21), Layout(LENGTHS, KEYS if causal else None, causal=causal, backend=backend))
+    packed_attention(*rows(21), AttentionLayout(LENGTHS, KEYS if causal else None, causal=causal, backend=backend))
     longest = [bound.get(f"max_seqlen_{x}", bound.get(f"max_{x}")) for x in "qk"]
     assert longest == [7, 12 if causal else 7]
     assert bound.get("window_size", (-1, 0 if causal else -1)) == (-1, 0 if causal else -1)
@@ -222,7 +228,7 @@ def test_the_installed_varlen_has_a_signature_that_we_know():
 
 
 def test_the_choice(monkeypatch, caplog):
-    backends._say.cache_clear()
+    backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="vtfast"):
         assert choose_backend() == choose_backend("sdpa", "cpu") == "sdpa"
     assert [record.message for record in caplog.records] == ["packed attention (cpu, float32): sdpa"]

@@ -86,7 +86,7 @@ def model(folder):
 def questions(folder, model):
     processor = Processor.from_pretrained(folder)
     questions = [processor.encode("User: how many?\nAssistant:", []), processor.encode("Left or right", [])]
-    if model.visual is None:
+    if model.vision is None:
         return questions
     wide, small = picture(196, 84, seed=1), picture(56, 112, seed=2)
     return [*questions, processor.encode(f"{IMAGE}and{IMAGE}?", [wide, small]), processor.encode(f"{IMAGE}!", [small])]
@@ -118,7 +118,7 @@ def oracle(model, questions):
 @pytest.mark.parametrize("freeze", [[], ["language"]])
 def test_scores_and_gradients_equal_hugging_faces(folder, questions, freeze):
     model, judge = load_model(folder, freeze=freeze), load_model(folder, freeze=freeze)
-    if freeze and model.visual is None:
+    if freeze and model.vision is None:
         model.module.lm_head.weight.requires_grad_(), judge.module.lm_head.weight.requires_grad_()
     ours, theirs = (
         flat(completion_logprobs(model, questions, COMPLETIONS[: len(questions)])),
@@ -142,13 +142,13 @@ def test_scores_and_gradients_equal_hugging_faces(folder, questions, freeze):
 @pytest.mark.parametrize("freeze", [["vision"], ["vision", "merger"]])
 def test_remembered_images_are_the_same(folder, questions, freeze):
     model = load_model(folder)
-    if model.visual is None:
+    if model.vision is None:
         with pytest.raises(UserError, match="--freeze vision: a text model has none"):
             load_model(folder, freeze=freeze)
         return
     frozen, calls = load_model(folder, freeze=freeze), []
-    frozen.visual.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad(), frozen.images.open():
+    frozen.vision.module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), frozen.cache_image_features():
         first = flat(completion_logprobs(frozen, questions, COMPLETIONS))
         some = flat(completion_logprobs(frozen, questions[::-1], COMPLETIONS[::-1]))
     expected = oracle(model, questions).float()
@@ -177,12 +177,12 @@ def test_rollout_equals_hugging_faces_generate(model, questions):
 def test_flops_count_every_matmul(folder, model):
     """Against the sizes of the weights, where every token passes every one."""
     linear = [m.weight.numel() for m in model.language_model.modules() if isinstance(m, torch.nn.Linear)]
-    flops = forward_flops(model.module.config, 7, [3, 5], [] if model.visual is None else [64])
+    flops = forward_flops(model.module.config, 7, [3, 5], [] if model.vision is None else [64])
     assert flops.trunk == 2 * 15 * sum(linear) and flops.head == 2 * 8 * V * 48
-    if model.visual is not None:
-        blocks = sum(m.weight.numel() for m in model.visual.blocks.modules() if isinstance(m, torch.nn.Linear))
-        merger = sum(m.weight.numel() for m in model.visual.merger.modules() if isinstance(m, torch.nn.Linear))
-        patch = model.visual.patch_embed.proj.weight.numel()
+    if model.vision is not None:
+        blocks = sum(m.weight.numel() for m in model.vision.module.blocks.modules() if isinstance(m, torch.nn.Linear))
+        merger = sum(m.weight.numel() for m in model.vision.module.merger.modules() if isinstance(m, torch.nn.Linear))
+        patch = model.vision.module.patch_embed.proj.weight.numel()
         attention = 4 * 64 * 32 * (64 + 2 * 16)  # one whole block, two of windows of 4 x 4 patches
         assert flops.vision == 2 * 64 * (blocks + patch + merger / 4) + attention
 
@@ -217,7 +217,7 @@ def test_a_short_run(folder, model, tmp_path, monkeypatch):
 
 
 def test_images_for_a_text_model_are_refused(folder, model):
-    if model.visual is not None:
+    if model.vision is not None:
         return
     processor = Processor.from_pretrained(folder)
     with pytest.raises(UserError, match="1 images for a text model"):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
+from vtfast.model.adapters import add_lora
 from vtfast.model.loading import load_model
-from vtfast.model.lora import add_lora
 from vtfast.model.policy import freeze_parts
-from vtfast.model.reference import Reference
+from vtfast.model.reference_model import ReferenceModel
 from vtfast.model.vision import embed_patches
 from vtfast.scoring import completion_logprobs
 from vtfast.utils.errors import UserError
@@ -55,7 +55,7 @@ def test_freeze_covers_an_untied_head(random_path, part):
 
 
 def test_freeze_takes_one_name_and_refuses_another(random_path):
-    assert load_model(random_path, freeze="vision").tower_is_frozen
+    assert load_model(random_path, freeze="vision").vision_is_frozen
     with pytest.raises(UserError, match="--freeze eyes: must be among vision, merger, language"):
         load_model(random_path, freeze=["eyes"])
 
@@ -65,9 +65,9 @@ def test_freeze_takes_one_name_and_refuses_another(random_path):
 def test_the_reference_stays_where_training_began(random_path, prompts, freeze, offload):
     policy = load_model(random_path, freeze=freeze)
     before = scores(policy, prompts)
-    reference = Reference(policy, offload)
+    reference = ReferenceModel(policy, offload)
     shake(policy)
-    with reference.at_hand() as model:
+    with reference.policy() as model:
         after = scores(model, prompts)
         assert not any(p.requires_grad for p in model.module.parameters())
     torch.testing.assert_close(after, before)
@@ -82,11 +82,11 @@ def test_a_frozen_tower_runs_once_for_policy_and_reference(random_path, prompts)
 
     def run(policy):
         calls.clear()
-        policy.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-        reference = Reference(policy)
-        with policy.images.open():
+        policy.vision.module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        reference = ReferenceModel(policy)
+        with policy.cache_image_features():
             inside = scores(policy, prompts), scores(policy, prompts)
-            with reference.at_hand() as model:
+            with reference.policy() as model:
                 other = scores(model, prompts)
         return inside, other
 
@@ -108,12 +108,12 @@ def test_lora_is_its_own_reference_with_the_adapter_off(random_path, prompts):
     trained = [name for name, p in policy.module.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     assert policy.language_model.layers[0].self_attn.q_proj.scaling == {"default": 8 / 4}
-    reference = Reference(policy)
+    reference = ReferenceModel(policy)
     shake(policy)
     changed = scores(policy, prompts)
     assert (changed - before).abs().max() > 1e-3
     policy.module.train()
-    with reference.at_hand() as model:
+    with reference.policy() as model:
         assert model is policy
         torch.testing.assert_close(scores(model, prompts), before)
     assert policy.module.training and scores(policy, prompts).equal(changed), "switched on again"
@@ -129,7 +129,7 @@ def test_lora_folders_load_merged(random_path, prompts, tmp_path):
     assert all(p.requires_grad for p in loaded.module.parameters())
     torch.testing.assert_close(scores(loaded, prompts), scores(policy, prompts), rtol=1e-5, atol=1e-5)
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)  # and transformers loads it too
-    assert Reference(loaded).copy is not loaded, "it has no adapter that could be switched off"
+    assert ReferenceModel(loaded).copy is not loaded, "it has no adapter that could be switched off"
     loaded.module.save_pretrained(tmp_path / "whole")
     again = load_model(tmp_path / "whole")
     torch.testing.assert_close(scores(again, prompts), scores(loaded, prompts))
@@ -170,7 +170,7 @@ def test_another_attention_cannot_slip_in(random_path, prompts):
 
 
 def test_patches_are_embedded_by_a_matmul_and_copies_use_their_own_weights(random_path, prompts):
-    patches, pixels = load_model(random_path).visual.patch_embed, prompts[0].pixels
+    patches, pixels = load_model(random_path).vision.module.patch_embed, prompts[0].pixels
     expected = patches(pixels)
     patches.forward = types.MethodType(embed_patches, patches)  # as a policy does on CUDA
     torch.testing.assert_close(patches(pixels), expected, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtfast.cost.flops import forward_flops
-from vtfast.cost.micro_batches import Part, plan, split
+from vtfast.cost.micro_batches import GroupPart, bin_pack, split_group
 from vtfast.data.prompt import Prompt, mrope_positions
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.loading import load_model
@@ -65,7 +65,7 @@ def parts_of(groups, budget):
     return [
         part
         for number, (prompt, lengths) in enumerate(groups)
-        for part in split(number, prompt, lengths, float(prompt + sum(lengths)), budget)
+        for part in split_group(number, prompt, lengths, float(prompt + sum(lengths)), budget)
     ]
 
 
@@ -75,7 +75,7 @@ groups = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 40), min
 @settings(max_examples=150, deadline=None)
 @given(groups, st.integers(20, 300), st.integers(1, 4))
 def test_plan_keeps_everything_within_the_budget(groups, budget, ranks):
-    passes = plan(parts_of(groups, budget), budget, ranks)
+    passes = bin_pack(parts_of(groups, budget), budget, ranks)
     assert passes and all(len(bins) == ranks for bins in passes)
     seen = [(part.group, i) for bins in passes for bin in bins for part in bin for i in part.members]
     assert sorted(seen) == [(g, i) for g, (_, n) in enumerate(groups) for i in range(len(n))]
@@ -93,26 +93,26 @@ def test_plan_keeps_everything_within_the_budget(groups, budget, ranks):
 def test_plan_balances_the_ranks_of_a_pass():
     """Eight groups of very different sizes over four ranks: no rank has much more than the others."""
     costs = [100, 90, 60, 55, 50, 20, 15, 10]
-    parts = [Part(i, (0,), cost, float(cost)) for i, cost in enumerate(costs)]
-    ((*bins,),) = plan(parts, 400, 4)
+    parts = [GroupPart(i, (0,), cost, float(cost)) for i, cost in enumerate(costs)]
+    ((*bins,),) = bin_pack(parts, 400, 4)
     loads = [sum(part.cost for part in bin) for bin in bins]
     assert sum(loads) == 400 and max(loads) <= 115
-    by_cost = [Part(i, (0,), 10, cost) for i, cost in enumerate([1.0, 1.0, 1.0, 3.0])]
-    ((*bins,),) = plan(by_cost, 100, 2)
+    by_cost = [GroupPart(i, (0,), 10, cost) for i, cost in enumerate([1.0, 1.0, 1.0, 3.0])]
+    ((*bins,),) = bin_pack(by_cost, 100, 2)
     assert [sum(part.cost for part in bin) for bin in bins] == [3, 3], "cost, not tokens"
-    assert plan([], 100, 3) == [[[], [], []]], "ranks without work still take part in the step"
+    assert bin_pack([], 100, 3) == [[[], [], []]], "ranks without work still take part in the step"
 
 
 def test_bins_of_a_pass_are_alike():
     """Ranks wait for each other in every pass."""
     sizes = [(90, 10.0), (50, 5.0), (45, 4.0), (45, 4.0), (45, 4.0)]
-    parts = [Part(i, (0,), tokens, cost) for i, (tokens, cost) in enumerate(sizes)]
-    costs = [[sum(p.cost for p in bin) for bin in bins] for bins in plan(parts, 100, 2)]
+    parts = [GroupPart(i, (0,), tokens, cost) for i, (tokens, cost) in enumerate(sizes)]
+    costs = [[sum(p.cost for p in bin) for bin in bins] for bins in bin_pack(parts, 100, 2)]
     assert costs == [[10, 8], [5, 4]]
 
 
 def test_a_group_above_the_budget_repeats_its_prompt():
-    parts = split(3, 10, [5, 5, 5, 50], 75.0, 22)
+    parts = split_group(3, 10, [5, 5, 5, 50], 75.0, 22)
     assert [part.members for part in parts] == [(0, 1), (2,), (3,)]
     assert [part.tokens for part in parts] == [20, 15, 60]
     assert [part.cost for part in parts] == pytest.approx([20, 15, 60])
@@ -129,7 +129,7 @@ def test_check_group_names_what_is_wrong():
         with pytest.raises(UserError, match="outside the vocabulary"):
             check_group(prompt, [ids], 100)
     prompt.image_mask[0] = True
-    with pytest.raises(UserError, match="places for 7 image tokens, its images make 6"):
+    with pytest.raises(UserError, match="placeholders for 7 image tokens, its images make 6"):
         check_group(prompt, [], 100)
     prompt.image_mask[0] = False
     prompt.ids[0] = 100
@@ -138,10 +138,10 @@ def test_check_group_names_what_is_wrong():
     prompt.ids[0] = 7
     with pytest.raises(UserError, match="the prompt is empty"):
         check_group(text_prompt(), [], 100)
-    with pytest.raises(UserError, match=r"places for 4 \+ 8 image tokens, its images make 8 \+ 4"):
+    with pytest.raises(UserError, match=r"placeholders for 4 \+ 8 image tokens, its images make 8 \+ 4"):
         check_group(swapped_images(), [], 100)
     prompt.pixels = prompt.pixels[:20]
-    with pytest.raises(UserError, match="20 patches, their sizes ask for 24"):
+    with pytest.raises(UserError, match="20 patches, their sizes require 24"):
         check_group(prompt, [], 100)
 
 
@@ -177,7 +177,7 @@ def test_flops_of_qwen2_vl_2b():
 def test_an_update_costs_less_where_parts_are_frozen(random_path, prompts, freeze, trunk, head, vision):
     policy = load_model(random_path, freeze=freeze)
     group = Group(EncodedSample(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2)
-    batch = MicroBatch([Part(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
+    batch = MicroBatch([GroupPart(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
     patches = prompts[0].grid.prod(-1).tolist()
     flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
     expected = trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision

@@ -7,8 +7,8 @@ import torch
 from hugging_face import COMPLETIONS, flat, logprobs, plain
 
 from vtfast.model import attention
+from vtfast.model.adapters import add_lora
 from vtfast.model.loading import load_model
-from vtfast.model.lora import add_lora
 from vtfast.scoring import completion_logprobs
 from vtfast.utils.errors import UserError
 
@@ -89,7 +89,7 @@ def test_gradients_under_frozen_parts(random_path, prompts, freeze, remember):
     policy = load_model(random_path, freeze=freeze)
     if not remember:
         return assert_same_gradients(policy, prompts)
-    with policy.images.open():
+    with policy.cache_image_features():
         completion_logprobs(policy, prompts, COMPLETIONS)  # fills the memory
         assert_same_gradients(policy, prompts)
 
@@ -119,8 +119,8 @@ def test_every_token_once_and_every_image_once(policy, prompts):
 
     hooks = [
         policy.language_model.layers[0].register_forward_hook(count("trunk"), with_kwargs=True),
-        policy.visual.blocks[0].register_forward_hook(count("vision"), with_kwargs=True),
-        policy.visual.register_forward_hook(tower),
+        policy.vision.module.blocks[0].register_forward_hook(count("vision"), with_kwargs=True),
+        policy.vision.module.register_forward_hook(tower),
     ]
     with torch.no_grad():
         completion_logprobs(policy, prompts, COMPLETIONS)
@@ -146,17 +146,17 @@ def test_rows_stay_within_the_token_budget(policy, prompts):
 
 def test_images_go_through_our_attention_together(policy, prompts, monkeypatch):
     """One call a block for all images, and not one an image."""
-    layouts, original = [], attention.attend
+    layouts, original = [], attention.packed_attention
 
     def watched(query, key, value, layout, *rest):
         layouts.append(layout)
         return original(query, key, value, layout, *rest)
 
-    monkeypatch.setattr(attention, "attend", watched)
+    monkeypatch.setattr(attention, "packed_attention", watched)
     policy.module.set_attn_implementation("sdpa")
     with torch.no_grad():
         completion_logprobs(policy, prompts, COMPLETIONS)
-    assert sum(not layout.causal for layout in layouts) == len(policy.visual.blocks)
+    assert sum(not layout.causal for layout in layouts) == len(policy.vision.module.blocks)
 
 
 def test_only_completion_tokens_meet_the_vocabulary(policy, prompts, monkeypatch):
@@ -237,7 +237,7 @@ def test_what_cannot_be_scored_is_named(policy, prompts):
         completion_logprobs(policy, prompts[:1], [[[400]]])
     broken = copy.copy(prompts[0])
     broken.image_mask = torch.zeros_like(broken.image_mask)
-    with pytest.raises(UserError, match="prompt 1: the prompt has places for 0 image tokens"):
+    with pytest.raises(UserError, match="prompt 1: the prompt has placeholders for 0 image tokens"):
         completion_logprobs(policy, [prompts[2], broken], [[[5]], [[5]]])
     with pytest.raises(UserError, match="1 groups for 2 prompts"):
         completion_logprobs(policy, prompts[:2], [[[5]]])
@@ -268,4 +268,4 @@ def test_gradients_arrive_in_one_order(random_path, prompts, checkpointing):
     assert order(2) == order(1, 2, 3) == expected
     policy.module.zero_grad()
     order(2)
-    assert all(not p.grad.any() for p in policy.visual.parameters()), "no image: zeros"
+    assert all(not p.grad.any() for p in policy.vision.module.parameters()), "no image: zeros"

@@ -106,7 +106,7 @@ def test_an_index_names_safetensors_of_its_own_folder_alone(checkpoint, tmp_path
 
     load("model-1.safetensors")
     for name in ("../other.safetensors", str(tmp_path / "other.safetensors"), "model.bin", 3, ""):
-        with pytest.raises(UserError, match=r"index\.json: .* is no \*\.safetensors file of this folder"):
+        with pytest.raises(UserError, match=r"index\.json: .* is not a \*\.safetensors file of this folder"):
             load(name)
     with pytest.raises(UserError, match=r"index\.json: gone\.safetensors is missing"):
         load("gone.safetensors")
@@ -133,7 +133,7 @@ def test_adapters_say_which_base_model_they_bring(adapters, base_path, caplog):
     name = "language_model.layers.0.self_attn.q_proj.weight"
     adapted, plain = (dict(load_model(f).module.model.named_parameters()) for f in (adapters, base_path))
     torch.testing.assert_close(adapted[name], plain[name] + 2 * torch.full((96, 96), 2.0))
-    assert f"{adapters} holds LoRA adapters; the base model that they name is loaded: {base_path}" in caplog.text
+    assert f"{adapters} holds LoRA adapters; their base model is loaded: {base_path}" in caplog.text
 
 
 def test_adapters_are_weights_and_nothing_else(adapters, tmp_path):

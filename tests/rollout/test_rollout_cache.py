@@ -10,8 +10,8 @@ from rollouts import everything_is_free, tokens
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from vtfast.model.adapters import add_lora
 from vtfast.model.loading import load_model
-from vtfast.model.lora import add_lora
 from vtfast.rollout import RolloutEngine, Sampling, engine, scheduler
 from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder

@@ -10,8 +10,8 @@ from rollouts import tokens
 
 from vtfast.config import Config
 from vtfast.data.processor import Processor
+from vtfast.model.adapters import add_lora
 from vtfast.model.loading import load_model
-from vtfast.model.lora import add_lora
 from vtfast.rollout import RolloutEngine, Sampling, vllm
 from vtfast.rollout.engines import build_engine
 from vtfast.rollout.vllm import checkpoint_weights

@@ -8,7 +8,7 @@ import torch
 
 from vtfast.cost import micro_batches
 from vtfast.cost.flops import forward_flops
-from vtfast.cost.micro_batches import Part
+from vtfast.cost.micro_batches import GroupPart
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.rollout import Completion
 from vtfast.training.groups import Group
@@ -140,7 +140,7 @@ def test_groups_without_signal_stay_out(shared):
 
 
 def test_settling_keeps_work_at_home():
-    parts = [Part(i, (0,), tokens, float(tokens)) for i, tokens in enumerate([10, 20, 30, 5])]
+    parts = [GroupPart(i, (0,), tokens, float(tokens)) for i, tokens in enumerate([10, 20, 30, 5])]
     bins = [[parts[2]], [parts[0], parts[3]], [parts[1]]]
     assert settle(bins, owners=[2, 0, 1, 1]) == [[parts[1]], [parts[2]], [parts[0], parts[3]]]
 

@@ -436,14 +436,14 @@ def test_useful_operations(make, monkeypatch):
     """Targets in the prompt meet the head; a frozen tower runs forward once."""
     trainer, asked = make()
     batch = pass_over(trainer.policy, trainer.with_targets(asked, 1))
-    base = update_flops(trainer.policy, [batch], tower_ran=False)
-    more = update_flops(trainer.policy, [batch], prompt_targets=5, tower_ran=False)
+    base = update_flops(trainer.policy, [batch], vision_cached=False)
+    more = update_flops(trainer.policy, [batch], prompt_targets=5, vision_cached=False)
     assert more - base == pytest.approx(3 * 5 * 2 * 96 * 400)  # D = 96, V = 400
     frozen, _ = make(freeze="vision")
     tower = sum(
         forward_flops(frozen.policy.module.config, 0, [], q.prompt.grid.prod(-1).tolist()).vision for q in asked
     )
-    assert base - update_flops(frozen.policy, [batch], tower_ran=False) == pytest.approx(2 * tower)
+    assert base - update_flops(frozen.policy, [batch], vision_cached=False) == pytest.approx(2 * tower)
     assert base - update_flops(frozen.policy, [batch]) == pytest.approx(3 * tower)
     monkeypatch.setattr("vtfast.training.sft.mfu", lambda flops, *_: flops)
     assert trainer.step(1, asked)[0]["mfu"] == pytest.approx(base)

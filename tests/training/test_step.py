@@ -159,8 +159,8 @@ def test_a_frozen_tower_runs_once_a_step(make):
     """For the rollout, the reference, the old log-probs and the update."""
     trainer, questions = make(freeze="vision", beta=0.04, num_iterations=2)
     calls = []
-    trainer.policy.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    trainer.reference.copy.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    trainer.policy.vision.module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    trainer.reference.copy.vision.module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     trainer.step(1, questions)
     assert len(calls) == 1
 

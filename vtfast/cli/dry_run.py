@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from vtfast.config import RunConfig, SFTConfig
-from vtfast.cost.memory import Load, Memory, Part, load_of, memory_of, parts_of
+from vtfast.cost.memory import MemoryEstimate, ParameterCount, Workload, count_parameters, estimate_memory, workload_of
 from vtfast.data.file_reader import find_files
 from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
 from vtfast.distributed.ranks import prompts_per_rank
-from vtfast.model.blueprint import blueprint, read_model_config
-from vtfast.model.loading import dtype_named
+from vtfast.model.loading import parse_dtype, read_model_config
+from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
@@ -83,13 +83,13 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
     """Lines of text. What cannot be known (a model that is out of reach) is said, and the rest follows."""
     device, ranks = find_device(config, gpu_memory_gb), ranks_of(config)
     try:
-        policy = blueprint(read_model_config(config.model), config, dtype_named(config.dtype, device.kind))
+        policy = meta_policy_for_run(read_model_config(config.model), config, parse_dtype(config.dtype, device.kind))
     except UserError as error:
         yield f"No estimate of the memory: {error}"
-        yield from _batch(config, load_of(config, has_images=True), ranks)
+        yield from _batch(config, workload_of(config, has_images=True), ranks)
         return
-    load = load_of(config, policy.visual is not None)
-    memory = memory_of(policy, config, ranks, device.kind, device.bytes)
+    load = workload_of(config, policy.vision is not None)
+    memory = estimate_memory(policy, config, ranks, device.kind, device.bytes)
     yield f"Estimate for each of {ranks} rank(s) on {device.name}, in {str(policy.head.dtype)[6:]}. 1 GB = 10^9 bytes."
     yield (
         f"Everything at its limit: prompts of {load.prompt:,} tokens"
@@ -97,7 +97,7 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
         + f"; completions of {load.completion:,}."
     )
     yield ""
-    yield from _parameters(parts_of(policy))
+    yield from _parameters(count_parameters(policy))
     yield ""
     yield from _memory(memory, load, config)
     yield from _verdict(memory, policy, config, device, ranks)
@@ -105,7 +105,7 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
     yield from _batch(config, load, ranks)
 
 
-def _parameters(parts: list[Part]) -> Iterator[str]:
+def _parameters(parts: list[ParameterCount]) -> Iterator[str]:
     yield f"{'parameters':<34}{'all':>10}{'trained':>10}"
     total = (sum(part.parameters for part in parts), sum(part.trained for part in parts))
     rows = [(part.name, part.parameters, part.trained) for part in parts]
@@ -113,7 +113,7 @@ def _parameters(parts: list[Part]) -> Iterator[str]:
         yield f"  {name:<32}{_count(size):>10}{_count(trained) if trained else 'frozen':>10}"
 
 
-def _memory(memory: Memory, load: Load, config: RunConfig) -> Iterator[str]:
+def _memory(memory: MemoryEstimate, load: Workload, config: RunConfig) -> Iterator[str]:
     recomputed = ", checkpointed" if config.gradient_checkpointing else ""
     per_token = memory.activations / load.tokens / 1e6
     standing = {
@@ -149,7 +149,7 @@ def _memory(memory: Memory, load: Load, config: RunConfig) -> Iterator[str]:
     yield f"{'peak':<44}{_gb(memory.peak):>10} GB"
 
 
-def _verdict(memory: Memory, policy: Policy, config: RunConfig, device: Device, ranks: int) -> Iterator[str]:
+def _verdict(memory: MemoryEstimate, policy: Policy, config: RunConfig, device: Device, ranks: int) -> Iterator[str]:
     spare = device.bytes - memory.peak
     if spare < 0:
         yield f"fits: no, {_gb(-spare)} GB above {_gb(device.bytes)}"
@@ -164,7 +164,7 @@ def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str
     """What to change first so that it fits: one setting if one will do, else several, else more ranks."""
 
     def fits(changed: RunConfig, count: int = ranks) -> bool:
-        return memory_of(policy, changed, count, device.kind, device.bytes).peak <= device.bytes
+        return estimate_memory(policy, changed, count, device.kind, device.bytes).peak <= device.bytes
 
     together: dict[str, Any] = {}
     for name, value in _remedies(config):
@@ -216,7 +216,7 @@ def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig
     return max(least, low // step * step)
 
 
-def _batch(config: RunConfig, load: Load, ranks: int) -> Iterator[str]:
+def _batch(config: RunConfig, load: Workload, ranks: int) -> Iterator[str]:
     prompts = ranks * prompts_per_rank(config)
     tokens = prompts * (load.prompt + load.group * load.completion)
     answers = f" with {load.group} answers each" if not isinstance(config, SFTConfig) else ""

@@ -130,7 +130,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rates_of(dtype: torch.dtype, ranks: Ranks, measure: bool) -> Rates | None:
+def device_rates(dtype: torch.dtype, ranks: Ranks, measure: bool) -> Rates | None:
     """Measured, or the data sheet's; None where the device has none. Collective if `measure`.
 
     The network between machines is no property of the device: over several of them only a measured link is known."""

@@ -71,16 +71,18 @@ def _tower_flops(vision: PreTrainedConfig, n: int) -> float:
     return 2.0 * n * (patch_width * E + vision.depth * (4 * E * E + mlp) + merger) + 4.0 * n * keys * E
 
 
-def part_flops(policy: Policy, prompt: int, lengths: Sequence[int], patches: Sequence[int], tower_ran: bool) -> float:
+def part_update_flops(
+    policy: Policy, prompt: int, lengths: Sequence[int], patches: Sequence[int], vision_cached: bool
+) -> float:
     """Of `update_flops`, one prompt with some of its completions. The policy's weights are not looked at, only their
     names, sizes and which are trained."""
-    trunk, head = _passes_of(policy)
-    vision = 3 if not policy.tower_is_frozen else 0 if tower_ran else 1
+    trunk, head = forward_multiples(policy)
+    vision = 3 if not policy.vision_is_frozen else 0 if vision_cached else 1
     flops = forward_flops(policy.module.config, prompt, lengths, patches)
     return trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision
 
 
-def _passes_of(policy: Policy) -> tuple[int, int]:
+def forward_multiples(policy: Policy) -> tuple[int, int]:
     """Forwards that trunk and head count for."""
 
     def factor(part: nn.Module) -> int:

@@ -34,7 +34,7 @@ PATCHES_A_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What one rank works on at a time, everything at its limit."""
 
     prompts: int
@@ -72,18 +72,18 @@ class Load:
         return self.in_pass * self.prompt + completions * (self.prompt + self.completion)
 
 
-def load_of(config: RunConfig, has_images: bool) -> Load:
+def workload_of(config: RunConfig, has_images: bool) -> Workload:
     """A step is cut into rows of at most `tokens_per_micro_batch` tokens; a prompt with one completion always fits."""
     group = getattr(config, "num_generations", 1)
     P, C, prompts = config.max_prompt_length, config.max_completion_length, prompts_per_rank(config)
     step = prompts * (P + group * C)
     tokens = max(P + C, min(config.tokens_per_micro_batch, step))
     image = min(P, config.max_pixels // PIXELS_A_TOKEN) if has_images else 0
-    return Load(prompts, group, P, C, image, tokens, passes=-(-step // tokens))
+    return Workload(prompts, group, P, C, image, tokens, passes=-(-step // tokens))
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterCount:
     """Parameters of the model, by what trains or freezes them together."""
 
     name: str
@@ -93,9 +93,9 @@ class Part:
     trained_bytes: int
 
 
-def parts_of(policy: Policy) -> list[Part]:
+def count_parameters(policy: Policy) -> list[ParameterCount]:
     """Vision, merger, language, embeddings (with the head; tied weights once), and LoRA's adapters."""
-    visual = policy.visual
+    visual = None if policy.vision is None else policy.vision.module
     homes: dict[str, list[nn.Module]] = (
         {} if visual is None else {"vision": [visual.patch_embed, visual.blocks], "merger": [visual.merger]}
     )
@@ -110,11 +110,11 @@ def parts_of(policy: Policy) -> list[Part]:
         row = (size, size * trained, size * width, size * width * trained)
         counts[part] = [a + b for a, b in zip(counts.get(part, [0] * 4), row, strict=True)]
     order = ("vision", "merger", "language", "embeddings", "adapters")
-    return [Part(name, *counts[name]) for name in order if name in counts]
+    return [ParameterCount(name, *counts[name]) for name in order if name in counts]
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one rank, by what they are for."""
 
     weights: int
@@ -154,10 +154,12 @@ class Memory:
         return self.standing + max(self.update, self.rollout)
 
 
-def memory_of(policy: Policy, config: RunConfig, ranks: int, kind: str, device_bytes: int | None) -> Memory:
+def estimate_memory(
+    policy: Policy, config: RunConfig, ranks: int, kind: str, device_bytes: int | None
+) -> MemoryEstimate:
     """`policy`: a blueprint. `kind`: cpu or cuda. `device_bytes`: of the device, which caps the cache."""
-    load = load_of(config, policy.visual is not None)
-    parts = parts_of(policy)
+    load = workload_of(config, policy.vision is not None)
+    parts = count_parameters(policy)
     weights = sum(part.bytes for part in parts)
     trained = sum(part.trained for part in parts)
     optimizer = optimizer_bytes(trained, ranks)
@@ -171,7 +173,7 @@ def memory_of(policy: Policy, config: RunConfig, ranks: int, kind: str, device_b
     vllm = 0
     if config.use_vllm:
         vllm = int(config.vllm_gpu_memory_utilization * (device_bytes or 0))
-    return Memory(
+    return MemoryEstimate(
         weights=weights,
         optimizer=optimizer,
         reference=reference,
@@ -180,7 +182,7 @@ def memory_of(policy: Policy, config: RunConfig, ranks: int, kind: str, device_b
         vision_activations=vision_activation_bytes(policy, config, load, kind),
         loss=loss_bytes(policy, load.scored, kind),
         cache=0 if config.use_vllm else cache_bytes(policy, config, load, kind, room),
-        joined=0 if config.use_vllm else joined_bytes(policy),
+        joined=0 if config.use_vllm else fused_weight_bytes(policy),
         prefill=0 if config.use_vllm else prefill_bytes(policy, load),
         vllm=vllm,
         overhead=OVERHEAD[kind],
@@ -195,7 +197,7 @@ def optimizer_bytes(trained: int, ranks: int) -> int:
     return -(-trained // ranks) * 12
 
 
-def gradient_bytes(parts: list[Part], ranks: int, kind: str) -> int:
+def gradient_bytes(parts: list[ParameterCount], ranks: int, kind: str) -> int:
     """This rank's share of the gradients, summed in fp32 over the passes, and the buckets in which they are reduced.
 
     stage_1_and_2.py makes a bucket of `reduce_bucket_size` numbers of the weights' dtype, and a second one with
@@ -207,7 +209,7 @@ def gradient_bytes(parts: list[Part], ranks: int, kind: str) -> int:
     return -(-trained // ranks) * 4 + bucket * width
 
 
-def activation_bytes(policy: Policy, config: RunConfig, load: Load, kind: str) -> int:
+def activation_bytes(policy: Policy, config: RunConfig, load: Workload, kind: str) -> int:
     """What the language model keeps for its backward, and one layer's gradients. The embedding and the last norm keep
     3 D a token.
 
@@ -215,13 +217,13 @@ def activation_bytes(policy: Policy, config: RunConfig, load: Load, kind: str) -
     layers = policy.language_model.layers
     width = policy.head.element_size()
     states = load.tokens * policy.head.shape[1] * width
-    layer = int(load.tokens * layer_numbers(policy, config, load, kind)) * width
+    layer = int(load.tokens * saved_per_token(policy, config, load, kind)) * width
     if config.gradient_checkpointing:
         return (len(layers) + 3) * states + 2 * layer
     return 3 * states + (len(layers) + 1) * layer
 
 
-def layer_numbers(policy: Policy, config: RunConfig, load: Load, kind: str) -> float:
+def saved_per_token(policy: Policy, config: RunConfig, load: Workload, kind: str) -> float:
     """Numbers that a decoder layer keeps for the backward, for each token of the row: inputs of its matmuls, norms and
     attention.
 
@@ -251,33 +253,33 @@ def uses_sdpa(config: RunConfig, kind: str) -> bool:
     return kind == "cpu" or config.attn_implementation == "sdpa"
 
 
-def vision_activation_bytes(policy: Policy, config: RunConfig, load: Load, kind: str) -> int:
+def vision_activation_bytes(policy: Policy, config: RunConfig, load: Workload, kind: str) -> int:
     """What the vision tower keeps for the backward of a pass's images, one block's gradients, and the pixels.
 
     A frozen tower keeps its last output alone, of all images of the step (`model.ImageMemory`). The merger, trained or
     not, keeps 4 E a patch, unless nothing in front of it or in it is trained."""
-    visual = policy.visual
+    visual = None if policy.vision is None else policy.vision.module
     if visual is None:
         return 0
     patches = load.images_in_pass * load.image * PATCHES_A_TOKEN
     weight = visual.patch_embed.proj.weight
     E, width = weight.shape[0], weight.element_size()
     merger = patches * 4 * E * width * any(p.requires_grad for p in visual.parameters())
-    if policy.tower_is_frozen:
+    if policy.vision_is_frozen:
         return merger + load.prompts * load.image * PATCHES_A_TOKEN * E * width
     pixels = patches * weight[0].numel() * (4 + width)
-    block = patches * block_numbers(policy, config, kind) * width
+    block = patches * saved_per_patch(policy, config, kind) * width
     if config.gradient_checkpointing:
         return len(visual.blocks) * patches * E * width + 2 * block + merger + pixels
     return (len(visual.blocks) + 1) * block + merger + pixels
 
 
-def block_numbers(policy: Policy, config: RunConfig, kind: str) -> int:
+def saved_per_patch(policy: Policy, config: RunConfig, kind: str) -> int:
     """Numbers that a block of the tower keeps for each patch: norms 4 E, attention 4 E (5 E with PyTorch's SDPA), MLP.
 
     Qwen2-VL's MLP keeps 3 of its width (QuickGELU's input, gate and output); Qwen2.5-VL's is the language model's, and
     its norms keep what those do."""
-    E, mlp = policy.visual.patch_embed.proj.weight.shape[0], policy.visual.blocks[0].mlp
+    E, mlp = policy.vision.module.patch_embed.proj.weight.shape[0], policy.vision.module.blocks[0].mlp
     fused = kind == "cuda" and config.use_liger_kernel
     attention = (5 if uses_sdpa(config, kind) else 4) * E
     if hasattr(mlp, "gate_proj"):
@@ -301,7 +303,7 @@ def loss_bytes(policy: Policy, scored: int, kind: str) -> int:
     return chunk + copied + gradient + 3 * scored * D * width
 
 
-def cache_bytes(policy: Policy, config: RunConfig, load: Load, kind: str, room: int | None) -> int:
+def cache_bytes(policy: Policy, config: RunConfig, load: Workload, kind: str, room: int | None) -> int:
     """The rollout's key-value pool (`RolloutEngine._size`): for each group in flight the prompt's full pages once and
     every row's own; for held-out questions the same with one row. At most `room`, or `rollout_cache_tokens`."""
     page = PAGE_SIZE[kind]
@@ -320,7 +322,7 @@ def cache_bytes(policy: Policy, config: RunConfig, load: Load, kind: str, room: 
     return wanted if room is None else min(wanted, max(room, 2 * a_page))
 
 
-def joined_bytes(policy: Policy) -> int:
+def fused_weight_bytes(policy: Policy) -> int:
     """Copies of the weights that a decode step wants side by side: q, k and v, and gate and up. Layers with adapters
     have none (`rollout.decode`)."""
     total = 0
@@ -332,14 +334,14 @@ def joined_bytes(policy: Policy) -> int:
     return total
 
 
-def prefill_bytes(policy: Policy, load: Load) -> int:
+def prefill_bytes(policy: Policy, load: Workload) -> int:
     """A layer's tensors while prompts are read, at most PREFILL_TOKENS at once, and a block's for their images."""
     text = policy.language_model.config
     prompts = max(1, min(load.prompts, PREFILL_TOKENS // load.prompt))
     width = policy.head.element_size()
     language = prompts * load.prompt * (4 * text.hidden_size + 3 * text.intermediate_size) * width
-    if policy.visual is None:
+    if policy.vision is None:
         return language
-    patch = policy.visual.patch_embed.proj.weight
+    patch = policy.vision.module.patch_embed.proj.weight
     vision = prompts * load.image * PATCHES_A_TOKEN * (patch[0].numel() + 16 * patch.shape[0]) * width
     return max(language, vision)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from vtfast.cost.flops import Flops, forward_flops
 
 
-class Size(NamedTuple):
+class GroupSize(NamedTuple):
     """A group as far as work is concerned."""
 
     prompt: int
@@ -30,20 +30,22 @@ class Size(NamedTuple):
         return forward_flops(config, self.prompt, self.lengths, self.patches)
 
 
-def passes_of(sizes: Sequence[Size], costs: Sequence[float], token_budget: int, ranks: int) -> list[list[list[Part]]]:
-    """The update of these groups, cut into passes: result[pass][bin], a bin for each rank; `Part.group` counts
+def plan_micro_batches(
+    sizes: Sequence[GroupSize], costs: Sequence[float], token_budget: int, ranks: int
+) -> list[list[list[GroupPart]]]:
+    """The update of these groups, cut into passes: result[pass][bin], a bin for each rank; `GroupPart.group` counts
     `sizes`."""
     parts = [
         part
         for number, (size, cost) in enumerate(zip(sizes, costs, strict=True))
         if size.trained
-        for part in split(number, size.prompt, size.lengths, cost, token_budget)
+        for part in split_group(number, size.prompt, size.lengths, cost, token_budget)
     ]
-    return plan(parts, token_budget, ranks)
+    return bin_pack(parts, token_budget, ranks)
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupPart:
     """A prompt with all of its completions, or with some of them where all exceed the token budget."""
 
     group: int
@@ -52,7 +54,7 @@ class Part:
     cost: float
 
 
-def split(group: int, prompt: int, completions: Sequence[int], cost: float, budget: int) -> list[Part]:
+def split_group(group: int, prompt: int, completions: Sequence[int], cost: float, budget: int) -> list[GroupPart]:
     """One part, or as many as the budget asks for, each repeating the prompt. `cost`: of the whole group. A completion
     that exceeds the budget together with its prompt is a part of its own."""
     total = prompt + sum(completions)
@@ -67,11 +69,11 @@ def split(group: int, prompt: int, completions: Sequence[int], cost: float, budg
     parts = []
     for share in shares:
         tokens = prompt + sum(completions[i] for i in share)
-        parts.append(Part(group, tuple(share), tokens, cost * tokens / total))
+        parts.append(GroupPart(group, tuple(share), tokens, cost * tokens / total))
     return parts
 
 
-def plan(parts: Sequence[Part], budget: int, ranks: int = 1) -> list[list[list[Part]]]:
+def bin_pack(parts: Sequence[GroupPart], budget: int, ranks: int = 1) -> list[list[list[GroupPart]]]:
     """Passes, each a bin of parts for every rank: result[pass][rank]. About as few passes as the budget allows.
 
     The bins of one pass cost about the same, since its ranks wait for each other. A bin may be empty where there are
@@ -84,9 +86,9 @@ def plan(parts: Sequence[Part], budget: int, ranks: int = 1) -> list[list[list[P
     return [bins[i : i + ranks] for i in range(0, len(bins), ranks)]
 
 
-def _fill(parts: Sequence[Part], count: int, budget: int) -> list[list[Part]] | None:
+def _fill(parts: Sequence[GroupPart], count: int, budget: int) -> list[list[GroupPart]] | None:
     """Longest part first into the cheapest bin with room; None if one finds no room."""
-    bins: list[list[Part]] = [[] for _ in range(count)]
+    bins: list[list[GroupPart]] = [[] for _ in range(count)]
     heap = [(0.0, i, 0) for i in range(count)]  # cost, bin, tokens
     for part in sorted(parts, key=lambda part: (-part.cost, part.group, part.members)):
         full = []

@@ -8,7 +8,7 @@ stay in caches and count nothing, nor do rewards and other work of the host: no 
     prefill    prompts and images once: FLOPs of `forward_flops`, one draw's head a prompt; weights once a packed row
     decode     a step: weights and head once, keys and values of the rows alive; 2 FLOPs a weight and row
     score      a pass and a scorer (reference, old policy): a forward; weights once
-    update     a pass: FLOPs of `part_flops`; weights in the forward and in the backward, a gradient written
+    update     a pass: FLOPs of `part_update_flops`; weights in the forward and in the backward, a gradient written
     optimizer  AdamW on this rank's share of the states: 28 bytes a trained weight, 30 for bf16 ones
     link       ZeRO-2's least: a reduce-scatter of the gradients a pass, an all-gather of the weights a step, each
                (n - 1) / n of the bytes; the former beside the backward pass, whichever is longer
@@ -31,8 +31,8 @@ from torch import nn
 
 from vtfast.config import Config
 from vtfast.cost.devices import Rates
-from vtfast.cost.flops import forward_flops, part_flops
-from vtfast.cost.micro_batches import Part, Size, passes_of
+from vtfast.cost.flops import forward_flops, part_update_flops
+from vtfast.cost.micro_batches import GroupPart, GroupSize, plan_micro_batches
 from vtfast.model.policy import Policy
 from vtfast.rollout.scheduler import PREFILL_TOKENS
 
@@ -76,12 +76,12 @@ def longer(rates: Rates, flops: float, read: float) -> Floor:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelSize:
     """A model as far as work is concerned. The weights' values are not needed: a policy on the meta device will do."""
 
     policy: Policy
     trunk: int
-    """Weights of the language model's layers."""
+    """ModelSize of the language model's layers."""
     head: int
     tower: int
     """Of the vision tower with its merger; 0 for a text model."""
@@ -92,7 +92,7 @@ class Weights:
     """Keys and values of one token in all layers."""
 
     @classmethod
-    def of(cls, policy: Policy) -> Weights:
+    def of(cls, policy: Policy) -> ModelSize:
         def count(module: nn.Module | None) -> int:
             return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
@@ -104,7 +104,7 @@ class Weights:
             policy,
             trunk=count(policy.language_model.layers) + count(policy.language_model.norm),
             head=policy.head.numel(),
-            tower=count(policy.visual),
+            tower=count(None if policy.vision is None else policy.vision.module),
             trained=sum(p.numel() for p in trained.values()),
             size=size,
             kv_bytes=2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size,
@@ -122,7 +122,7 @@ class Weights:
 # The rollout
 
 
-def admissions(lengths: Sequence[Sequence[int]], max_rows: int) -> list[int]:
+def admission_steps(lengths: Sequence[Sequence[int]], max_rows: int) -> list[int]:
     """Decode steps before each group starts: in order, as soon as at most `max_rows` rows are in flight with it.
 
     A completion of n tokens has its first from the prefill and takes n - 1 decode steps. The cache is no limit here."""
@@ -141,10 +141,10 @@ def admissions(lengths: Sequence[Sequence[int]], max_rows: int) -> list[int]:
     return starts
 
 
-def in_flight(groups: Sequence[Size], max_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def in_flight(groups: Sequence[GroupSize], max_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each decode step, as fp64 [steps]: rows; tokens in the cache, a prompt's once for its group; pairs of a row
     and a token that it sees."""
-    starts = admissions([group.lengths for group in groups], max_rows)
+    starts = admission_steps([group.lengths for group in groups], max_rows)
     ends = (s + max(g.lengths) - 1 for s, g in zip(starts, groups, strict=True))
     rows, cached, pairs = np.zeros((3, max(ends, default=0)))
     for start, group in zip(starts, groups, strict=True):
@@ -158,7 +158,7 @@ def in_flight(groups: Sequence[Size], max_rows: int) -> tuple[np.ndarray, np.nda
     return rows, cached, pairs
 
 
-def decode_floor(weights: Weights, rates: Rates, groups: Sequence[Size], max_rows: int = 512) -> Floor:
+def decode_floor(weights: ModelSize, rates: Rates, groups: Sequence[GroupSize], max_rows: int = 512) -> Floor:
     """All decode steps of a rollout, each with the rows that are alive in it."""
     rows, cached, pairs = in_flight(groups, max_rows)
     token = forward_flops(weights.policy.module.config, 0, [1])  # and its one pair of positions
@@ -168,7 +168,7 @@ def decode_floor(weights: Weights, rates: Rates, groups: Sequence[Size], max_row
     return Floor(float(compute[is_compute].sum()), float(memory[~is_compute].sum()))
 
 
-def prefill_floor(weights: Weights, rates: Rates, groups: Sequence[Size]) -> Floor:
+def prefill_floor(weights: ModelSize, rates: Rates, groups: Sequence[GroupSize]) -> Floor:
     """The prompts packed, images included, and one draw's head for each."""
     if not groups:
         return Floor()
@@ -184,7 +184,7 @@ def prefill_floor(weights: Weights, rates: Rates, groups: Sequence[Size]) -> Flo
 # Scoring and the update
 
 
-def score_floor(weights: Weights, rates: Rates, sizes: Sequence[Size], scorers: Sequence[str]) -> Floor:
+def score_floor(weights: ModelSize, rates: Rates, sizes: Sequence[GroupSize], scorers: Sequence[str]) -> Floor:
     """One pass of one rank under each of `scorers`: "reference" or "old". `sizes`: the pass's prompts, each with the
     completions that it holds.
 
@@ -192,7 +192,7 @@ def score_floor(weights: Weights, rates: Rates, sizes: Sequence[Size], scorers: 
     total = Floor()
     if not sizes:
         return total
-    sees = not weights.policy.tower_is_frozen
+    sees = not weights.policy.vision_is_frozen
     flops = sum(
         forward_flops(weights.policy.module.config, s.prompt, s.lengths, s.patches if sees else ()).total for s in sizes
     )
@@ -202,12 +202,14 @@ def score_floor(weights: Weights, rates: Rates, sizes: Sequence[Size], scorers: 
     return total
 
 
-def pass_floor(weights: Weights, rates: Rates, sizes: Sequence[Size], ranks: int = 1) -> Floor:
+def micro_batch_floor(weights: ModelSize, rates: Rates, sizes: Sequence[GroupSize], ranks: int = 1) -> Floor:
     """Forward and backward of one pass of one rank, its gradients reduced meanwhile."""
     if not sizes:
         return Floor()
-    flops = sum(part_flops(weights.policy, size.prompt, size.lengths, size.patches, tower_ran=True) for size in sizes)
-    images = not weights.policy.tower_is_frozen and any(size.patches for size in sizes)
+    flops = sum(
+        part_update_flops(weights.policy, size.prompt, size.lengths, size.patches, vision_cached=True) for size in sizes
+    )
+    images = not weights.policy.vision_is_frozen and any(size.patches for size in sizes)
     traffic = 2 * weights.forward_bytes(images) + weights.trained * weights.size
     own = longer(rates, flops, traffic)
     link = link_floor(rates, weights.trained * weights.size, ranks)
@@ -221,7 +223,7 @@ def link_floor(rates: Rates, size: float, ranks: int) -> Floor:
     return Floor(link=(ranks - 1) / ranks * size / rates.link)
 
 
-def optimizer_floor(weights: Weights, rates: Rates, ranks: int = 1) -> Floor:
+def optimizer_floor(weights: ModelSize, rates: Rates, ranks: int = 1) -> Floor:
     """AdamW on one rank's share of the states (bf16 weights have fp32 masters and are written besides)."""
     each = ADAMW_BYTES + (weights.size if weights.size < 4 else 0)
     return Floor(memory=weights.trained / ranks * each / rates.bandwidth)
@@ -231,7 +233,7 @@ def optimizer_floor(weights: Weights, rates: Rates, ranks: int = 1) -> Floor:
 
 
 def step_floors(
-    weights: Weights, rates: Rates, config: Config, everyone: Sequence[Sequence[Size]], fresh: bool = True
+    weights: ModelSize, rates: Rates, config: Config, everyone: Sequence[Sequence[GroupSize]], fresh: bool = True
 ) -> dict[str, Floor]:
     """Floors by phase: prefill and decode of rank 0; rollout, score and update of the slowest rank; optimizer and link
     (the all-gather) are parts of the update. `everyone`: the groups of each rank as they were answered. `fresh`: False
@@ -239,7 +241,7 @@ def step_floors(
     ranks = len(everyone)
     sizes = [size for mine in everyone for size in mine]
     costs = [size.flops(weights.policy.module.config).total for size in sizes]
-    passes = passes_of(sizes, costs, config.tokens_per_micro_batch, ranks)
+    passes = plan_micro_batches(sizes, costs, config.tokens_per_micro_batch, ranks)
     floors: dict[str, Floor] = defaultdict(Floor)
     if fresh:
         prefill = [prefill_floor(weights, rates, mine) for mine in everyone]
@@ -251,7 +253,7 @@ def step_floors(
         held = [[_of_part(part, sizes) for part in parts] for parts in bins]
         if fresh:
             floors["score"] += _slowest([score_floor(weights, rates, mine, scorers) for mine in held])
-        floors["update"] += _slowest([pass_floor(weights, rates, mine, ranks) for mine in held])
+        floors["update"] += _slowest([micro_batch_floor(weights, rates, mine, ranks) for mine in held])
     floors["optimizer"] = optimizer_floor(weights, rates, ranks)
     floors["link"] = link_floor(rates, weights.trained * weights.size, ranks)
     floors["update"] += floors["optimizer"] + floors["link"]
@@ -262,7 +264,7 @@ def _slowest(floors: Sequence[Floor]) -> Floor:
     return max(floors, key=lambda floor: floor.seconds)
 
 
-def _of_part(part: Part, sizes: Sequence[Size]) -> Size:
+def _of_part(part: GroupPart, sizes: Sequence[GroupSize]) -> GroupSize:
     whole = sizes[part.group]
     return whole._replace(lengths=[whole.lengths[i] for i in part.members])
 

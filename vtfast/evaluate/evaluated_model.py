@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.data.prompt_templates import load_template
-from vtfast.model.blueprint import read_model_config
-from vtfast.model.folder import check_folder
+from vtfast.model.folder_checks import check_folder
+from vtfast.model.loading import read_model_config
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, step_of
 from vtfast.utils.hub import ASSETS

@@ -1,4 +1,5 @@
-"""The model that is trained: Hugging Face's modules over packed rows. Start with `policy.py`."""
+"""The trained model: Hugging Face's modules over packed rows, the reference model, LoRA and the shipped tiny model.
+Start with `policy.py`; `loading.py` makes a policy from a folder."""
 
 from vtfast.model.loading import load_model
 from vtfast.model.policy import Policy

@@ -1,4 +1,4 @@
-"""Choosing among kernels that may be installed or not: once, and said once in the log."""
+"""Selects one of several kernels for the same operation, some of which may not be installed."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from vtfast.utils.errors import UserError
 log = logging.getLogger("vtfast")
 
 
-def choose(
-    what: str,
+def select_backend(
+    operation: str,
     flag: str,
-    wanted: str,
+    requested: str,
     names: Sequence[str],
-    usable: Callable[[str, torch.device, torch.dtype], bool],
+    is_usable: Callable[[str, torch.device, torch.dtype], bool],
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> str:
-    """`wanted`, or for "auto" the first of `names` that is usable there.
+    """`requested`, or for "auto" the first of `names` that is usable for `device` and `dtype`. Logged once.
 
-    Raises UserError, naming the flag, for one that is unknown, not installed, or not for this device and dtype.
+    Raises UserError, with the flag's name, for a backend that is unknown, not installed, or not for this device and
+    dtype.
     """
     device = torch.device(device)
-    if wanted not in ("auto", *names):
-        raise UserError(f"--{flag} {wanted}: must be one of auto, {', '.join(names)}")
-    there = [name for name in names if usable(name, device, dtype)]
-    if wanted != "auto" and wanted not in there:
+    if requested not in ("auto", *names):
+        raise UserError(f"--{flag} {requested}: must be one of auto, {', '.join(names)}")
+    usable = [name for name in names if is_usable(name, device, dtype)]
+    if requested != "auto" and requested not in usable:
         raise UserError(
-            f"--{flag} {wanted}: not installed, or not for {dtype} on {device.type}; usable here: {', '.join(there)}"
+            f"--{flag} {requested}: not installed, or not for {dtype} on {device.type};"
+            f" usable here: {', '.join(usable)}"
         )
-    name = there[0] if wanted == "auto" else wanted
-    _say(what, f"{device.type}, {str(dtype).removeprefix('torch.')}", name)
+    name = usable[0] if requested == "auto" else requested
+    _log_once(operation, f"{device.type}, {str(dtype).removeprefix('torch.')}", name)
     return name
 
 
 @functools.cache
-def _say(what: str, where: str, name: str) -> None:
-    log.info("%s (%s): %s", what, where, name)
+def _log_once(operation: str, device: str, name: str) -> None:
+    log.info("%s (%s): %s", operation, device, name)

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: whether two models are the same one."""
+"""A hash of a model's weights, to tell whether two models are the same."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 SAMPLED = 64
-"""Values of each weight that go into a fingerprint."""
+"""Values of each weight that are hashed."""
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Of a model's names, shapes and some values of each weight. The precision of the values does not matter."""
+    """SHA-256 of the names, the shapes and some bf16 values of each weight, so that the dtype makes no difference."""
     digest, values = hashlib.sha256(), []
     for name, weight in module.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
@@ -18,15 +19,15 @@ from transformers import (
 )
 
 from vtfast.model.attention import choose_backend
-from vtfast.model.folder import base_of, check_folder, check_size, is_adapter
-from vtfast.model.policy import Policy, freeze_parts
+from vtfast.model.folder_checks import base_model_of, check_config, check_folder, check_size, is_adapter
+from vtfast.model.policy import Policy, freeze_parts, layer_types
 from vtfast.utils.errors import UserError
 from vtfast.utils.hub import model_path
 from vtfast.utils.text import first_line
 
 log = logging.getLogger("vtfast")
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -34,16 +35,6 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen3": Qwen3ForCausalLM,
 }
 """By `model_type` of a checkpoint's config.json."""
-
-
-def dtype_named(name: str, kind: str) -> torch.dtype:
-    """A weight's type by its name, or auto: bfloat16 on CUDA, else float32. `kind`: of device, as torch names it."""
-    name = str(name).removeprefix("torch.")
-    if name == "auto":
-        name = "bfloat16" if kind == "cuda" else "float32"
-    if name not in DTYPES:
-        raise UserError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
-    return getattr(torch, name)
 
 
 def load_model(
@@ -55,55 +46,85 @@ def load_model(
 ) -> Policy:
     """Load a checkpoint of one of FAMILIES (folder or hub id); LoRA adapters that it holds are merged into the weights.
 
-    `dtype`: a name, or auto: bfloat16 on CUDA, else float32.
-    `freeze`: any of vision (the tower), merger (its projection into the language model), language (all of the language
-    model, embeddings and head included), embeddings (these alone). `attn_implementation`: of packed rows, auto or
-    one of `vtfast.model.attention.BACKENDS`.
+    `dtype`: float32, bfloat16, or auto: bfloat16 on CUDA, else float32.
+    `freeze`: any of vision (the encoder), merger (its projection into the language model), language (all of the
+    language model, embeddings and head included), embeddings (these alone). `attn_implementation`: kernel for packed
+    rows, auto or one of `vtfast.model.attention.BACKENDS`.
 
     Raises UserError when the folder has no weights, the id cannot be fetched, or the model is of another family.
     """
-    weights_dtype = dtype_named(dtype, torch.device(device).type)
-    folder = Path(model_path(path))
-    base = full_model(folder)
-    # A stranger's values meet transformers' code: anything may come of it.
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"--model {path}: config.json: {first_line(error)}") from None
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"--model {path}: is a {config.model_type} model; those of {', '.join(FAMILIES)} can be trained"
-        )
-    family = FAMILIES[config.model_type]
+    torch_dtype = parse_dtype(dtype, torch.device(device).type)
+    folder = model_path(path)
+    base = _base_model(folder)
+    family, config = _family_and_config(base, path)
     if Path(base).is_dir():
         check_size(family, config, Path(base))
     try:
-        module, missing = _from_pretrained(family, base, weights_dtype)
-        if base != str(folder):
-            adapted, _ = _from_pretrained(family, str(folder), weights_dtype)
-            module.load_state_dict(merged_weights(adapted))
-    except Exception as error:
+        module, missing = _from_pretrained(family, base, torch_dtype)
+        if base != folder:
+            adapted, _ = _from_pretrained(family, folder, torch_dtype)
+            module.load_state_dict(merge_adapters(adapted))
+    except Exception as error:  # transformers raises errors of any type for files that it does not expect
         raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from None
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
     eos = module.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    backend = choose_backend(attn_implementation, device, weights_dtype)
+    backend = choose_backend(attn_implementation, device, torch_dtype)
     policy = Policy(module.to(device).eval(), eos_ids, backend)
     freeze_parts(policy, [freeze] if isinstance(freeze, str) else freeze)
     return policy
 
 
-def full_model(folder: Path) -> str:
-    """The folder itself, or the base model that its LoRA adapters name, said aloud: another model than the user named
-    is read then. Both hold nothing but weights."""
-    if not folder.is_dir():
-        return str(folder)  # a hub id
-    check_folder(folder)
-    if not is_adapter(folder):
-        return str(folder)
-    base = model_path(base_of(folder))
-    log.info("%s holds LoRA adapters; the base model that they name is loaded: %s", folder, base)
+def parse_dtype(name: str | torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of this name; auto is bfloat16 on CUDA, else float32. `device_type`: cpu or cuda."""
+    name = str(name).removeprefix("torch.")
+    if name == "auto":
+        name = "bfloat16" if device_type == "cuda" else "float32"
+    if name not in DTYPES:
+        raise UserError(f"dtype {name}: must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def read_model_config(path: str | Path) -> PreTrainedConfig:
+    """The config.json of a folder or hub id; for a folder with LoRA adapters that of their base model.
+
+    Raises UserError if there is none, it cannot be read, or its family or its attention is not supported.
+    """
+    folder = model_path(path)
+    if is_adapter(Path(folder)):
+        folder = model_path(base_model_of(Path(folder)))
+    if (Path(folder) / "config.json").is_file():
+        check_config(Path(folder))
+    _, config = _family_and_config(folder, path)
+    if layer_types(getattr(config, "text_config", config)) != {"full_attention"}:
+        raise UserError(f"--model {path}: the rollout does not support sliding-window attention")
+    return config
+
+
+def _family_and_config(folder: str, path: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """`path`: the user's, for error messages."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of any type for values that it does not expect
+        raise UserError(f"--model {path}: config.json: {first_line(error)}") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"--model {path}: is a {config.model_type} model; those of {', '.join(FAMILIES)} can be trained"
+        )
+    return FAMILIES[config.model_type], config
+
+
+def _base_model(folder: str) -> str:
+    """The folder itself, or the base model that its LoRA adapters name. This is logged, since the base is a model that
+    the user did not name. Both folders are checked."""
+    if not Path(folder).is_dir():
+        return folder  # a hub id
+    check_folder(Path(folder))
+    if not is_adapter(Path(folder)):
+        return folder
+    base = model_path(base_model_of(Path(folder)))
+    log.info("%s holds LoRA adapters; their base model is loaded: %s", folder, base)
     if Path(base).is_dir():
         check_folder(Path(base))
     return base
@@ -124,12 +145,12 @@ def _from_pretrained(
     return module, sorted(report["missing_keys"])
 
 
-def merged_weights(module: nn.Module) -> dict[str, Tensor]:
-    """State dict of an ordinary model, every LoRA adapter of `module` added to the weight beside it.
+def merge_adapters(module: nn.Module) -> dict[str, Tensor]:
+    """State dict of a model without adapters, each LoRA adapter of `module` added to its weight.
 
-    They go into a model of their own: one that has held adapters is saved by transformers as if it still did.
+    It is loaded into another model: transformers saves one that ever had adapters as if it still did.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer  # installed: transformers has loaded them
+    from peft.tuners.tuners_utils import BaseTunerLayer  # installed: transformers has loaded the adapters
 
     for name, layer in list(module.named_modules()):
         if isinstance(layer, BaseTunerLayer):

@@ -1,10 +1,10 @@
 """Groups -> packed rows: `[prompt_1, c_11 ... c_1G, prompt_2, c_21 ...]`, no padding, every prompt once.
 
-The row is cut into attention segments (`attention.Layout`): a prompt sees itself, a completion sees its prompt and
-itself. Completion token j stands at the prompt's largest M-RoPE position + 1 + j. The hidden state before a token
-predicts it, so a prompt's last one is picked once for each of its completions.
+The row is cut into attention segments (`AttentionLayout`): a prompt sees itself, a completion sees its prompt and
+itself. The M-RoPE position of completion token j is the prompt's largest position + 1 + j. The hidden state before a
+token predicts it, so a prompt's last hidden state is selected once for each of its completions.
 
-Shapes: T tokens of a row, N scored tokens, S sequences (completions).
+Shapes: T tokens of a row, N scored tokens, S sequences (completions), P prompt tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtfast.data.prompt import Prompt
-from vtfast.model.attention import Layout
+from vtfast.model.attention_layout import AttentionLayout
 from vtfast.model.row_gather import RowGather
 from vtfast.utils.errors import UserError
 
@@ -29,44 +29,50 @@ def check_group(
     prompt: Prompt, completions: Sequence[Sequence[int]], vocabulary: int, limit: int | None = None, merge: int = 2
 ) -> None:
     """Raises UserError for what cannot be scored: a prompt longer than `limit`, images that do not match their
-    placeholders, a completion without tokens or with an id outside the vocabulary."""
-    if len(prompt.ids) == 0:
-        raise UserError("the prompt is empty")
-    if limit is not None and len(prompt.ids) > limit:
-        raise UserError(f"the prompt has {len(prompt.ids)} tokens, the limit is {limit}")
-    if int(prompt.ids.min()) < 0 or int(prompt.ids.max()) >= vocabulary:
-        raise UserError("the prompt has ids outside the vocabulary")
+    placeholders, a completion without tokens or with an id outside the vocabulary. `merge`: side of the square of
+    patches that becomes one image token."""
     features = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge**2).tolist()
-    places = _runs(prompt.image_mask)
-    if places != features:
-        raise UserError(
-            f"the prompt has places for {_listed(places)} image tokens, its images make {_listed(features)}"
-        )
     patches = 0 if prompt.pixels is None else len(prompt.pixels)
-    if patches != sum(features) * merge**2:
-        raise UserError(f"the images have {patches} patches, their sizes ask for {sum(features) * merge**2}")
-    for tokens in completions:
-        if len(tokens) == 0:
-            raise UserError("a completion has no tokens")
-        ids = torch.as_tensor(tokens)
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise UserError("a completion has ids outside the vocabulary")
+    placeholders = _run_lengths(prompt.image_mask)
+    problem = None
+    if len(prompt.ids) == 0:
+        problem = "the prompt is empty"
+    elif limit is not None and len(prompt.ids) > limit:
+        problem = f"the prompt has {len(prompt.ids)} tokens, the limit is {limit}"
+    elif not _in_vocabulary(prompt.ids, vocabulary):
+        problem = "the prompt has ids outside the vocabulary"
+    elif placeholders != features:
+        problem = (
+            f"the prompt has placeholders for {_joined(placeholders)} image tokens, its images make {_joined(features)}"
+        )
+    elif patches != sum(features) * merge**2:
+        problem = f"the images have {patches} patches, their sizes require {sum(features) * merge**2}"
+    elif not all(map(len, completions)):
+        problem = "a completion has no tokens"
+    elif not all(_in_vocabulary(torch.as_tensor(tokens), vocabulary) for tokens in completions):
+        problem = "a completion has ids outside the vocabulary"
+    if problem is not None:
+        raise UserError(problem)
 
 
-def _runs(mask: Tensor | None) -> list[int]:
-    """Lengths of the runs of true in [P] bool: one an image, since its marks stand around each."""
+def _in_vocabulary(ids: Tensor, vocabulary: int) -> bool:
+    return int(ids.min()) >= 0 and int(ids.max()) < vocabulary
+
+
+def _run_lengths(mask: Tensor | None) -> list[int]:
+    """Lengths of the runs of true in [P] bool: one per image, since markers surround each image."""
     if mask is None:
         return []
     edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()
     return (torch.nonzero(edges < 0) - torch.nonzero(edges > 0)).flatten().tolist()
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _joined(numbers: Sequence[int]) -> str:
     return " + ".join(map(str, numbers)) if numbers else "0"
 
 
 class Pack:
-    """One packed row as tensors on `device`."""
+    """Groups as one packed row of tensors on `device`."""
 
     def __init__(
         self,
@@ -76,16 +82,15 @@ class Pack:
         backend: str = "sdpa",
         device: torch.device | str = "cpu",
     ) -> None:
-        """Groups that have passed `check_group`."""
+        """`completions[p]`: those of prompt p, maybe none. The groups have passed `check_group`."""
         self.prompts = list(prompts)
         ids, positions, text_positions, images, select, targets = [], [], [], [], [], []
         lengths: list[int] = []
         keys: list[list[tuple[int, int]]] = []
         row = 0
         for prompt, group in zip(prompts, completions, strict=True):
-            answers = [torch.as_tensor(tokens, dtype=torch.int64) for tokens in group]
             P = len(prompt.ids)
-            prompt_span, row_after = (row, row + P), row + P
+            prompt_span = (row, row + P)
             ids.append(prompt.ids)
             positions.append(prompt.positions)
             text_positions.append(torch.arange(P))
@@ -93,32 +98,40 @@ class Pack:
                 images.append(row + torch.nonzero(prompt.image_mask).squeeze(1))
             lengths.append(P)
             keys.append([prompt_span])
-            first = int(prompt.positions.max()) + 1
-            for answer in answers:
-                steps = torch.arange(len(answer))
-                ids.append(answer)
-                positions.append((first + steps).expand(3, -1))
+            row += P
+            first_position = int(prompt.positions.max()) + 1
+            for completion in group:
+                target = torch.as_tensor(completion, dtype=torch.int64)
+                steps = torch.arange(len(target))
+                ids.append(target)
+                positions.append((first_position + steps).expand(3, -1))
                 text_positions.append(P + steps)
                 # The prompt's last token predicts the first one, every token its successor.
-                select.append(torch.cat([torch.tensor([prompt_span[1] - 1]), row_after + steps[:-1]]))
-                targets.append(answer)
-                lengths.append(len(answer))
-                keys.append([prompt_span, (row_after, row_after + len(answer))])
-                row_after += len(answer)
-            row = row_after
+                select.append(torch.cat([torch.tensor([prompt_span[1] - 1]), row + steps[:-1]]))
+                targets.append(target)
+                lengths.append(len(target))
+                keys.append([prompt_span, (row, row + len(target))])
+                row += len(target)
         self.tokens = row
         self.ids = torch.cat(ids).to(device)
-        """[T]; at image places the placeholder's id, whose embedding is overwritten."""
-        self.image_index = (torch.cat(images) if images else torch.empty(0, dtype=torch.int64)).to(device)
-        """Rows that image features go to, in the order of prompts and images."""
+        """[T]; image tokens have the placeholder's id, whose embedding is overwritten."""
+        self.image_index = _cat(images).to(device)
+        """Rows that receive image features, in the order of prompts and images."""
         self.positions = torch.cat([torch.cat(text_positions)[None], torch.cat(positions, dim=1)]).to(device)[:, None]
-        """[4, 1, T]: place in its own sequence, then M-RoPE's time, height and width."""
-        self.select = RowGather(torch.cat(select) if select else torch.empty(0, dtype=torch.int64), row, device)
+        """[4, 1, T]: position in its own sequence, then M-RoPE's time, height and width."""
+        self.select = RowGather(_cat(select), row, device)
         """Hidden states [T, D] -> those that predict the scored tokens [N, D]."""
         self.lengths = [len(target) for target in targets]
         """Tokens of each sequence."""
-        self.target = (torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64)).to(device)
+        self.target = _cat(targets).to(device)
+        """[N]: ids of the scored tokens."""
         self.sequence_id = torch.repeat_interleave(
             torch.arange(len(targets)), torch.tensor(self.lengths, dtype=torch.int64)
         ).to(device)
-        self.layout = Layout(lengths, keys, backend=backend, device=device)
+        """[N]: sequence of each scored token."""
+        self.layout = AttentionLayout(lengths, keys, backend=backend, device=device)
+
+
+def _cat(indices: Sequence[Tensor]) -> Tensor:
+    """int64, also where there are none."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *indices])

@@ -1,49 +1,53 @@
-"""The policy: a Hugging Face model, and the few ways in which the trainer and the rollout enter it.
+"""The policy: a Hugging Face model and the entry points that the trainer and the rollout use.
 
 Families: Qwen2-VL and Qwen2.5-VL, and the text models Qwen2, Qwen2.5 and Qwen3 (dense).
 
 Token ids never decide what is an image: embeddings are built here from a prompt's own placeholders, so a completion
 that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it) is text like any other.
+
+Shapes: T packed tokens, D hidden size, V vocabulary, K key-value heads, d head size.
 """
 
 from __future__ import annotations
 
-import types
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vtfast.config import FREEZABLE
 from vtfast.data.prompt import Prompt
-from vtfast.model.attention import LANGUAGE, VISION, Layout, TowerLayouts
+from vtfast.model.attention import LANGUAGE_ATTENTION
 from vtfast.model.packing import Completions, Pack
-from vtfast.model.vision import ImageMemory, embed_patches
+from vtfast.model.vision import FeatureCache, VisionEncoder
 from vtfast.utils.errors import UserError
 
 
 def layer_types(text: PreTrainedConfig) -> set[str]:
-    """Kinds of attention among the layers. Some families' configurations name none, and have one."""
+    """Kinds of attention among the layers. Some families' configurations list none: all layers are then of one kind."""
     only = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     return set(getattr(text, "layer_types", None) or [only])
 
 
 @dataclass
 class Policy:
-    """A model with its end-of-sequence ids. D hidden size, V vocabulary, P prompt tokens, T packed tokens."""
+    """A model with its end-of-sequence ids."""
 
     module: PreTrainedModel
     eos_ids: tuple[int, ...]
     backend: str = "sdpa"
     """Attention kernel of packed rows (`vtfast.model.attention.BACKENDS`)."""
-    images: ImageMemory = field(default_factory=ImageMemory)
+    feature_cache: FeatureCache = field(default_factory=FeatureCache)
+    """Shared with the reference model."""
+    vision: VisionEncoder | None = field(init=False)
+    """None for a text model."""
 
     def __post_init__(self) -> None:
-        if self.visual is not None and self.device.type == "cuda":
-            patches = self.visual.patch_embed  # a bound method, so that copies of the module get their own
-            patches.forward = types.MethodType(embed_patches, patches)
+        visual = getattr(self.module.model, "visual", None)
+        self.vision = None if visual is None else VisionEncoder(visual, self.backend, self.feature_cache)
 
     @property
     def device(self) -> torch.device:
@@ -51,131 +55,73 @@ class Policy:
 
     @property
     def head(self) -> Tensor:
-        """The output projection [V, D]; the embedding itself where the two are tied."""
+        """The output projection [V, D]; the same tensor as the embedding where the two are tied."""
         return self.module.lm_head.weight
 
     @property
-    def language_model(self) -> nn.Module:
-        return self.module.model if self.visual is None else self.module.model.language_model
+    def language_model(self) -> PreTrainedModel:
+        return self.module.model if self.vision is None else self.module.model.language_model
 
     @property
-    def visual(self) -> nn.Module | None:
-        """The vision tower with its merger; None for a text model."""
-        return getattr(self.module.model, "visual", None)
+    def vision_is_frozen(self) -> bool:
+        """True for a text model, too."""
+        return self.vision is None or self.vision.is_frozen
 
-    @property
-    def tower_is_frozen(self) -> bool:
-        parts = () if self.visual is None else (self.visual.patch_embed, self.visual.blocks)
-        return not any(p.requires_grad for part in parts for p in part.parameters())
-
-    @property
-    def reorders_patches(self) -> bool:
-        """Whether the tower works on patches in an order of its own (Qwen2.5-VL's windows)."""
-        return hasattr(self.visual, "fullatt_block_indexes")
+    def cache_image_features(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which a frozen vision encoder runs once per image."""
+        return self.feature_cache.open()
 
     def pack(self, prompts: Sequence[Prompt], completions: Completions) -> Pack:
         return Pack(prompts, completions, backend=self.backend, device=self.device)
 
-    def trunk(self, pack: Pack, store: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """Hidden states of a packed row [T, D], behind the last norm. `store(layer, keys, values)` is given each
-        layer's rotated keys and values [T, K, d]."""
-        # Whatever `set_attn_implementation` chose would not know the layout, and let completions see each other.
-        self.language_model.config._attn_implementation = LANGUAGE
+    def hidden_states(self, pack: Pack, store_kv: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """Output of the last norm [T, D]. `store_kv(layer, keys, values)` receives each layer's rotated keys and values
+        [T, K, d]."""
+        language_model = self.language_model
+        # Any other implementation, set by `set_attn_implementation`, would let completions see each other.
+        language_model.config._attn_implementation = LANGUAGE_ATTENTION
         embedding = self.embed(pack.ids)
         features = [f for f in self.image_features(pack.prompts) if f is not None]
         if features:
-            features = torch.cat(features).to(embedding.dtype)
-            embedding = embedding.index_copy(0, pack.image_index, features)
-        elif torch.is_grad_enabled() and self.visual is not None:
-            embedding = embedding + self._zero_of_the_tower()
-        # A family whose layers may differ takes a mask for each kind; the others make none for an attention like ours.
-        kinds = getattr(self.language_model.config, "layer_types", None)
-        output = self.language_model(
+            embedding = embedding.index_copy(0, pack.image_index, torch.cat(features).to(embedding.dtype))
+        elif torch.is_grad_enabled() and self.vision is not None:
+            embedding = embedding + self.vision.zero_with_gradients()
+        # Families with several kinds of layers expect a mask for each kind; None means that the layout decides.
+        kinds = getattr(language_model.config, "layer_types", None)
+        output = language_model(
             inputs_embeds=embedding[None],
-            position_ids=pack.positions if self.visual is not None else pack.positions[0],
+            position_ids=pack.positions if self.vision is not None else pack.positions[0],
             attention_mask=dict.fromkeys(kinds) if kinds else None,
             use_cache=False,
             layout=pack.layout,
-            store=store,
+            store_kv=store_kv,
         )
         return output.last_hidden_state[0]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings; every id is text here, `<|image_pad|>` included."""
+        """Token embeddings [..., D]; every id is treated as text, `<|image_pad|>` included."""
         return self.language_model.embed_tokens(ids)
 
     def image_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """One [image tokens, D] tensor per prompt (None without images); one call of the vision tower for all."""
+        """One [image tokens, D] tensor per prompt (None without images), in one call of the vision encoder."""
         with_images = [prompt for prompt in prompts if prompt.pixels is not None]
         if not with_images:
             return [None] * len(prompts)
-        if self.images.features is None or not self.tower_is_frozen:
-            merged = self._tower(with_images).pooler_output
-        else:
-            merged = self._remembered(with_images, self.images.features)
-        parts = iter(merged.split([int(prompt.image_mask.sum()) for prompt in with_images]))
-        return [None if prompt.pixels is None else next(parts) for prompt in prompts]
-
-    def _remembered(self, prompts: Sequence[Prompt], memory: dict[Prompt, Tensor]) -> Tensor:
-        """[image tokens of all prompts, D]; the tower runs over those images only that `memory` does not hold. The
-        merger, which may be trained, runs over all."""
-        unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in memory]
-        if unseen:
-            with torch.no_grad():
-                hidden = self._tower(unseen).last_hidden_state
-            if self.reorders_patches:
-                hidden = self._in_order(hidden, torch.cat([prompt.grid for prompt in unseen]))
-            patches = hidden.split([len(prompt.pixels) for prompt in unseen])
-            memory.update(zip(unseen, patches, strict=True))
-        return self.visual.merger(torch.cat([memory[prompt] for prompt in prompts]))
-
-    def _in_order(self, hidden: Tensor, grid: Tensor) -> Tensor:
-        """A tower's patches [K, E], which lie window by window, as their images have them. The patches of a merged
-        token stay together in both orders."""
-        from transformers.vision_utils import get_vision_window_index
-
-        visual = self.visual
-        sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
-        index, _ = get_vision_window_index(grid, *sizes)
-        tokens = hidden.unflatten(0, (-1, visual.spatial_merge_unit))
-        return torch.empty_like(tokens).index_copy_(0, index.to(hidden.device), tokens).flatten(0, 1)
-
-    def _tower(self, prompts: Sequence[Prompt]):
-        pixels = torch.cat([prompt.pixels for prompt in prompts])
-        grid = torch.cat([prompt.grid for prompt in prompts])
-        self.visual.config._attn_implementation = VISION
-        pixels = pixels.to(self.device, self.visual.dtype)
-        return self.visual(pixels, grid_thw=grid.to(self.device), layout=self._tower_layout(grid))
-
-    def _tower_layout(self, grid: Tensor) -> Layout | TowerLayouts:
-        if self.reorders_patches:
-            return TowerLayouts(self.backend, self.device)
-        patches = grid.prod(-1).tolist()
-        return Layout(patches, causal=False, backend=self.backend, device=self.device)
-
-    def _zero_of_the_tower(self) -> Tensor:
-        """Zero, with a gradient of zero for every trained weight of the tower. A row without images adds it where
-        others put their images: ranks reduce gradients as they arrive, so all need the same ones in the same order."""
-        if not any(p.requires_grad for p in self.visual.parameters()):
-            return torch.zeros((), device=self.device, dtype=self.head.dtype)
-        side = self.visual.spatial_merge_size
-        width = self.visual.patch_embed.proj.weight[0].numel()
-        pixels = torch.zeros(side * side, width, device=self.device, dtype=self.visual.dtype)
-        grid = torch.tensor([[1, side, side]], device=self.device)
-        self.visual.config._attn_implementation = VISION
-        made = self.visual(pixels, grid_thw=grid, layout=self._tower_layout(grid))
-        return 0.0 * made.pooler_output.sum()
+        assert self.vision is not None
+        tokens = [int(prompt.image_mask.sum()) for prompt in with_images if prompt.image_mask is not None]
+        by_prompt = iter(self.vision.features(with_images).split(tokens))
+        return [None if prompt.pixels is None else next(by_prompt) for prompt in prompts]
 
 
 def freeze_parts(policy: Policy, parts: Sequence[str]) -> None:
-    """Raises UserError for a part that the model has not."""
-    language, visual = policy.language_model, policy.visual
+    """Turn off gradients of the named parts. Raises UserError for a part that the model does not have."""
+    language, vision = policy.language_model, policy.vision
     members = {
         "language": [language, policy.module.lm_head],
         "embeddings": [language.embed_tokens, policy.module.lm_head],
     }
-    if visual is not None:
-        members |= {"vision": [visual.patch_embed, visual.blocks], "merger": [visual.merger]}
+    if vision is not None:
+        members |= {"vision": [vision.module.patch_embed, vision.module.blocks], "merger": [vision.module.merger]}
     for part in parts:
         if part not in FREEZABLE:
             raise UserError(f"--freeze {part}: must be among {', '.join(FREEZABLE)}")

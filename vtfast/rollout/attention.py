@@ -21,7 +21,7 @@ from torch import Tensor
 from vtfast_kernels.paged_attention import paged_attention
 from vtfast_kernels.pages import Pages
 
-from vtfast.model.backends import choose
+from vtfast.model.backends import select_backend
 
 Attention = Callable[[Tensor, Tensor, Tensor, Pages, float], Tensor]
 """(query [R, H, d], keys and values [B, page, K, d], pages, scale) -> [R, H, d]"""
@@ -38,7 +38,7 @@ def decode_attention(
     Raises UserError for one that is unknown, not installed, or not for this device and dtype.
     """
     flag = "rollout_attention"
-    return _CALLS[choose("decode attention", flag, wanted, BACKENDS, _usable, device, dtype)]
+    return _CALLS[select_backend("decode attention", flag, wanted, BACKENDS, _usable, device, dtype)]
 
 
 def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:

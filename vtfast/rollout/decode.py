@@ -34,7 +34,7 @@ class Decoder:
         model = policy.language_model
         self.layers = [_Layer(layer) for layer in model.layers]
         places = torch.arange(positions, device=policy.device)
-        axes = (3, 1, -1) if policy.visual is not None else (1, -1)
+        axes = (3, 1, -1) if policy.vision is not None else (1, -1)
         cos, sin = model.rotary_emb(policy.head[:1], places.expand(axes))
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()  # [positions, d]
 

@@ -184,12 +184,12 @@ class Scheduler:
                 table[i, g, : len(row)] = row
         source, slots = torch.cat(source).to(work.device), torch.cat(slots).to(work.device)
 
-        def store(layer: int, keys: Tensor, values: Tensor) -> None:
+        def store_kv(layer: int, keys: Tensor, values: Tensor) -> None:
             for pool, new in ((cache.keys, keys), (cache.values, values)):
                 pool[layer].flatten(0, 1).index_copy_(0, slots, new[source])
 
         pack = self.policy.pack(prompts, [[]] * len(prompts))
-        hidden = self.policy.trunk(pack, store)[(starts + lengths - 1).to(work.device)]
+        hidden = self.policy.hidden_states(pack, store_kv)[(starts + lengths - 1).to(work.device)]
 
         places = [p * G + g for p in members for g in range(G)]
         live = len(self.running)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vtfast.model.policy import Policy
+from vtfast.model.shapes import text_shape
 from vtfast.rollout.attention import Attention
 from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder
@@ -65,13 +66,8 @@ class Workspace:
 
 def cache_shape(policy: Policy) -> tuple[int, int, int]:
     """-> layers, key heads, head size"""
-    config = policy.language_model.config
-    head_dim = getattr(config, "head_dim", None)
-    return (
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        head_dim or config.hidden_size // config.num_attention_heads,
-    )
+    shape = text_shape(policy.language_model.config)
+    return shape.layers, shape.kv_heads, shape.head_dim
 
 
 def addresses(policy: Policy) -> tuple[int, ...]:

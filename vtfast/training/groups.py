@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vtfast.cost.micro_batches import Part
+from vtfast.cost.micro_batches import GroupPart
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.packing import Pack
 from vtfast.model.policy import Policy
@@ -48,9 +48,9 @@ class Group:
 class MicroBatch:
     """The groups, or parts of groups, that one rank handles in one pass. Sequences run over parts, then members."""
 
-    parts: Sequence[Part]
+    parts: Sequence[GroupPart]
     groups: dict[int, Group]
-    """By `Part.group`."""
+    """By `GroupPart.group`."""
     policy: Policy
 
     @functools.cached_property

@@ -35,7 +35,7 @@ class GRPOObjective(nn.Module):
         old = batch.logps("old")
         sampled = batch.sampled().to(device)
         out = linear_grpo_loss(
-            pack.select(self.policy.trunk(pack)),
+            pack.select(self.policy.hidden_states(pack)),
             self.policy.head,
             pack.target,
             pack.sequence_id,
@@ -65,7 +65,7 @@ class GRPOObjective(nn.Module):
         """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
         device, pack = self.policy.device, blank_pack(self.policy)
         out = linear_grpo_loss(
-            pack.select(self.policy.trunk(pack)),
+            pack.select(self.policy.hidden_states(pack)),
             self.policy.head,
             torch.full_like(pack.target, IGNORED),
             pack.sequence_id,

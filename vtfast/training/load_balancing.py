@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vtfast.cost.micro_batches import Part, Size, passes_of
+from vtfast.cost.micro_batches import GroupPart, GroupSize, plan_micro_batches
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
@@ -29,10 +29,10 @@ class StepBatches:
     """Share of all groups that no rank trains on, since nothing can be learned from them."""
 
 
-def size_of(group: Group, skip_without_signal: bool) -> Size:
+def size_of(group: Group, skip_without_signal: bool) -> GroupSize:
     prompt = group.question.prompt
     trained = bool((group.advantage != 0).any()) or not skip_without_signal
-    return Size(len(prompt.ids), group.lengths, prompt.patches, trained)
+    return GroupSize(len(prompt.ids), group.lengths, prompt.patches, trained)
 
 
 def share_out(
@@ -49,7 +49,7 @@ def share_out(
     sizes = [size for part in everyone for size in part]
     owners = [rank for rank, part in enumerate(everyone) for _ in part]
     costs = [size.flops(policy.module.config).total for size in sizes]
-    passes = [settle(bins, owners) for bins in passes_of(sizes, costs, token_budget, ranks.size)]
+    passes = [settle(bins, owners) for bins in plan_micro_batches(sizes, costs, token_budget, ranks.size)]
     first = sum(len(part) for part in everyone[: ranks.rank])
     here = _exchange(dict(enumerate(groups, first)), passes, owners, ranks, ask)
     return StepBatches(
@@ -60,7 +60,7 @@ def share_out(
     )
 
 
-def settle(bins: Sequence[list[Part]], owners: Sequence[int]) -> list[list[Part]]:
+def settle(bins: Sequence[list[GroupPart]], owners: Sequence[int]) -> list[list[GroupPart]]:
     """The bins of a pass in rank order: as many tokens as possible stay where they were answered."""
     at_home = sorted(
         (
@@ -78,7 +78,7 @@ def settle(bins: Sequence[list[Part]], owners: Sequence[int]) -> list[list[Part]
 
 def _exchange(
     mine: dict[int, Group],
-    passes: Sequence[Sequence[Sequence[Part]]],
+    passes: Sequence[Sequence[Sequence[GroupPart]]],
     owners: Sequence[int],
     ranks: Ranks,
     ask: Callable[[int], EncodedSample],

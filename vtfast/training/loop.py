@@ -28,10 +28,10 @@ from vtfast.distributed.determinism import seed_all
 from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOutScores, evaluate_held_out
+from vtfast.model.adapters import add_lora
 from vtfast.model.fingerprint import fingerprint
 from vtfast.model.liger import use_liger
 from vtfast.model.loading import load_model
-from vtfast.model.lora import add_lora
 from vtfast.model.packing import check_group
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.report.tracking import Tracker

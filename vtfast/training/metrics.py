@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtfast.cost.flops import _passes_of, part_flops
+from vtfast.cost.flops import forward_multiples, part_update_flops
 from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
@@ -117,21 +117,21 @@ def summary(metrics: Mapping[str, float | None]) -> str:
 
 
 def update_flops(
-    policy: Policy, batches: Iterable[MicroBatch], prompt_targets: int = 0, tower_ran: bool = True
+    policy: Policy, batches: Iterable[MicroBatch], prompt_targets: int = 0, vision_cached: bool = True
 ) -> float:
     """Forward and backward of one update over these rows.
 
     A trained part counts 3 forwards, a frozen one that gradients pass through 2 (LoRA's own weights are nothing beside
-    it), a frozen vision tower 1, or none if it ran before, in a rollout (`tower_ran`).
+    it), a frozen vision tower 1, or none if it ran before, in a rollout (`vision_cached`).
     `prompt_targets`: tokens of prompts that meet the head besides the completions.
     """
-    total = 2.0 * prompt_targets * policy.head.numel() * _passes_of(policy)[1]
+    total = 2.0 * prompt_targets * policy.head.numel() * forward_multiples(policy)[1]
     for batch in batches:
         for part in batch.parts:
             group = batch.groups[part.group]
             prompt = group.question.prompt
             lengths = [group.lengths[i] for i in part.members]
-            total += part_flops(policy, len(prompt.ids), lengths, prompt.patches, tower_ran)
+            total += part_update_flops(policy, len(prompt.ids), lengths, prompt.patches, vision_cached)
     return total
 
 

@@ -18,8 +18,8 @@ from vtfast.data.processor import Processor
 from vtfast.data.prompt_templates import load_template, render
 from vtfast.data.splits import SYNTHETIC
 from vtfast.model.attention import choose_backend
-from vtfast.model.blueprint import blueprint, read_model_config
-from vtfast.model.loading import dtype_named
+from vtfast.model.loading import parse_dtype, read_model_config
+from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.report.tracking import check_trackers
 from vtfast.rewards import get_reward
 from vtfast.rollout.attention import decode_attention
@@ -91,7 +91,7 @@ def _check_device(config: RunConfig) -> None:
     kind, problems = _kind(config), []
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
-    dtype = dtype_named(config.dtype, kind)
+    dtype = parse_dtype(config.dtype, kind)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else "cpu"
     for choose, wanted in ((choose_backend, config.attn_implementation), (decode_attention, config.rollout_attention)):
         try:
@@ -122,7 +122,7 @@ def _check_model(config: RunConfig) -> None:
         )
     model, problems = read_model_config(config.model), []
     try:
-        blueprint(model, config, torch.float32)
+        meta_policy_for_run(model, config, torch.float32)
     except UserError as error:
         problems.append(str(error))
     processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)

@@ -59,7 +59,7 @@ class SFTObjective(nn.Module):
         `num_targets`: those of the whole step, all passes and ranks. A rank with nothing to do in this pass takes part
         with zeros: it has the same collectives as the others."""
         pack = batch.pack if batch.parts else blank_pack(self.policy)
-        trunk = self.policy.trunk(pack)
+        trunk = self.policy.hidden_states(pack)
         hidden, target = pack.select(trunk), pack.target
         if self.not_text is not None:
             rows, ids = prompt_targets(pack, self.not_text)
@@ -150,7 +150,7 @@ class SFTTrainer(Run):
         everyone = self.ranks.gather((*sums, tokens))
         loss, correct, entropy, num_tokens = map(sum, zip(*everyone, strict=True))
         prompt_text = sum(self.count_targets(group) - group.lengths[0] for group, _ in parts)
-        flops = update_flops(self.policy, work.batches, prompt_text, tower_ran=False)
+        flops = update_flops(self.policy, work.batches, prompt_text, vision_cached=False)
         return {
             "step": step,
             "epoch": step * self.prompts_per_step / len(self.train_samples),

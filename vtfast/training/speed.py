@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vtfast.config import Config
-from vtfast.cost.devices import Rates, rates_of
-from vtfast.cost.roofline import PHASES, RATES, Floor, Weights, step_floors
+from vtfast.cost.devices import Rates, device_rates
+from vtfast.cost.roofline import PHASES, RATES, Floor, ModelSize, step_floors
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
 from vtfast.training.groups import Group
@@ -27,8 +27,8 @@ class Roofline:
         self.rates: Rates | None = None
         if config.roofline_steps:
             measure = config.roofline_rates == "measured"
-            self.rates = rates_of(policy.head.dtype, ranks, measure)
-        self.weights = Weights.of(policy)
+            self.rates = device_rates(policy.head.dtype, ranks, measure)
+        self.weights = ModelSize.of(policy)
 
     def metrics(
         self, step: int, groups: Sequence[Group], measured: Mapping[str, float | None]

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from vtfast.cost.micro_batches import Part, plan, split
+from vtfast.cost.micro_batches import GroupPart, bin_pack, split_group
 from vtfast.distributed.ranks import Ranks
 from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.load_balancing import StepBatches
@@ -201,10 +201,10 @@ def cut_again(work: StepBatches, budget: int, ranks: Ranks) -> list[MicroBatch]:
     for old in (part for batch in work.batches for part in batch.parts):
         group = groups[old.group]
         lengths = [group.lengths[i] for i in old.members]
-        for new in split(old.group, _prompt(group), lengths, old.cost, budget):
+        for new in split_group(old.group, _prompt(group), lengths, old.cost, budget):
             members = tuple(old.members[i] for i in new.members)
-            parts.append(Part(new.group, members, new.tokens, new.cost))
-    bins = [bin for (bin,) in plan(parts, budget)]
+            parts.append(GroupPart(new.group, members, new.tokens, new.cost))
+    bins = [bin for (bin,) in bin_pack(parts, budget)]
     passes = max(ranks.gather(len(bins)))
     bins += [[] for _ in range(passes - len(bins))]
     return [MicroBatch(bin, groups, policy) for bin in bins]

@@ -1,4 +1,4 @@
-"""LoRA adapters (peft) on the policy. Without its adapter the policy is its own reference model."""
+"""LoRA adapters (peft) on the policy. With its adapters disabled the policy is its own reference model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from vtfast.model.policy import Policy
 from vtfast.utils.errors import UserError
 
 log = logging.getLogger("vtfast")
-AT_THE_HEAD = ("lm_head", "embed_tokens")
+NOT_ADAPTABLE = ("lm_head", "embed_tokens")
+"""The fused loss reads the weights of these directly."""
 
 
 def add_lora(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) -> None:
-    """`add_adapters`, and say so in the log."""
+    """`add_adapters`, and log how many weights are trained."""
     add_adapters(policy, rank, alpha, targets)
     trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     log.info("LoRA of rank %d: %d trained weights", rank, trained)
 
 
 def add_adapters(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) -> None:
-    """Freeze the model and put a trained adapter of `rank` beside every module named in `targets`.
+    """Freeze the model and add a trained adapter of `rank` to every module named in `targets`.
 
     Raises UserError as `check_targets` does.
     """
@@ -35,15 +36,18 @@ def add_adapters(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) 
 
 
 def check_targets(policy: Policy, targets: Sequence[str]) -> None:
-    """Raises UserError without peft, for the head or embeddings (the fused loss reads their weights directly), and for
-    a name that no module has."""
+    """Raises UserError if peft is not installed, and for a target that is the head or the embeddings, that no module is
+    named after, or that is not a linear layer everywhere."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("--use_peft: peft is not installed (pip install peft)")
     for target in targets:
-        if target in AT_THE_HEAD:
-            raise UserError(f"--lora_target_modules {target}: the head and embeddings take no adapter")
         layers = [m for n, m in policy.module.named_modules() if f".{n}".endswith(f".{target}")]
-        if not layers:
-            raise UserError(f"--lora_target_modules {target}: the model has no such module")
-        if not all(isinstance(layer, nn.Linear) for layer in layers):
-            raise UserError(f"--lora_target_modules {target}: is not a linear layer everywhere")
+        problem = None
+        if target in NOT_ADAPTABLE:
+            problem = "the head and embeddings take no adapter"
+        elif not layers:
+            problem = "the model has no such module"
+        elif not all(isinstance(layer, nn.Linear) for layer in layers):
+            problem = "is not a linear layer everywhere"
+        if problem is not None:
+            raise UserError(f"--lora_target_modules {target}: {problem}")
