@@ -83,7 +83,7 @@ class Prediction:
     reduce: float
     """Gradients, as far as the backward pass does not hide them."""
     gather: float
-    """ModelSize."""
+    """Weights."""
     rest: float
     passes: float
     tokens: float

@@ -295,7 +295,7 @@ def lines_of(folder):
 
 
 def test_the_runs_lines_are_the_pages(train, capsys):
-    """ModelSize, work and passes are made anew from the run folder; passes of a small budget, KL, and a second update on
+    """Weights, work and passes are made anew from the run folder; passes of a small budget, KL, and a second update on
     the same answers included."""
     folder, logged = train(beta=0.04, num_iterations=3, token_budget=200, max_steps=6)
     assert [re.match(r"step (\d+) ", text)[1] for text in logged] == ["2", "4", "6"]

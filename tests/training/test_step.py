@@ -238,7 +238,7 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
     assert bad not in {row["row"] for row in rows}
     (line,) = (trainer.folder / "skipped.jsonl").read_text().splitlines()
     listed = json.loads(line)
-    reason = "places for 0 image tokens" if spoil == "prompt" else "no tokens"
+    reason = "placeholders for 0 image tokens" if spoil == "prompt" else "no tokens"
     assert (listed["step"], listed["row"]) == (1, bad) and reason in listed["reason"]
     trainer.config.on_bad_sample = "error"
     with pytest.raises(UserError, match=rf"step 2, .*row {bad} \(counted from 0\): .*{reason}"):

@@ -81,7 +81,7 @@ class ModelSize:
 
     policy: Policy
     trunk: int
-    """ModelSize of the language model's layers."""
+    """Weights of the language model's layers."""
     head: int
     tower: int
     """Of the vision tower with its merger; 0 for a text model."""
