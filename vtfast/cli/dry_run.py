@@ -14,7 +14,6 @@ from vtfast.config import RunConfig, SFTConfig
 from vtfast.cost.memory import MemoryEstimate, ParameterCount, Workload, count_parameters, estimate_memory, workload_of
 from vtfast.data.file_reader import find_files
 from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
-from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.model.loading import parse_dtype, read_model_config
 from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy
@@ -217,7 +216,7 @@ def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig
 
 
 def _batch(config: RunConfig, load: Workload, ranks: int) -> Iterator[str]:
-    prompts = ranks * prompts_per_rank(config)
+    prompts = ranks * config.prompts_per_rank
     tokens = prompts * (load.prompt + load.group * load.completion)
     answers = f" with {load.group} answers each" if not isinstance(config, SFTConfig) else ""
     yield (f"{prompts} questions a step{answers}: up to {tokens:,} tokens, {load.passes} pass(es) a rank")

@@ -40,6 +40,11 @@ class Settings(Output, Optimizer, Rollout, Task):
         yield from rules.sampler(self)
         yield from rules.reproducibility(self, self)
 
+    @property
+    def prompts_per_rank(self) -> int:
+        """Of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def warnings(self) -> list[str]:
         """Settings that are accepted and probably not meant."""
         return list(rules.warnings(self, self))

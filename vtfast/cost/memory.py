@@ -18,7 +18,6 @@ from vtfast_kernels.logit_rows import chunk_rows
 
 from vtfast.config import RunConfig
 from vtfast.config.rules import PIXELS_A_TOKEN
-from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.evaluate.held_out import BATCH as HELD_OUT_BATCH
 from vtfast.model.policy import Policy
 from vtfast.rollout.cache import pages_needed
@@ -75,7 +74,7 @@ class Workload:
 def workload_of(config: RunConfig, has_images: bool) -> Workload:
     """A step is cut into rows of at most `tokens_per_micro_batch` tokens; a prompt with one completion always fits."""
     group = getattr(config, "num_generations", 1)
-    P, C, prompts = config.max_prompt_length, config.max_completion_length, prompts_per_rank(config)
+    P, C, prompts = config.max_prompt_length, config.max_completion_length, config.prompts_per_rank
     step = prompts * (P + group * C)
     tokens = max(P + C, min(config.tokens_per_micro_batch, step))
     image = min(P, config.max_pixels // PIXELS_A_TOKEN) if has_images else 0

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from vtfast.config import RunConfig
 from vtfast.distributed import watchdog
 from vtfast.distributed.determinism import make_deterministic
-from vtfast.distributed.ranks import Ranks, prompts_per_rank
+from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import import_deepspeed
 from vtfast.utils.errors import UserError
 
@@ -102,8 +102,8 @@ def _warn_of_other_batch_size(config: RunConfig, num_ranks: int) -> None:
             config.recipe,
             config.num_processes,
             num_ranks,
-            prompts_per_rank(config) * num_ranks,
-            prompts_per_rank(config) * config.num_processes,
+            config.prompts_per_rank * num_ranks,
+            config.prompts_per_rank * config.num_processes,
         )
 
 

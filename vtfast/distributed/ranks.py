@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from vtfast.config import RunConfig
 from vtfast.distributed import watchdog
 from vtfast.utils.errors import UserError
 
@@ -76,8 +75,3 @@ def _result_or_error(work: Callable[[], T]) -> T | UserError:
         return error
     except OSError as error:
         return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-
-
-def prompts_per_rank(config: RunConfig) -> int:
-    """Of one optimizer step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -25,7 +25,6 @@ from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
 from vtfast.data.splits import load_questions, render_synthetic, samples_digest
 from vtfast.distributed import launch, watchdog
 from vtfast.distributed.determinism import seed_all
-from vtfast.distributed.ranks import prompts_per_rank
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOutScores, evaluate_held_out
 from vtfast.model.adapters import add_lora
@@ -166,7 +165,7 @@ class Run:
     @property
     def prompts_per_step(self) -> int:
         """Over all ranks."""
-        return prompts_per_rank(self.config) * self.ranks.size
+        return self.config.prompts_per_rank * self.ranks.size
 
     def run(self) -> Path:
         """Train up to `max_steps`, judge before and after, and return the run folder.
@@ -231,7 +230,7 @@ class Run:
             self.asker,
             self.train_samples,
             [step for step in left if self.asks_anew(step)],
-            per_rank=prompts_per_rank(config),
+            per_rank=config.prompts_per_rank,
             rank=ranks.rank,
             ranks=ranks.size,
             seed=config.seed,

@@ -23,8 +23,8 @@ from vtfast.distributed.watchdog.monitor import RANK_LOST, Failure, Member, Moni
 INTERVAL = 1.0
 """Seconds between two reports of a rank; fewer with a small limit."""
 SETTLE = 2.5
-"""Intervals from an exception to the end. It may be the consequence of a death that its own machine has yet to see."""
-ANSWER_LIMIT = 5.0
+"""Intervals from an exception to the end: a death that caused it may take as long to be reported by its machine."""
+ANSWER_LIMIT = 15.0
 """Seconds that the main thread waits for the thread before it ends the process by itself."""
 FAILURE = "failure"
 """The store's key for the failure that ends the run."""
