@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_norm, choose_impl, op_scope, trusting
+from .checks import check_norm, checks_skipped, choose_impl, op_scope
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def add_rms_norm(
         Two [R, D] tensors in x's dtype.
     """
     impl = choose_impl(impl, x, "x")
-    if not trusting():
+    if not checks_skipped():
         check_norm(x, delta, weight, eps, impl)
     if impl == "reference":
         from . import reference

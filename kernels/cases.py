@@ -158,6 +158,7 @@ def linear_grpo_inputs(
     spec = spec or GRPOLoss(temperature=TEMPERATURE)
     with torch.no_grad():
         logp = linear_logprob(head["hidden"], head["weight"], head["target"], temperature=spec.temperature)
+    assert isinstance(logp, torch.Tensor), "no entropy was asked for"
     head = {name: head[name] for name in ("hidden", "weight", "target")}
     return {**head, **sequences(shape.N, device, seed), **neighbours(logp, seed), "spec": spec}
 

@@ -1,8 +1,8 @@
 """Argument checks and the choice of implementation, shared by every op.
 
-Shapes and dtypes are host data and always checked. Checks of *values* (ids in range, sorted, finite) read
-the tensor: on the CPU they always run, on CUDA they would stall the stream, so they run only when
-`VTFAST_CHECK=1` (or `checks.CHECK_VALUES = True`) asks for them.
+Shapes and dtypes are known on the host and always checked. Checks of *values* (ids in range, sorted, finite) read
+the tensor: on the CPU they always run; on CUDA they would stall the stream, so they run only with `VTFAST_CHECK=1`
+(or `checks.CHECK_VALUES = True`).
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from typing import ParamSpec, TypeVar
 import torch
 
 SCALES = ("group", "batch", "none")
-
 IMPLS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_FLOATS = (*FLOATS, torch.float64)  # float64 is the oracle's dtype
@@ -22,31 +21,33 @@ CHECK_VALUES = os.environ.get("VTFAST_CHECK", "0") == "1"
 IGNORED = -100
 P = ParamSpec("P")
 R = TypeVar("R")
-_trusting = False
+_checks_skipped = False
 
 
 @contextlib.contextmanager
-def trusted() -> Iterator[None]:
-    """Ops take their arguments as they are. For inner loops of many small ops whose first round was checked: on a CPU,
+def skip_checks() -> Iterator[None]:
+    """Skip the argument checks of all ops. For inner loops of many small ops whose first round was checked: on a CPU,
     checks are a tenth of a small model's decode step."""
-    global _trusting
-    before, _trusting = _trusting, True
+    global _checks_skipped
+    before, _checks_skipped = _checks_skipped, True
     try:
         yield
     finally:
-        _trusting = before
+        _checks_skipped = before
 
 
-def trusting() -> bool:
-    return _trusting
+def checks_skipped() -> bool:
+    return _checks_skipped
 
 
 def require(condition: bool, name: str, message: str) -> None:
+    """Raise ValueError, naming the argument, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{name}: {message}")
 
 
 def interpreted() -> bool:
+    """Return whether Triton kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -59,21 +60,21 @@ def capability(tensor: torch.Tensor) -> int:
 
 
 def align_rows(*matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Half-precision rows of a length that is no multiple of 16 are padded by zeros: copy engines and vector
-    loads need aligned rows. Every real model's hidden size passes through untouched."""
+    """Pad half-precision rows with zeros to a multiple of 16: copy engines and vector loads need aligned rows. The
+    hidden sizes of real models are multiples already."""
     short = -matrices[0].shape[1] % 16 if matrices[0].dtype != torch.float32 else 0
     return tuple(torch.nn.functional.pad(x, (0, short)) if short else x for x in matrices)
 
 
 def tma_ready(*matrices: torch.Tensor) -> bool:
-    """Whether the tensor-copy engine exists and is worth it for these aligned matrices."""
+    """Return whether to read these aligned matrices by TMA: on Hopper and later, in half precision."""
     half = matrices[0].dtype != torch.float32  # in fp32 it only costs registers
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
     return half and capability(matrices[0]) >= 90 and aligned
 
 
 def op_scope(function: Callable[P, R]) -> Callable[P, R]:
-    """Run an op, or its backward, on the device of its tensors and in their precision whatever autocast says."""
+    """Run an op, or its backward, on the device of its first tensor and without autocast."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -95,10 +96,10 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 
 
 def choose_impl(impl: str, tensor: torch.Tensor, name: str = "hidden") -> str:
-    """ "auto" -> "triton" on CUDA, "torch" elsewhere; anything else must be runnable on the tensor's device."""
+    """Return "triton" on CUDA and "torch" elsewhere for "auto"; any other `impl` must run on the tensor's device."""
     is_tensor = isinstance(tensor, torch.Tensor)
     require(is_tensor, name, f"expected a tensor, got {type(tensor).__name__}")
-    require(impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}, got {impl!r}")
+    require(impl in IMPLS, "impl", f"must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         return "triton" if tensor.is_cuda else "torch"
     runnable = impl != "triton" or runs_triton(tensor)
@@ -107,26 +108,28 @@ def choose_impl(impl: str, tensor: torch.Tensor, name: str = "hidden") -> str:
 
 
 def check_values(tensor: torch.Tensor) -> bool:
-    """Whether the values of `tensor` may be read: always on the CPU, on CUDA only in debug mode."""
+    """Return whether to check the values of `tensor`: always on the CPU, on CUDA only with VTFAST_CHECK=1."""
     return CHECK_VALUES or not tensor.is_cuda
 
 
-def check_tensor(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple, like: torch.Tensor) -> None:
-    """`shape` may hold None for a free size; `like` fixes the device."""
+def check_tensor(
+    name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: torch.Tensor
+) -> None:
+    """`shape` may hold None for a free size; `like` has the expected device."""
     require(isinstance(x, torch.Tensor), name, f"expected a tensor, got {type(x).__name__}")
     got = x.shape
     fits = len(got) == len(shape)
     if fits:
-        for want, size in zip(shape, got, strict=True):
-            fits = fits and (want is None or want == size)
+        for expected, size in zip(shape, got, strict=True):
+            fits = fits and (expected is None or expected == size)
     if fits and x.dtype in dtypes and x.device == like.device:
-        return  # a decode step asks hundreds of times: messages are made when they are needed
+        return  # a decode step checks hundreds of tensors: messages are built on failure only
     require(fits, name, f"expected shape {_show(shape)}, got {tuple(got)}")
     require(x.dtype in dtypes, name, f"expected {' | '.join(map(str, dtypes))}, got {x.dtype}")
     require(False, name, f"on {x.device}, expected {like.device}")
 
 
-def _show(shape: tuple) -> str:
+def _show(shape: tuple[int | None, ...]) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
 
 
@@ -134,7 +137,7 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, impl: str) -> None:
     dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
     check_tensor("hidden", hidden, (None, None), dtypes, hidden)
     check_tensor("weight", weight, (None, hidden.shape[1]), (hidden.dtype,), hidden)
-    require(weight.shape[0] > 0 and weight.shape[1] > 0, "weight", "needs at least one row and one column")
+    require(weight.shape[0] > 0 and weight.shape[1] > 0, "weight", "must have at least one row and one column")
 
 
 def check_target(target: torch.Tensor, hidden: torch.Tensor, vocab: int) -> None:
@@ -147,15 +150,15 @@ def check_target(target: torch.Tensor, hidden: torch.Tensor, vocab: int) -> None
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
     ok = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
-    require(ok, name, f"a positive number, got {temperature!r}")
+    require(ok, name, f"must be a positive number, got {temperature!r}")
 
 
 def check_sequences(sequence_id: torch.Tensor, advantage: torch.Tensor, like: torch.Tensor) -> None:
-    """Token -> sequence map of `like.shape[0]` tokens: non-decreasing, in [0, S); one finite advantage a sequence."""
+    """Check the sequence of each of `like.shape[0]` tokens, non-decreasing in [0, S), and the S finite advantages."""
     check_tensor("sequence_id", sequence_id, (like.shape[0],), (torch.int64, torch.int32), like)
     check_tensor("advantage", advantage, (None,), REFERENCE_FLOATS, like)
     if check_values(advantage):
-        require(bool(advantage.isfinite().all()), "advantage", "holds a value that is not finite")
+        require(bool(advantage.isfinite().all()), "advantage", "has a value that is not finite")
     if sequence_id.numel() and check_values(sequence_id):
         ordered = bool((sequence_id[1:] >= sequence_id[:-1]).all())
         require(ordered, "sequence_id", "must be non-decreasing")
@@ -163,24 +166,24 @@ def check_sequences(sequence_id: torch.Tensor, advantage: torch.Tensor, like: to
         require(low >= 0 and high < S, "sequence_id", f"ids must be in [0, {S}), got {low} .. {high}")
 
 
-def check_denominator(name: str, value: "int | float | torch.Tensor | None") -> None:
+def check_denominator(name: str, value: int | float | torch.Tensor | None) -> None:
     if isinstance(value, torch.Tensor):
         require(value.dim() == 0, name, f"expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
     elif value is not None:
-        require(isinstance(value, (int, float)) and value > 0, name, f"a positive number, got {value!r}")
+        require(isinstance(value, (int, float)) and value > 0, name, f"must be a positive number, got {value!r}")
 
 
 def check_reward(reward: torch.Tensor, group_size: int, scale: str, eps: float) -> None:
     dtypes = (*REFERENCE_FLOATS, torch.int32, torch.int64)
     check_tensor("reward", reward, (None,), dtypes, reward)
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
-    require(whole, "group_size", f"a positive integer, got {group_size!r}")
+    is_count = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    require(is_count, "group_size", f"must be a positive integer, got {group_size!r}")
     S = reward.shape[0]
-    require(S % group_size == 0, "reward", f"{S} rewards are not whole groups of {group_size}")
-    require(scale in SCALES, "scale", f"one of {', '.join(SCALES)}, got {scale!r}")
-    require(isinstance(eps, (int, float)) and eps >= 0, "eps", f"not negative, got {eps!r}")
+    require(S % group_size == 0, "reward", f"{S} rewards cannot be split into groups of {group_size}")
+    require(scale in SCALES, "scale", f"must be one of {', '.join(SCALES)}, got {scale!r}")
+    require(isinstance(eps, (int, float)) and eps >= 0, "eps", f"must not be negative, got {eps!r}")
     if check_values(reward):
-        require(bool(torch.isfinite(reward).all()), "reward", "holds a value that is not finite")
+        require(bool(torch.isfinite(reward).all()), "reward", "has a value that is not finite")
 
 
 def check_rows(hidden: torch.Tensor, row_key: torch.Tensor, position: torch.Tensor) -> None:
@@ -194,7 +197,7 @@ def check_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
     check_tensor("weight", weight, (x.shape[1],), (x.dtype,), x)
     if delta is not None:
         check_tensor("delta", delta, tuple(x.shape), (x.dtype,), x)
-    require(isinstance(eps, float) and eps >= 0, "eps", f"a number not below 0, got {eps!r}")
+    require(isinstance(eps, float) and eps >= 0, "eps", f"must be a float of at least 0, got {eps!r}")
 
 
 def check_rope(
@@ -210,16 +213,16 @@ def check_rope(
     check_tensor("qkv", qkv, (None, None), dtypes, qkv)
     check_tensor("keys", keys, (None, None, None, None), (qkv.dtype,), qkv)
     check_tensor("values", values, tuple(keys.shape), (qkv.dtype,), qkv)
-    in_place = keys.is_contiguous() and values.is_contiguous()
-    require(in_place, "keys", "pages must be contiguous, since they are written in place")
-    B, page, K, d = keys.shape
-    require(d % 2 == 0, "keys", f"the head size must be even to be rotated, got {d}")
+    contiguous = keys.is_contiguous() and values.is_contiguous()
+    require(contiguous, "keys", "pages must be contiguous, since they are written in place")
+    B, page_size, K, d = keys.shape
+    require(d % 2 == 0, "keys", f"the head size must be even, got {d}")
     R, columns = qkv.shape
-    whole = columns % d == 0 and columns > 2 * K * d
-    require(whole, "qkv", f"{columns} columns are not heads of {d}, {K} keys and {K} values among them")
+    has_heads = columns % d == 0 and columns > 2 * K * d
+    require(has_heads, "qkv", f"{columns} columns are not query heads, {K} key heads and {K} value heads of size {d}")
     check_tensor("cos", cos, (R, d), (qkv.dtype,), qkv)
     check_tensor("sin", sin, (R, d), (qkv.dtype,), qkv)
     check_tensor("slot", slot, (R,), (torch.int64,), qkv)
     if R and check_values(slot):
-        low, high, limit = int(slot.min()), int(slot.max()), B * page
+        low, high, limit = int(slot.min()), int(slot.max()), B * page_size
         require(low >= 0 and high < limit, "slot", f"must be in [0, {limit}), got {low} .. {high}")

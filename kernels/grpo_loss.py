@@ -2,10 +2,9 @@
 
     loss = sum over t of c_t l_t(logp_t, old_t, ref_t, sampler_t, A_s);   gradient d loss / d logp [N]
 
-Both are made in the forward pass, so the backward is one multiply by the incoming gradient.
-Bytes a token, at most: read 6 fp32 (log-probs of four policies, advantage, scale) and the scored flag; write 3
-fp32 and 2 flags. Losses over sequences read part of it again. No FLOPs to speak of: launch bound below a million
-tokens.
+Both are computed in the forward pass, so the backward is one multiply by the incoming gradient.
+Bytes per token, at most: read 6 fp32 (log-probs of four policies, advantage, scale) and the scored flag; write 3
+fp32 and 2 flags. Losses over sequences read part of it again. Hardly any FLOPs: launch bound below a million tokens.
 Tolerance: fp32 within 1e-5 of float64.   Measured on a GPU: not yet.
 
 Shapes: N scored tokens, S sequences.
@@ -23,28 +22,33 @@ from .objective import (
     GRPOLossOutput,
     Tokens,
     check_loss_inputs,
-    describe_tokens,
     evaluate,
-    output_of,
+    make_output,
+    prepare_tokens,
     sampler_ratio,
     token_loss,
-    vespo_term,
+    vespo_log_correction,
+    vespo_log_ratio,
 )
 
 __all__ = ["GRPOLoss", "GRPOLossOutput", "grpo_loss"]
 
 
 @triton.jit
-def load_token(logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD: tl.constexpr, HAS_SAMPLER: tl.constexpr):
-    """-> log importance of the policy, log ratio of behaviour policy to sampler; 0 where not `keep`."""
+def load_old(logp, old_ptr, offset, scored, HAS_OLD: tl.constexpr):
+    """Return the behaviour policy's log-probs: the policy's own if on-policy. 0 where not `scored`."""
     old = logp
     if HAS_OLD:
-        old = tl.load(old_ptr + offset, mask=keep, other=0.0)
-    drift = 0.0 * logp
-    if HAS_SAMPLER:
-        drift = old - tl.load(sampler_ptr + offset, mask=keep, other=0.0)
-        drift = tl.where(drift == drift, drift, 0.0)  # NaN: the sampler could not score the token
-    return logp - old, drift
+        old = tl.load(old_ptr + offset, mask=scored, other=0.0)
+    return old
+
+
+@triton.jit
+def load_mismatch(old, sampler_ptr, offset, scored):
+    """Return behaviour policy minus sampler in log-probs. 0 where not `scored`, and where the sampler has NaN because
+    it could not score the token."""
+    mismatch = old - tl.load(sampler_ptr + offset, mask=scored, other=0.0)
+    return tl.where(mismatch == mismatch, mismatch, 0.0)
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def grpo_loss_kernel(
     HAS_SAMPLER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a sequence; tokens first .. last belong to this launch."""
+    """One program per sequence; tokens first .. last belong to this launch."""
     sequence = tl.program_id(0)
     begin = tl.load(end_ptr + sequence - 1, mask=sequence > 0, other=0)
     begin = tl.maximum(begin, first)
@@ -78,78 +82,82 @@ def grpo_loss_kernel(
     count = tl.load(count_ptr + sequence)
     per_sequence: tl.constexpr = SPEC.importance_level == "sequence"
     sequence_sampler: tl.constexpr = HAS_SAMPLER and SPEC.sampler_per_sequence
+    token_sampler: tl.constexpr = HAS_SAMPLER and not SPEC.sampler_per_sequence
 
-    sum_ratio = 0.0
-    sum_drift = 0.0
+    sum_ratio = 0.0  # over the sequence: log ratios, or vespo's log W
+    sum_mismatch = 0.0
     if SPEC.couples_tokens(HAS_SAMPLER):
         for block in range(begin, end, BLOCK):
             offset = block + tl.arange(0, BLOCK)
-            keep = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
-            logp = tl.load(logp_ptr + offset, mask=keep, other=0.0)
-            log_ratio, drift = load_token(logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER)
-            sum_drift += tl.sum(drift, 0)
+            scored = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
+            logp = tl.load(logp_ptr + offset, mask=scored, other=0.0)
+            old = load_old(logp, old_ptr, offset, scored, HAS_OLD)
+            log_ratio = logp - old
             if SPEC.loss_type == "vespo":
-                own = drift
-                if sequence_sampler:
-                    own = 0.0 * drift  # one correction for the sequence, added below
-                term = vespo_term(log_ratio, sampler_ratio(own, SPEC), 1.0)
-                if not HAS_SAMPLER or sequence_sampler:
-                    term = vespo_term(log_ratio, 1.0 + 0.0 * drift, 0.0)
-                log_ratio = tl.where(keep, term, 0.0)
+                log_ratio = vespo_log_ratio(log_ratio)
+                if token_sampler:
+                    mismatch = load_mismatch(old, sampler_ptr, offset, scored)
+                    log_ratio += vespo_log_correction(sampler_ratio(mismatch, SPEC))
+                log_ratio = tl.where(scored, log_ratio, 0.0)
             sum_ratio += tl.sum(log_ratio, 0)
-    if sequence_sampler and SPEC.loss_type == "vespo":
-        sum_ratio += vespo_term(0.0 * sum_drift, sampler_ratio(sum_drift, SPEC), 1.0)
+            if sequence_sampler:
+                sum_mismatch += tl.sum(load_mismatch(old, sampler_ptr, offset, scored), 0)
+    sequence_correction = 1.0
+    if sequence_sampler:
+        sequence_correction = sampler_ratio(sum_mismatch, SPEC)
+        if SPEC.loss_type == "vespo":
+            sum_ratio += vespo_log_correction(sequence_correction)
 
+    zeros = tl.zeros([BLOCK], tl.float32)  # adding it broadcasts a value of the sequence to its tokens
     sum_d_weight = 0.0
     for block in range(begin, end, BLOCK):
         offset = block + tl.arange(0, BLOCK)
-        here = offset < end
-        keep = tl.load(scored_ptr + offset, mask=here, other=0) != 0
-        logp = tl.load(logp_ptr + offset, mask=keep, other=0.0)
-        advantage = tl.load(advantage_ptr + offset, mask=here, other=0.0)
-        scale = tl.load(scale_ptr + offset, mask=here, other=0.0)
-        log_ratio, drift = load_token(logp, old_ptr, sampler_ptr, offset, keep, HAS_OLD, HAS_SAMPLER)
-        correction = 1.0 + 0.0 * logp
-        if sequence_sampler:
-            correction = sampler_ratio(0.0 * drift + sum_drift, SPEC)
-        elif HAS_SAMPLER:
-            correction = sampler_ratio(drift, SPEC)
-        log_weight = log_ratio
+        in_sequence = offset < end
+        scored = tl.load(scored_ptr + offset, mask=in_sequence, other=0) != 0
+        logp = tl.load(logp_ptr + offset, mask=scored, other=0.0)
+        advantage = tl.load(advantage_ptr + offset, mask=in_sequence, other=0.0)
+        scale = tl.load(scale_ptr + offset, mask=in_sequence, other=0.0)
+        old = load_old(logp, old_ptr, offset, scored, HAS_OLD)
+        correction = zeros + sequence_correction
+        if token_sampler:
+            correction = sampler_ratio(load_mismatch(old, sampler_ptr, offset, scored), SPEC)
+        log_weight = logp - old
         if per_sequence:
-            log_weight = 0.0 * logp + sum_ratio / count
+            log_weight = zeros + sum_ratio / count
         ref = logp
         if SPEC.beta != 0.0:
-            ref = tl.load(ref_ptr + offset, mask=keep, other=0.0)
+            ref = tl.load(ref_ptr + offset, mask=scored, other=0.0)
         value, d_weight, d_logp, kl, low, high = token_loss(
-            logp, log_weight, 0.0 * logp + sum_ratio, ref, advantage, correction, SPEC
+            logp, log_weight, zeros + sum_ratio, ref, advantage, correction, SPEC
         )
         gradient = d_logp * scale
         if per_sequence:
             sum_d_weight += tl.sum(d_weight * scale, 0)
         else:
             gradient += d_weight * scale
-        tl.store(loss_ptr + offset, value * scale, mask=here)
-        tl.store(gradient_ptr + offset, gradient, mask=here)
-        tl.store(kl_ptr + offset, tl.where(keep, kl, 0.0), mask=here)
-        tl.store(low_ptr + offset, low & keep, mask=here)
-        tl.store(high_ptr + offset, high & keep, mask=here)
+        tl.store(loss_ptr + offset, value * scale, mask=in_sequence)
+        tl.store(gradient_ptr + offset, gradient, mask=in_sequence)
+        tl.store(kl_ptr + offset, tl.where(scored, kl, 0.0), mask=in_sequence)
+        tl.store(low_ptr + offset, low & scored, mask=in_sequence)
+        tl.store(high_ptr + offset, high & scored, mask=in_sequence)
 
     if per_sequence:
         tl.debug_barrier()  # the gradients stored above are read back
         for block in range(begin, end, BLOCK):
             offset = block + tl.arange(0, BLOCK)
-            keep = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
-            gradient = tl.load(gradient_ptr + offset, mask=keep, other=0.0)
-            tl.store(gradient_ptr + offset, gradient + sum_d_weight / count, mask=keep)
+            scored = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
+            gradient = tl.load(gradient_ptr + offset, mask=scored, other=0.0)
+            tl.store(gradient_ptr + offset, gradient + sum_d_weight / count, mask=scored)
 
 
 def empty_evaluation(logp: torch.Tensor) -> Evaluation:
+    """Return uninitialised per-token results."""
     flags = [torch.empty_like(logp, dtype=torch.bool) for _ in range(2)]
     return Evaluation(*(torch.empty_like(logp) for _ in range(3)), *flags)
 
 
 def evaluate_triton(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, out: Evaluation, first: int, last: int) -> None:
-    """`evaluate` for the tokens first .. last of the whole batch, written into `out`."""
+    """Run `evaluate` in Triton for the tokens first .. last of the whole batch, and write the results into `out`."""
     old, ref, sampler = (logp if x is None else x for x in (tokens.old, tokens.ref, tokens.sampler))
     S = tokens.end.shape[0]
     if S > 0 and last > first:
@@ -161,7 +169,7 @@ def evaluate_triton(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, out: Eva
             old,
             ref,
             sampler,
-            tokens.count,
+            tokens.scored_count,
             tokens.end,
             *out,
             first,
@@ -207,7 +215,7 @@ def grpo_loss(
     num_tokens: int | float | torch.Tensor | None = None,
     impl: str = "auto",
 ) -> GRPOLossOutput:
-    """GRPO loss of log-probs that some other op made; differentiable in `logp`.
+    """Return the GRPO loss of given log-probs; differentiable in `logp`.
 
     Args:
         logp: [N] fp32 log-probs of the scored tokens under the policy.
@@ -216,9 +224,9 @@ def grpo_loss(
         spec: the loss.
         old_logp: [N] behaviour policy; None = on-policy (importance 1, with its gradient).
         ref_logp: [N] reference model; needed when `spec.beta` > 0.
-        sampler_logp: [N] what the sampler reported; corrects for its drift from `old_logp`.
+        sampler_logp: [N] as the sampler reported them; corrects for their mismatch with `old_logp`.
         num_sequences: denominator over all micro-batches and ranks (default: local). A tensor is
-            not read on the host: values below 1, an empty batch's 0 too, count as 1.
+            not read on the host: values below 1, such as an empty batch's 0, count as 1.
         num_tokens: likewise.
         impl: auto | triton | torch | reference.
     """
@@ -242,17 +250,8 @@ def grpo_loss(
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, logp, sequence_id, advantage, optional, denominators)
     scored = torch.ones_like(sequence_id, dtype=torch.bool)
-    tokens = describe_tokens(
-        spec,
-        sequence_id,
-        advantage,
-        scored,
-        logp.dtype,
-        old_logp,
-        ref_logp if spec.beta != 0 else None,
-        sampler_logp,
-        num_sequences,
-        num_tokens,
+    tokens = prepare_tokens(
+        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
     loss, kl, low, high = _GRPOLoss.apply(logp, tokens, spec, impl)
-    return output_of(spec, loss, logp.detach(), None, kl, low, high, scored)
+    return make_output(spec, loss, logp.detach(), None, kl, low, high, scored)

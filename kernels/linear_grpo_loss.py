@@ -1,4 +1,4 @@
-"""Hidden states -> GRPO loss, with the gradients made in the forward pass: three vocabulary matmuls.
+"""Hidden states -> GRPO loss, with the gradients computed in the forward pass: three vocabulary matmuls.
 
 For every chunk of tokens:
     z = hidden W^T / T                                     matmul 1
@@ -9,7 +9,7 @@ For every chunk of tokens:
 The loss is a scalar, so the backward only multiplies by the incoming gradient. Rows with g = 0 (ignored,
 clipped, no advantage and beta 0) skip matmuls 2 and 3; a frozen weight skips 3, no_grad skips both.
 If tokens depend on their whole sequence (GSPO, vespo, sequence-level sampler correction) chunks end on
-sequence borders; a sequence longer than a chunk is scored first by a fourth matmul.
+sequence borders; if a sequence is longer than a chunk, log-probs come first, by a fourth matmul.
 
 FLOPs 6NVD; the floor at N = 5,600, V = 151,936, D = 1,536: 7.84 TFLOP = 11.2 ms at 700 TF/s. Memory: one
 chunk of logits and the fp32 d_weight.
@@ -19,13 +19,15 @@ Measured on a GPU: not yet.
 Shapes: N scored tokens, V vocabulary, D hidden, S sequences.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .checks import IGNORED, check_head, check_target, choose_impl, op_scope
-from .grpo_loss import check_loss_inputs, empty_evaluation, evaluate_triton, load_token, output_of
+from .grpo_loss import empty_evaluation, evaluate_triton, load_mismatch, load_old
 from .linear_logprob import linear_logprob
 from .logit_rows import (
     Chunk,
@@ -38,10 +40,20 @@ from .logit_rows import (
     row_statistics,
     write_dlogits,
 )
-from .objective import GRPOLoss, GRPOLossOutput, Tokens, describe_tokens, evaluate, sampler_ratio, token_loss
+from .objective import (
+    GRPOLoss,
+    GRPOLossOutput,
+    Tokens,
+    check_loss_inputs,
+    evaluate,
+    make_output,
+    prepare_tokens,
+    sampler_ratio,
+    token_loss,
+)
 
-WORTH_COMPACTING = 0.9  # share of rows with a gradient below which moving them together is cheaper
-COMPACT_ROWS = 128  # rows in flight while they move
+COMPACT_BELOW = 0.9  # share of rows with a gradient below which compacting them is cheaper
+COMPACT_ROWS = 128  # rows that are copied at a time
 
 
 @triton.jit
@@ -71,7 +83,7 @@ def grpo_rows_kernel(
     STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place.
+    """One program per token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place.
     STATISTICS stops after log-prob and entropy: the loss needs the other tokens of the sequence."""
     row = tl.program_id(0)
     token = first + row
@@ -86,10 +98,11 @@ def grpo_rows_kernel(
     tl.store(logp_ptr + token, logp)
     tl.store(entropy_ptr + token, tl.where(scored, log_total - mean / total, 0.0))
     if not STATISTICS:
-        log_ratio, drift = load_token(logp, old_ptr, sampler_ptr, token, scored, HAS_OLD, HAS_SAMPLER)
+        old = load_old(logp, old_ptr, token, scored, HAS_OLD)
+        log_ratio = logp - old
         correction = 1.0
         if HAS_SAMPLER:
-            correction = sampler_ratio(drift, SPEC)
+            correction = sampler_ratio(load_mismatch(old, sampler_ptr, token, scored), SPEC)
         ref = logp
         if SPEC.beta != 0.0:
             ref = tl.load(ref_ptr + token, mask=scored, other=0.0)
@@ -108,21 +121,21 @@ def grpo_rows_kernel(
 
 
 def _spans(tokens: Tokens, rows: int, whole_sequences: bool) -> list[tuple[int, int]] | None:
-    """Chunks of at most `rows` tokens; None if a sequence that must stay whole is longer."""
+    """Return chunks of at most `rows` tokens; None if a sequence that must stay whole is longer."""
     N = tokens.scored.shape[0]
     if not whole_sequences or rows >= N:
         return list(row_spans(N, rows))
     ids = tokens.sequence_id
-    borders = [*(torch.nonzero(ids[1:] != ids[:-1])[:, 0] + 1).tolist(), N]
+    ends = [*(torch.nonzero(ids[1:] != ids[:-1])[:, 0] + 1).tolist(), N]
     spans, start, end = [], 0, 0
-    for border in borders:
-        if border - start > rows:
+    for next_end in ends:
+        if next_end - start > rows:
             if end > start:
                 spans.append((start, end))
                 start = end
-            if border - start > rows:
+            if next_end - start > rows:
                 return None
-        end = border
+        end = next_end
     return [*spans, (start, end)]
 
 
@@ -135,9 +148,17 @@ def compact_rows(d: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 class _TorchChunks:
-    """The passes over a chunk of tokens, on the CPU."""
+    """The work on a chunk of tokens, in PyTorch."""
 
-    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        tokens: Tokens,
+        spec: GRPOLoss,
+        rows: int,
+    ) -> None:
         self.hidden, self.weight, self.tokens, self.spec = hidden, weight.float(), tokens, spec
         self.target = target.clamp(min=0)
         self.chunk = Chunk(rows, self.weight, 1.0 / spec.temperature)
@@ -145,7 +166,7 @@ class _TorchChunks:
         self.result = empty_evaluation(self.logp)
 
     def score(self, a: int, b: int) -> None:
-        """Log-prob, entropy, loss and coefficient of the tokens a .. b."""
+        """Compute log-prob, entropy, loss and coefficient of the tokens a .. b."""
         logp, entropy = self.chunk(self.hidden[a:b], self.target[a:b])
         ignored = ~self.tokens.scored[a:b]
         self.logp[a:b] = logp.masked_fill_(ignored, 0.0)
@@ -158,30 +179,38 @@ class _TorchChunks:
         self.result = evaluate(self.logp, self.tokens, self.spec)
 
     def rescore(self, a: int, b: int) -> None:
-        """Bring back the logits of tokens whose coefficient is known."""
+        """Recompute the logits of tokens whose coefficient is known."""
         self.chunk(self.hidden[a:b], self.target[a:b], entropy=False)
 
-    def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, "slice | torch.Tensor"]:
-        """The logits' gradient for the tokens that have one, and which of them those are."""
-        g, rows, live = self.result.gradient[a:b], None, slice(a, b)
+    def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, slice | torch.Tensor]:
+        """Return the logits' gradient of the tokens that have one, and which tokens these are."""
+        g = self.result.gradient[a:b]
         keep = g.nonzero()[:, 0]
-        if len(keep) < WORTH_COMPACTING * (b - a):
-            rows, live = keep, keep + a
-        return self.chunk.dlogits(g, self.target[a:b], rows=rows), live
+        if len(keep) < COMPACT_BELOW * (b - a):
+            return self.chunk.dlogits(g, self.target[a:b], rows=keep), keep + a
+        return self.chunk.dlogits(g, self.target[a:b]), slice(a, b)
 
 
 class _TritonChunks:
-    """The same passes on CUDA."""
+    """The same in Triton."""
 
-    def __init__(self, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, rows: int) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        tokens: Tokens,
+        spec: GRPOLoss,
+        rows: int,
+    ) -> None:
         self.hidden, self.weight, self.target = hidden, weight, target
         self.tokens, self.spec, self.inv_temperature = tokens, spec, 1.0 / spec.temperature
         self.coupled = spec.couples_tokens(tokens.sampler is not None)
         self.buffer = weight.new_empty(rows, weight.shape[0])
         self.logp, self.entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         self.result = empty_evaluation(self.logp)
-        self.is_gradient = False  # what the buffer holds: raw logits, or already their gradient
-        # with a KL every scored token has a gradient: nothing to look for, no sync a chunk
+        self.is_gradient = False  # the buffer holds raw logits, or already their gradient
+        # with a KL every scored token has a gradient: no search for them, so no sync per chunk
         self.may_compact = spec.beta == 0 or not bool(tokens.scored.all())
 
     def score(self, a: int, b: int) -> None:
@@ -221,50 +250,60 @@ class _TritonChunks:
         torch.mm(self.hidden[a:b], self.weight.t(), out=self.buffer[: b - a])
         self.is_gradient = False
 
-    def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, "slice | torch.Tensor"]:
-        d, g, live = self.buffer[: b - a], self.result.gradient[a:b], slice(a, b)
+    def dlogits(self, a: int, b: int) -> tuple[torch.Tensor, slice | torch.Tensor]:
+        d, g = self.buffer[: b - a], self.result.gradient[a:b]
         if not self.is_gradient:
             dlogits_triton(d, self.target[a:b], g, None, self.inv_temperature)
         if self.may_compact:
             keep = g.nonzero()[:, 0]
-            if len(keep) < WORTH_COMPACTING * (b - a):
-                d, live = compact_rows(d, keep), keep + a
-        return d, live
+            if len(keep) < COMPACT_BELOW * (b - a):
+                return compact_rows(d, keep), keep + a
+        return d, slice(a, b)
 
 
-def _forward(hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl: str):
-    """-> the chunks object with its results, d_hidden | None, fp32 d_weight | None."""
-    need_hidden, need_weight = need
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    tokens: Tokens,
+    spec: GRPOLoss,
+    needs_grad: tuple[bool, bool],
+    impl: str,
+) -> tuple[_TritonChunks | _TorchChunks, torch.Tensor | None, torch.Tensor | None]:
+    """Return the chunks with their results, d_hidden, and d_weight in fp32. `needs_grad`: of hidden, of weight."""
     N = len(hidden)
     rows = chunk_rows(N, weight.shape[0], weight.element_size(), weight.device.type)
     spans = _spans(tokens, rows, spec.couples_tokens(tokens.sampler is not None))
-    score_first = spans is None or not (need_hidden or need_weight)
-    chunks = (_TritonChunks if impl == "triton" else _TorchChunks)(
-        hidden, weight, target, tokens, spec, 0 if score_first and spans else rows
-    )
+    score_first = spans is None or not any(needs_grad)
+    make_chunks = _TritonChunks if impl == "triton" else _TorchChunks
+    chunks = make_chunks(hidden, weight, target, tokens, spec, rows if any(needs_grad) else 0)
     if score_first:
         with torch.no_grad():
             chunks.logp, chunks.entropy = linear_logprob(
                 hidden, weight, target, temperature=spec.temperature, entropy=True, impl=impl
             )
         chunks.evaluate_all()
-        spans = list(row_spans(N, rows))
-    d_hidden = torch.zeros_like(hidden) if need_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-    for a, b in spans if need_hidden or need_weight else ():
-        chunks.rescore(a, b) if score_first else chunks.score(a, b)
+    d_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
+    if not any(needs_grad):
+        return chunks, d_hidden, d_weight
+    for a, b in spans or row_spans(N, rows):
+        if score_first:
+            chunks.rescore(a, b)
+        else:
+            chunks.score(a, b)
         d, live = chunks.dlogits(a, b)
-        if need_hidden:
+        if d_hidden is not None:
             d_hidden[live] = matmul_over_vocabulary(d, chunks.weight).to(hidden.dtype)
-        if need_weight:
+        if d_weight is not None:
             add_matmul(d_weight, d.t(), hidden[live])
     return chunks, d_hidden, d_weight
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, need, impl: str):
-        chunks, d_hidden, d_weight = _forward(hidden, weight, target, tokens, spec, need, impl)
+    def forward(ctx, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, needs_grad, impl: str):
+        chunks, d_hidden, d_weight = _forward(hidden, weight, target, tokens, spec, needs_grad, impl)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = hidden.dtype
         result = chunks.result
@@ -299,7 +338,7 @@ def linear_grpo_loss(
     num_tokens: int | float | torch.Tensor | None = None,
     impl: str = "auto",
 ) -> GRPOLossOutput:
-    """GRPO loss of the tokens that `hidden` predicts; differentiable in `hidden` and `weight`.
+    """Return the GRPO loss of the tokens that `hidden` predicts; differentiable in `hidden` and `weight`.
 
     Args:
         hidden: [N, D] bf16, fp16 or fp32.
@@ -338,21 +377,12 @@ def linear_grpo_loss(
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
     scored = target != IGNORED
-    tokens = describe_tokens(
-        spec,
-        sequence_id,
-        advantage,
-        scored,
-        torch.float32,
-        old_logp,
-        ref_logp if spec.beta != 0 else None,
-        sampler_logp,
-        num_sequences,
-        num_tokens,
+    tokens = prepare_tokens(
+        spec, sequence_id, advantage, scored, torch.float32, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
     if impl == "triton":
         hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
     recording = torch.is_grad_enabled()
-    need = (recording and hidden.requires_grad, recording and weight.requires_grad)
-    loss, *rest = _LinearGRPOLoss.apply(hidden, weight, target, tokens, spec, need, impl)
-    return output_of(spec, loss, *rest, scored)
+    needs_grad = (recording and hidden.requires_grad, recording and weight.requires_grad)
+    loss, logp, entropy, kl, low, high = _LinearGRPOLoss.apply(hidden, weight, target, tokens, spec, needs_grad, impl)
+    return make_output(spec, loss, logp, entropy, kl, low, high, scored)

@@ -299,8 +299,7 @@ class _LinearLogprob(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         _backward_chunks(ctx, g, h, d_hidden, d_weight)
         # the chunk's logits are gone by now: the cast needs room of its own
-        d_weight = d_weight.to(weight.dtype) if need_weight else None
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
 @op_scope

@@ -151,6 +151,7 @@ class Chunk:
         self.weight, self.inv_temperature = weight, inv_temperature
         self.logits = weight.new_empty(rows, weight.shape[0])
         self.exp = torch.empty_like(self.logits)
+        self.total = self.log_total = weight.new_empty(0)  # [rows] of the latest chunk
 
     def __call__(self, hidden: torch.Tensor, target: torch.Tensor, entropy: bool = True) -> tuple:
         """-> logp, entropy | None; leaves z - max in `logits` (spoilt by the entropy), e^that in `exp`."""
@@ -181,7 +182,7 @@ class Chunk:
         if rows is not None:
             e, g, total, target = e[rows], g[rows], total[rows], target[rows]
         g, total = g[:, None] * self.inv_temperature, total[:, None]
-        if h is None:
+        if h is None or entropy is None:
             e.mul_(-g / total)
         else:
             h = h[:, None] * self.inv_temperature

@@ -1,4 +1,4 @@
-"""What the GRPO family minimises: the one copy of its mathematics.
+"""The losses of the GRPO family: the one copy of their mathematics.
 
 Token t of sequence s with advantage A, log-probs x (policy), o (behaviour: `old_logp`, else x held
 constant), r (reference model), q (the sampler's own):
@@ -14,16 +14,21 @@ constant), r (reference model), q (the sampler's own):
     loss        = sum over t of c_t (k_t policy_t + beta kl_t);       k_t lives inside phi for vespo
     c_t         grpo sapo 1/(n_s S)    bnpo dapo cispo vespo 1/N    luspo 1/S    dr_grpo 1/(S max_length)
 
-`policy_loss`, `sampler_ratio` and `vespo_term` are written in the common subset of Triton and PyTorch.
-The kernels inline them; `torch_twin` runs the same code objects with `tl` bound to tensor functions. Each
-returns the value and its closed-form derivative; `reference.py` ignores the derivative and lets autograd
-differentiate the value, so the tests check one against the other.
+`token_loss` and what it calls are written in the common subset of Triton and PyTorch. The kernels inline them;
+`torch_twin` runs the same code objects with `tl` bound to tensor functions. `token_loss` returns the value and its
+closed-form derivative; `reference.py` ignores the derivative and lets autograd differentiate the value, so the tests
+check one against the other.
+
+Shapes: N scored tokens, S sequences.
 """
+
+from __future__ import annotations
 
 import math
 import types
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,7 +43,7 @@ class GRPOLoss:
     """A member of the GRPO family. Names are mostly TRL's; defaults are the VisualThinker recipe's."""
 
     loss_type: str = "grpo"
-    """A name of `LOSS_TYPES`."""
+    """One of `LOSS_TYPES`."""
     beta: float = 0.04
     """Weight of the KL to the reference model; 0 never touches `ref_logp`."""
     epsilon_low: float = 0.2
@@ -48,7 +53,7 @@ class GRPOLoss:
     delta: float | None = None
     """Two-sided clipping: the unclipped branch stops growing at delta, which should exceed 1 + epsilon_high."""
     importance_level: str = "token"
-    """token | sequence (GSPO). The losses of `TOKEN_LEVEL` know only "token"."""
+    """token | sequence (GSPO). The losses of `TOKEN_LEVEL` have only "token"."""
     temperature: float = 1.0
     """Divides the logits, as it did in the sampler."""
     max_completion_length: int | None = None
@@ -77,13 +82,13 @@ class GRPOLoss:
     def __post_init__(self) -> None:
         def one_of(name: str, options: tuple[str, ...]) -> None:
             value = getattr(self, name)
-            require(value in options, name, f"one of {', '.join(options)}, got {value!r}")
+            require(value in options, name, f"must be one of {', '.join(options)}, got {value!r}")
 
         def number(name: str, above: float = -math.inf, optional: bool = False) -> None:
             value = getattr(self, name)
             if not (optional and value is None):
                 real = isinstance(value, (int, float)) and not isinstance(value, bool)
-                require(real and math.isfinite(value), name, f"a finite number, got {value!r}")
+                require(real and math.isfinite(value), name, f"must be a finite number, got {value!r}")
                 require(value > above, name, f"must be greater than {above}, got {value!r}")
 
         one_of("loss_type", LOSS_TYPES)
@@ -113,15 +118,17 @@ class GRPOLoss:
         require(
             self.loss_type != "dr_grpo" or self.max_completion_length is not None,
             "max_completion_length",
-            "is the denominator of dr_grpo and must be given",
+            "must be given: it is the denominator of dr_grpo",
         )
 
     @property
     def sampler_per_sequence(self) -> bool:
+        """Whether the sampler correction is one ratio per sequence."""
         return self.vllm_importance_sampling_mode.startswith("sequence")
 
     @property
     def sampler_masks(self) -> bool:
+        """Whether a ratio out of bounds is zeroed instead of clamped."""
         return self.vllm_importance_sampling_mode.endswith("mask")
 
     def couples_tokens(self, has_sampler: bool) -> bool:
@@ -152,7 +159,7 @@ class GRPOLossOutput(NamedTuple):
 
 @triton.jit
 def constant(x):
-    return x  # the twin detaches
+    return x  # the PyTorch version detaches
 
 
 @triton.jit
@@ -170,11 +177,15 @@ def sampler_ratio(log_ratio, SPEC: tl.constexpr):
 
 
 @triton.jit
-def vespo_term(log_ratio, correction, share):
-    """What a token adds to its sequence's log W. `share` is 1 for a token's own correction and 1/n_s for
-    a sequence's, which so counts once."""
-    log_correction = tl.minimum(tl.log(tl.maximum(correction, 1e-8)), 20.0)
-    return tl.minimum(tl.maximum(log_ratio, -20.0), 20.0) + share * log_correction
+def vespo_log_ratio(log_ratio):
+    """What a token adds to its sequence's log W."""
+    return tl.minimum(tl.maximum(log_ratio, -20.0), 20.0)
+
+
+@triton.jit
+def vespo_log_correction(correction):
+    """What a sampler correction adds to log W: of each token, or once of the whole sequence."""
+    return tl.minimum(tl.log(tl.maximum(correction, 1e-8)), 20.0)
 
 
 @triton.jit
@@ -189,9 +200,9 @@ def k3(logp, ref):
 
 @triton.jit
 def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.constexpr):
-    """-> value, d/d log_weight, d/d logp, clipped below, clipped above; all before c_t and the KL.
-    `log_product` is vespo's log W, unused elsewhere."""
-    low = advantage != advantage  # nowhere: an advantage is never NaN
+    """Return value, d/d log_weight, d/d logp, clipped below, clipped above; all before c_t and the KL.
+    `log_product` is vespo's log W; the other losses do not use it."""
+    low = advantage != advantage  # false: an advantage is never NaN
     high = low
     if SPEC.loss_type == "cispo":
         ratio = tl.exp(log_weight)
@@ -225,7 +236,7 @@ def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.c
         low = (free < 1.0 - SPEC.epsilon_low) & (advantage < 0)
         high = (free > 1.0 + SPEC.epsilon_high) & (advantage > 0)
         value = -tl.minimum(free * advantage, clipped * advantage) * correction
-        # the branch that is the minimum moves with the ratio unless it is the one held at a bound
+        # the gradient is that of the smaller branch: zero if that one is clamped at a bound
         taken = tl.where(free * advantage <= clipped * advantage, free, clipped)
         d_weight = -tl.where(taken == ratio, ratio * advantage * correction, 0.0)
         d_logp = 0.0 * d_weight
@@ -234,7 +245,7 @@ def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.c
 
 @triton.jit
 def token_loss(logp, log_weight, log_product, ref, advantage, correction, SPEC: tl.constexpr):
-    """`policy_loss` plus beta KL -> value, d/d log_weight, d/d logp, kl, clipped below, clipped above."""
+    """Return `policy_loss` plus beta KL: value, d/d log_weight, d/d logp, kl, clipped below, clipped above."""
     value, d_weight, d_logp, low, high = policy_loss(logp, log_weight, log_product, advantage, correction, SPEC)
     kl = 0.0 * logp
     if SPEC.beta != 0.0:
@@ -251,9 +262,11 @@ def token_loss(logp, log_weight, log_product, ref, advantage, correction, SPEC: 
     return value, d_weight, d_logp, kl, low, high
 
 
-def _bound(pick):
-    def apply(a: torch.Tensor, b: "torch.Tensor | float") -> torch.Tensor:
-        return pick(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
+def _with_scalar(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch.minimum and torch.maximum take tensors only."""
+
+    def apply(a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
+        return function(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
 
     return apply
 
@@ -266,22 +279,24 @@ _TORCH_TL = types.SimpleNamespace(
     exp=_exp,
     log=torch.log,
     where=torch.where,
-    minimum=_bound(torch.minimum),
-    maximum=_bound(torch.maximum),
+    minimum=_with_scalar(torch.minimum),
+    maximum=_with_scalar(torch.maximum),
     constexpr=None,
 )
-_TWINS: dict = {"tl": _TORCH_TL, "constant": torch.Tensor.detach, "__builtins__": __builtins__}
+_TWINS: dict[str, Any] = {"tl": _TORCH_TL, "constant": torch.Tensor.detach, "__builtins__": __builtins__}
 
 
 def torch_twin(kernel_function: triton.JITFunction) -> types.FunctionType:
-    """The same Python code as the `@triton.jit` function, run on tensors."""
+    """Return a function that runs the Python code of a `@triton.jit` function on tensors."""
     fn = kernel_function.fn
     twin = types.FunctionType(fn.__code__, _TWINS, fn.__name__)
-    return _TWINS.setdefault(fn.__name__, twin)
+    _TWINS[fn.__name__] = twin
+    return twin
 
 
 sampler_ratio_torch = torch_twin(sampler_ratio)
-vespo_term_torch = torch_twin(vespo_term)
+vespo_log_ratio_torch = torch_twin(vespo_log_ratio)
+vespo_log_correction_torch = torch_twin(vespo_log_correction)
 torch_twin(k3)
 torch_twin(policy_loss)
 token_loss_torch = torch_twin(token_loss)
@@ -290,25 +305,33 @@ token_loss_torch = torch_twin(token_loss)
 # --- a batch of tokens -----------------------------------------------------------------------------
 
 
-class Tokens(NamedTuple):
-    """What the loss needs to know of N tokens besides their log-probs. All [N] but `count` and `end`."""
+@dataclass(frozen=True)
+class Tokens:
+    """All inputs of the loss besides the log-probs of its N tokens. All [N] but `scored_count` and `end`."""
 
     sequence_id: torch.Tensor
-    scored: torch.Tensor  # bool; False = ignored
-    advantage: torch.Tensor  # of the token's sequence
-    scale: torch.Tensor  # c_t, 0 where ignored
-    count: torch.Tensor  # [S] scored tokens of each sequence, at least 1
-    end: torch.Tensor  # [S] where each sequence ends in the whole batch, sliced or not
+    scored: torch.Tensor
+    """bool; False = ignored"""
+    advantage: torch.Tensor
+    """Of the token's sequence."""
+    scale: torch.Tensor
+    """c_t, 0 where ignored."""
+    scored_count: torch.Tensor
+    """[S] scored tokens of each sequence, at least 1."""
+    end: torch.Tensor
+    """[S] where each sequence ends in the whole batch, sliced or not."""
     old: torch.Tensor | None
     ref: torch.Tensor | None
     sampler: torch.Tensor | None
 
-    def slice(self, start: int, stop: int) -> "Tokens":
-        cut = (None if x is None else x[start:stop] for x in self)
-        return Tokens(*cut)._replace(count=self.count, end=self.end)
+    def slice(self, start: int, stop: int) -> Tokens:
+        """Return the tokens start .. stop."""
+        per_token = ("sequence_id", "scored", "advantage", "scale", "old", "ref", "sampler")
+        values = {name: getattr(self, name) for name in per_token}
+        return replace(self, **{name: x[start:stop] for name, x in values.items() if x is not None})
 
 
-def describe_tokens(
+def prepare_tokens(
     spec: GRPOLoss,
     sequence_id: torch.Tensor,
     advantage: torch.Tensor,
@@ -317,10 +340,12 @@ def describe_tokens(
     old: torch.Tensor | None = None,
     ref: torch.Tensor | None = None,
     sampler: torch.Tensor | None = None,
-    num_sequences: "int | float | torch.Tensor | None" = None,
-    num_tokens: "int | float | torch.Tensor | None" = None,
+    num_sequences: int | float | torch.Tensor | None = None,
+    num_tokens: int | float | torch.Tensor | None = None,
 ) -> Tokens:
-    """Look up each token's advantage and c_t; no host sync."""
+    """Look up each token's advantage and c_t; no host sync. `ref` is dropped if beta is 0."""
+    if spec.beta == 0:
+        ref = None
     S = advantage.shape[0]
     sequence_id = sequence_id.long().contiguous()  # the kernels read [N] tensors without strides
     # counts from a running sum of the sorted ids: no atomics, so no order to vary
@@ -331,13 +356,14 @@ def describe_tokens(
         num_sequences = max(S, 1)
     if num_tokens is None:
         num_tokens = running[-1]
-    whole = _scalar(num_sequences, dtype, scored.device).clamp(min=1)
+    sequences = _scalar(num_sequences, dtype, scored.device).clamp(min=1)
     if spec.loss_type in ("grpo", "sapo"):
-        scale = 1.0 / (count * whole)[sequence_id]
+        scale = 1.0 / (count * sequences)[sequence_id]
     elif spec.loss_type == "luspo":
-        scale = 1.0 / whole
+        scale = 1.0 / sequences
     elif spec.loss_type == "dr_grpo":
-        scale = 1.0 / (whole * spec.max_completion_length)
+        assert spec.max_completion_length is not None, "checked by GRPOLoss"
+        scale = 1.0 / (sequences * spec.max_completion_length)
     else:
         scale = 1.0 / _scalar(num_tokens, dtype, scored.device).clamp(min=1)
     return Tokens(
@@ -351,45 +377,50 @@ def describe_tokens(
     )
 
 
-def _scalar(x: "int | float | torch.Tensor", dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """0-d on the device. A number is filled in there: a copy from the host would wait for the device."""
+def _scalar(x: int | float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a 0-d tensor. A number is filled in on the device: a copy from the host would wait for it."""
     if isinstance(x, torch.Tensor):
         return x.to(device, dtype)
     return torch.full((), x, dtype=dtype, device=device)
 
 
 class Evaluation(NamedTuple):
-    """Per token, all [N]; `gradient` is d loss / d logp with c_t inside."""
+    """Loss and gradient of each token, all [N]."""
 
-    loss: torch.Tensor  # c_t times the token's loss
+    loss: torch.Tensor
+    """c_t times the token's loss."""
     gradient: torch.Tensor
+    """d loss / d logp, c_t included."""
     kl: torch.Tensor
-    clip_low: torch.Tensor  # bool
-    clip_high: torch.Tensor  # bool
+    clip_low: torch.Tensor
+    """bool"""
+    clip_high: torch.Tensor
+    """bool"""
 
 
 def evaluate(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss) -> Evaluation:
-    """The loss and its closed-form gradient in PyTorch. Tokens of one sequence must all be here if
+    """Return the loss and its closed-form gradient, in PyTorch. `tokens` must hold whole sequences if
     `spec.couples_tokens`. `loss` is differentiable by autograd too."""
     fixed, scored, ids = logp.detach(), tokens.scored, tokens.sequence_id
 
     def per_sequence(x: torch.Tensor) -> torch.Tensor:  # [N] -> [N], sums over the token's sequence
-        return x.new_zeros(tokens.count.shape).index_add(0, ids, x)[ids]
+        return x.new_zeros(tokens.scored_count.shape).index_add(0, ids, x)[ids]
 
     old = fixed if tokens.old is None else tokens.old
     log_ratio = torch.where(scored, logp - old, 0.0)
     correction = torch.ones_like(fixed)
     if tokens.sampler is not None:
-        # a token that the sampler could not score carries NaN and is not corrected, as in TRL
-        drift = torch.where(scored, old - tokens.sampler, 0.0).nan_to_num(nan=0.0)
-        drift = per_sequence(drift) if spec.sampler_per_sequence else drift
-        correction = sampler_ratio_torch(drift, spec)
+        # a token that the sampler could not score has NaN and is not corrected, as in TRL
+        mismatch = torch.where(scored, old - tokens.sampler, 0.0).nan_to_num(nan=0.0)
+        mismatch = per_sequence(mismatch) if spec.sampler_per_sequence else mismatch
+        correction = sampler_ratio_torch(mismatch, spec)
     log_weight = log_product = log_ratio
-    count = tokens.count[ids]
+    count = tokens.scored_count[ids]
     if spec.loss_type == "vespo":
-        share = 1.0 / count if spec.sampler_per_sequence else torch.ones_like(count)
-        term = vespo_term_torch(log_ratio, correction, share)
-        log_product = per_sequence(torch.where(scored, term, 0.0))
+        log_correction = vespo_log_correction_torch(correction)
+        if spec.sampler_per_sequence:
+            log_correction = 1.0 / count * log_correction  # a sequence's correction counts once
+        log_product = per_sequence(torch.where(scored, vespo_log_ratio_torch(log_ratio) + log_correction, 0.0))
     elif spec.importance_level == "sequence":
         log_weight = per_sequence(log_ratio) / count
     ref = fixed if tokens.ref is None else torch.where(scored, tokens.ref, 0.0)
@@ -412,7 +443,7 @@ def check_loss_inputs(
     optional: dict[str, torch.Tensor | None],
     denominators: dict[str, int | float | torch.Tensor | None],
 ) -> None:
-    """The checks that `grpo_loss` and `linear_grpo_loss` share; `like` is the [N, ...] tensor."""
+    """Check the arguments that `grpo_loss` and `linear_grpo_loss` share; `like` is the [N, ...] tensor."""
     require(isinstance(spec, GRPOLoss), "spec", f"expected a GRPOLoss, got {type(spec).__name__}")
     check_sequences(sequence_id, advantage, like)
     for name, x in optional.items():
@@ -421,10 +452,10 @@ def check_loss_inputs(
     for name, value in denominators.items():
         check_denominator(name, value)
     missing = spec.beta != 0 and optional["ref_logp"] is None
-    require(not missing, "ref_logp", f"needed, because beta is {spec.beta}")
+    require(not missing, "ref_logp", f"must be given, because beta is {spec.beta}")
 
 
-def output_of(
+def make_output(
     spec: GRPOLoss,
     loss: torch.Tensor,
     logp: torch.Tensor,
@@ -434,6 +465,7 @@ def output_of(
     clip_high: torch.Tensor,
     scored: torch.Tensor,
 ) -> GRPOLossOutput:
+    """Build the output of an op; `clip_low` and `clip_high` [N] bool become fractions of the scored tokens."""
     total = scored.sum().clamp(min=1)
     low, high = (clipped.sum() / total for clipped in (clip_low, clip_high))
     return GRPOLossOutput(loss, logp, entropy, kl if spec.beta != 0 else None, low, high)

@@ -1,19 +1,19 @@
-"""Attention of one new token a row over keys and values in pages, the first of which a row may share with its group.
+"""Attention of one new token per row over keys and values in pages, the first of which are shared by its group.
 
     out_r = softmax(q_r k_r^T scale) v_r        k_r, v_r: the first `lengths[r]` tokens of the row's pages
 
-Rows of a group stand next to each other and begin with the same `shared[r]` pages (their prompt's). Those are read
-once for the whole group: G rows of H / K query heads to a key head are one matmul against the prompt.
+Rows of a group are neighbours and begin with the same `shared[r]` pages (their prompt's). Those are read once for the
+whole group: G rows of H / K query heads per key head are one matmul against the prompt.
 
-On CUDA three launches, split over the context so that few rows fill the GPU: shared pages by group, own pages by row,
-and the sum of all parts. Grids and splits depend on R alone and every length is read on the device, so that the op
-can be captured in a graph; nothing is summed by atomics.
+On CUDA there are three launches, split over the context so that few rows fill the GPU: shared pages by group, own pages
+by row, and the sum of all parts. Grids and splits depend on R only and every length is read on the device, so that the
+op can be captured in a graph; nothing is summed by atomics.
 
 Bytes: 2 K d for every token of every shared prefix once and of every row's own pages once.
 Tolerance: fp32 within 1e-5 of float64; bf16 error not above plain PyTorch bf16's.
 Measured on a GPU: not yet.
 
-Shapes: R rows, H query heads, K key heads, d head size, B pages in the pool, n pages of a row's table.
+Shapes: R rows, H query heads, K key heads, d head size, B pages in the pool, n pages in a row's table.
 """
 
 import torch
@@ -22,9 +22,9 @@ import triton.language as tl
 
 from . import checks
 from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, interpreted, op_scope, require
-from .pages import Gathered, Pages
+from .pages import GatherPlan, Pages, PrefixCache
 
-MOST_QUERIES = 64  # queries (rows x heads) of a group in one program; wgmma's least
+MAX_QUERIES = 64  # queries (rows x heads) of a group in one program; wgmma's minimum
 BLOCK_TOKENS = 64
 PROGRAMS = 528  # enough to fill 132 multiprocessors four times
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -38,7 +38,7 @@ def paged_attention_kernel(
     table_ptr,
     lengths_ptr,
     group_ptr,
-    place_ptr,
+    row_in_group_ptr,
     shared_ptr,
     peak_ptr,
     total_ptr,
@@ -61,19 +61,19 @@ def paged_attention_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program: a key head, a stretch of the context, and the queries of one row, or (SHARED) of the up to ROWS rows
-    of a group from here on, if this row is the first of such a block. Leaves an unnormalised part of the softmax."""
+    """One program: a key head, a part of the context, and the queries of one row, or (SHARED) of a block of up to ROWS
+    rows of a group, of which this row must be the first. Writes an unnormalised part of the softmax."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    if SHARED and tl.load(place_ptr + row) % ROWS != 0:
+    if SHARED and tl.load(row_in_group_ptr + row) % ROWS != 0:
         return
     lane = tl.arange(0, BLOCK_M)
     rows = row + lane // REP
-    mine = (lane < ROWS * REP) & (rows < R)
+    valid = (lane < ROWS * REP) & (rows < R)
     shared = tl.load(shared_ptr + row) * PAGE
     if SHARED:
-        mine &= tl.load(group_ptr + rows, mask=mine, other=-1) == tl.load(group_ptr + row)
+        valid &= tl.load(group_ptr + rows, mask=valid, other=-1) == tl.load(group_ptr + row)
         begin, end = 0, shared
     else:
         begin, end = shared, tl.load(lengths_ptr + row)
@@ -84,7 +84,7 @@ def paged_attention_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     in_d = offs_d < D
     heads = rows.to(tl.int64) * (K * REP) + head * REP + lane % REP
-    q = tl.load(query_ptr + heads[:, None] * D + offs_d[None, :], mask=mine[:, None] & in_d[None, :], other=0.0)
+    q = tl.load(query_ptr + heads[:, None] * D + offs_d[None, :], mask=valid[:, None] & in_d[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     peak = tl.full([BLOCK_M], -1e38, tl.float32)
@@ -92,26 +92,26 @@ def paged_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
-        seen = token < end
-        page = tl.load(table_ptr + row * n + token // PAGE, mask=seen, other=0).to(tl.int64)
+        in_span = token < end
+        page = tl.load(table_ptr + row * n + token // PAGE, mask=in_span, other=0).to(tl.int64)
         slot = (page * PAGE + token % PAGE) * K + head
-        at = slot[:, None] * D + offs_d[None, :]
-        k = tl.load(keys_ptr + at, mask=seen[:, None] & in_d[None, :], other=0.0)
-        v = tl.load(values_ptr + at, mask=seen[:, None] & in_d[None, :], other=0.0)
+        offset = slot[:, None] * D + offs_d[None, :]
+        k = tl.load(keys_ptr + offset, mask=in_span[:, None] & in_d[None, :], other=0.0)
+        v = tl.load(values_ptr + offset, mask=in_span[:, None] & in_d[None, :], other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         z = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
-        z = tl.where(seen[None, :], z, -1e38)
+        z = tl.where(in_span[None, :], z, -1e38)
         top = tl.maximum(peak, tl.max(z, 1))
-        e = tl.where(seen[None, :], tl.exp2(z - top[:, None]), 0.0)
+        e = tl.where(in_span[None, :], tl.exp2(z - top[:, None]), 0.0)
         shrink = tl.exp2(peak - top)
         total = total * shrink + tl.sum(e, 1)
         acc = acc * shrink[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
         peak = top
     part = heads * PARTS + FIRST + split
-    tl.store(peak_ptr + part, peak, mask=mine)
-    tl.store(total_ptr + part, total, mask=mine)
-    tl.store(sum_ptr + part[:, None] * D + offs_d[None, :], acc, mask=mine[:, None] & in_d[None, :])
+    tl.store(peak_ptr + part, peak, mask=valid)
+    tl.store(total_ptr + part, total, mask=valid)
+    tl.store(sum_ptr + part[:, None] * D + offs_d[None, :], acc, mask=valid[:, None] & in_d[None, :])
 
 
 @triton.jit
@@ -125,19 +125,21 @@ def combine_parts_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a row and head: the parts, brought to the same scale, over their total."""
-    at = tl.program_id(0).to(tl.int64)
+    """One program per row and head: sum the parts of its softmax on a common scale, and divide by their total."""
+    offset = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
-    here, in_d = part < PARTS, offs_d < D
-    peak = tl.load(peak_ptr + at * PARTS + part, mask=here, other=-1e38)
-    total = tl.load(total_ptr + at * PARTS + part, mask=here, other=0.0)
+    in_parts, in_d = part < PARTS, offs_d < D
+    peak = tl.load(peak_ptr + offset * PARTS + part, mask=in_parts, other=-1e38)
+    total = tl.load(total_ptr + offset * PARTS + part, mask=in_parts, other=0.0)
     x = tl.load(
-        sum_ptr + (at * PARTS + part)[:, None] * D + offs_d[None, :], mask=here[:, None] & in_d[None, :], other=0.0
+        sum_ptr + (offset * PARTS + part)[:, None] * D + offs_d[None, :],
+        mask=in_parts[:, None] & in_d[None, :],
+        other=0.0,
     )
     weight = tl.exp2(peak - tl.max(peak, 0))
     out = tl.sum(x * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out_ptr + at * D + offs_d, out, mask=in_d)
+    tl.store(out_ptr + offset * D + offs_d, out, mask=in_d)
 
 
 @op_scope
@@ -151,13 +153,13 @@ def paged_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """One query token a row over its pages. No gradient.
+    """Attention of one query token per row over its pages. No gradient.
 
     Args:
         query: [R, H, d].
-        keys: [B, page, K, d].
-        values: [B, page, K, d].
-        pages: which of them each row sees.
+        keys: [B, page_size, K, d].
+        values: [B, page_size, K, d].
+        pages: which of them each row attends to.
         scale: of the scores; None means 1 / sqrt(d).
         impl: auto | triton | torch | reference.
 
@@ -165,7 +167,7 @@ def paged_attention(
         [R, H, d] in query's dtype.
     """
     impl = choose_impl(impl, query, "query")
-    if not checks.trusting():
+    if not checks.checks_skipped():
         _check(query, keys, values, pages, impl)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if len(query) == 0:
@@ -176,24 +178,26 @@ def paged_attention(
         return reference.paged_attention(query, keys, values, pages, scale=scale)
     if impl == "triton":
         return _paged_triton(query.contiguous(), keys.contiguous(), values.contiguous(), pages, scale)
-    return _gathered(query, keys, values, pages.gathered, pages.memory, scale)
+    return _paged_torch(query, keys, values, pages.gather_plan, pages.prefix_cache, scale)
 
 
-def _check(query, keys, values, pages: Pages, impl: str) -> None:
+def _check(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: Pages, impl: str) -> None:
     dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
     check_tensor("query", query, (len(pages.lengths), None, None), dtypes, query)
     _, H, d = query.shape
-    check_tensor("keys", keys, (None, pages.page, None, d), (query.dtype,), query)
+    check_tensor("keys", keys, (None, pages.page_size, None, d), (query.dtype,), query)
     check_tensor("values", values, tuple(keys.shape), (query.dtype,), query)
-    require(H % keys.shape[2] == 0, "keys", f"{keys.shape[2]} heads do not divide query's {H}")
+    require(H % keys.shape[2] == 0, "keys", f"{keys.shape[2]} key heads do not divide {H} query heads")
 
 
-def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tensor:
+def _paged_triton(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: Pages, scale: float
+) -> torch.Tensor:
     (R, H, D), K = query.shape, keys.shape[2]
     rep = H // K
     is_fp32 = query.dtype == torch.float32
-    most = 16 if is_fp32 else MOST_QUERIES if checks.capability(query) >= 90 else MOST_QUERIES // 2
-    rows = max(1, most // rep)  # more would not fit into the registers
+    max_queries = 16 if is_fp32 else MAX_QUERIES if checks.capability(query) >= 90 else MAX_QUERIES // 2
+    rows = max(1, max_queries // rep)  # more would not fit in the registers
     splits = max(1, min(8, PROGRAMS // (R * K)))
     parts = 2 * splits
     peak, total = query.new_empty(2, R, H, parts, dtype=torch.float32)
@@ -201,7 +205,7 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
     constants = {
         "SPLITS": splits,
         "PARTS": parts,
-        "PAGE": pages.page,
+        "PAGE": pages.page_size,
         "K": K,
         "REP": rep,
         "D": D,
@@ -211,7 +215,7 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
         "UPCAST": interpreted() and not is_fp32,
     }
     block_table = pages.block_table.contiguous()
-    for is_shared, of in ((True, rows), (False, 1)):
+    for is_shared, block_rows in ((True, rows), (False, 1)):
         paged_attention_kernel[(R, K, splits)](
             query,
             keys,
@@ -219,7 +223,7 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
             block_table,
             pages.lengths,
             pages.group,
-            pages.place,
+            pages.row_in_group,
             pages.shared,
             peak,
             total,
@@ -228,9 +232,9 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
             block_table.shape[1],
             scale,
             SHARED=is_shared,
-            ROWS=of,
+            ROWS=block_rows,
             FIRST=0 if is_shared else splits,
-            BLOCK_M=max(16, triton.next_power_of_2(of * rep)),
+            BLOCK_M=max(16, triton.next_power_of_2(block_rows * rep)),
             **constants,
         )
     combine_parts_kernel[(R * H,)](
@@ -246,55 +250,69 @@ def _paged_triton(query, keys, values, pages: Pages, scale: float) -> torch.Tens
     return out
 
 
-def _own(pool: torch.Tensor, at: Gathered) -> torch.Tensor:
-    """[R, own tokens, K, d]; a view of the pool where rows lie at equal distances."""
-    _, page, K, d = pool.shape
-    if not at.apart:
-        return pool.index_select(0, at.own).view(-1, at.m * page, K, d)
-    R, size = len(at.own) // at.m, page * K * d
-    stride = (at.apart * size, K * d, d, 1)
-    return pool.as_strided((R, at.m * page, K, d), stride, pool.storage_offset() + at.first_own * size)
+def _own_tokens(pool: torch.Tensor, plan: GatherPlan) -> torch.Tensor:
+    """Return [R, own tokens, K, d]; a view of the pool if rows lie at equal distances."""
+    _, page_size, K, d = pool.shape
+    tokens = plan.own_pages * page_size
+    if not plan.own_stride:
+        return pool.index_select(0, plan.own).view(-1, tokens, K, d)
+    R, elements = len(plan.own) // plan.own_pages, page_size * K * d
+    stride = (plan.own_stride * elements, K * d, d, 1)
+    return pool.as_strided((R, tokens, K, d), stride, pool.storage_offset() + plan.first_own * elements)
 
 
-def _shared(keys, values, at: Gathered, memory: dict | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[G, shared tokens, K, d] each"""
-    found = None if memory is None else memory.get(keys.data_ptr())
-    if found is None:
-        found = tuple(x.index_select(0, at.shared).view(at.G, -1, *x.shape[2:]) for x in (keys, values))
-        if memory is not None:
-            memory[keys.data_ptr()] = found
-    return found
+def _shared_tokens(
+    keys: torch.Tensor, values: torch.Tensor, plan: GatherPlan, prefix_cache: PrefixCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values [num_groups, shared tokens, K, d], from `prefix_cache` if they are in there."""
+    if prefix_cache is not None and keys.data_ptr() in prefix_cache:
+        return prefix_cache[keys.data_ptr()]
+    shared_k, shared_v = (
+        x.index_select(0, plan.shared).view(plan.num_groups, -1, *x.shape[2:]) for x in (keys, values)
+    )
+    if prefix_cache is not None:
+        prefix_cache[keys.data_ptr()] = shared_k, shared_v
+    return shared_k, shared_v
 
 
-def _gathered(query, keys, values, at: Gathered, memory, scale: float) -> torch.Tensor:
+def _paged_torch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: GatherPlan,
+    prefix_cache: PrefixCache | None,
+    scale: float,
+) -> torch.Tensor:
     """Scores against the shared and the own pages side by side under one softmax."""
-    H, (_, page, K, _) = query.shape[1], keys.shape
-    rep, G, most, border = H // K, at.G, at.most, at.n * page
-    own_k, own_v = _own(keys, at), _own(values, at)
-    if border:
-        shared_k, shared_v = _shared(keys, values, at, memory)
+    H, K = query.shape[1], keys.shape[2]
+    rep, shared_len = H // K, plan.shared_pages * keys.shape[1]
+    padded_rows = plan.num_groups * plan.rows_per_group
+    own_k, own_v = _own_tokens(keys, plan), _own_tokens(values, plan)
+    if shared_len:
+        shared_k, shared_v = _shared_tokens(keys, values, plan, prefix_cache)
 
     def by_group(x: torch.Tensor) -> torch.Tensor:
-        """[R, rep, ...] -> [G, most * rep, ...]"""
-        if not at.regular:
-            x = x.new_zeros(G * most, *x.shape[1:]).index_copy_(0, at.slot, x)
-        return x.reshape(G, most * rep, -1)
+        """[R, rep, ...] -> [num_groups, rows_per_group * rep, ...]"""
+        if not plan.equal_groups:
+            x = x.new_zeros(padded_rows, *x.shape[1:]).index_copy_(0, plan.padded_row, x)
+        return x.reshape(plan.num_groups, plan.rows_per_group * rep, -1)
 
     def by_row(x: torch.Tensor) -> torch.Tensor:
-        x = x.view(G * most, rep, -1)
-        return x if at.regular else x.index_select(0, at.slot)
+        """The inverse of `by_group`."""
+        x = x.view(padded_rows, rep, -1)
+        return x if plan.equal_groups else x.index_select(0, plan.padded_row)
 
     query, out = query * scale, torch.empty_like(query)
     for head in range(K):  # slices of one key head are matrices as they lie in memory
-        mine = slice(head * rep, (head + 1) * rep)
-        q = query[:, mine]
+        heads = slice(head * rep, (head + 1) * rep)
+        q = query[:, heads]
         scores = torch.bmm(q, own_k[:, :, head].transpose(1, 2))
-        if border:
-            theirs = torch.bmm(by_group(q), shared_k[:, :, head].transpose(1, 2))
-            scores = torch.cat([by_row(theirs), scores], dim=-1)
-        weight = scores.float().add_(at.bias).softmax(-1).to(query.dtype)
-        result = torch.bmm(weight[..., border:], own_v[:, :, head])
-        if border:
-            result += by_row(torch.bmm(by_group(weight[..., :border]), shared_v[:, :, head]))
-        out[:, mine] = result
+        if shared_len:
+            shared_scores = torch.bmm(by_group(q), shared_k[:, :, head].transpose(1, 2))
+            scores = torch.cat([by_row(shared_scores), scores], dim=-1)
+        weight = scores.float().add_(plan.bias).softmax(-1).to(query.dtype)
+        result = torch.bmm(weight[..., shared_len:], own_v[:, :, head])
+        if shared_len:
+            result += by_row(torch.bmm(by_group(weight[..., :shared_len]), shared_v[:, :, head]))
+        out[:, heads] = result
     return out

@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch: same names, same signatures, full [N, V] logits.
+"""Every op in plain PyTorch, with full [N, V] logits: the same names, and the same arguments but `impl`.
 
-The oracle of the tests (in float64) and a baseline of the benches, so it favours the obvious over the
-fast. The loss value comes from objective.py like everyone's, but its gradient is autograd's.
+The oracle of the tests (in float64) and a baseline of the benches, so it is simple rather than fast. The loss value
+comes from objective.py like the other implementations', but its gradient is autograd's.
 
 Shapes: N scored tokens, V vocabulary, D hidden, S sequences, R rows, G group.
 """
@@ -20,24 +20,18 @@ from .checks import (
     check_temperature,
 )
 from .noise import exponential_noise, seed_tensor
-from .objective import GRPOLoss, GRPOLossOutput, check_loss_inputs, describe_tokens, evaluate, output_of
+from .objective import GRPOLoss, GRPOLossOutput, Tokens, check_loss_inputs, evaluate, make_output, prepare_tokens
 from .pages import Pages
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[N, V] in fp32 (float64 for float64), rounded to the inputs' dtype as an `nn.Linear` would."""
+    """Return [N, V] in fp32 (float64 for float64), rounded to the inputs' dtype as an `nn.Linear` would."""
     logits = hidden @ weight.t()
     return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def linear_logprob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    impl: str = "reference",
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     check_head(hidden, weight, "reference")
     check_target(target, hidden, weight.shape[0])
@@ -51,9 +45,7 @@ def linear_logprob(
     return logp, torch.where(scored, -(log_p.exp() * log_p).sum(1), 0.0)
 
 
-def group_advantage(
-    reward: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4, impl: str = "reference"
-) -> torch.Tensor:
+def group_advantage(reward: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4) -> torch.Tensor:
     check_reward(reward, group_size, scale, eps)
     r = reward.double().view(-1, group_size)  # a mean in fp32 would cost digits
     d = r - r[:, :1]  # equal rewards: exactly 0, and so are their mean and deviation
@@ -65,16 +57,10 @@ def group_advantage(
     return (centred / torch.where(divisor == 0, 1.0, divisor)).flatten().float()
 
 
-def _loss(
-    logp, entropy, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
-) -> GRPOLossOutput:
-    ref_logp = ref_logp if spec.beta != 0 else None
-    tokens = describe_tokens(
-        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
-    )
+def _loss(spec: GRPOLoss, logp: torch.Tensor, entropy: torch.Tensor | None, tokens: Tokens) -> GRPOLossOutput:
     e = evaluate(logp, tokens, spec)
-    e = e._replace(kl=e.kl.detach())
-    return output_of(spec, e.loss.sum(), logp.detach(), entropy, *e[2:], scored)
+    flags = e.clip_low, e.clip_high
+    return make_output(spec, e.loss.sum(), logp.detach(), entropy, e.kl.detach(), *flags, tokens.scored)
 
 
 def grpo_loss(
@@ -88,15 +74,15 @@ def grpo_loss(
     sampler_logp: torch.Tensor | None = None,
     num_sequences: int | float | torch.Tensor | None = None,
     num_tokens: int | float | torch.Tensor | None = None,
-    impl: str = "reference",
 ) -> GRPOLossOutput:
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, logp, sequence_id, advantage, optional, denominators)
     scored = torch.ones_like(sequence_id, dtype=torch.bool)
-    return _loss(
-        logp, None, sequence_id, advantage, scored, spec, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
+    tokens = prepare_tokens(
+        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
+    return _loss(spec, logp, None, tokens)
 
 
 def linear_grpo_loss(
@@ -112,25 +98,16 @@ def linear_grpo_loss(
     sampler_logp: torch.Tensor | None = None,
     num_sequences: int | float | torch.Tensor | None = None,
     num_tokens: int | float | torch.Tensor | None = None,
-    impl: str = "reference",
 ) -> GRPOLossOutput:
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
     logp, entropy = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True)
-    return _loss(
-        logp,
-        entropy.detach(),
-        sequence_id,
-        advantage,
-        target != IGNORED,
-        spec,
-        old_logp,
-        ref_logp,
-        sampler_logp,
-        num_sequences,
-        num_tokens,
+    scored = target != IGNORED
+    tokens = prepare_tokens(
+        spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
+    return _loss(spec, logp, entropy.detach(), tokens)
 
 
 def linear_sample(
@@ -142,7 +119,6 @@ def linear_sample(
     row_key: torch.Tensor,
     position: torch.Tensor,
     greedy: bool = False,
-    impl: str = "reference",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_head(hidden, weight, "reference")
     check_rows(hidden, row_key, position)
@@ -156,27 +132,21 @@ def linear_sample(
 
 
 def paged_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    pages: Pages,
-    *,
-    scale: float | None = None,
-    impl: str = "reference",
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: Pages, *, scale: float | None = None
 ) -> torch.Tensor:
-    """Row by row; which pages are shared is of no consequence."""
+    """Row by row, without regard to which pages are shared."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rep = query.shape[1] // keys.shape[2]
     rows = []
-    for q, places, length in zip(query, pages.block_table.long(), pages.lengths.tolist(), strict=True):
-        k, v = (x[places].flatten(0, 1)[:length].repeat_interleave(rep, dim=1) for x in (keys, values))
+    for q, row_pages, length in zip(query, pages.block_table.long(), pages.lengths.tolist(), strict=True):
+        k, v = (x[row_pages].flatten(0, 1)[:length].repeat_interleave(rep, dim=1) for x in (keys, values))
         weight = torch.einsum("hd,thd->ht", q, k).mul(scale).softmax(-1)
         rows.append(torch.einsum("ht,thd->hd", weight, v))
     return torch.stack(rows) if rows else query.clone()
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, *, eps: float = 1e-6, impl: str = "reference"
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, *, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_norm(x, delta, weight, eps, "reference")
     total = x if delta is None else x + delta
@@ -192,8 +162,6 @@ def rope_append(
     slot: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    *,
-    impl: str = "reference",
 ) -> torch.Tensor:
     check_rope(qkv, cos, sin, slot, keys, values, "reference")
     K, d = keys.shape[2:]
@@ -207,6 +175,6 @@ def rope_append(
     return query
 
 
-def silu_mul(gate_up: torch.Tensor, *, impl: str = "reference") -> torch.Tensor:
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up

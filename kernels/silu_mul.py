@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, op_scope, require, trusting
+from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, checks_skipped, choose_impl, op_scope, require
 
 BLOCK = 1024
 
@@ -36,7 +36,7 @@ def silu_mul(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """gate_up [R, 2 F], gates first -> [R, F]. No gradient. impl: auto | triton | torch | reference."""
     impl = choose_impl(impl, gate_up, "gate_up")
     R, columns = gate_up.shape if gate_up.dim() == 2 else (0, 0)
-    if not trusting():
+    if not checks_skipped():
         dtypes = REFERENCE_FLOATS if impl == "reference" else FLOATS
         check_tensor("gate_up", gate_up, (None, None), dtypes, gate_up)
         halves = columns % 2 == 0 and columns > 0

@@ -18,8 +18,8 @@ from vtfast.model.liger import use_liger
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.attention import BACKENDS as DECODE_BACKENDS
-from vtfast.rollout.attention import _usable as _decode_usable
 from vtfast.rollout.attention import decode_attention
+from vtfast.rollout.attention import is_usable as decode_is_usable
 from vtfast.scoring import completion_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -88,7 +88,7 @@ PAGES_OPTIONAL = pytest.mark.xfail(raises=RuntimeError, reason="PyTorch's own fl
 )
 def test_decode_attention_backends(backend):
     """bf16 over pages of 256 tokens against float64."""
-    if not _decode_usable(backend, torch.device("cuda"), torch.bfloat16):
+    if not decode_is_usable(backend, torch.device("cuda"), torch.bfloat16):
         pytest.skip(f"{backend} is not installed here")
     generator = torch.Generator().manual_seed(0)
     query, pool = (torch.randn(8, 12, 64, generator=generator), torch.randn(2, 40, 256, 2, 64, generator=generator))
@@ -101,7 +101,9 @@ def test_decode_attention_backends(backend):
     where = [table.int(), lengths.int(), row // 4, 0 * row + 2]
     expected = paged_attention(query.double(), keys.double(), values.double(), Pages(*where, 256), impl="reference")
     on_gpu = [x.cuda() for x in (query, keys, values)]
-    ours = decode_attention(backend, "cuda", torch.bfloat16)(*on_gpu, Pages(*(x.cuda() for x in where), 256), 0.125)
+    ours = decode_attention(backend, "cuda", torch.bfloat16).attend(
+        *on_gpu, Pages(*(x.cuda() for x in where), 256), 0.125
+    )
     torch.testing.assert_close(ours.cpu().double(), expected, rtol=2e-2, atol=2e-2)
 
 

@@ -12,7 +12,7 @@ from vtfast_kernels.pages import Pages
 def on(device, inputs):
     pages = {k: v.to(device) for k, v in vars(inputs["pages"]).items() if isinstance(v, torch.Tensor)}
     moved = {k: v.to(device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    return moved | {"pages": Pages(**pages, page=PAGE)}
+    return moved | {"pages": Pages(**pages, page_size=PAGE)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,7 +44,7 @@ def test_rows_at_equal_distances_are_read_in_place(impl, device, apart):
     expected = paged_attention(**exactly(inputs), impl="reference")
     moved = on(device, inputs)
     if impl == "torch":
-        assert moved["pages"].gathered.apart == apart
+        assert moved["pages"].gather_plan.own_stride == apart
         poisoned = new[~known].long()  # read in place, then masked: NaN would survive
         moved["keys"][poisoned], moved["values"][poisoned] = 0.0, 0.0
     ours = paged_attention(**moved, impl=impl).cpu()
@@ -52,13 +52,13 @@ def test_rows_at_equal_distances_are_read_in_place(impl, device, apart):
 
 
 def test_gathered_shared_pages_are_remembered(monkeypatch):
-    inputs, memory = case([2, 2], [[9, 12], [9, 16]]), {}
-    inputs["pages"] = replace(inputs["pages"], memory=memory)
+    inputs, prefix_cache = case([2, 2], [[9, 12], [9, 16]]), {}
+    inputs["pages"] = replace(inputs["pages"], prefix_cache=prefix_cache)
     first = paged_attention(**inputs)
-    assert len(memory) == 1 and torch.equal(paged_attention(**inputs), first)
+    assert len(prefix_cache) == 1 and torch.equal(paged_attention(**inputs), first)
     other = {"keys": inputs["keys"].clone(), "values": 2 * inputs["values"]}
     torch.testing.assert_close(paged_attention(**inputs | other), 2 * first)
-    assert len(memory) == 2
+    assert len(prefix_cache) == 2
     shared = inputs["pages"].block_table[:, :2].unique().long()
     inputs["keys"][shared], inputs["values"][shared] = 1e6, 1e6  # read no more, but behind the mask
     assert torch.equal(paged_attention(**inputs), first)
@@ -101,11 +101,11 @@ def int32(*values):
         ({"shared": int32(2, 2)}, "shared: more pages"),
         ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, "lengths: expected shape"),
         ({"block_table": torch.zeros(2, 2)}, "block_table: expected torch.int32"),
-        ({"page": 0}, "page: at least 1"),
-        ({"query": torch.zeros(2, 5, D)}, "keys: 2 heads do not divide"),
+        ({"page_size": 0}, "page_size: must be at least 1"),
+        ({"query": torch.zeros(2, 5, D)}, "keys: 2 key heads do not divide"),
         ({"query": torch.zeros(3, H, D)}, "query: expected shape"),
         ({"values": torch.zeros(3, PAGE, K, D)}, "values: expected shape"),
-        ({"impl": "cuda"}, "impl: one of auto, triton"),
+        ({"impl": "cuda"}, "impl: must be one of auto, triton"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -124,12 +124,12 @@ def test_packages_are_called_as_they_want(name, rows, monkeypatch):
     inputs = case(*CASES[rows])
     expected = paged_attention(**inputs, scale=0.3)
     finite = {x: inputs[x].nan_to_num() for x in ("query", "keys", "values")}
-    ours = attention._CALLS[name](*finite.values(), inputs["pages"], 0.3)
+    ours = attention.BACKENDS[name].attend(*finite.values(), inputs["pages"], 0.3)
     torch.testing.assert_close(ours, expected)
 
 
 def test_the_choice(monkeypatch):
-    assert decode_attention("auto", "cpu") is attention._CALLS["torch"]
+    assert decode_attention("auto", "cpu") is attention.BACKENDS["torch"]
     with pytest.raises(UserError, match="--rollout_attention flash: must be one of auto"):
         decode_attention("flash")
     with pytest.raises(UserError, match="--rollout_attention flash_attn: not installed, or not for"):
@@ -138,13 +138,13 @@ def test_the_choice(monkeypatch):
     half, fp32 = torch.bfloat16, torch.float32
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    assert decode_attention("auto", "cuda", half) is attention._CALLS["triton"]
+    assert decode_attention("auto", "cuda", half) is attention.BACKENDS["triton"]
     install(monkeypatch, "flash_attn", "varlen")
-    assert decode_attention("auto", "cuda", half) is attention._CALLS["flash_attn"]
-    assert decode_attention("auto", "cuda", fp32) is attention._CALLS["triton"]
-    assert decode_attention("varlen", "cuda", half) is attention._CALLS["varlen"]
+    assert decode_attention("auto", "cuda", half) is attention.BACKENDS["flash_attn"]
+    assert decode_attention("auto", "cuda", fp32) is attention.BACKENDS["triton"]
+    assert decode_attention("varlen", "cuda", half) is attention.BACKENDS["varlen"]
     install(monkeypatch, "flash_attn_3")
-    assert decode_attention("auto", "cuda", half) is attention._CALLS["flash_attn_3"]
+    assert decode_attention("auto", "cuda", half) is attention.BACKENDS["flash_attn_3"]
     old = types.ModuleType("torch.nn.attention.varlen")
     old.varlen_attn = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
@@ -153,5 +153,5 @@ def test_the_choice(monkeypatch):
 
 
 def test_splits_fill_the_gpu_and_never_vanish():
-    assert attention._splits(1, 2) == 32 and attention._splits(16, 2) == 4
-    assert attention._splits(512, 2) == 1
+    assert attention._num_splits(1, 2) == 32 and attention._num_splits(16, 2) == 4
+    assert attention._num_splits(512, 2) == 1

@@ -24,16 +24,16 @@ SAMPLING = Sampling(max_new_tokens=12)
 
 def test_pages_of_a_group_by_hand():
     cache = PagedCache(1, 10, 4, 1, 2, torch.float32, torch.device("cpu"))
-    group = cache.admit(prompt=10, rows=2, new=5)  # 2 full pages; 2 left over + 5 new: 2 pages a row
+    group = cache.allocate(prompt_tokens=10, rows=2, new_tokens=5)  # 2 full pages; 2 left over + 5 new: 2 pages a row
     assert len(group.shared) == 2 and [len(own) for own in group.own] == [2, 2]
     assert len({*group.all}) == 6 and 0 not in group.all and len(cache.free) == 4
     source, slots = cache.prompt_slots(group, 10)
     assert source.tolist() == [*range(8), 8, 9, 8, 9], "the rest of the prompt once for each row"
     pages = [slot // 4 for slot in slots.tolist()]
     assert pages == [group.shared[0]] * 4 + [group.shared[1]] * 4 + [group.own[0][0]] * 2 + [group.own[1][0]] * 2
-    assert cache.admit(10, 2, 5) is None, "6 pages are not free"
+    assert cache.allocate(10, 2, 5) is None, "6 pages are not free"
     with pytest.raises(UserError, match=r"needs 18 cache pages of 4 tokens; the cache has 10"):
-        cache.admit(10, 8, 5)
+        cache.allocate(10, 8, 5)
     cache.release(group.all)
     assert sorted(cache.free) == list(range(1, 11))
 
@@ -114,9 +114,9 @@ def test_a_sampled_image_token_goes_on_as_text(policy, prompts, monkeypatch):
     """In the decoder and in the packed forward alike."""
     original, image = scheduler.linear_sample, policy.module.config.image_token_id
 
-    def draw(hidden, head, **chance):
-        token, logp = original(hidden, head, **chance)
-        chosen = chance["position"] == 1
+    def draw(hidden, head, **rng):
+        token, logp = original(hidden, head, **rng)
+        chosen = rng["position"] == 1
         forced = (hidden.float() @ head.t()).log_softmax(-1)[:, image]
         return torch.where(chosen, image, token), torch.where(chosen, forced, logp)
 
@@ -160,8 +160,8 @@ def test_bf16(random_path, prompts):
         scored = completion_logprobs(policy, prompts, tokens(rolled))
     for group, logps in zip(rolled, scored, strict=True):
         for completion, logp in zip(group, logps, strict=True):
-            drift = (torch.tensor(completion.logprobs) - logp).abs().mean()
-            assert drift < 0.1
+            mismatch = (torch.tensor(completion.logprobs) - logp).abs().mean()
+            assert mismatch < 0.1
 
 
 # --- warped sampling

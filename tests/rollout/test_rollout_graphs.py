@@ -17,7 +17,7 @@ from rollouts import everything_is_free, tokens
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.decode import Decoder
-from vtfast.rollout.decode_state import LAST_GROUP, Output, Rows
+from vtfast.rollout.decode_state import PADDING_GROUP, OutputBuffer, RowState
 from vtfast.rollout.graphs import BUCKETS, bucket
 from vtfast.rollout.scheduler import Scheduler
 
@@ -186,12 +186,12 @@ def test_the_triton_kernels_make_the_same_rollout(random_path):
 
 
 def test_commit_writes_live_rows_only():
-    rows, output = Rows.blank(4, 2, "cpu"), Output.empty(3, 2, "cpu")
-    rows.place.copy_(torch.tensor([2, 0, 1, 0]))
+    rows, output = RowState.empty(4, 2, "cpu"), OutputBuffer.empty(3, 2, "cpu")
+    rows.output_row.copy_(torch.tensor([2, 0, 1, 0]))
     rows.active.copy_(torch.tensor([True, True, False, False]))
     rows.emitted.copy_(torch.tensor([0, 1, 2, 0]))
     token, logp = torch.tensor([7, 8, 9, 5]), -torch.arange(1.0, 5.0)
-    output.commit(rows, token, logp, torch.tensor(2), torch.tensor([7]))
+    output.append(rows, token, logp, torch.tensor(2), torch.tensor([7]))
     assert output.tokens[:3].tolist() == [[0, 8, 0], [0, 0, 0], [7, 0, 0]]
     assert output.logps[2, 0] == -1 and output.logps[0, 1] == -2
     assert rows.emitted.tolist() == [1, 2, 2, 0]
@@ -199,13 +199,13 @@ def test_commit_writes_live_rows_only():
 
 
 def test_rows_move_to_the_front():
-    rows = Rows.blank(5, 2, "cpu")
+    rows = RowState.empty(5, 2, "cpu")
     rows.group.copy_(torch.arange(5))
     rows.token.copy_(torch.arange(5) + 10)
     rows.active.fill_(True)
-    rows.slice(0, 4).keep(torch.tensor([1, 3]))
+    rows.slice(0, 4).compact(torch.tensor([1, 3]))
     assert rows.token.tolist() == [11, 13, 0, 0, 14]
-    assert rows.group.tolist() == [1, 3, LAST_GROUP, LAST_GROUP, 4]
+    assert rows.group.tolist() == [1, 3, PADDING_GROUP, PADDING_GROUP, 4]
     assert rows.active.tolist() == [True, True, False, False, True]
 
 

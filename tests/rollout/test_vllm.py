@@ -178,11 +178,11 @@ def test_it_falls_asleep_after_a_failure(fake_vllm, policy, processor, random_pa
 def test_one_process_gets_a_launchers_environment(monkeypatch):
     environment = {"MASTER_PORT": "123"}
     monkeypatch.setattr(vllm.os, "environ", environment)
-    vllm._name_the_only_rank()
+    vllm._set_rank_of_single_process()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     assert environment == alone | {"MASTER_PORT": "123"}
     environment |= {"RANK": "3", "WORLD_SIZE": "4"}
-    vllm._name_the_only_rank()
+    vllm._set_rank_of_single_process()
     assert environment["WORLD_SIZE"] == "4"
 
 

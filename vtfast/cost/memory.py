@@ -303,8 +303,8 @@ def loss_bytes(policy: Policy, scored: int, kind: str) -> int:
 
 
 def cache_bytes(policy: Policy, config: RunConfig, load: Workload, kind: str, room: int | None) -> int:
-    """The rollout's key-value pool (`RolloutEngine._size`): for each group in flight the prompt's full pages once and
-    every row's own; for held-out questions the same with one row. At most `room`, or `rollout_cache_tokens`."""
+    """The rollout's key-value pool (`RolloutEngine._required_size`): for each group in flight the prompt's full pages
+    once and every row's own; for held-out questions the same with one row. At most `room`, or `rollout_cache_tokens`."""
     page = PAGE_SIZE[kind]
     layers, heads, head_dim = cache_shape(policy)
     a_page = 2 * layers * page * heads * head_dim * policy.head.element_size()

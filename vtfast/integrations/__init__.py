@@ -1,1 +1,4 @@
-"""The kernels inside trainers of others."""
+"""The kernels in other libraries' trainers.
+
+`trl.py` has `use_fused_loss(trainer)` for TRL's GRPOTrainer; start reading there.
+"""

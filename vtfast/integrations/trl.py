@@ -1,11 +1,12 @@
 """TRL's GRPOTrainer with the loss and the log-probs of these kernels: `use_fused_loss(trainer)`.
 
-TRL 1.16 asks a model for log-probs by `model(..., labels=labels, fused_lm_head=True)`, past whatever wraps it (DDP,
-DeepSpeed, peft). Here the model answers that call with `linear_logprob`, and, when the trainer wants the loss of a
-batch, with `linear_grpo_loss`, which makes the gradients on its way. Everything else is TRL's: generation, rewards,
-advantages, metrics.
+TRL 1.16 gets log-probs from a model by `model(..., labels=labels, fused_lm_head=True)`, through all wrappers (DDP,
+DeepSpeed, peft). `use_fused_loss` replaces the model's forward: that call now runs `linear_logprob`, or, when the
+trainer needs the loss of a batch, `linear_grpo_loss`, which computes the gradients in the same pass. Everything else is
+TRL's: generation, rewards, advantages, metrics.
 
-Shapes: B rows of a batch, L tokens of a row (prompt and completion, padded), T of its completion, N scored tokens.
+Shapes: B rows of a batch, L tokens of a row (prompt and completion, padded), T tokens of its completion, N scored
+tokens.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vtfast")
 SUPPORTED = "1.16"
-Head = Callable[[Tensor, Tensor, Tensor], GRPOLossOutput]
+LossFn = Callable[[Tensor, Tensor, Tensor], GRPOLossOutput]
 """(hidden [N, D], weight [V, D], target [N]) -> the loss."""
 
 
 def use_fused_loss(trainer: GRPOTrainer) -> GRPOTrainer:
-    """Let a built `trainer` compute its log-probs and its loss with these kernels; returns it.
+    """Make a `trainer` compute its log-probs and its loss with these kernels; return it.
 
-    Log-probs always. The loss too, unless the settings ask for what the kernels do not have (`top_entropy_quantile`,
-    `off_policy_mask_threshold`, an entropy bonus, a router loss, vLLM's importance sampling): then TRL's own formula
-    runs on the new log-probs, and the log says so.
+    The log-probs in any case. The loss too, unless the settings need what the kernels do not have
+    (`top_entropy_quantile`, `off_policy_mask_threshold`, an entropy bonus, a router loss, vLLM's importance sampling):
+    then TRL's own loss formula runs on the fused log-probs, and the log says so.
 
-    Raises ValueError for another TRL than 1.16, and for a head that is not a plain bias-free matmul on one device's
-    whole weight (soft-capped, scaled or fp32-cast logits, LoRA on the head, FSDP, ZeRO-3).
+    Raises ValueError for a TRL other than 1.16, and for a head that is not a plain bias-free matmul with the whole
+    weight on one device (soft-capped, scaled or fp32-cast logits, LoRA on the head, FSDP, ZeRO-3).
     """
     _check_version()
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
-            _take_over(_base(model), trainer)
-    missing = _not_in_the_kernels(trainer)
+            _replace_forward(_base(model), trainer)
+    missing = _unsupported_options(trainer)
     if missing:
         log.warning("TRL's own loss formula runs on fused log-probs: the kernels lack %s", ", ".join(missing))
     else:
@@ -57,66 +58,68 @@ def use_fused_loss(trainer: GRPOTrainer) -> GRPOTrainer:
 
 def _check_version() -> None:
     try:
-        found = version("trl")
+        installed = version("trl")
     except PackageNotFoundError:
-        found = "none"
-    if ".".join(found.split(".")[:2]) != SUPPORTED:
+        installed = "none"
+    if ".".join(installed.split(".")[:2]) != SUPPORTED:
         raise ValueError(
-            f"trl: {found} is installed and use_fused_loss knows {SUPPORTED} (pip install 'trl~={SUPPORTED}.0')"
+            f"trl: {installed} is installed; use_fused_loss supports {SUPPORTED} (pip install 'trl~={SUPPORTED}.0')"
         )
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
+def _base(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _take_over(model: PreTrainedModel, trainer: GRPOTrainer) -> None:
-    """Replace the `forward` that TRL gave the model by one that sends `fused_lm_head=True` here."""
-    problem = _problem_of(model, trainer)
+def _replace_forward(model: PreTrainedModel, trainer: GRPOTrainer) -> None:
+    """Replace the `forward` that TRL gave the model by one that handles `fused_lm_head=True` with these kernels."""
+    problem = _head_problem(model, trainer)
     if problem:
         raise ValueError(f"{type(model).__name__}: {problem}")
-    theirs, temperature = model.forward, trainer.temperature
+    original, temperature = model.forward, trainer.temperature
 
-    @functools.wraps(theirs)  # `generate` validates its arguments against the signature
-    def forward(*args: Any, fused_lm_head: bool = False, loss_of: Head | None = None, **kwargs: Any):
+    @functools.wraps(original)  # `generate` validates its arguments against the signature
+    def forward(*args: Any, fused_lm_head: bool = False, loss_of: LossFn | None = None, **kwargs: Any):
         if not fused_lm_head:
-            return theirs(*args, **kwargs)
-        return _answer(model, temperature, loss_of, *args, **kwargs)
+            return original(*args, **kwargs)
+        return _fused_forward(model, temperature, loss_of, *args, **kwargs)
 
     model.forward = forward
 
 
-def _problem_of(model: PreTrainedModel, trainer: GRPOTrainer) -> str | None:
+def _head_problem(model: PreTrainedModel, trainer: GRPOTrainer) -> str | None:
+    """Return why the kernels cannot compute the model's head, None if they can."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    bent = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    found = [name for name in bent if getattr(config, name, None) not in (None, 1.0)]
-    if found:
-        return f"its logits are changed by {', '.join(found)}"
-    if type(head) is not nn.Linear or head.bias is not None:
-        return f"its head is a {type(head).__name__}, and a bias-free nn.Linear is needed"
+    options = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    changed_by = [name for name in options if getattr(config, name, None) not in (None, 1.0)]
+    if changed_by:
+        return f"its logits are changed by {', '.join(changed_by)}"
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+        return f"its head is a {type(head).__name__}; it must be a bias-free nn.Linear"
     if trainer.args.cast_lm_head_to_fp32:
         return "cast_lm_head_to_fp32 is on; the kernels accumulate in fp32 anyway, so leave it out"
     if trainer.is_fsdp_enabled or hasattr(head.weight, "ds_id"):
-        return "its weights are sharded (FSDP or ZeRO-3); ZeRO-2 and DDP will do"
+        return "its weights are sharded (FSDP or ZeRO-3); use ZeRO-2 or DDP"
     return None
 
 
-def _not_in_the_kernels(trainer: GRPOTrainer) -> list[str]:
-    asked = {
+def _unsupported_options(trainer: GRPOTrainer) -> list[str]:
+    """Return the options in use that the loss kernel does not have."""
+    in_use = {
         "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
         "the entropy bonus": trainer._entropy_bonus_enabled,
         "the router loss": trainer.aux_loss_enabled,
         "vllm_importance_sampling_correction": trainer.use_vllm and trainer.vllm_importance_sampling_correction,
     }
-    return [name for name, is_on in asked.items() if is_on]
+    return [name for name, is_on in in_use.items() if is_on]
 
 
-def _answer(
-    model: PreTrainedModel, temperature: float, loss_of: Head | None, *args: Any, labels: Tensor, **kwargs: Any
-):
-    """TRL's FusedCausalLMOutput: `log_probs` and `entropy` [B, L - 1], 0 where the label [B, L] is -100; `loss` if
-    `loss_of` says what it is."""
+def _fused_forward(
+    model: PreTrainedModel, temperature: float, loss_of: LossFn | None, *args: Any, labels: Tensor, **kwargs: Any
+) -> Any:
+    """Return TRL's FusedCausalLMOutput: `log_probs` and `entropy` [B, L - 1], 0 where the label [B, L] is -100; and the
+    `loss` if `loss_of` is given."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
@@ -137,10 +140,10 @@ def _answer(
 
 
 def _compute_loss(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """In place of TRL's method: the loss of a micro-batch from the kernel. TRL's own code then runs on the log-probs
-    that fell out, without gradients, for its metrics."""
+    """Replaces TRL's method: the loss of a micro-batch from the kernel. TRL's own code then runs on the resulting
+    log-probs, without gradients, for its metrics."""
     if inputs["advantages"].dim() != 1:
-        raise ValueError("advantages: one number a completion is needed, TRL's subclasses may have one a token")
+        raise ValueError("advantages: must be one number per completion, as in GRPOTrainer (subclasses may differ)")
     kept = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     labels = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -169,8 +172,8 @@ def _compute_loss(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, A
             num_tokens=num_tokens,
         )
 
-    pictures = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-    given = {name: inputs[name] for name in pictures if inputs.get(name) is not None}
+    image_inputs = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    images = {name: inputs[name] for name in image_inputs if inputs.get(name) is not None}
     with trainer.accelerator.autocast():
         out = model(
             input_ids=labels,
@@ -178,10 +181,10 @@ def _compute_loss(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, A
             labels=labels.masked_fill(~scored, -100),
             fused_lm_head=True,
             loss_of=loss_of,
-            **given,
+            **images,
         )
-    seen = (out.log_probs[:, -T:].detach(), out.entropy[:, -T:].detach(), None)
-    _log_as_trl_does(trainer, model, inputs, seen)
+    logps_and_entropies = (out.log_probs[:, -T:].detach(), out.entropy[:, -T:].detach(), None)
+    _log_metrics(trainer, model, inputs, logps_and_entropies)
     return out.loss
 
 
@@ -203,23 +206,25 @@ def _spec(trainer: GRPOTrainer) -> GRPOLoss:
 
 
 def _denominators(trainer: GRPOTrainer, inputs: Mapping[str, Any], kept: Tensor) -> tuple[float, Tensor]:
-    """(sequences, tokens) that TRL divides a micro-batch's sums by: its share of the accumulated step."""
+    """Return (sequences, tokens) that TRL divides a micro-batch's sums by: its share of the accumulated step."""
     training = trainer.model.training
-    passes = trainer.current_gradient_accumulation_steps if training else 1
+    micro_batches = trainer.current_gradient_accumulation_steps if training else 1
     if trainer.loss_type in ("cispo", "dapo", "vespo"):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
         if training:
-            tokens = tokens * passes / trainer.args.steps_per_generation
+            tokens = tokens * micro_batches / trainer.args.steps_per_generation
     else:
-        tokens = kept.sum().clamp(min=1.0) * passes
-    return len(kept) * passes, tokens
+        tokens = kept.sum().clamp(min=1.0) * micro_batches
+    return len(kept) * micro_batches, tokens
 
 
 @torch.no_grad()
-def _log_as_trl_does(trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, Any], seen) -> None:
-    theirs = type(trainer)
-    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: seen
+def _log_metrics(
+    trainer: GRPOTrainer, model: nn.Module, inputs: Mapping[str, Any], logps_and_entropies: tuple[Tensor, Tensor, None]
+) -> None:
+    """Run TRL's own `_compute_loss` on these log-probs, for the metrics that it logs."""
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: logps_and_entropies
     try:
-        theirs._compute_loss(trainer, model, inputs)
+        type(trainer)._compute_loss(trainer, model, inputs)
     finally:
         del trainer._get_per_token_logps_and_entropies

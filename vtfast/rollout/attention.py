@@ -1,12 +1,14 @@
-"""Which kernel a decode step's attention runs on: one query a row over the pages of the cache.
+"""The attention backends of a decode step: one query per row over the pages of the cache.
 
-    flash_attn_3, flash_attn   flash-attn's call over a paged cache, where it is installed (FA3 on Hopper)
+    flash_attn_3, flash_attn   flash-attn's call over a paged cache, if it is installed (FA3 on Hopper)
     triton                     `vtfast_kernels.paged_attention`: reads a group's shared pages once for its G rows
     varlen                     `torch.nn.attention.varlen` with a block table, in versions of PyTorch that have one
     torch                      gathered pages and matmuls: the CPU, and any device
 
-All but the last can be captured in a CUDA graph: lengths and pages are read on the device, splits depend on the number
-of rows alone. None of the packages has to be there.
+All but the last can be captured in a CUDA graph: lengths and pages are read on the device, and the number of splits
+depends on the number of rows only. All packages are optional.
+
+Shapes: R rows, H query heads, K key heads, d head size, B pages of the pool.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,96 +27,69 @@ from vtfast_kernels.pages import Pages
 
 from vtfast.model.backends import select_backend
 
-Attention = Callable[[Tensor, Tensor, Tensor, Pages, float], Tensor]
-"""(query [R, H, d], keys and values [B, page, K, d], pages, scale) -> [R, H, d]"""
-BACKENDS = ("flash_attn_3", "flash_attn", "triton", "varlen", "torch")
 MULTIPROCESSORS = 132
-"""Of an H100 or H200. A fixed number, so that how a context is split depends on the number of rows alone."""
+"""Of an H100 or H200. A fixed number, so that how a context is split depends on the number of rows only."""
+FUNCTIONS = {
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_with_kvcache"),
+    "flash_attn": ("flash_attn", "flash_attn_with_kvcache"),
+    "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+"""Module and function of each backend that is an optional package."""
 
 
-def decode_attention(
-    wanted: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Attention:
-    """The kernel for `device` and `dtype`; the first usable one of `BACKENDS` for "auto". Said once in the log.
+@dataclass(frozen=True)
+class DecodeAttention:
+    """A backend of decode attention."""
 
-    Raises UserError for one that is unknown, not installed, or not for this device and dtype.
-    """
-    flag = "rollout_attention"
-    return _CALLS[select_backend("decode attention", flag, wanted, BACKENDS, _usable, device, dtype)]
+    attend: Callable[[Tensor, Tensor, Tensor, Pages, float], Tensor]
+    """(query [R, H, d], keys and values [B, page size, K, d], pages, scale) -> [R, H, d]."""
+    capturable: bool = True
+    """Whether a CUDA graph can capture it."""
 
 
-def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    if name == "torch":
-        return True
-    if device.type != "cuda":
-        return False
-    if name == "triton":
-        return True
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    module, function = {
-        "flash_attn_3": ("flash_attn_interface", "flash_attn_with_kvcache"),
-        "flash_attn": ("flash_attn", "flash_attn_with_kvcache"),
-        "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
-    }[name]
+def _import_function(backend: str) -> Any:
+    """Return the function of an optional package, None if there is none."""
+    module, function = FUNCTIONS[backend]
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        return getattr(importlib.import_module(module), function, None)
     except ImportError:
-        return False
-    if name == "varlen":
-        return found is not None and "block_table" in inspect.signature(found).parameters
-    return found is not None
+        return None
 
 
-def _splits(rows: int, heads: int) -> int:
-    """Pieces of the context, so that rows x key heads x pieces fill the GPU."""
+def _num_splits(rows: int, heads: int) -> int:
+    """Return into how many parts a context is split, so that rows x key heads x parts fill the GPU."""
     return max(1, min(32, MULTIPROCESSORS // (rows * heads)))
 
 
-def _flash(function: Callable, table: str, query, keys, values, pages: Pages, scale) -> Tensor:
-    """`table`: the argument's name; FA3 renamed it, and some of its versions return the log-sum-exp as well."""
-    out = function(
+def _flash(backend: str, table: str, query: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float) -> Tensor:
+    """flash-attn. `table` names the block table's argument: FA3 renamed it, and may return the log-sum-exp as well."""
+    out = _import_function(backend)(
         query[:, None],
         keys,
         values,
         cache_seqlens=pages.lengths,
         softmax_scale=scale,
         causal=True,
-        num_splits=_splits(len(query), keys.shape[2]),
+        num_splits=_num_splits(len(query), keys.shape[2]),
         **{table: pages.block_table},
     )
     return (out[0] if isinstance(out, tuple) else out)[:, 0]
 
 
-def _flash_attn(*arguments) -> Tensor:
-    from flash_attn import flash_attn_with_kvcache
-
-    return _flash(flash_attn_with_kvcache, "block_table", *arguments)
-
-
-def _flash_attn_3(*arguments) -> Tensor:
-    from flash_attn_interface import flash_attn_with_kvcache
-
-    return _flash(flash_attn_with_kvcache, "page_table", *arguments)
-
-
-def _varlen(query, keys, values, pages: Pages, scale) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-    most = pages.block_table.shape[1] * pages.page
-    options = {"num_splits": _splits(len(query), keys.shape[2]), "enable_gqa": True}
-    known = inspect.signature(varlen_attn).parameters
+def _varlen(query: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float) -> Tensor:
+    varlen_attn = _import_function("varlen")
+    query_ends = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+    max_length = pages.block_table.shape[1] * pages.page_size
+    options = {"num_splits": _num_splits(len(query), keys.shape[2]), "enable_gqa": True}
+    known = inspect.signature(varlen_attn).parameters  # versions of PyTorch differ in them
     return varlen_attn(
         query,
         keys,
         values,
-        ends,
+        query_ends,
         None,
         1,
-        most,
+        max_length,
         scale=scale,
         seqused_k=pages.lengths,
         block_table=pages.block_table,
@@ -120,14 +97,43 @@ def _varlen(query, keys, values, pages: Pages, scale) -> Tensor:
     )
 
 
-def _ours(impl: str, query, keys, values, pages: Pages, scale) -> Tensor:
+def _paged(impl: str, query: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float) -> Tensor:
     return paged_attention(query, keys, values, pages, scale=scale, impl=impl)
 
 
-_CALLS: dict[str, Attention] = {
-    "flash_attn_3": _flash_attn_3,
-    "flash_attn": _flash_attn,
-    "triton": functools.partial(_ours, "triton"),
-    "varlen": _varlen,
-    "torch": functools.partial(_ours, "torch"),
+BACKENDS = {
+    "flash_attn_3": DecodeAttention(functools.partial(_flash, "flash_attn_3", "page_table")),
+    "flash_attn": DecodeAttention(functools.partial(_flash, "flash_attn", "block_table")),
+    "triton": DecodeAttention(functools.partial(_paged, "triton")),
+    "varlen": DecodeAttention(_varlen),
+    "torch": DecodeAttention(functools.partial(_paged, "torch"), capturable=False),
 }
+"""By name, in the order in which "auto" tries them."""
+
+
+def decode_attention(
+    name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> DecodeAttention:
+    """Return the named backend, or for "auto" the first usable one of `BACKENDS`. The choice is logged once.
+
+    Raises UserError for one that is unknown, not installed, or not for this device and dtype.
+    """
+    flag = "rollout_attention"
+    return BACKENDS[select_backend("decode attention", flag, name, tuple(BACKENDS), is_usable, device, dtype)]
+
+
+def is_usable(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    if backend == "torch":
+        return True
+    if device.type != "cuda":
+        return False
+    if backend == "triton":
+        return True
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if backend == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    function = _import_function(backend)
+    if function is None:
+        return False
+    return backend != "varlen" or "block_table" in inspect.signature(function).parameters

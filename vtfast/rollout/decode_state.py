@@ -1,9 +1,9 @@
-"""The rows that are being written: tensors that stay where they are while rows come, go and are captured in graphs.
+"""State of the rows in flight: tensors that keep their addresses while rows come, go and are captured in graphs.
 
-Row r is row r of every tensor. Live rows stand in front. Rows behind them are blank: a step may run over them too,
-since they write to the scrap page of the cache and the scrap row of the output.
+Row r is row r of every tensor. Live rows come first. The rows behind them are padding: a step may run over them too,
+since they write to the scratch page of the cache and the scratch row of the output.
 
-Shapes: R rows in flight, S rows of the whole call, L most tokens of a completion.
+Shapes: R rows in flight, S rows of the whole call, L longest completion.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LAST_GROUP = 2**31 - 1
+PADDING_GROUP = 2**31 - 1
+"""Group of padding rows: sorts behind every prompt's."""
 
 
 @dataclass
-class Rows:
+class RowState:
     """State of a decode step, on the device."""
 
     token: Tensor
@@ -27,7 +28,7 @@ class Rows:
     delta: Tensor
     """[R] M-RoPE angle of the next token minus its place in the sequence."""
     table: Tensor
-    """[R, pages] int32, pages in order; 0 where there is none."""
+    """[R, pages] int32, pages in order, padded with 0."""
     group: Tensor
     """[R] rows of a prompt share a number; non-decreasing."""
     shared: Tensor
@@ -36,70 +37,71 @@ class Rows:
     """[R] key of the row's randomness."""
     emitted: Tensor
     """[R] tokens written so far."""
-    place: Tensor
+    output_row: Tensor
     """[R] row of the output."""
     active: Tensor
-    """[R] bool; a finished row runs along, changing nothing, until it is taken out."""
+    """[R] bool; a finished row stays in the batch, changing nothing, until it is retired."""
 
     @staticmethod
-    def blank(rows: int, pages: int, device: torch.device | str) -> Rows:
+    def empty(rows: int, pages: int, device: torch.device | str) -> RowState:
         numbers = torch.zeros(8, rows, dtype=torch.int64, device=device)
-        names = ("token", "length", "delta", "group", "shared", "key", "emitted", "place")
+        names = ("token", "length", "delta", "group", "shared", "key", "emitted", "output_row")
         table = torch.zeros(rows, pages, dtype=torch.int32, device=device)
         active = torch.zeros(rows, dtype=torch.bool, device=device)
-        blank = Rows(**dict(zip(names, numbers, strict=True)), table=table, active=active)
-        blank.clear()
-        return blank
+        state = RowState(**dict(zip(names, numbers, strict=True)), table=table, active=active)
+        state.clear()
+        return state
 
     def clear(self) -> None:
+        """Make all rows padding."""
         for value in vars(self).values():
             value.zero_()
-        self.group.fill_(LAST_GROUP)
+        self.group.fill_(PADDING_GROUP)
 
-    def slice(self, start: int, stop: int) -> Rows:
-        """Rows start .. stop, as views."""
-        return Rows(**{name: value[start:stop] for name, value in vars(self).items()})
+    def slice(self, start: int, stop: int) -> RowState:
+        """Return rows start .. stop, as views."""
+        return RowState(**{name: value[start:stop] for name, value in vars(self).items()})
 
-    def copy(self) -> Rows:
-        return Rows(**{name: value.clone() for name, value in vars(self).items()})
+    def clone(self) -> RowState:
+        return RowState(**{name: value.clone() for name, value in vars(self).items()})
 
-    def write(self, rows: Rows) -> None:
-        """Take over the values of as many `rows`."""
+    def copy_from(self, rows: RowState) -> None:
+        """Overwrite these rows with as many others."""
         for name, value in vars(rows).items():
             vars(self)[name].copy_(value)
 
-    def keep(self, rows: Tensor) -> None:
-        """Move some rows, in order, to the front; the others become blank."""
-        kept = Rows(**{name: value[rows] for name, value in vars(self).items()})
-        self.slice(0, len(rows)).write(kept)
-        self.slice(len(rows), len(self.token)).clear()
+    def compact(self, live: Tensor) -> None:
+        """Move the rows `live` to the front, in order; the others become padding."""
+        kept = RowState(**{name: value[live] for name, value in vars(self).items()})
+        self.slice(0, len(live)).copy_from(kept)
+        self.slice(len(live), len(self.token)).clear()
 
 
 @dataclass
-class Output:
-    """What the rows of a call have written."""
+class OutputBuffer:
+    """The tokens and log-probs of all rows of a call."""
 
     tokens: Tensor
-    """[S + 1, L + 1] int64; the last row is scrap, and so is what stands behind a row's end."""
+    """[S + 1, L + 1] int64; the last row is scratch, and so is everything behind a row's end."""
     logps: Tensor
     """[S + 1, L + 1] fp32"""
 
     @staticmethod
-    def empty(rows: int, tokens: int, device: torch.device | str) -> Output:
+    def empty(rows: int, tokens: int, device: torch.device | str) -> OutputBuffer:
         shape = rows + 1, tokens + 1
         ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        return Output(ids, torch.zeros(shape, device=device))
+        return OutputBuffer(ids, torch.zeros(shape, device=device))
 
-    def place(self, rows: Rows) -> Tensor:
-        """[R] row that each row may write to."""
-        return torch.where(rows.active, rows.place, len(self.tokens) - 1)
+    def writable_row(self, rows: RowState) -> Tensor:
+        """Return [R], the row of the output that each row writes to: the scratch row unless it is active."""
+        return torch.where(rows.active, rows.output_row, len(self.tokens) - 1)
 
-    def commit(self, rows: Rows, token: Tensor, logp: Tensor, limit: Tensor, eos: Tensor) -> None:
-        """Write down each live row's new token, and end the rows that this finishes. Reads nothing on the host.
+    def append(self, rows: RowState, token: Tensor, logp: Tensor, limit: Tensor, eos: Tensor) -> None:
+        """Write each live row's new token, and deactivate the rows that this finishes. Reads nothing on the host.
 
-        `limit`: [], most tokens of a completion. `eos`: [n], tokens that end one.
+        `limit`: [], longest completion. `eos`: [n], tokens that end one.
         """
-        where = self.place(rows), rows.emitted
+        where = self.writable_row(rows), rows.emitted
         self.tokens.index_put_(where, token)
         self.logps.index_put_(where, logp)
         rows.token.copy_(token)

@@ -1,6 +1,6 @@
 """Batched sampling with the trainer's own weights: packed prefill, shared prompt pages, a decode step for all rows.
 
-`Scheduler` holds the loop, `Workspace` the memory that it works on, `Decoder` the model's layers.
+`Scheduler` holds the loop, `Workspace` the memory that it works in, `Decoder` the model's layers.
 
 A row's tokens depend on (seed, prompt, sample number) and on nothing else: the sampler's randomness is a function of
 (seed, row key, position), and a row key is made of the prompt's content and the sample number.
@@ -25,7 +25,7 @@ from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.graphs import Capture, bucket
 from vtfast.rollout.sampling import Completion, Sampling
 from vtfast.rollout.scheduler import Scheduler
-from vtfast.rollout.workspace import Size, Workspace, addresses, cache_shape
+from vtfast.rollout.workspace import Workspace, WorkspaceSize, cache_shape, weight_addresses
 from vtfast.utils.errors import RankError, UserError
 from vtfast.utils.out_of_memory import free_memory, is_out_of_memory
 from vtfast.utils.text import first_line
@@ -33,24 +33,24 @@ from vtfast.utils.text import first_line
 log = logging.getLogger("vtfast")
 
 PAGE_SIZE = {"cpu": 16, "cuda": 256}
-"""Tokens of a cache page."""
+"""Tokens per cache page."""
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.6}
-"""Most of the free memory that the cache may take."""
+"""Share of the free memory that the cache may take."""
 MAX_ROWS = 512
 """Rows in flight."""
 POLL = {"cpu": 1, "cuda": 16}
-"""Steps between two looks at which rows are finished."""
+"""Decode steps between two checks for finished rows."""
 DEFAULT = Sampling()
 BAR_DELAY = 5.0
 """Seconds before a rollout shows its progress bar."""
 
 
 class RolloutCancelled(Exception):
-    """A rollout that nobody waits for any more."""
+    """`should_cancel` ended a rollout."""
 
 
 class RolloutEngine:
-    """Generates from `policy.module` as it is at each call: edit a weight, and the next call sees it."""
+    """Samples from `policy.module` as it is at each call: edit a weight, and the next call uses it."""
 
     def __init__(
         self,
@@ -67,33 +67,33 @@ class RolloutEngine:
     ) -> None:
         """
         Args:
-            processor: for stop texts.
+            processor: needed for stop strings.
             cache_tokens: size of the key-value cache; None: what the prompts of a call need, up to a share of the
                 free memory.
             max_rows: rows in flight (a whole group, if that is more).
-            keep_cache: False frees cache, joined weights and graphs after every call.
+            keep_cache: False frees cache, fused weights and graphs after every call.
             attention: one of `vtfast.rollout.attention.BACKENDS`, or auto.
             graphs: replay the step from CUDA graphs; None: on CUDA. `capture` stands in for CUDA's in tests.
-            poll: steps between two looks at the finished rows; None: POLL of the device.
+            poll: decode steps between two checks for finished rows; None: POLL of the device.
 
         Raises UserError for a model with sliding windows.
         """
         if layer_types(policy.language_model.config) != {"full_attention"}:
             raise UserError("the rollout does not support sliding-window attention")
-        kind = policy.device.type
+        device = policy.device.type
         self.policy, self.processor = policy, processor
         self.cache_tokens, self.max_rows, self.keep_cache = cache_tokens, max_rows, keep_cache
         self.attention = decode_attention(attention, policy.device, policy.head.dtype)
-        capturable = kind == "cuda" and self.attention is not decode_attention("torch")
-        self.graphs = capturable if graphs is None else graphs
-        self.capture, self.poll = capture, poll or POLL[kind]
+        self.graphs = (device == "cuda" and self.attention.capturable) if graphs is None else graphs
+        self.capture, self.poll = capture, poll or POLL[device]
+        self.page_size = PAGE_SIZE[device]
         self.workspace: Workspace | None = None
         self.should_cancel: Callable[[], object] | None = None
-        """Asked every `poll` steps, if set: whether `generate` is to end at once, with RolloutCancelled."""
+        """If set, called every `poll` steps; a true result ends `generate` with RolloutCancelled."""
         self.last_timings: dict[str, float] = {}
-        """Of the last call: spent on prefill and on decode."""
+        """Seconds of the last finished call, by phase: "prefill" and "decode". Empty while a call runs."""
         self.max_pages: int | None = None
-        """Of the cache, once the memory has not done for more."""
+        """Bound on the cache's pages; set when a call runs out of memory."""
 
     def generate(
         self,
@@ -103,12 +103,12 @@ class RolloutEngine:
         seed: int = 0,
         progress: bool = False,
     ) -> list[list[Completion]]:
-        """`num_generations` completions of each prompt: `result[p][g]`.
+        """Return `num_generations` completions of each prompt: `result[p][g]`. Sets `last_timings`.
 
-        `progress`: a bar with tokens/s and rows alive, once the rollout takes a few seconds. Where the memory does not
-        do, fewer rows are admitted at once, from then on, and the call starts again: its result is the same. Raises
-        UserError for a prompt that does not fit into the cache, and when one group alone is too much for the memory;
-        RolloutCancelled when `should_cancel` says so.
+        `progress`: show a bar with tokens/s and rows alive, once the rollout takes a few seconds. If it runs out of
+        memory, this and later calls keep fewer rows in flight, and the call starts again: its result is the same.
+        Raises UserError for a prompt that does not fit in the cache, RankError if one group alone does not fit in
+        memory, and RolloutCancelled when `should_cancel` says so.
         """
         self.last_timings = {}
         if not prompts:
@@ -120,7 +120,7 @@ class RolloutEngine:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            self._admit_fewer(prompts, num_generations, sampling.max_new_tokens, reason)
+            self._shrink(prompts, num_generations, sampling.max_new_tokens, reason)
 
     def _generate(
         self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, seed: int, progress: bool
@@ -133,36 +133,36 @@ class RolloutEngine:
             leave=False,
             disable=not progress,
         )
-        with self._plain():
-            run = self.start(prompts, num_generations, sampling, seed)
+        with self._no_autograd():
+            scheduler = self.start(prompts, num_generations, sampling, seed)
             try:
-                while run.step():
+                while scheduler.step():
                     watchdog.beat()
                     if self.should_cancel and self.should_cancel():
                         raise RolloutCancelled
-                    bar.set_postfix_str(f"{len(run.running)} rows alive", refresh=False)
-                    bar.update(run.written - bar.n)
-                self.last_timings = run.timings
-                return run.collect()
+                    bar.set_postfix_str(f"{len(scheduler.running)} rows alive", refresh=False)
+                    bar.update(scheduler.written - bar.n)
+                self.last_timings = scheduler.timings
+                return scheduler.collect()
             finally:
                 bar.close()
-                run.release()
+                scheduler.release()
                 if not self.keep_cache:
                     self.workspace = None
 
     def start(
         self, prompts: Sequence[Prompt], num_generations: int = 1, sampling: Sampling = DEFAULT, seed: int = 0
     ) -> Scheduler:
-        """A rollout that its caller advances. One at a time: it works in the engine's workspace."""
+        """Return a rollout whose steps the caller runs. One at a time: it uses the engine's workspace."""
         if num_generations < 1:
             raise UserError(f"num_generations {num_generations}: must be at least 1")
         if sampling.stop and self.processor is None:
-            raise UserError("stop: RolloutEngine needs a processor to find texts in tokens")
-        with self._plain():
-            work = self._workspace(prompts, num_generations, sampling.max_new_tokens)
+            raise UserError("stop: RolloutEngine needs a processor to find strings in tokens")
+        with self._no_autograd():
+            workspace = self._prepare_workspace(prompts, num_generations, sampling.max_new_tokens)
             return Scheduler(
                 self.policy,
-                work,
+                workspace,
                 prompts,
                 num_generations,
                 sampling,
@@ -172,16 +172,22 @@ class RolloutEngine:
                 processor=self.processor,
             )
 
-    def _admit_fewer(self, prompts: Sequence[Prompt], group: int, new: int, reason: str) -> None:
-        """Let go of everything, and halve rows in flight and cache. One group is the least there is."""
-        held, self.workspace = self.workspace, None
-        pages = None if held is None else held.cache.pages
-        del held
+    @contextlib.contextmanager
+    def _no_autograd(self) -> Iterator[None]:
+        """Without gradients, and without the caller's inference mode and autocast: buffers outlive a call, so they must
+        be ordinary tensors of the weights' own precision."""
+        no_autocast = torch.autocast(self.policy.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), no_autocast:
+            yield
+
+    def _shrink(self, prompts: Sequence[Prompt], group: int, new_tokens: int, reason: str) -> None:
+        """Free the workspace, and halve rows in flight and cache, down to one group."""
+        pages = None if self.workspace is None else self.workspace.cache.pages
+        self.workspace = None
         free_memory()
-        least = max(self._pages(prompts, group, new))
+        least = max(self._pages_per_prompt(prompts, group, new_tokens))
         if pages is None:
-            wanted = self._size(prompts, group, new).cache_pages
-            pages = self._cache_pages(wanted, PAGE_SIZE[self.policy.device.type], least)
+            pages = self._num_cache_pages(self._required_size(prompts, group, new_tokens).cache_pages, least)
         rows = min(len(prompts) * group, max(self.max_rows, group))
         if rows <= group and pages <= least:
             raise RankError(
@@ -198,80 +204,71 @@ class RolloutEngine:
             self.max_pages,
         )
 
-    @contextlib.contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Without gradients, and without what the caller may be in: buffers outlive a call, so they must be ordinary
-        tensors, and of the weights' own precision."""
-        off = torch.autocast(self.policy.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), off:
-            yield
-
-    def _workspace(self, prompts: Sequence[Prompt], group: int, new: int) -> Workspace:
-        """The one at hand, with the weights of this moment. A new one if it is too small (then one that would do for
-        both calls, so that calls of different shapes settle), or if the weights have moved."""
-        policy, work = self.policy, self.workspace
-        if work is not None and (work.weights != addresses(policy) or work.dtype != policy.head.dtype):
-            log.info("rollout: the weights have moved; what knew their addresses is made anew")
-            self.workspace = work = None
-        size, least = self._size(prompts, group, new), max(self._pages(prompts, group, new))
-        if work is not None and (
-            not size.fits_into(work.size)
-            or (self.max_pages is not None and work.cache.pages < least)
-            or work.eos_ids != tuple(policy.eos_ids)
+    def _prepare_workspace(self, prompts: Sequence[Prompt], group: int, new_tokens: int) -> Workspace:
+        """Return the workspace, with the current weights. A new one if it is too small (large enough for both calls, so
+        that calls of different shapes end up sharing one), or if the weights have moved."""
+        policy, workspace = self.policy, self.workspace
+        if workspace is not None and (
+            workspace.weight_addresses != weight_addresses(policy) or workspace.dtype != policy.head.dtype
         ):
-            size = size.and_also(work.size)
-            self.workspace = work = None  # its memory first
-        if work is None:
-            page = PAGE_SIZE[policy.device.type]
-            pages = self._cache_pages(size.cache_pages, page, least)
-            work = Workspace(policy, size, pages, page, self.attention, self.capture, self.graphs)
-            self.workspace = work
-        work.decoder.refresh()
-        return work
+            log.info("rollout: the weights have moved; cache and graphs are made anew")
+            self.workspace = workspace = None
+        size = self._required_size(prompts, group, new_tokens)
+        least = max(self._pages_per_prompt(prompts, group, new_tokens))
+        if workspace is not None and (
+            not size.fits_in(workspace.size)
+            or (self.max_pages is not None and workspace.cache.pages < least)
+            or workspace.eos_ids != tuple(policy.eos_ids)
+        ):
+            size = size.maximum(workspace.size)
+            self.workspace = workspace = None  # frees its memory before the new one is allocated
+        if workspace is None:
+            pages = self._num_cache_pages(size.cache_pages, least)
+            workspace = Workspace(policy, size, pages, self.page_size, self.attention, self.capture, self.graphs)
+            self.workspace = workspace
+        workspace.decoder.refresh()
+        return workspace
 
-    def _size(self, prompts: Sequence[Prompt], group: int, new: int) -> Size:
-        """What these prompts need, with as many groups in flight as `max_rows` lets."""
-        page = PAGE_SIZE[self.policy.device.type]
-        needs = sorted(self._pages(prompts, group, new), reverse=True)
-        longest = max(len(prompt.ids) for prompt in prompts) + new
+    def _required_size(self, prompts: Sequence[Prompt], group: int, new_tokens: int) -> WorkspaceSize:
+        """Return what these prompts need, with as many groups in flight as `max_rows` allows."""
+        pages = sorted(self._pages_per_prompt(prompts, group, new_tokens), reverse=True)
+        pages_per_row = -(-(max(len(prompt.ids) for prompt in prompts) + new_tokens) // self.page_size)
         in_flight = min(len(prompts) * group, max(self.max_rows, group))
-        return Size(
-            cache_pages=sum(needs[: max(1, self.max_rows // group)]) if self.cache_tokens is None else 0,
+        return WorkspaceSize(
+            cache_pages=sum(pages[: max(1, self.max_rows // group)]) if self.cache_tokens is None else 0,
             rows=bucket(in_flight) if self.graphs else in_flight,
-            pages_a_row=-(-longest // page) + 1,
+            pages_per_row=pages_per_row + 1,
             outputs=len(prompts) * group,
-            tokens=new,
-            positions=-(-longest // page) * page,
+            max_new_tokens=new_tokens,
+            max_positions=pages_per_row * self.page_size,
         )
 
-    def _pages(self, prompts: Sequence[Prompt], group: int, new: int) -> list[int]:
-        """Cache pages that each prompt needs together with its completions."""
-        page = PAGE_SIZE[self.policy.device.type]
-        pages = (pages_needed(page, len(prompt.ids), new) for prompt in prompts)
+    def _pages_per_prompt(self, prompts: Sequence[Prompt], group: int, new_tokens: int) -> list[int]:
+        """Return the cache pages that each prompt needs together with its completions."""
+        pages = (pages_needed(self.page_size, len(prompt.ids), new_tokens) for prompt in prompts)
         return [shared + group * own for shared, own in pages]
 
-    def _cache_pages(self, wanted: int, page: int, least: int) -> int:
-        """`least`: what the largest group needs, to which running out of memory does not reduce the cache."""
-        most = max(least, self.max_pages) if self.max_pages is not None else None
+    def _num_cache_pages(self, needed: int, least: int) -> int:
+        """Return the pages of a new cache: `needed`, or as `cache_tokens`, `max_pages` and the free memory bound it.
+        `least`: what the largest group needs; `max_pages` does not go below it."""
         if self.cache_tokens is not None:
-            return _at_most(-(-self.cache_tokens // page), most)
+            return self._at_most_max_pages(-(-self.cache_tokens // self.page_size), least)
         device = self.policy.device
         layers, heads, head_dim = cache_shape(self.policy)
-        bytes_a_page = 2 * layers * page * heads * head_dim * self.policy.head.element_size()
-        room = int(CACHE_SHARE[device.type] * _free_memory(device)) // bytes_a_page
-        wanted = _at_most(wanted, most)
-        require_full_size(wanted, room, "cache pages", "--rollout_cache_tokens")
-        if room < wanted:
-            log.info("rollout: memory for %d cache pages of the %d wanted; prompts will wait", room, wanted)
-        return min(wanted, max(room, 1))
+        bytes_per_page = 2 * layers * self.page_size * heads * head_dim * self.policy.head.element_size()
+        room = int(CACHE_SHARE[device.type] * _free_bytes(device)) // bytes_per_page
+        needed = self._at_most_max_pages(needed, least)
+        require_full_size(needed, room, "cache pages", "--rollout_cache_tokens")
+        if room < needed:
+            log.info("rollout: memory for %d of %d cache pages; some prompts will wait", room, needed)
+        return min(needed, max(room, 1))
+
+    def _at_most_max_pages(self, pages: int, least: int) -> int:
+        return pages if self.max_pages is None else min(pages, max(least, self.max_pages))
 
 
-def _at_most(number: int, most: int | None) -> int:
-    return number if most is None else min(number, most)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes, those included that PyTorch holds and does not use."""
+def _free_bytes(device: torch.device) -> int:
+    """Return the free memory of the device, including what PyTorch holds and does not use."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

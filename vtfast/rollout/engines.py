@@ -1,4 +1,4 @@
-"""Which engine a run samples with."""
+"""The engine that a run samples with: `RolloutEngine`, or vLLM with `--use_vllm`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vtfast.rollout.sampling import Completion, Sampling
 
 
 class Engine(Protocol):
-    """What the trainer and evaluations ask of an engine: completions [prompt][sample]."""
+    """What the trainer and evaluations need of an engine."""
 
     should_cancel: Callable[[], object] | None
-    """Says whether a rollout is to end at once, with RolloutCancelled; an engine need not ask."""
+    """A true result ends a rollout at once, with RolloutCancelled. An engine may ignore it."""
     last_timings: dict[str, float]
-    """Of the last call, by part: "prefill" and "decode"; empty where the engine does not tell them apart."""
+    """Seconds of the last call, by phase: "prefill" and "decode"; empty if the engine cannot tell them apart."""
 
     def generate(
         self,
@@ -28,11 +28,16 @@ class Engine(Protocol):
         sampling: Sampling = ...,
         seed: int = 0,
         progress: bool = False,
-    ) -> list[list[Completion]]: ...
+    ) -> list[list[Completion]]:
+        """Return `num_generations` completions of each prompt: `result[p][g]`."""
+        ...
 
 
-def build_engine(config: RunConfig, policy: Policy, processor: Processor, path: str, images_a_prompt: int) -> Engine:
-    """Ours, or vLLM with `--use_vllm`. `path`: the checkpoint. Raises UserError where the engine cannot be had."""
+def build_engine(config: RunConfig, policy: Policy, processor: Processor, path: str, images_per_prompt: int) -> Engine:
+    """Build the engine that the config asks for.
+
+    `path`: checkpoint folder or hub id, which vLLM reads. Raises UserError if the engine cannot run here.
+    """
     if not config.use_vllm:
         return RolloutEngine(
             policy,
@@ -51,5 +56,5 @@ def build_engine(config: RunConfig, policy: Policy, processor: Processor, path: 
         max_model_len=config.max_prompt_length + config.max_completion_length,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         enable_sleep_mode=config.vllm_enable_sleep_mode,
-        images_a_prompt=max(1, images_a_prompt),
+        images_per_prompt=max(1, images_per_prompt),
     )

@@ -1,4 +1,4 @@
-"""What to sample, and what came out."""
+"""How to sample, and the completions that come out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from vtfast.utils.errors import UserError
 class Sampling:
     """How to sample. By default the full softmax at `temperature`: the distribution that the loss differentiates.
 
-    Nothing is read from the checkpoint's generation_config. The settings under "warped" change the distribution, so
-    that the returned log-probs are no longer the policy's; they take a slower path that holds the logits.
+    Nothing is read from the checkpoint's generation_config. The settings under "Logits warpers" change the
+    distribution, so that the returned log-probs are no longer the policy's; they take a slower path that holds the
+    logits.
     """
 
     temperature: float = 1.0
@@ -22,11 +23,11 @@ class Sampling:
     greedy: bool = False
     """Take the most probable token instead of sampling."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; the token that completes one belongs to it. Needs the engine's `processor`."""
+    """Strings that end a completion; the token that completes one is kept. Needs the engine's `processor`."""
 
-    # Warped
+    # Logits warpers
     min_new_tokens: int = 0
-    """No end-of-sequence token before so many tokens."""
+    """No end-of-sequence token before this many tokens."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -44,7 +45,7 @@ class Sampling:
             ),
             "stop": (
                 isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-                "must be a tuple of texts, none of them empty",
+                "must be a tuple of non-empty strings",
             ),
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
             "min_new_tokens": (
@@ -62,6 +63,7 @@ class Sampling:
 
     @property
     def warped(self) -> bool:
+        """Whether the distribution differs from the softmax at `temperature`."""
         return (
             self.min_new_tokens > 0
             or self.top_k > 0
@@ -73,9 +75,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
+    """One sampled completion of a prompt."""
+
     tokens: list[int]
     """Token ids; the end-of-sequence token belongs to the completion."""
     logprobs: list[float]
     """Log-probability of each token under the distribution that it was drawn from."""
     finish_reason: str
-    """stop (an end-of-sequence token, or a stop text) or length."""
+    """stop (an end-of-sequence token, or a stop string) or length."""
+
+
+def row_key(prompt_key: int, sample: int) -> int:
+    """Return the key of one row's randomness. Odd-constant mixing keeps neighbouring samples of a prompt unrelated."""
+    mixed = (prompt_key + (sample + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) >> 1

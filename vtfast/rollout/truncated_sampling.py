@@ -1,7 +1,7 @@
-"""The slow path of sampling: distributions cut or bent by top-k, top-p and the like. It holds the logits [R, V].
+"""Sampling with logits warpers (top-k, top-p, penalties ...): the slow path, which holds the logits [R, V].
 
 The order and the meaning of the settings are transformers': penalty, minimum length, temperature, top-k, top-p, min-p.
-The randomness is `linear_sample`'s, so a warp that changes nothing draws the same tokens.
+The randomness is `linear_sample`'s, so a warper that changes nothing draws the same tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vtfast_kernels.noise import exponential_noise
 from vtfast.rollout.sampling import Sampling
 
 UNIT = 1 << 52
-"""A probability of 1 as a whole number."""
+"""Probability 1 as an integer."""
 
 
 def warped_sample(
@@ -27,15 +27,16 @@ def warped_sample(
     eos_ids: Tensor,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> token [R] int64, and its log-prob [R] fp32 under the warped distribution.
+    """Return tokens [R] int64, and their log-probs [R] fp32 under the warped distribution.
 
-    `seen`: [R, V] bool, tokens of the row's prompt and completion; for the repetition penalty.
+    `seen`: [R, V] bool, tokens of the row's prompt and completion; needed for the repetition penalty.
     """
     logits = hidden.float() @ head.float().t()
     if sampling.repetition_penalty != 1:
+        assert seen is not None
         penalty = sampling.repetition_penalty
-        bent = torch.where(logits < 0, logits * penalty, logits / penalty)
-        logits = torch.where(seen, bent, logits)
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, penalised, logits)
     if sampling.min_new_tokens and len(eos_ids):
         early = position < sampling.min_new_tokens
         logits[:, eos_ids] = logits[:, eos_ids].masked_fill(early[:, None], -torch.inf)
@@ -45,7 +46,7 @@ def warped_sample(
         log_p = log_p.masked_fill(log_p < least, -torch.inf).log_softmax(-1)
     if sampling.top_p < 1:
         ordered, ids = log_p.sort(descending=True, stable=True)
-        # Whole numbers, since CUDA adds up floats in no fixed order and refuses to under `--deterministic`.
+        # Integers, since CUDA sums floats in no fixed order and refuses to under `--deterministic`.
         share = (ordered.double().exp() * UNIT).long()
         drop = share.cumsum(-1) - share >= int(sampling.top_p * UNIT)
         drop = torch.zeros_like(drop).scatter(1, ids, drop)

@@ -1,15 +1,15 @@
-"""vLLM behind the engine's interface, for models and clusters that outgrow ours.
+"""vLLM behind the engine's interface, for models and clusters that RolloutEngine does not serve.
 
-Colocated: every rank has a vLLM of its own on its GPU, asleep between rollouts so that the update has the memory. The
+Never run on a GPU: tested against a stand-in with vLLM's signatures only.
+
+Colocated: every rank has its own vLLM on its GPU, asleep between rollouts so that the update has the memory. The
 trainer's weights are copied into it before every rollout (level-2 sleep drops vLLM's own), LoRA adapters merged.
 
     --use_vllm true --vllm_gpu_memory_utilization 0.3
 
-What differs from `RolloutEngine`: weights exist twice while vLLM is awake; its kernels round differently, which
-`sampler_drift` shows and `--vllm_importance_sampling_correction` corrects; and its draws depend on its own random
-numbers, so that a run cannot be continued with the other engine to the bit.
-
-vllm is imported by the constructor and nowhere else. Checked against vLLM's signatures by a stand-in, not on a GPU yet.
+Differences from `RolloutEngine`: weights exist twice while vLLM is awake; its kernels round differently, which the
+log-prob mismatch (`sampler_drift`) shows and `--vllm_importance_sampling_correction` corrects; and its draws depend on
+its own random numbers, so a run cannot be resumed bit for bit with the other engine.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.distributed import watchdog
 from vtfast.model.policy import Policy
-from vtfast.rollout.sampling import Completion, Sampling
-from vtfast.rollout.scheduler import row_key
+from vtfast.rollout.sampling import Completion, Sampling, row_key
 from vtfast.utils.errors import UserError
 
 
 def check_installed() -> None:
-    """Raises UserError where there is no vllm. Does not import it, which takes long and may take the device."""
+    """Raise UserError if vllm is not installed. Does not import it, which takes long and may take the device."""
     if sys.modules.get("vllm") is None and importlib.util.find_spec("vllm") is None:
         raise UserError("not installed (pip install vllm); or leave the flag out")
 
@@ -51,30 +50,26 @@ class VLLMEngine:
         max_model_len: int,
         gpu_memory_utilization: float = 0.3,
         enable_sleep_mode: bool = True,
-        images_a_prompt: int = 1,
+        images_per_prompt: int = 1,
     ) -> None:
-        """`path`: checkpoint folder or hub id that vLLM reads its configuration from. `max_model_len`: prompt and
-        completion. Raises UserError where vllm is not installed."""
+        """`path`: checkpoint folder or hub id that vLLM reads its configuration from. `max_model_len`: tokens of prompt
+        and completion. Raises UserError if vllm cannot be imported."""
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise UserError(
                 f"--use_vllm: vllm cannot be imported ({error}); pip install vllm, or leave the flag out"
             ) from None
-        _name_the_only_rank()
+        _set_rank_of_single_process()
         self.policy, self.processor = policy, processor
-        self.should_cancel: Callable[[], object] | None = None  # never asked
-        self.last_timings: dict[str, float] = {}  # prefill and decode are mixed in vLLM
+        self.should_cancel: Callable[[], object] | None = None  # never called
+        self.last_timings: dict[str, float] = {}  # vLLM mixes prefill and decode
         self.sampling_params, self.sleeps = SamplingParams, enable_sleep_mode
-        limits = processor.pixel_limits
-        images = (
-            {}
-            if limits is None
-            else {
-                "limit_mm_per_prompt": {"image": images_a_prompt},
-                "mm_processor_kwargs": {"min_pixels": limits[0], "max_pixels": limits[1]},
-            }
-        )
+        images: dict[str, Any] = {}
+        if processor.pixel_limits is not None:
+            low, high = processor.pixel_limits
+            images["limit_mm_per_prompt"] = {"image": images_per_prompt}
+            images["mm_processor_kwargs"] = {"min_pixels": low, "max_pixels": high}
         self.llm = LLM(
             model=path,
             dtype=str(policy.head.dtype).removeprefix("torch."),
@@ -85,7 +80,7 @@ class VLLMEngine:
             enable_prefix_caching=True,  # the G samples of a prompt read its pages once
             **images,
             distributed_executor_backend="external_launcher",  # ranks are DeepSpeed's
-            logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
+            logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
             seed=0,
         )
         if enable_sleep_mode:
@@ -101,8 +96,10 @@ class VLLMEngine:
         seed: int = 0,
         progress: bool = False,
     ) -> list[list[Completion]]:
-        """`num_generations` completions of each prompt: `result[p][g]`. Raises UserError when vLLM made other tokens of
-        a prompt than the trainer would."""
+        """Return `num_generations` completions of each prompt: `result[p][g]`.
+
+        Raises UserError if vLLM's tokens of a prompt differ from the trainer's.
+        """
         if not prompts:
             return []
         sampling = sampling or Sampling()
@@ -115,34 +112,35 @@ class VLLMEngine:
             outputs = self.llm.generate(
                 [self._request(prompt) for prompt in prompts],
                 sampling_params=[
-                    self._parameters(sampling, num_generations, row_key(prompt.key, seed) >> 1) for prompt in prompts
+                    self._sampling_params(sampling, num_generations, row_key(prompt.key, seed) >> 1)
+                    for prompt in prompts
                 ],
                 use_tqdm=progress,
             )
         finally:
             if self.sleeps:
                 self.llm.sleep(level=2)
-        return [self._completions(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+        return [_completions(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def push_weights(self) -> None:
-        """The trainer's weights, one tensor at a time; cached prefixes were made with the old ones."""
+        """Load the trainer's weights, one tensor at a time, and drop the prefixes cached with the old ones."""
         model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         for weight in checkpoint_weights(self.policy.module):
             model.load_weights([weight])
         self.llm.reset_prefix_cache()
 
-    def _request(self, prompt: Prompt) -> dict:
-        """Token ids with one placeholder an image, which vLLM repeats itself, and the resized images."""
-        ids, mask = prompt.ids, prompt.image_mask
-        if prompt.grid is None:
-            return {"prompt_token_ids": ids.tolist()}
-        again = torch.zeros_like(mask)
-        again[1:] = mask[1:] & mask[:-1]
-        images: list[Image.Image] = [self.processor.resize(image) for image in prompt.images]
+    def _request(self, prompt: Prompt) -> dict[str, Any]:
+        """Token ids with one placeholder per image, which vLLM repeats itself, and the resized images."""
+        mask = prompt.image_mask
+        if mask is None or prompt.grid is None:
+            return {"prompt_token_ids": prompt.ids.tolist()}
+        repeated = torch.zeros_like(mask)
+        repeated[1:] = mask[1:] & mask[:-1]
+        images = [self.processor.resize(image) for image in prompt.images]
         data = {"image": images if len(images) > 1 else images[0]}
-        return {"prompt_token_ids": ids[~again].tolist(), "multi_modal_data": data}
+        return {"prompt_token_ids": prompt.ids[~repeated].tolist(), "multi_modal_data": data}
 
-    def _parameters(self, sampling: Sampling, n: int, seed: int):
+    def _sampling_params(self, sampling: Sampling, n: int, seed: int) -> Any:
         return self.sampling_params(
             n=n,
             temperature=0.0 if sampling.greedy else sampling.temperature,
@@ -156,44 +154,50 @@ class VLLMEngine:
             include_stop_str_in_output=True,
             stop_token_ids=list(self.policy.eos_ids),
             ignore_eos=True,  # the end tokens are the checkpoint's generation_config's, as in RolloutEngine
-            logprobs=0,  # of the drawn token alone
+            logprobs=0,  # of the drawn token only
             seed=seed,
         )
 
-    def _completions(self, prompt: Prompt, output) -> list[Completion]:
-        if list(output.prompt_token_ids) != prompt.ids.tolist():
-            raise UserError(
-                f"vLLM made {len(output.prompt_token_ids)} tokens of a prompt of {len(prompt.ids)};"
-                " its image processor does not follow --min_pixels and --max_pixels"
-            )
-        return [
-            Completion(
-                list(answer.token_ids),
-                [at[token].logprob for token, at in zip(answer.token_ids, answer.logprobs, strict=True)],
-                "length" if answer.finish_reason == "length" else "stop",
-            )
-            for answer in output.outputs
-        ]
+
+def _completions(prompt: Prompt, output: Any) -> list[Completion]:
+    """Return the completions of vLLM's RequestOutput."""
+    if list(output.prompt_token_ids) != prompt.ids.tolist():
+        raise UserError(
+            f"vLLM made {len(output.prompt_token_ids)} tokens of a prompt of {len(prompt.ids)};"
+            " its image processor does not follow --min_pixels and --max_pixels"
+        )
+    return [
+        Completion(
+            list(completion.token_ids),
+            [
+                logprobs[token].logprob
+                for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True)
+            ],
+            "length" if completion.finish_reason == "length" else "stop",
+        )
+        for completion in output.outputs
+    ]
 
 
-def _name_the_only_rank() -> None:
-    """vLLM reads from the environment what a launcher would have put there."""
+def _set_rank_of_single_process() -> None:
+    """Set the environment variables that vLLM expects from a launcher."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in alone.items():
+    single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in single.items():
         os.environ.setdefault(name, str(value))
 
 
 def checkpoint_weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in a checkpoint, weight) of everything, LoRA adapters added to the weights beside them; nothing changes."""
-    adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")}
-    for name, weight in module.named_parameters():
+    """Yield (name in a checkpoint, weight) of all weights, LoRA adapters merged; the module stays as it is."""
+    adapted: dict[str, Any] = {n: layer for n, layer in module.named_modules() if hasattr(layer, "get_delta_weight")}
+    for name, parameter in module.named_parameters():
         if ".lora_" in name:
             continue
+        weight: Tensor = parameter
         owner, _, kind = name.rpartition(".base_layer.")
         if owner in adapted:
             layer = adapted[owner]
