@@ -61,7 +61,7 @@ def test_only_the_rank_that_others_wait_for_is_to_blame():
     assert after(everyone, 9999, waiting, waiting, waiting) is None  # the collective's own timeout ends that
 
 
-def test_the_time_begins_when_a_wait_or_a_patient_phase_is_over():
+def test_the_time_begins_when_a_wait_or_an_idle_phase_is_over():
     for before in (working(7, waiting=True), Report(step=17, phase="saving", beats=7)):
         table = monitor()
         after(table, 1, working(1), before, working(1))

@@ -26,6 +26,8 @@ def init_distributed(config: RunConfig) -> Ranks:
     device = _choose_device(config.device)
     if config.deterministic:
         make_deterministic(cuda=device.type == "cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # not before make_deterministic: this initialises CUDA
     if not dist.is_initialized():
         _init_process_group(device, timedelta(seconds=config.ddp_timeout))
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -48,9 +50,7 @@ def _choose_device(name: str) -> torch.device:
     if name == "cpu" or not available:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
