@@ -74,7 +74,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_decode_bytes_of_qwen2_vl_2b(two_b):
     """1.310 B weights and a head of 0.233 B in bf16 are 3.087 GB, keys and values 28,672 bytes a token."""
-    assert two_b.trunk == pytest.approx(1.310e9, rel=1e-3)
+    assert two_b.decoder == pytest.approx(1.310e9, rel=1e-3)
     assert two_b.head == 151936 * 1536 and two_b.kv_bytes == 28672
     assert two_b.decode_bytes(0) == pytest.approx(3.087e9, rel=1e-3)
     assert two_b.decode_bytes(8 * 1000) == pytest.approx(3.32e9, rel=2e-3)
@@ -167,7 +167,7 @@ def test_prefill(two_b):
     bare = prefill_floor(two_b, UNIT, [GroupSize(1, [1], [])]).seconds
     assert bare == pytest.approx(2.62e9 + one_draw, rel=0.01)
     read = prefill_floor(two_b, BYTES, groups).seconds
-    weights = 3.087e9 + two_b.tower * 2
+    weights = 3.087e9 + two_b.vision * 2
     assert read == pytest.approx(2 * weights + 30 * 612 * 28672, rel=1e-3)  # 18,360 tokens: two rows
     text = prefill_floor(two_b, BYTES, [GroupSize(612, [1], [])]).seconds
     assert text == pytest.approx(3.087e9 + 612 * 28672, rel=1e-3)

@@ -55,8 +55,8 @@ def test_a_dry_run_prints_settings_and_an_estimate(capsys, folder_2b):
         "4 rank(s) on H100 of 80 GB, in bfloat16",
         "together                         2,209.0 M 2,209.0 M",
         "fits: yes",
-        "8 questions a step with 8 answers each: up to 52,992 tokens",
-        "rows of array/SAT: not known",
+        "8 prompts a step with 8 completions each: up to 52,992 tokens",
+        "rows of array/SAT: unknown",
         "would stop here: --model: cannot read the tokenizer",
     ):
         assert expected in text

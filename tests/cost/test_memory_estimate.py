@@ -7,19 +7,15 @@ from transformers import Qwen2Config
 
 from bench._harness import growth_in_child
 from vtfast.config import SFTConfig, load_config
-from vtfast.cost.memory import (
+from vtfast.cost.activations import (
     activation_bytes,
-    cache_bytes,
-    count_parameters,
-    fused_weight_bytes,
-    gradient_bytes,
     loss_bytes,
-    optimizer_bytes,
     saved_per_patch,
     saved_per_token,
     vision_activation_bytes,
-    workload_of,
 )
+from vtfast.cost.memory import cache_bytes, count_parameters, fused_weight_bytes, gradient_bytes, optimizer_bytes
+from vtfast.cost.workload import workload_of
 from vtfast.model.loading import load_model, read_model_config
 from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy
@@ -92,7 +88,7 @@ def test_optimizer_and_gradients_are_the_engines(tmp_path, dtype, monkeypatch):
     assert master.data_ptr() != optimizer.bit16_groups_flat[0].data_ptr(), "a copy in fp32 as well"
     assert held == optimizer_bytes(trained, ranks=1)
     width = trainer.policy.head.element_size()
-    assert seen == [gradient_bytes(parts, ranks=1, kind="cpu") - trained * width]
+    assert seen == [gradient_bytes(parts, ranks=1, device_type="cpu") - trained * width]
 
 
 def group_of(trainer: Run):
@@ -122,8 +118,8 @@ def test_the_cache_and_the_joined_weights_are_the_rollouts(random_path, policy, 
     cache, decoder = engine.workspace.cache, engine.workspace.decoder
     load = workload_of(config, has_images=True)
     assert cache_bytes(policy, config, load, "cpu", None) == cache.keys.nbytes + cache.values.nbytes
-    joined = [part for layer in decoder.layers for part in (layer._qkv, layer._gate_up)]
-    held = sum(x.nbytes for part in joined for x in (part.weight, part.bias) if x is not None)
+    fused = [part for layer in decoder.layers for part in (layer._qkv, layer._gate_up)]
+    held = sum(x.nbytes for part in fused for x in (part.weight, part.bias) if x is not None)
     assert fused_weight_bytes(policy) == held > 0
 
 
@@ -192,7 +188,7 @@ def test_activations_are_near_what_autograd_keeps(random_path, checkpointing, fr
         policy.module.gradient_checkpointing_enable({"use_reentrant": False})
         policy.module.train()
     load = workload_of(config, has_images=True)
-    assert (load.in_pass, load.tokens) == (2, 2 * (P + G * C))
+    assert (load.prompts_per_micro_batch, load.tokens) == (2, 2 * (P + G * C))
     layer = 4 * load.tokens * saved_per_token(policy, config, load, "cpu")
     block = 4 * 2 * 36 * 4 * saved_per_patch(policy, config, "cpu") * (freeze == "none")
     pixels = 2 * 36 * 4 * 1176 * 4
@@ -270,15 +266,15 @@ def test_a_pass_is_what_packing_makes_of_it():
         "gradient_accumulation_steps": 2,
     }
     load = workload_of(settings(**common), has_images=True)
-    assert (load.tokens, load.in_pass, load.passes, load.scored) == (720, 4, 2, 320)
+    assert (load.tokens, load.prompts_per_micro_batch, load.micro_batches, load.scored) == (720, 4, 2, 320)
     assert load.key_rows == 4 * 100 + 32 * 110 and load.image == 20 and load.prompts == 8
-    assert load.images_in_pass == 720 // 108, "more prompts fit when completions are short"
+    assert load.images_per_micro_batch == 720 // 108, "more prompts fit when completions are short"
     small = workload_of(settings(**common, token_budget=130), has_images=False)
-    assert (small.tokens, small.in_pass, small.scored, small.image) == (130, 1, 30, 0)
+    assert (small.tokens, small.prompts_per_micro_batch, small.scored, small.image) == (130, 1, 30, 0)
     least = workload_of(settings(**common, token_budget=50), has_images=False)
     assert least.tokens == 110, "a prompt with one completion goes alone, whatever the budget"
     most = workload_of(settings(**common, token_budget=10**6), has_images=False)
-    assert (most.tokens, most.passes) == (8 * 180, 1), "no more than the step has"
+    assert (most.tokens, most.micro_batches) == (8 * 180, 1), "no more than the step has"
     supervised = workload_of(load_config("tiny-spatial-sft", kind=SFTConfig), has_images=True)
     assert supervised.group == 1 and supervised.tokens == 32 * (1024 + 32)
 
@@ -299,7 +295,7 @@ def test_what_each_setting_does_to_the_memory():
     half = memory(changed(beta=0.04, rollout_max_rows=8))
     assert half.cache < base.cache < memory(changed(beta=0.04, num_generations=16)).cache
     vllm = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.5}
-    assert memory(changed(**vllm)).rollout == 40e9 and memory(changed(**vllm)).joined == 0
+    assert memory(changed(**vllm)).rollout == 40e9 and memory(changed(**vllm)).fused_weights == 0
     awake = memory(changed(**vllm, vllm_enable_sleep_mode=False))
     assert awake.standing - memory(changed(**vllm)).standing == 40e9
     frozen_head = memory(changed(beta=0.04, freeze="embeddings"))

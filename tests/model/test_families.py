@@ -178,7 +178,7 @@ def test_flops_count_every_matmul(folder, model):
     """Against the sizes of the weights, where every token passes every one."""
     linear = [m.weight.numel() for m in model.language_model.modules() if isinstance(m, torch.nn.Linear)]
     flops = forward_flops(model.module.config, 7, [3, 5], [] if model.vision is None else [64])
-    assert flops.trunk == 2 * 15 * sum(linear) and flops.head == 2 * 8 * V * 48
+    assert flops.decoder == 2 * 15 * sum(linear) and flops.head == 2 * 8 * V * 48
     if model.vision is not None:
         blocks = sum(m.weight.numel() for m in model.vision.module.blocks.modules() if isinstance(m, torch.nn.Linear))
         merger = sum(m.weight.numel() for m in model.vision.module.merger.modules() if isinstance(m, torch.nn.Linear))

@@ -162,7 +162,7 @@ def test_flops_of_qwen2_vl_2b():
         vision_config=dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=1536),
     )
     flops = forward_flops(config, 612, [700] * 8, [2048])
-    assert flops.trunk / (612 + 5600) == pytest.approx(2.62e9, rel=0.005)
+    assert flops.decoder / (612 + 5600) == pytest.approx(2.62e9, rel=0.005)
     assert flops.head / 5600 == pytest.approx(0.467e9, rel=0.005)
     # 3 * 4 / 2 pairs of the prompt, 2 * 3 + 3 and 3 + 1 of the completions; q k and p v are 2 FLOPs each.
     assert forward_flops(config, 3, [2, 1]).attention == 4 * 19 * 28 * 1536
@@ -180,5 +180,5 @@ def test_an_update_costs_less_where_parts_are_frozen(random_path, prompts, freez
     batch = MicroBatch([GroupPart(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
     patches = prompts[0].grid.prod(-1).tolist()
     flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
-    expected = trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision
+    expected = trunk * flops.decoder + 3 * flops.attention + head * flops.head + vision * flops.vision
     assert update_flops(policy, [batch]) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Will it fit? What `--dry-run` says about a run before it starts: parameters, memory of a GPU, tokens, epochs."""
+"""`--dry-run`: whether a run fits, before it starts: parameters, memory of a GPU, tokens, epochs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from vtfast.config import RunConfig, SFTConfig
-from vtfast.cost.memory import MemoryEstimate, ParameterCount, Workload, count_parameters, estimate_memory, workload_of
+from vtfast.config import Config, RunConfig, SFTConfig
+from vtfast.cost.memory import MemoryEstimate, ParameterCount, count_parameters, estimate_memory
+from vtfast.cost.workload import Workload, workload_of
 from vtfast.data.file_reader import find_files
 from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
 from vtfast.model.loading import parse_dtype, read_model_config
@@ -22,8 +23,8 @@ from vtfast.utils.files import expand
 
 GB = 1e9
 TIGHT = 0.1
-"""Share of the device that an estimate should leave."""
-SOLD_AS = {
+"""A run that leaves less than this share of the device free is reported as tight."""
+GPU_MEMORY_GB = {
     "L4": 24,
     "RTX4090": 24,
     "RTX5090": 32,
@@ -34,13 +35,13 @@ SOLD_AS = {
     "H200": 141,
     "B200": 180,
 }
-"""GB of memory, by name."""
-MOST_RANKS = 64
+"""As the vendor states it."""
+MAX_RANKS = 64
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank has to itself."""
+    """The memory that one rank can use."""
 
     kind: str
     """cpu or cuda."""
@@ -49,37 +50,38 @@ class Device:
 
 
 def find_device(config: RunConfig, gpu_memory_gb: str | None = None) -> Device:
-    """The device of a rank, or a GPU that is not there: `gpu_memory_gb`, a number or a name of SOLD_AS.
+    """The device of a rank, or a GPU that this machine need not have: `gpu_memory_gb`, a number or a name of
+    GPU_MEMORY_GB.
 
-    Raises UserError for another text."""
+    Raises UserError for any other value."""
     if gpu_memory_gb is not None:
-        size = SOLD_AS.get(gpu_memory_gb.upper(), gpu_memory_gb)
+        size = GPU_MEMORY_GB.get(gpu_memory_gb.upper(), gpu_memory_gb)
         try:
             gigabytes = float(size)
         except ValueError:
             gigabytes = math.nan
         if not 0 < gigabytes < math.inf:
-            names = ", ".join(SOLD_AS)
+            names = ", ".join(GPU_MEMORY_GB)
             raise UserError(f"--gpu_memory_gb {gpu_memory_gb}: must be a number or one of {names}")
-        name = gpu_memory_gb.upper() if gpu_memory_gb.upper() in SOLD_AS else "a GPU"
+        name = gpu_memory_gb.upper() if gpu_memory_gb.upper() in GPU_MEMORY_GB else "a GPU"
         return Device("cuda", int(gigabytes * GB), f"{name} of {gigabytes:g} GB")
     if config.device != "cpu" and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return Device("cuda", free, f"{torch.cuda.get_device_name()}, {free / total:.0%} of it free")
     import psutil
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shared = f", shared by {here} ranks" if here > 1 else ""
-    return Device("cpu", psutil.virtual_memory().available // here, f"the CPU's memory{shared}")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shared = f", shared by {local_ranks} ranks" if local_ranks > 1 else ""
+    return Device("cpu", psutil.virtual_memory().available // local_ranks, f"the CPU's memory{shared}")
 
 
 def ranks_of(config: RunConfig) -> int:
-    """The launcher's, else those that the recipe was written for, else one."""
+    """The launcher's number of ranks, else the recipe's, else one."""
     return int(os.environ.get("WORLD_SIZE") or config.num_processes or 1)
 
 
 def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[str]:
-    """Lines of text. What cannot be known (a model that is out of reach) is said, and the rest follows."""
+    """Lines of text. If the model cannot be read, a line says why, and the rest follows."""
     device, ranks = find_device(config, gpu_memory_gb), ranks_of(config)
     try:
         policy = meta_policy_for_run(read_model_config(config.model), config, parse_dtype(config.dtype, device.kind))
@@ -121,14 +123,14 @@ def _memory(memory: MemoryEstimate, load: Workload, config: RunConfig) -> Iterat
         "reference model": memory.reference,
         "CUDA, NCCL and graphs (a guess)": memory.overhead,
     }
-    sampling = {"KV cache": memory.cache, "joined weights of the decode": memory.joined, "vLLM": memory.vllm}
+    sampling = {"KV cache": memory.cache, "fused weights for decoding": memory.fused_weights, "vLLM": memory.vllm}
     update = {
         "gradients and their buckets": memory.gradients,
         f"activations{recomputed}": memory.activations,
-        "vision tower's, kept": memory.vision_activations,
+        "vision encoder's activations": memory.vision_activations,
         "loss and the head's gradient": memory.loss,
     }
-    rollout = {"reading prompts": memory.prefill}
+    rollout = {"prefill": memory.prefill}
     if memory.keeps_cache:
         standing |= sampling
     else:
@@ -136,8 +138,8 @@ def _memory(memory: MemoryEstimate, load: Workload, config: RunConfig) -> Iterat
     notes = {f"activations{recomputed}": f"{load.tokens:,} tokens x {per_token:.3g} MB"}
     sums = {
         "throughout": (standing, memory.standing),
-        "in an update, beside that": (update, memory.update),
-        "in a rollout, beside that": (rollout, memory.rollout),
+        "in an update, in addition": (update, memory.update),
+        "in a rollout, in addition": (rollout, memory.rollout),
     }
     for title, (rows, total) in sums.items():
         yield f"{title:<44}{_gb(total):>10} GB"
@@ -160,7 +162,7 @@ def _verdict(memory: MemoryEstimate, policy: Policy, config: RunConfig, device: 
 
 
 def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str:
-    """What to change first so that it fits: one setting if one will do, else several, else more ranks."""
+    """What to change so that it fits: one setting if that is enough, else several, else more ranks."""
 
     def fits(changed: RunConfig, count: int = ranks) -> bool:
         return estimate_memory(policy, changed, count, device.kind, device.bytes).peak <= device.bytes
@@ -175,10 +177,10 @@ def advice(policy: Policy, config: RunConfig, device: Device, ranks: int) -> str
     text = " ".join(_flag(name, value) for name, value in together.items())
     if together and fits(everything):
         return f"try {text}"
-    for count in range(ranks + 1, MOST_RANKS + 1):
+    for count in range(ranks + 1, MAX_RANKS + 1):
         if fits(everything, count):
             return f"try {count} ranks" + (f" with {text}" if text else "")
-    return "no number of ranks will do: take a smaller model, --use_peft true, or a larger GPU"
+    return "no number of ranks is enough: use a smaller model, --use_peft true, or a larger GPU"
 
 
 def _flag(name: str, value: object) -> str:
@@ -186,13 +188,13 @@ def _flag(name: str, value: object) -> str:
 
 
 def _remedies(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Settings that lower memory and leave the result as it is, the cheapest in time first."""
+    """Settings that lower memory without changing the result, those that cost least time first."""
     shortest = config.max_prompt_length + config.max_completion_length
     if config.tokens_per_micro_batch > shortest:
         yield "token_budget", shortest
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing", True
-    if getattr(config, "beta", 0) > 0 and not (config.use_peft or config.offload_reference):
+    if isinstance(config, Config) and config.beta > 0 and not (config.use_peft or config.offload_reference):
         yield "offload_reference", True
     if config.rollout_keep_cache and not config.use_vllm:
         yield "rollout_keep_cache", False
@@ -201,7 +203,7 @@ def _remedies(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig], bool]) -> Any:
-    """A token budget as large as it may be, in two digits; other remedies have one value."""
+    """The largest token budget that fits, in two digits; other remedies have one value."""
     if name != "token_budget":
         return least
     low, high = least, config.tokens_per_micro_batch
@@ -218,11 +220,13 @@ def _largest(config: RunConfig, name: str, least: Any, fits: Callable[[RunConfig
 def _batch(config: RunConfig, load: Workload, ranks: int) -> Iterator[str]:
     prompts = ranks * config.prompts_per_rank
     tokens = prompts * (load.prompt + load.group * load.completion)
-    answers = f" with {load.group} answers each" if not isinstance(config, SFTConfig) else ""
-    yield (f"{prompts} questions a step{answers}: up to {tokens:,} tokens, {load.passes} pass(es) a rank")
+    completions = f" with {load.group} completions each" if not isinstance(config, SFTConfig) else ""
+    yield (
+        f"{prompts} prompts a step{completions}: up to {tokens:,} tokens, {load.micro_batches} micro-batch(es) a rank"
+    )
     rows = count_rows(config)
     if rows is None:
-        yield f"rows of {config.data}: not known before they are read"
+        yield f"rows of {config.data}: unknown until they are read"
         return
     updates = getattr(config, "num_iterations", 1)
     steps = math.ceil(rows / prompts * updates)
@@ -234,7 +238,7 @@ def _batch(config: RunConfig, load: Workload, ranks: int) -> Iterator[str]:
 
 
 def count_rows(config: RunConfig) -> int | None:
-    """Rows that a run reads at most; None where counting them means reading all, or the hub."""
+    """The number of rows that a run reads at most; None if counting them means reading the files, or the hub."""
     if config.data == SYNTHETIC:
         rows = SYNTHETIC_TRAIN
     elif not expand(config.data).exists():
@@ -242,11 +246,12 @@ def count_rows(config: RunConfig) -> int | None:
     else:
         try:
             counts = [_rows_in(file.open()) for file in find_files(config.data, config.split, True)]
-        except (UserError, OSError, ValueError):  # the run says what is wrong with the file
+        except (UserError, OSError, ValueError):  # the run itself reports the bad file
             return None
-        if None in counts:
+        known = [count for count in counts if count is not None]
+        if len(known) < len(counts):
             return None
-        rows = sum(counts)
+        rows = sum(known)
     return min(rows, config.first_rows or rows, config.first_n or rows)
 
 

@@ -13,24 +13,26 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vtfast.model.policy import Policy
+from vtfast.model.shapes import text_shape
 
 
 @dataclass(frozen=True)
 class Flops:
     """Forward FLOPs by part. The backward of a trained part is twice its forward."""
 
-    trunk: float
+    decoder: float
+    """Matmuls with the weights of the language model's layers."""
     attention: float
     head: float
     vision: float
 
     @property
     def total(self) -> float:
-        return self.trunk + self.attention + self.head + self.vision
+        return self.decoder + self.attention + self.head + self.vision
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(
-            self.trunk + other.trunk,
+            self.decoder + other.decoder,
             self.attention + other.attention,
             self.head + other.head,
             self.vision + other.vision,
@@ -41,22 +43,20 @@ def forward_flops(
     config: PreTrainedConfig, prompt: int, completions: Sequence[int], patches: Sequence[int] = ()
 ) -> Flops:
     """One group: a prompt of `prompt` tokens, completions of these lengths, images of these numbers of patches."""
-    text = getattr(config, "text_config", config)
-    D, layers = text.hidden_size, text.num_hidden_layers
-    head_dim = getattr(text, "head_dim", None) or D // text.num_attention_heads
-    width, key_width = head_dim * text.num_attention_heads, head_dim * text.num_key_value_heads
-    layer = 2 * D * width + 2 * D * key_width + 3 * D * text.intermediate_size  # weights
+    shape = text_shape(config)
+    D, layers, width = shape.hidden_size, shape.layers, shape.query_width
+    layer_weights = 2 * D * width + 2 * D * shape.kv_width + 3 * D * shape.intermediate_size
     tokens = prompt + sum(completions)
     pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
     return Flops(
-        trunk=2.0 * tokens * layers * layer,
+        decoder=2.0 * tokens * layers * layer_weights,
         attention=4.0 * pairs * layers * width,
-        head=2.0 * sum(completions) * D * text.vocab_size,
-        vision=sum(_tower_flops(config.vision_config, n) for n in patches),
+        head=2.0 * sum(completions) * D * shape.vocab_size,
+        vision=sum(_vision_flops(config.vision_config, n) for n in patches),
     )
 
 
-def _tower_flops(vision: PreTrainedConfig, n: int) -> float:
+def _vision_flops(vision: PreTrainedConfig, n: int) -> float:
     """One image of n patches."""
     windows = getattr(vision, "window_size", None)  # Qwen2.5-VL's
     E = vision.hidden_size if windows else vision.embed_dim
@@ -74,19 +74,22 @@ def _tower_flops(vision: PreTrainedConfig, n: int) -> float:
 def part_update_flops(
     policy: Policy, prompt: int, lengths: Sequence[int], patches: Sequence[int], vision_cached: bool
 ) -> float:
-    """Of `update_flops`, one prompt with some of its completions. The policy's weights are not looked at, only their
-    names, sizes and which are trained."""
-    trunk, head = forward_multiples(policy)
+    """Forward and backward of one prompt with some of its completions. Reads only the names and sizes of the policy's
+    weights and which are trained, so the policy may be on the meta device.
+
+    `vision_cached`: the output of a frozen vision encoder is there already, from the rollout."""
+    decoder, head = forward_multiples(policy)
     vision = 3 if not policy.vision_is_frozen else 0 if vision_cached else 1
     flops = forward_flops(policy.module.config, prompt, lengths, patches)
-    return trunk * flops.trunk + 3 * flops.attention + head * flops.head + vision * flops.vision
+    return decoder * flops.decoder + 3 * flops.attention + head * flops.head + vision * flops.vision
 
 
 def forward_multiples(policy: Policy) -> tuple[int, int]:
-    """Forwards that trunk and head count for."""
+    """FLOPs of an update in forwards, for the decoder's layers and the head: 3 if trained (the backward is twice the
+    forward), else 2, since gradients pass through."""
 
-    def factor(part: nn.Module) -> int:
+    def multiple(part: nn.Module) -> int:
         weights = (p for name, p in part.named_parameters() if "lora_" not in name)
         return 3 if any(p.requires_grad for p in weights) else 2
 
-    return factor(policy.language_model.layers), factor(policy.module.lm_head)
+    return multiple(policy.language_model.layers), multiple(policy.module.lm_head)

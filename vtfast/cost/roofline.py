@@ -34,6 +34,7 @@ from vtfast.cost.devices import Rates
 from vtfast.cost.flops import forward_flops, part_update_flops
 from vtfast.cost.micro_batches import GroupPart, GroupSize, plan_micro_batches
 from vtfast.model.policy import Policy
+from vtfast.model.shapes import text_shape
 from vtfast.rollout.scheduler import PREFILL_TOKENS
 
 log = logging.getLogger("vtfast")
@@ -80,11 +81,11 @@ class ModelSize:
     """A model as far as work is concerned. The weights' values are not needed: a policy on the meta device will do."""
 
     policy: Policy
-    trunk: int
+    decoder: int
     """Weights of the language model's layers."""
     head: int
-    tower: int
-    """Of the vision tower with its merger; 0 for a text model."""
+    vision: int
+    """Of the vision vision with its merger; 0 for a text model."""
     trained: int
     size: int
     """Bytes of a weight."""
@@ -96,27 +97,25 @@ class ModelSize:
         def count(module: nn.Module | None) -> int:
             return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
-        config, size = policy.language_model.config, policy.head.element_size()
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        size = policy.head.element_size()
         trained = {id(p): p for p in policy.module.parameters() if p.requires_grad}
         return cls(
             policy,
-            trunk=count(policy.language_model.layers) + count(policy.language_model.norm),
+            decoder=count(policy.language_model.layers) + count(policy.language_model.norm),
             head=policy.head.numel(),
-            tower=count(None if policy.vision is None else policy.vision.module),
+            vision=count(None if policy.vision is None else policy.vision.module),
             trained=sum(p.numel() for p in trained.values()),
             size=size,
-            kv_bytes=2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size,
+            kv_bytes=text_shape(policy.module.config).kv_numbers * size,
         )
 
     def decode_bytes(self, cached: Cached) -> Cached:
         """Read by a decode step over `cached` tokens of keys and values, a shared prompt's counted once."""
-        return (self.trunk + self.head) * self.size + cached * self.kv_bytes
+        return (self.decoder + self.head) * self.size + cached * self.kv_bytes
 
     def forward_bytes(self, images: bool) -> int:
         """Weights that a forward reads."""
-        return (self.trunk + self.head + self.tower * images) * self.size
+        return (self.decoder + self.head + self.vision * images) * self.size
 
 
 # The rollout
@@ -162,7 +161,7 @@ def decode_floor(weights: ModelSize, rates: Rates, groups: Sequence[GroupSize], 
     """All decode steps of a rollout, each with the rows that are alive in it."""
     rows, cached, pairs = in_flight(groups, max_rows)
     token = forward_flops(weights.policy.module.config, 0, [1])  # and its one pair of positions
-    compute = (rows * (token.trunk + token.head) + pairs * token.attention) / rates.flops
+    compute = (rows * (token.decoder + token.head) + pairs * token.attention) / rates.flops
     memory = weights.decode_bytes(cached) / rates.bandwidth
     is_compute = compute >= memory
     return Floor(float(compute[is_compute].sum()), float(memory[~is_compute].sum()))
@@ -188,7 +187,7 @@ def score_floor(weights: ModelSize, rates: Rates, sizes: Sequence[GroupSize], sc
     """One pass of one rank under each of `scorers`: "reference" or "old". `sizes`: the pass's prompts, each with the
     completions that it holds.
 
-    A frozen tower's features are there since the rollout. Of a trained one, the reference has its own copy."""
+    A frozen vision's features are there since the rollout. Of a trained one, the reference has its own copy."""
     total = Floor()
     if not sizes:
         return total
@@ -267,6 +266,3 @@ def _slowest(floors: Sequence[Floor]) -> Floor:
 def _of_part(part: GroupPart, sizes: Sequence[GroupSize]) -> GroupSize:
     whole = sizes[part.group]
     return whole._replace(lengths=[whole.lengths[i] for i in part.members])
-
-
-# What a run says
