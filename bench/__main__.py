@@ -1,4 +1,4 @@
-"""`python -m bench NAME [options]`: run bench/NAME.py. Without a name: what there is."""
+"""`python -m bench NAME [options]`: run bench/NAME.py; without a name, list the benches."""
 
 import ast
 import importlib
@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parent
 
 
 def benches() -> dict[str, str]:
-    """Name -> what it says of itself in its first line. Nothing is imported: some need what is not installed."""
+    """Name -> the first line of its docstring. Nothing is imported, as some need packages that are not installed."""
     files = (path for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
     lines = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in sorted(files)}
     return {name: text.split("\n")[0].split(": ", 1)[1] for name, text in lines.items()}
@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
             print(f"  {name:<10}{line}")
         return 0
     if argv[0] not in names:
-        print(f"bench {argv[0]}: unknown; there are {', '.join(names)}", file=sys.stderr)
+        print(f"bench {argv[0]}: unknown; the benches are {', '.join(names)}", file=sys.stderr)
         return 2
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `vtfast` has it; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `vtfast` sets it; torch reads it when imported
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
 
 

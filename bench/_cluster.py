@@ -1,9 +1,9 @@
-"""What collectives of n GPUs on m machines cost.
+"""The time that collectives of n GPUs on m machines take.
 
 all-reduce    each GPU sends 2 (n - 1) / n of the bytes; a ring's 2 (n - 1) hops, or a tree's (a chain inside a
-              machine, 2 log2(m) hops between them), whichever is sooner
+              machine, 2 log2(m) hops between them), whichever is faster
 all-gather    each GPU sends (n - 1) / n of the bytes over a ring's n - 1 hops; a reduce-scatter likewise
-bandwidth     inside a machine that of a GPU's link; between machines that of a machine's ports together, if less
+bandwidth     inside a machine that of a GPU's link; between machines that of all ports of a machine, if lower
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Simple protocol)."""
 
 @dataclass(frozen=True)
 class Cluster:
-    """What joins the GPUs. Rates are bytes/s that a GPU sends while it receives as many."""
+    """The links between GPUs. Rates are bytes/s in one direction, while as many are received."""
 
     link: float
     """Inside a machine."""
@@ -31,7 +31,7 @@ class Cluster:
         return -(-n // self.node)
 
     def bandwidth(self, n: int) -> float:
-        """Bytes/s at which a GPU's own bytes go round."""
+        """Bytes/s at which a GPU sends its share of a collective."""
         return self.link if n <= self.node else min(self.link, self.node * self.network)
 
     def hop(self, n: int) -> float:
@@ -49,7 +49,7 @@ class Cluster:
         return all_reduce_bytes(n, size) / self.bandwidth(n) + min(ring, tree)
 
     def all_gather(self, n: int, size: float) -> float:
-        """Seconds; of a reduce-scatter as well."""
+        """Seconds, also of a reduce-scatter."""
         if n == 1 or size == 0:
             return 0.0
         return all_gather_bytes(n, size) / self.bandwidth(n) + (n - 1) * self.hop(n)
@@ -61,5 +61,5 @@ def all_reduce_bytes(n: int, size: float) -> float:
 
 
 def all_gather_bytes(n: int, size: float) -> float:
-    """Sent by each rank; `size` is that of the whole."""
+    """Sent by each rank; `size`: bytes of the gathered tensor."""
     return (n - 1) / n * size

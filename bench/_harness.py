@@ -1,4 +1,4 @@
-"""What the benches share: clocks, alternated rounds, memory of a fresh process, rows of results/*.csv.
+"""Shared by the benches: clocks, alternating rounds, memory of a fresh process, rows of results/*.csv.
 
 On CUDA every timed run starts with a cold L2 cache, and the SM clock is read while it runs.
 """
@@ -45,18 +45,18 @@ COLUMNS = (
     "date",
     "clocks",
 )
-"""Of every file. `ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the floor
-or peak, where one is known. `clocks`: the SM clock in MHz, median over the runs that a row comes from; empty on the
-CPU. A `metric` of "not installed" or "failed" says why a peer has no numbers."""
+"""Columns of every file. `ratio`: ours / theirs, paired within rounds, with its 95% bootstrap interval. `share`: of the
+floor or peak, if it is known. `clocks`: the SM clock in MHz, median over the runs of a row; empty on the CPU. A
+`metric` of "not installed" or "failed" says why a peer has no numbers."""
 
 
 NO_NUMBERS, GOALS_MISSED = 1, 3
-"""Exit statuses of a bench. What Python ends with after an exception is 1 as well: nothing was reported then. Goals
-that were missed leave all their rows."""
+"""Exit codes of a bench. Python's own after an exception is 1, too: nothing was reported. If goals are missed, all rows
+are still written."""
 
 
 def tests_pass(tests: Iterable[str]) -> bool:
-    """Run these files of tests/, and say so where one is red: no numbers are reported then."""
+    """Run these files of tests/ first; if one fails, the bench must report no numbers."""
     print("tests first ...", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
     command += [str(ROOT / "tests" / file) for file in tests]
@@ -71,15 +71,15 @@ _clocks: list[int] = []
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one run, by the device's own events on CUDA."""
+    """Duration of one run; on CUDA measured by events."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        flush_l2()  # behind the wait: while the device is at it, the host gets ahead with launches
+        flush_l2()  # after the wait: while the device clears it, the host launches ahead
         start.record()
         run()
         end.record()
-        clock = sm_clock()  # before the wait: the device is at work, or was a moment ago
+        clock = sm_clock()  # before the wait, while the device is busy or has just been
         torch.cuda.synchronize()
         if clock is not None:
             _clocks.append(clock)
@@ -90,13 +90,13 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def flush_l2() -> None:
-    """Fill the L2 cache with zeros, twice over, so that no run finds what the one before has left."""
+    """Overwrite the L2 cache twice, so that every run starts with a cold one."""
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     torch.empty(2 * size, dtype=torch.int8, device="cuda").zero_()
 
 
 def sm_clock() -> int | None:
-    """MHz of the current device at this moment; None where the driver's library is missing or does not say."""
+    """Current SM clock of the current device in MHz; None if the driver's library is missing or does not report it."""
     nvml = _nvml()
     if nvml is None:
         return None
@@ -111,7 +111,7 @@ def sm_clock() -> int | None:
 
 @functools.cache
 def _nvml() -> ctypes.CDLL | None:
-    """The library behind nvidia-smi. It comes with the driver, its Python package does not."""
+    """The library of nvidia-smi. It comes with the driver; its Python package does not."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -122,9 +122,9 @@ def _nvml() -> ctypes.CDLL | None:
 def alternate(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: str, limits: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, list[float]]:
-    """Seconds of every run in each round; every other round goes backwards, so that no one always comes first.
+    """Seconds of every run in each round. Every other round is in reverse order, so that no run is always first.
 
-    `limits`: rounds in which a slow run takes part, if not in all: the first ones."""
+    `limits`: number of rounds, from the first one, of a slow run that does not take part in all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
@@ -134,7 +134,7 @@ def alternate(
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50, p80, linear between neighbours."""
+    """p20, p50, p80, with linear interpolation."""
     p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return p20, p50, p80
 
@@ -148,7 +148,7 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float,
 
 
 def growth_in_child(call: str) -> float:
-    """Peak resident MB that a step adds in a process of its own. `call`: Python that ends in `measure_growth(...)`."""
+    """Peak resident MB that a step adds in a fresh process. `call`: Python code that ends in `measure_growth(...)`."""
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -156,8 +156,8 @@ def growth_in_child(call: str) -> float:
 
 
 def measure_growth(run: Callable[[], object]) -> None:
-    """Prints how far the resident memory rises over its present size while `run` runs."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    """Print the growth of the resident memory in MB while `run` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     run()
     print(json.dumps(resident("VmHWM") - before))
@@ -170,10 +170,10 @@ def resident(field: str) -> float:
 
 
 def absence(name: str, error: Exception) -> str:
-    """What a peer that raised `error` has in place of numbers; said in the terminal too."""
-    found = "not installed" if isinstance(error, ImportError) else "failed"
-    print(f"  {name}: {found} ({type(error).__name__}: {str(error)[:200]})", flush=True)
-    return found
+    """The `metric` of a peer that raised `error` and has no numbers; also printed."""
+    reason = "not installed" if isinstance(error, ImportError) else "failed"
+    print(f"  {name}: {reason} ({type(error).__name__}: {str(error)[:200]})", flush=True)
+    return reason
 
 
 def device_name(device: str) -> str:
@@ -183,17 +183,17 @@ def device_name(device: str) -> str:
 
 
 def versions(*packages: str) -> str:
-    found = []
+    installed = []
     for package in packages:
         try:
-            found.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return "; ".join(found)
+    return "; ".join(installed)
 
 
 def commit() -> str:
-    """Of the checkout; "unknown" for an export, even one that lies inside another repository, and without git."""
+    """The commit of the checkout; "unknown" without git and for an export, even inside another repository."""
     if not (ROOT / ".git").exists():
         return "unknown"
     try:
@@ -209,9 +209,9 @@ def _git(*words: str) -> str:
 
 
 def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Add rows to results/`file`; absent columns stay empty, numbers get four digits.
+    """Append rows to results/`file`; missing columns stay empty, numbers get four digits.
 
-    ValueError for a column that is not of the schema, and for a file of another schema."""
+    Raises ValueError for an unknown column, and for a file with other columns than COLUMNS."""
     path = RESULTS / file
     RESULTS.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
@@ -219,7 +219,7 @@ def append(file: str, rows: Sequence[Mapping[str, object]]) -> None:
         with path.open(newline="") as old:
             header = tuple(next(csv.reader(old), ()))
         if header != COLUMNS:
-            raise ValueError(f"{path}: its columns are {', '.join(header)}, not bench._harness.COLUMNS")
+            raise ValueError(f"{path}: has the columns {', '.join(header)}, not bench._harness.COLUMNS")
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
     common = {"commit": commit(), "date": stamp}
     if _clocks:

@@ -1,13 +1,14 @@
 """The structure of VisualThinker-R1-Zero's GRPO step (its code of March 2025), in plain PyTorch and transformers.
 
-What is re-created, prompt by prompt, gradients added up over the prompts of an optimizer step:
-    G calls of `generate` one after the other, batch size 1, each with its own prefill and run of the vision tower
-    the G answers padded to the longest; the image repeated G times for the policy, and again for the reference
-    logits of the whole vocabulary for prompt and answer, log-softmax row by row, the prompt's part thrown away after
-    the reference, a copy of the policy, by a second whole forward
-    rewards on the main thread; k3 KL inside the loss; the ratio is 1; every group pays for both forwards
-What is not: top_k 50 (all sample from the whole softmax here), gradient checkpointing (on in its script: it would only
-cost time), DeepSpeed and several GPUs, its processor (ours makes the same tensors), and answers that end early.
+Re-created, prompt by prompt, with gradients accumulated over the prompts of an optimizer step:
+    G calls of `generate` in sequence with batch size 1, each with its own prefill and vision encoder forward
+    the G completions padded to the longest; the image repeated G times for the policy, and again for the reference
+    logits of the whole vocabulary for prompt and completion, log-softmax row by row, then dropped for the prompt
+    the reference model, a copy of the policy, in a second whole forward
+    rewards on the main thread; k3 KL inside the loss; the ratio is 1; every group runs both forwards
+Left out: top_k 50 (all contestants sample from the whole softmax), gradient checkpointing (its script enables it; it
+would only cost time), DeepSpeed and several GPUs, its processor (ours makes the same tensors), and completions that end
+early.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 
 END = 0
-"""Pads; `min_new_tokens` keeps it from ending an answer."""
+"""Padding token; `min_new_tokens` prevents it from ending a completion."""
 
 
 class Original:
@@ -52,7 +53,7 @@ class Original:
             eos_token_id=END,
             pad_token_id=END,
             use_cache=True,
-            suppress_tokens=[config.image_token_id, config.video_token_id],  # they would want features of their own
+            suppress_tokens=[config.image_token_id, config.video_token_id],  # they would need image features
         )
 
     def step(self) -> None:
@@ -70,40 +71,40 @@ class Original:
                 self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, number: int) -> Tensor:
-        """Of one prompt's group."""
+        """The loss of one prompt's group."""
         with self.phases.phase("data"):
             prompt = self.processor.encode(self.task.text(number), [self.task.image(number)])
         with self.phases.phase("rollout"):
-            answers = self.answer(prompt, number)
+            completions = self.sample(prompt, number)
         with self.phases.phase("update"):
-            logp = self.logps(self.module, prompt, answers)
+            logp = self.logps(self.module, prompt, completions)
         with self.phases.phase("reference"), torch.inference_mode():
-            reference = self.logps(self.reference, prompt, answers)
+            reference = self.logps(self.reference, prompt, completions)
         with self.phases.phase("rewards"):
-            texts = [self.processor.decode(answer) for answer in answers]
+            texts = [self.processor.decode(completion) for completion in completions]
             rewards = torch.tensor([variety(text) for text in texts], device=logp.device)
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        apart = reference.clone() - logp
-        kl = apart.exp() - apart - 1
+        difference = reference.clone() - logp
+        kl = difference.exp() - difference - 1
         return -((logp - logp.detach()).exp() * advantage[:, None] - BETA * kl).mean(1).mean()
 
-    def answer(self, prompt: Prompt, number: int) -> Tensor:
-        """[G, tokens]"""
-        if self.task.answers:
-            return torch.tensor(self.task.answers[number], device=self.task.device)
+    def sample(self, prompt: Prompt, number: int) -> Tensor:
+        """Token ids of G completions [G, tokens]."""
+        if self.task.completions:
+            return torch.tensor(self.task.completions[number], device=self.task.device)
         inputs = self.inputs(prompt.ids[None], prompt, 1)
         with torch.no_grad():
-            answers = [
+            completions = [
                 self.module.generate(**inputs, generation_config=self.generation)[0, len(prompt.ids) :]
                 for _ in range(self.task.shape.G)
             ]
-        return pad_sequence(answers, batch_first=True, padding_value=END)
+        return pad_sequence(completions, batch_first=True, padding_value=END)
 
-    def logps(self, module: torch.nn.Module, prompt: Prompt, answers: Tensor) -> Tensor:
-        """[G, tokens]: log-probs of every token of prompt and answer, cut to the answers."""
-        rows = prompt.ids.to(answers.device).expand(len(answers), -1)
-        ids = torch.cat([rows, answers], 1)
-        logits = module(**self.inputs(ids, prompt, len(answers))).logits[:, :-1]
+    def logps(self, module: torch.nn.Module, prompt: Prompt, completions: Tensor) -> Tensor:
+        """Log-probs of every token of prompt and completion, cut to the completions [G, tokens]."""
+        rows = prompt.ids.to(completions.device).expand(len(completions), -1)
+        ids = torch.cat([rows, completions], 1)
+        logits = module(**self.inputs(ids, prompt, len(completions))).logits[:, :-1]
         each = [
             row.log_softmax(-1).gather(-1, target[:, None])[:, 0]
             for row, target in zip(logits, ids[:, 1:], strict=True)
@@ -111,7 +112,7 @@ class Original:
         return torch.stack(each)[:, len(prompt.ids) - 1 :]
 
     def inputs(self, ids: Tensor, prompt: Prompt, copies: int) -> dict[str, Tensor]:
-        """`ids` [copies, length] behind as many copies of the image."""
+        """Model inputs for `ids` [copies, length] with one copy of the image each."""
         kinds = torch.zeros_like(ids, device="cpu")
         kinds[:, : len(prompt.ids)] = prompt.image_mask.long()
         batch = {
@@ -124,4 +125,4 @@ class Original:
         return {name: value.to(self.task.device) for name, value in batch.items()}
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """Holds nothing that needs closing."""

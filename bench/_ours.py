@@ -1,4 +1,4 @@
-"""Our side of `bench step`: `vtfast.trainer.Trainer` as `vtfast train` makes it, fed by its own questions."""
+"""Our contestant of `bench step`: `vtfast.trainer.Trainer` as `vtfast train` builds it, on its own prompts."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Ours:
             "adam_epsilon": task.optimizer.adam_epsilon,
             "max_grad_norm": task.optimizer.max_grad_norm,
             "lr_scheduler_type": "constant",
-            "sampler_drift_warning": 1e9,  # planted answers were not sampled
+            "sampler_drift_warning": 1e9,  # given completions were not sampled
             "warmup_steps": 0,
             "output_dir": str(task.folder / f"ours-{id(self)}"),
             "report_to": ["none"],
         }
         self.trainer = trainer = Trainer(load_config("tiny-spatial", overrides=settings))
-        trainer.policy.eos_ids = ()  # the tokenizer's end mark is a token like any other: lengths are fixed
+        trainer.policy.eos_ids = ()  # the end token does not end a completion: lengths are fixed
         self.module = trainer.policy.module
-        if task.answers:
-            trainer.rollout = Planted(dict(zip(map(task.text, range(prompts)), task.answers, strict=True)))
+        if task.completions:
+            trainer.rollout = FixedCompletions(dict(zip(map(task.text, range(prompts)), task.completions, strict=True)))
         self.numbers = itertools.count(1)
         self.questions = batches(
             trainer.asker, trainer.train_samples, range(1, 1_000_000), per_rank=prompts, rank=0, ranks=1, seed=0
@@ -69,18 +69,18 @@ class Ours:
         self.trainer.scorer.close()
 
 
-class Planted:
-    """An engine that answers what it was told to, by the prompt's text."""
+class FixedCompletions:
+    """An engine that returns given completions, by the prompt's text."""
 
-    last_timings: ClassVar[dict[str, float]] = {}  # an engine that does not tell its parts
+    last_timings: ClassVar[dict[str, float]] = {}  # no separate times of prefill and decode
 
-    def __init__(self, answers: dict[str, Sequence[Sequence[int]]]) -> None:
-        self.answers = answers
+    def __init__(self, completions: dict[str, Sequence[Sequence[int]]]) -> None:
+        self.completions = completions
         self.last_timings: dict[str, float] = {}
         self.should_cancel = None
 
     def generate(self, prompts, num_generations=1, *_, **__) -> list[list[Completion]]:
         return [
-            [Completion(list(ids), [0.0] * len(ids), "length") for ids in self.answers[prompt.text]]
+            [Completion(list(ids), [0.0] * len(ids), "length") for ids in self.completions[prompt.text]]
             for prompt in prompts
         ]

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named phases, each counted without the phases inside it."""
+"""Time of a step by named phases, each without the phases inside it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ REST = "rest"
 
 
 class Phases:
-    """Seconds by phase of every step that was watched.
+    """Seconds by phase of every step.
 
-    One clock and one stack: whatever passes between two turns of a phase is charged to the innermost open one, so the
-    phases of a step add up to it exactly. What no phase claims is `REST`.
+    The time between two changes of phase is added to the innermost open phase, so that the phases of a step add up to
+    it exactly. Time outside all phases is `REST`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, device: str = "cpu") -> None:
@@ -29,7 +29,7 @@ class Phases:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """One more row of `steps`. Nothing is counted outside."""
+        """Add a row to `steps`. Time outside of a step is not counted."""
         self.steps.append({})
         with self.phase(REST, opens_a_step=True):
             yield
@@ -49,7 +49,7 @@ class Phases:
             self._open.pop()
 
     def watch(self, owner: Any, method: str, phase: str | Callable[..., str]) -> None:
-        """Count every call of `owner.method` as `phase`: a name, or what gives one from the call's arguments."""
+        """Count every call of `owner.method` as `phase`: a name, or a function from the call's arguments to one."""
         inner = getattr(owner, method)
 
         @functools.wraps(inner)
@@ -64,7 +64,7 @@ class Phases:
         return [sum(step.values()) for step in self.steps]
 
     def medians(self, names: tuple[str, ...]) -> dict[str, float]:
-        """Seconds of each phase, the median over steps."""
+        """Median seconds of each phase over the steps."""
         return {name: median(step.get(name, 0.0) for step in self.steps) for name in names}
 
     def _turn(self) -> None:

@@ -1,4 +1,4 @@
-"""A run folder as work and times: what `bench roofline` and `bench scale` start from."""
+"""The work and the times of a run folder, from which `bench roofline` and `bench scale` start."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Step:
     number: int
     metrics: Mapping[str, float | None]
     everyone: list[list[GroupSize]]
-    """The groups of each rank; of an earlier step where this one goes on with its answers."""
+    """The groups of each rank; those of an earlier step if this one updates on its completions again."""
     fresh: bool
     """Whether this step had a rollout."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run folder, read."""
+    """The contents of a run folder that the benches need."""
 
     name: str
     config: Config
@@ -50,15 +50,18 @@ class Recorded:
 
     @property
     def settled(self) -> list[Step]:
-        """The steps that count: without the first, which compiles and warms up, where there are others."""
+        """All steps but the first, which compiles and warms up; the first if there are no others."""
         return self.steps[1:] or self.steps
 
 
 def read_recorded(folder: Path, device: str | None = None, dtype: str | None = None) -> Recorded:
-    """`device`: count against this device's data sheet, not against the rates that the run used. `dtype`: of the
-    weights, where the folder does not tell.
+    """Read a run folder.
 
-    Raises UserError, saying what is missing, for a folder that cannot be used."""
+    Args:
+        device: take this device's rates from its data sheet, not the rates that the run used.
+        dtype: of the weights, if the folder does not record it.
+
+    Raises UserError, naming what is missing, for a folder that cannot be used."""
     (run,) = read_runs([folder])
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: holds no config.yaml, so its settings are unknown")
@@ -78,20 +81,20 @@ def read_recorded(folder: Path, device: str | None = None, dtype: str | None = N
         if everyone is not None:
             steps.append(Step(number, line, everyone, fresh))
     if not steps:
-        raise UserError(f"{folder}: no step is in metrics.jsonl and completions.jsonl alike")
+        raise UserError(f"{folder}: no step is in both metrics.jsonl and completions.jsonl")
     rates = _rates(folder, config, run.metrics, device, precision, len(steps[0].everyone))
     return Recorded(run.name, config, ModelSize.of(policy), rates, steps)
 
 
 def _groups(folder: Path, config: Config) -> dict[int, list[list[GroupSize]]]:
-    """The groups of each rank by step. Of a step that comes again, after a resumed run, the newer rows count."""
+    """The groups of each rank by step. If a resumed run repeated a step, its newer rows are used."""
     rows: dict[int, dict[tuple[int, int], list[dict]]] = {}
     newest = 0
     for _, row in JsonLinesReader(folder / "completions.jsonl"):
         missing = [name for name in NEEDED if name not in row]
         if missing:
             raise UserError(
-                f"{folder}/completions.jsonl: rows lack {', '.join(missing)}; the run is of an older vtfast"
+                f"{folder}/completions.jsonl: rows lack {', '.join(missing)}; an older version of vtfast wrote them"
             )
         if row["step"] < newest:
             rows = {step: groups for step, groups in rows.items() if step < row["step"]}
@@ -118,7 +121,7 @@ def _dtype(folder: Path, config: Config, metrics: list[dict], asked: str | None)
     sizes = {line.get("roofline/weight_bytes") for line in metrics} - {None}
     name = asked or (config.dtype if config.dtype != "auto" else None)
     if name is None and not sizes:
-        raise UserError(f"{folder}: precision of the weights unknown; add --dtype float32 or bfloat16")
+        raise UserError(f"{folder}: the precision of the weights is not recorded; add --dtype float32 or bfloat16")
     return getattr(torch, name) if name else {4: torch.float32, 2: torch.bfloat16}[max(sizes)]
 
 
@@ -133,7 +136,7 @@ def _rates(
     known = [line for line in metrics if line.get("roofline/flops")]
     if not known:
         raise UserError(
-            f"{folder}: the run knew no rates of its device; name one with --device"
+            f"{folder}: the run recorded no rates of its device; name one with --device"
             " (or train with --roofline_rates measured)"
         )
     last, source = known[-1], config.roofline_rates.replace("_", " ")

@@ -1,8 +1,8 @@
-"""The model behind `bench scale`: a step of n GPUs from the times of one GPU's step, link rates and drawn lengths.
+"""The model of `bench scale`: a step on n GPUs from the times of one GPU's step, link rates and drawn lengths.
 
-    rollout    grows with the floor of its prefill and decode; a step waits for the slowest of n simulated rollouts
-    score      shared out by the trainer's own `plan_micro_batches`; a pass takes as long as its dearest bin
-    update     the same, then: gradients all-reduced in every pass, as far as the backward pass does not hide them;
+    rollout    proportional to the floor of prefill and decode; a step waits for the slowest of n simulated rollouts
+    score      distributed by the trainer's own `plan_micro_batches`; a micro-batch takes as long as its slowest rank
+    update     the same, then: gradients all-reduced in every micro-batch, as far as the backward does not overlap;
                AdamW on 1 / n of the states, at the memory's bandwidth; trained weights gathered once
 
 Floors are those of vtfast/cost/roofline.py. With one GPU the prediction is the measurement.
@@ -28,13 +28,13 @@ BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is made of."""
+    """The work of a step."""
 
     weights: ModelSize
     groups: Sequence[GroupSize]
     """Groups are drawn from these, with replacement."""
     token_budget: int
-    """Of a pass."""
+    """Tokens of a micro-batch."""
     max_rows: int = 512
     """Rows in flight."""
 
@@ -48,21 +48,21 @@ class Measured:
     score: float
     update: float
     rest: float = 0.0
-    """Neither rollout, score nor update; the same for any number of GPUs."""
+    """Time outside rollout, score and update; the same for any number of GPUs."""
     host: float = 0.0
-    """Of the rollout: neither prefill nor decode; grows with a GPU's prompts."""
+    """Part of the rollout outside prefill and decode; proportional to a GPU's prompts."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What could be done otherwise."""
+    """Choices of the implementation that could be changed."""
 
     overlap: float = 0.5
-    """Share of the backward pass that gradients can travel beside."""
+    """Fraction of the backward pass that can overlap with the reduction of gradients."""
     collective: str = "all-reduce"
-    """all-reduce, as DeepSpeed's ZeRO-2 does by default though a rank keeps only its own part, or reduce-scatter."""
+    """all-reduce, the default of DeepSpeed's ZeRO-2 although a rank keeps only its own part, or reduce-scatter."""
     every_pass: bool = True
-    """Gradients travel in every pass, as ZeRO-2's do; False: once a step."""
+    """Whether gradients are reduced in every micro-batch, as by ZeRO-2, or once per step."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class Prediction:
 
     gpus: int
     prompts: int
-    """Of the step, all GPUs."""
+    """Of the step, on all GPUs."""
     rollout: float
     """The average GPU's."""
     score: float
     update: float
-    """Forward and backward. This and score: as if evenly shared out."""
+    """Forward and backward. This and score: as if evenly distributed."""
     optimizer: float
     waiting: float
-    """For the slowest rollout, and for the dearest bin of each pass."""
+    """For the slowest rollout, and for the slowest rank of each micro-batch."""
     reduce: float
-    """Gradients, as far as the backward pass does not hide them."""
+    """Reduction of gradients, as far as it does not overlap with the backward pass."""
     gather: float
-    """Weights."""
+    """All-gather of the weights."""
     rest: float
     passes: float
     tokens: float
@@ -136,7 +136,7 @@ class Model:
         self.shares = functools.cache(self._shares)
 
     def but(self, work: Work | None = None, choices: Choices | None = None) -> Model:
-        """This model with other choices, or another work for the same measurement."""
+        """This model with other choices, or with other work for the same measurement."""
         other = Model(
             work or self.work,
             self.measured,
@@ -146,7 +146,7 @@ class Model:
             draws=self.draws,
             seed=self.seed,
         )
-        other.pool = self.pool  # which depends on neither
+        other.pool = self.pool  # depends on neither
         if work is None:
             other.shares = self.shares
         return other
@@ -181,21 +181,21 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        """Of all gradients, and of the weights that are trained."""
+        """Bytes of all gradients, and of the trained weights."""
         return self.work.weights.trained * self.work.weights.size
 
     # The rollout
 
     def rollouts(self, gpus: int, prompts: int) -> tuple[float, Slowest]:
-        """-> (floor of the average GPU's rollout, of the slowest one's), seconds."""
+        """(floor of the average GPU's rollout, of the slowest GPU's), in seconds."""
         each, more = divmod(prompts, gpus)  # `more` GPUs have one prompt more than the others
         held = [(p, ranks) for p, ranks in ((each, gpus - more), (each + 1, more)) if ranks]
         drawn = [(self.pool(p), ranks) for p, ranks in held]
         return sum(float(pool.mean()) * ranks for pool, ranks in drawn) / gpus, Slowest.of(drawn)
 
     def _pool(self, prompts: int) -> np.ndarray:
-        """Floors of a GPU's rollout of so many prompts, for drawn groups: `draws` of them, fewer for many prompts,
-        whose rollouts vary less and take longer to count."""
+        """Floors in seconds of a GPU's rollout of `prompts` drawn groups: `draws` of them, fewer for many prompts,
+        whose rollouts vary less and take longer to compute."""
         work, rng = self.work, np.random.default_rng([self.seed, prompts])
         floors = []
         for _ in range(min(self.draws, max(32, 4096 // max(1, prompts)))):
@@ -214,7 +214,7 @@ class Model:
         return [group.flops(config).total for group in self.work.groups]
 
     def _shares(self, gpus: int, prompts: int) -> Shares:
-        """Means over a few steps; fewer of large ones, which vary less."""
+        """Means over a few steps; fewer for large ones, which vary less."""
         rounds = max(1, min(16, 512 // prompts))
         work, rng = self.work, np.random.default_rng([self.seed, prompts, 1])
         passes, imbalance = [], []
@@ -239,8 +239,8 @@ class Model:
         return optimizer_floor(self.work.weights, self.rates, gpus).seconds
 
     def reduce(self, gpus: int, passes: float, compute: float) -> float:
-        """Seconds that gradients are seen to travel, of `passes` passes whose forward and backward take `compute`. The
-        last bucket of a pass is always seen; the backward is two thirds of a pass."""
+        """Seconds of gradient reduction that nothing overlaps, for `passes` micro-batches whose forward and backward
+        take `compute` seconds. The last bucket of a micro-batch never overlaps; the backward is two thirds of one."""
         cluster, size = self.cluster, self.work.weights.size
         cost = cluster.all_reduce if self.choices.collective == "all-reduce" else cluster.all_gather
         full = (self.work.weights.trained - 1) // BUCKET
@@ -252,16 +252,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Slowest:
-    """The largest of independent draws from some pools: exactly, for the pools as they are."""
+    """Distribution of the largest of independent draws from several pools of samples, computed exactly."""
 
     values: np.ndarray
-    """All of the pools', sorted."""
+    """The values of all pools, sorted."""
     below: np.ndarray
-    """Probability that the largest is no more than each of them: the product of every draw's."""
+    """Probability that the largest draw is at most each value: the product over the draws."""
 
     @classmethod
     def of(cls, drawn: Sequence[tuple[np.ndarray, int]]) -> Slowest:
-        """`drawn`: pools, and the draws from each."""
+        """`drawn`: pools, and the number of draws from each."""
         values = np.unique(np.concatenate([pool for pool, _ in drawn]))
         each = [(np.searchsorted(np.sort(pool), values, side="right") / len(pool)) ** draws for pool, draws in drawn]
         return cls(values, np.prod(each, axis=0))
@@ -275,16 +275,16 @@ class Slowest:
 
 
 def from_there_on(predictions: Sequence[Prediction], holds: Callable[[Prediction], bool]) -> Prediction | None:
-    """The smallest number of GPUs for which it holds, and for all that are shown beyond."""
-    found = list(itertools.takewhile(holds, reversed(predictions)))
-    return found[-1] if found else None
+    """The prediction with the fewest GPUs such that `holds` for it and for all larger ones."""
+    largest = list(itertools.takewhile(holds, reversed(predictions)))
+    return largest[-1] if largest else None
 
 
 def first_above(predictions: Sequence[Prediction], limit: float = 0.25) -> Prediction | None:
-    """From where on more than `limit` of a step is lost to communication and waiting."""
+    """The number of GPUs from which on communication and waiting take more than `limit` of a step."""
     return from_there_on(predictions, lambda p: p.lost > limit)
 
 
 def reduce_dominates(predictions: Sequence[Prediction]) -> Prediction | None:
-    """From where on gradients are more than half of what is lost."""
+    """The number of GPUs from which on gradients are more than half of communication and waiting."""
     return from_there_on(predictions, lambda p: p.reduce > p.waiting + p.gather)

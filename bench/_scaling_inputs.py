@@ -1,4 +1,4 @@
-"""Where `bench scale` starts from: a run folder, rows of the benches, or floors over a stated efficiency."""
+"""The inputs of `bench scale`: a run folder, rows of the benches, or floors over a stated efficiency."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from vtfast.training.speed import phase_seconds
 from vtfast.utils.errors import UserError
 
 EFFICIENCY = (0.6, 0.4)
-"""Shares of the floor's speed of rollout and update where nothing is measured: what `bench rollout` and `bench update`
-aim at on a GPU."""
+"""Fractions of the floor's speed of rollout and update, if nothing is measured: the goals of `bench rollout` and `bench
+update` on a GPU."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the model starts from."""
+    """The work and times of one GPU that the model starts from."""
 
     source: str
     """In words."""
@@ -41,17 +41,18 @@ class Start:
 def from_run(run: Recorded) -> Start:
     if run.ranks > 1:
         raise UserError(
-            f"{run.name}: measured on {run.ranks} ranks, whose waiting is in every phase; run a few steps on one"
+            f"{run.name}: was measured on {run.ranks} ranks, which wait for each other in every phase; run a few steps"
+            " on one"
         )
     if run.config.num_iterations > 1:
-        raise UserError(f"{run.name}: --num_iterations above 1 is not modelled")
+        raise UserError(f"{run.name}: --num_iterations above 1 cannot be modelled")
     steps = run.settled
     times = [phase_seconds(step.metrics) for step in steps]
     mean = {name: float(np.mean([time.get(name, 0.0) for time in times])) for name in (*PHASES, "step")}
     split = [time["prefill"] + time["decode"] for time in times if "decode" in time]
     groups = [group for step in steps for group in step.everyone[0]]
     if not any(group.trained for group in groups):
-        raise UserError(f"{run.name}: no group had a signal, so no update was measured")
+        raise UserError(f"{run.name}: all advantages are 0, so no update was measured")
     return Start(
         f"{run.name}, means of steps {steps[0].number} to {steps[-1].number}",
         Work(run.weights, groups, run.config.tokens_per_micro_batch, run.config.rollout_max_rows),
@@ -66,11 +67,11 @@ def from_run(run: Recorded) -> Start:
 
 
 def from_rows(files: Sequence[Path], device: str | None) -> Start:
-    """The newest pair of a rollout and an update of one shape on one device."""
+    """The newest pair of a rollout row and an update row of one shape on one device."""
     rows: dict[tuple[str, str, str], dict[str, dict]] = {}
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: no such file; rows are in bench/results")
+            raise UserError(f"{file}: no such file; the rows are in bench/results")
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 kind = row.get("op"), row.get("peer"), row.get("metric")
@@ -95,14 +96,14 @@ def from_rows(files: Sequence[Path], device: str | None) -> Start:
 
 
 def parse_shape(text: str) -> Shape:
-    """Of a bench's row. Raises UserError for one that no bench makes."""
-    found = re.fullmatch(r"(\S+) prompts=\S+ G=(\d+) completion=(\d+)", text)
+    """The shape of a bench's row. Raises UserError for one that no bench writes."""
+    match = re.fullmatch(r"(\S+) prompts=\S+ G=(\d+) completion=(\d+)", text)
     for base in (MID, TINY, TWO_B):
-        if found and base.model == found[1]:
-            shape = replace(base, G=int(found[2]), completion=int(found[3]))
+        if match and base.model == match[1]:
+            shape = replace(base, G=int(match[2]), completion=int(match[3]))
             if str(shape) == text:
                 return shape
-    raise UserError(f"{text}: not a shape of the benches")
+    raise UserError(f"{text}: is not a shape of the benches")
 
 
 def sizes_of(shape: Shape) -> list[GroupSize]:
@@ -121,13 +122,13 @@ def estimate(model: str, device: str, prompts: int, lengths: str, efficiency: tu
     groups = [GroupSize(prompt, draw(lengths, G, rng), [2048]) for _ in range(512)]
     budget = prompt + max(sum(group.lengths) for group in groups)
     held = [groups[i : i + prompts] for i in range(0, len(groups) - prompts + 1, prompts)]
-    rollouts = [(prefill_floor(weights, rates, mine) + decode_floor(weights, rates, mine)).seconds for mine in held]
-    updates = [sum(micro_batch_floor(weights, rates, [group]).seconds for group in mine) for mine in held]
+    rollouts = [(prefill_floor(weights, rates, batch) + decode_floor(weights, rates, batch)).seconds for batch in held]
+    updates = [sum(micro_batch_floor(weights, rates, [group]).seconds for group in batch) for batch in held]
     work = Work(weights, groups, budget)
     optimizer = optimizer_floor(weights, rates).seconds
-    said = f"rollouts at {efficiency[0]:.0%}, updates at {efficiency[1]:.0%} of the floor's speed"
+    assumed = f"rollouts at {efficiency[0]:.0%}, updates at {efficiency[1]:.0%} of the floor's speed"
     return Start(
-        f"floors of {model} on {device}, {said}, completions {lengths}",
+        f"floors of {model} on {device}, {assumed}, completions {lengths}",
         work,
         Measured(
             prompts,
@@ -145,12 +146,12 @@ def draw(lengths: str, count: int, rng: np.random.Generator) -> list[int]:
     kind, *numbers = lengths.split(":")
     try:
         values = [float(number) for number in numbers]
-        found = {
+        drawn = {
             ("fixed", 1): lambda n: np.full(count, n),
             ("uniform", 2): lambda low, high: rng.uniform(low, high, count),
             ("exponential", 1): lambda mean: rng.exponential(mean, count),
         }[kind, len(values)](*values)
-        return [max(1, round(value)) for value in found]
+        return [max(1, round(value)) for value in drawn]
     except (KeyError, ValueError, OverflowError):
         raise UserError(f"--lengths {lengths}: must be fixed:N, uniform:LOW:HIGH or exponential:MEAN") from None
 
@@ -158,5 +159,5 @@ def draw(lengths: str, count: int, rng: np.random.Generator) -> list[int]:
 def known_rates(device: str, dtype: torch.dtype) -> Rates:
     rates = data_sheet(device, dtype)
     if rates is None:
-        raise UserError(f"device {device}: not listed; name one with --device: {', '.join(DEVICES)}")
+        raise UserError(f"device {device}: has no data sheet; name one with --device: {', '.join(DEVICES)}")
     return rates

@@ -1,4 +1,4 @@
-"""What every contestant of `bench step` is given: a checkpoint, questions with images, a reward, and an optimizer."""
+"""The task of every contestant of `bench step`: a checkpoint, questions with images, a reward and an optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATCH = 14
 BETA = 0.04
 """Weight of the KL divergence, as in the study."""
 MAX_PIXELS = 16384 * 28 * 28
-"""Above every image here: none is resized."""
+"""More than every image has: none is resized."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Task:
-    """The same for all: files of a checkpoint and of questions, and how to learn from them."""
+    """Files of a checkpoint and of questions, and the settings of training; the same for all contestants."""
 
     shape: Shape
     folder: Path
@@ -43,8 +43,8 @@ class Task:
     questions: tuple[str, ...]
     threads: int
     optimizer: Optimizer = Optimizer()
-    answers: tuple[tuple[tuple[int, ...], ...], ...] | None = None
-    """Token ids [prompt][G] that every contestant takes in place of its samples; None samples."""
+    completions: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    """Token ids [prompt][G] that every contestant uses instead of sampling; None: it samples."""
 
     @property
     def checkpoint(self) -> Path:
@@ -59,7 +59,7 @@ class Task:
 
 @contextmanager
 def make_task(shape: Shape, device: str, threads: int, dtype: torch.dtype) -> Iterator[Task]:
-    """Random weights at the sizes of `shape`, one question and one image of noise a prompt, in a folder of its own."""
+    """Random weights with the sizes of `shape`, one question and one noise image per prompt, in a temporary folder."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build_tiny_model(folder / "model")  # tokenizer and image processor
@@ -71,9 +71,9 @@ def make_task(shape: Shape, device: str, threads: int, dtype: torch.dtype) -> It
         torch.manual_seed(0)
         with torch.device(device):
             module = Qwen2VLForConditionalGeneration(config).to(dtype)
-        module.generation_config = GenerationConfig()  # no end token: every answer is full length
+        module.generation_config = GenerationConfig()  # no end token: every completion has full length
         module.save_pretrained(folder / "model")
-        del module  # the device's memory is the contestants'
+        del module  # leaves the device's memory to the contestants
         tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
         rng = random.Random(0)
         questions = tuple(_question(tokenizer, tokens - 2, rng) for tokens in shape.text)
@@ -89,8 +89,8 @@ def make_task(shape: Shape, device: str, threads: int, dtype: torch.dtype) -> It
         yield task
 
 
-def planted_answers(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Ordinary tokens at random: what `Task.answers` holds where contestants are to learn the same."""
+def given_completions(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Random ordinary tokens for `Task.completions`, so that all contestants train on the same completions."""
     rng, words = random.Random(1), min(SPECIAL_IDS.values())
     return tuple(
         tuple(tuple(rng.randrange(words) for _ in range(shape.completion)) for _ in range(shape.G)) for _ in shape.text
@@ -98,13 +98,13 @@ def planted_answers(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
 
 
 def variety(completion: str, sample: object = None) -> float:
-    """The reward: how many different characters an answer has. A function of the text alone, and hardly ever equal
-    for a whole group, so that there is something to learn from random weights."""
+    """The reward: the number of different characters of a completion. It depends on the text alone and is hardly ever
+    equal within a group, so that random weights have something to learn."""
     return len(set(completion)) / 10
 
 
 def _question(tokenizer, tokens: int, rng: random.Random) -> str:
-    """Words that are one token each."""
+    """A question of words that are one token each."""
     vocabulary = sorted(tokenizer.get_vocab())
     words = [word[1:] for word in vocabulary if word[0] == "Ġ" and word[1:].isalpha()]
     text = "".join(" " + rng.choice(words) for _ in range(tokens))

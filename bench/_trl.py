@@ -1,10 +1,10 @@
-"""TRL's side of `bench step`: `GRPOTrainer.train()` itself, one step at a time.
+"""TRL's contestant of `bench step`: `GRPOTrainer.train()` itself, one step at a time.
 
 The trainer is TRL's, unchanged, with its own data loader, generation by transformers, padded log-probs, loss, clipping
-and AdamW. Three things around it are ours:
+and AdamW. Three things around it are this bench's:
     `Processing`   transformers' `Qwen2VLProcessor` without its video half, which needs torchvision
-    `Turnstile`    a callback that lets `train()`, in a thread of its own, run on to the end of its next step
-    settings       one generation a step for all prompts x G, and one backward pass (on a GPU one a prompt, to fit its
+    `Turnstile`    a callback that lets `train()`, in its own thread, run to the end of its next step
+    settings       one generation per step for all prompts x G, and one backward (on a GPU one per prompt, to fit its
                    memory); no gradient checkpointing, which is TRL's default and costs time; no logging or saving; the
                    study's KL; lengths fixed by `min_new_tokens`
 On a GPU its weights and AdamW state are bf16, which reads less memory than our fp32 masters.
@@ -39,11 +39,11 @@ TEMPLATE = (
     "{% if item.type == 'image' %}" + IMAGE + "{% else %}{{ item.text }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
-"""The contents of a conversation and nothing else: the prompts of the other contestants, token by token."""
+"""Only the contents of a conversation: the same tokens as the prompts of the other contestants."""
 
 
 class Processing(Qwen2VLProcessor):
-    """`AutoProcessor` would insist on a video processor. Everything else is transformers' own."""
+    """`Qwen2VLProcessor` without a video processor, which `AutoProcessor` requires."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -57,7 +57,7 @@ class TRL:
         self.phases, prompts, n = phases, len(task.questions), task.shape.completion
         parts = Processor.from_pretrained(task.checkpoint, max_pixels=MAX_PIXELS)
         parts.tokenizer.padding_side = "left"  # as TRL loads it
-        has_flash = (  # whose kernels know half precision alone
+        has_flash = (  # its kernels support half precision only
             task.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
         )
         model = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -110,8 +110,8 @@ class TRL:
             )
         trainer.remove_callback(PrinterCallback)
         self.module = trainer.model
-        if task.answers:
-            flat = [list(ids) for group in task.answers for ids in group]
+        if task.completions:
+            flat = [list(ids) for group in task.completions for ids in group]
             trainer._generate_single_turn = lambda *_, **__: (flat, None)
         phases.watch(trainer, "get_batch_samples", "data")
         phases.watch(parts.image_processor, "preprocess", "data")
@@ -130,7 +130,7 @@ class TRL:
         try:
             self.turnstile.wait()
             self.trainer.train()
-        except BaseException as error:  # handed to whoever asked for the step
+        except BaseException as error:  # raised in `one_step`
             self.turnstile.error = error
         finally:
             self.turnstile.done.set()
@@ -149,7 +149,7 @@ class TRL:
 
 
 class Turnstile(TrainerCallback):
-    """Holds `train()` behind every step until the next one is asked for."""
+    """Blocks `train()` after every step until the next one is requested."""
 
     def __init__(self, phases: Phases, threads: int) -> None:
         self.phases, self.threads = phases, threads
@@ -157,13 +157,13 @@ class Turnstile(TrainerCallback):
         self.stop, self.error = False, None
 
     def wait(self) -> None:
-        """In the thread of `train()`."""
+        """Block until a step is requested. Called in the thread of `train()`."""
         self.go.wait()
         self.go.clear()
-        torch.set_num_threads(self.threads)  # OpenMP counts them for each thread that asks
+        torch.set_num_threads(self.threads)  # OpenMP keeps the number for each thread
 
     def one_step(self) -> None:
-        """In the caller's thread. Raises what `train()` has raised."""
+        """Let `train()` run one step. Called in the caller's thread; raises the error that `train()` has raised."""
         self.done.clear()
         self.go.set()
         self.done.wait()
@@ -185,7 +185,7 @@ def reward(completions, **_) -> list[float]:
 
 @contextmanager
 def no_launcher() -> Iterator[None]:
-    """Without the variable by which accelerate takes this for a rank of several: our trainer's start sets it."""
+    """Unset LOCAL_RANK, which our trainer's start sets and accelerate takes for a distributed run."""
     rank = os.environ.pop("LOCAL_RANK", None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The same weights, prompts and completions for every contestant of a bench, at the sizes that benches speak of."""
+"""The weights, prompts and completions that all contestants of a bench share, and the sizes of the benches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
         return f"{self.model} prompts={len(tokens)}x{prompts} G={self.G} completion={self.completion}"
 
 
-# "mid" keeps Qwen2-VL-2B's proportions of vision tower, trunk and head at a size that a CPU trains.
+# "mid" has Qwen2-VL-2B's proportions of vision encoder, trunk and head at a size that a CPU trains.
 # "tiny" is the demo's model.
 MODELS = {
     "tiny": dict(
@@ -76,9 +76,9 @@ MID = Shape("mid", (50, 60, 70, 80), ((20, 20), (24, 24), (26, 26), (28, 28)), 6
 TINY = replace(MID, model="tiny")
 TWO_B = Shape("Qwen2-VL-2B", (100, 100), ((32, 64), (32, 64)), 200)
 REHEARSAL = Shape("tiny", (20, 24), ((8, 8), (12, 8)), 4, G=2)
-"""Shows nothing but that everything runs."""
+"""Only shows that everything runs."""
 SIZES = {"rehearsal": REHEARSAL, "tiny": TINY, "mid": MID, "2B": TWO_B}
-"""By the names of `--sizes`."""
+"""Shapes by the names of `--sizes`."""
 
 
 def model_config(name: str) -> Qwen2VLConfig:
@@ -104,7 +104,7 @@ def model_config(name: str) -> Qwen2VLConfig:
 
 
 class Workload:
-    """Weights, prompts, completions and advantages of a shape; `padded` is the batch as other systems see it."""
+    """Weights, prompts, completions and advantages of a shape; `padded` is the batch of other systems."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, device
@@ -133,12 +133,12 @@ class Workload:
     def clone(self) -> Qwen2VLForConditionalGeneration:
         """A copy of the weights with PyTorch's SDPA everywhere, as Hugging Face loads it."""
         module = copy.deepcopy(self.module)
-        vars(module.model.visual.patch_embed).pop("forward", None)  # a policy has put its own there
+        vars(module.model.visual.patch_embed).pop("forward", None)  # the one that a policy sets
         module.set_attn_implementation("sdpa")
         return module
 
     def batches(self) -> list[dict[str, Tensor]]:
-        """What other systems take in one pass: everything; on a GPU one prompt's rows, to fit its memory."""
+        """The micro-batches of other systems: all rows in one; on a GPU one per prompt, to fit its memory."""
         count = len(self.prompts)
         apart = self.device == "cuda"
         return [self.padded([i]) for i in range(count)] if apart else [self.padded(range(count))]

@@ -1,4 +1,4 @@
-"""`python -m bench gpu [--minutes 9] [--out DIR]`: all that wants a GPU, in the order of its worth, in a time box.
+"""`python -m bench gpu [--minutes 9] [--out DIR]`: everything that needs a GPU, most important first, in limited time.
 
     tests     `pytest -m gpu`: the kernels, attention, captured decode steps and a short run, on the GPU
     kernels   the head's kernels beside TRL, Liger and plain PyTorch, and three bare matmuls
@@ -7,13 +7,13 @@
     step      a whole optimizer step beside TRL's trainer and the original recipe's structure
     profile   a trace of one step, and its costliest kernels
 
-Each step is a process of its own, stopped with all that it started when the box is full; the tests have half of it.
-Its log and its rows go to DIR. A later call with the same DIR runs what has not ended well, steps that were never tried
-first. After a red test nothing is measured, unless `--anyway` asks for numbers not fit for quoting. One GPU is used.
-DIR/summary.md is one page.
-A bare checkout will do: torch, triton and transformers are needed, what else is missing is named, and a step that
-cannot do without it is left out.
-`--rehearse` runs the same on the CPU, at sizes that take minutes and show nothing but that everything starts.
+Each step is a process, which is stopped with all its children when the time is up; the tests get half of the time.
+Logs and rows are written to DIR. A later call with the same DIR runs the steps that have not ended well, beginning with
+those that were never tried. If a test fails nothing is measured; `--anyway` measures, but the numbers must not be
+quoted. One GPU is used. DIR/summary.md is a one-page summary.
+A bare checkout is enough: torch, triton and transformers are needed, other missing packages are named, and a step that
+needs one of them is left out.
+`--rehearse` runs the same on the CPU, at sizes that take minutes and only show that everything starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench._harness import GOALS_MISSED, ROOT
 
 PYTHON = sys.executable
 OUT = "{out}"
-"""In a command: the folder of the results."""
+"""Placeholder in a command: the folder of the results."""
 WANTED = ("deepspeed", "liger_kernel", "trl", "datasets", "flash_attn", "peft", "pytest")
 
 
@@ -91,8 +91,8 @@ STEPS = (
 
 
 def environment(links: Path, out: Path, rehearse: bool) -> dict[str, str]:
-    """Of the steps: the checkout's own packages first, whether it is installed or not. Of several GPUs the first, since
-    a peer would share out its batch among all it sees; for a rehearsal none."""
+    """Environment of the steps: the checkout's packages first, whether it is installed or not. Only the first GPU is
+    visible, since a peer would distribute its batch over all it sees; for a rehearsal none."""
     (links / "vtfast_kernels").symlink_to(ROOT / "kernels")
     paths = [
         str(ROOT),
@@ -115,12 +115,12 @@ def _first_gpu() -> str:
 
 
 def pending(done: dict[str, dict]) -> list[Step]:
-    """What can be run and has not ended well: the tests, then what was never tried, then the others again."""
-    left = [s for s in STEPS if done.get(s.name, {}).get("ended") != "well" and not s.lacks()]
-    return sorted(left, key=lambda step: step.name != "tests" and step.name in done)
+    """Steps that can run and have not ended well: the tests, then steps never tried, then the others."""
+    remaining = [s for s in STEPS if done.get(s.name, {}).get("ended") != "well" and not s.lacks()]
+    return sorted(remaining, key=lambda step: step.name != "tests" and step.name in done)
 
 
-def tests_are_red(done: dict[str, dict]) -> bool:
+def tests_failed(done: dict[str, dict]) -> bool:
     return done.get("tests", {}).get("ended") == "badly"
 
 
@@ -135,11 +135,11 @@ def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bo
         )
         try:
             code = process.wait(seconds)
-            is_bench = step.name != "tests"  # whose numbers stand where a goal is missed
+            is_bench = step.name != "tests"  # a bench that misses a goal still has valid numbers
             ended = "well" if code == 0 or (is_bench and code == GOALS_MISSED) else "badly"
         except subprocess.TimeoutExpired:
             ended = "stopped"
-        finally:  # workers that outlived it would hold the GPU's memory
+        finally:  # workers that survive it would hold the GPU's memory
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -149,7 +149,7 @@ def run(step: Step, out: Path, seconds: float, env: dict[str, str], rehearse: bo
 def summary(done: dict[str, dict], out: Path, device: str) -> str:
     lines = [f"# {device}", ""]
     if done.get("tests", {}).get("ended") != "well":
-        lines += ["**The tests have not passed here: no number below is fit for quoting.**", ""]
+        lines += ["**The tests have not passed on this machine: no number below may be quoted.**", ""]
     lines += ["| step | ended | seconds |", "|---|---|---|"]
     for step in STEPS:
         never = f"needs {', '.join(step.lacks())}" if step.lacks() else "not yet run"
@@ -170,15 +170,17 @@ def _tail(log: Path, lines: int) -> list[str]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="the time box (default 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit in minutes (default 9)")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="default gpu-results")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU")
-    parser.add_argument("--anyway", action="store_true", help="measure though a test is red")
+    parser.add_argument(
+        "--anyway", action="store_true", help="measure although a test fails; the numbers must not be quoted"
+    )
     options = parser.parse_args(argv)
     import torch
 
     if not options.rehearse and not torch.cuda.is_available():
-        print("no CUDA device here; --rehearse runs the steps on the CPU", file=sys.stderr)
+        print("no CUDA device; --rehearse runs the steps on the CPU", file=sys.stderr)
         return 2
     device = "rehearsal on the CPU" if options.rehearse else torch.cuda.get_device_name()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -192,8 +194,8 @@ def main(argv: list[str]) -> int:
             left = ends - time.perf_counter()
             if left < 10:
                 break
-            if step.name != "tests" and tests_are_red(done) and not options.anyway:
-                print("a test is red: nothing is measured (--anyway does)")
+            if step.name != "tests" and tests_failed(done) and not options.anyway:
+                print("a test fails: nothing is measured (--anyway measures)")
                 break
             if step.name == "tests" and len(steps) > 1:
                 left /= 2

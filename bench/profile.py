@@ -1,7 +1,7 @@
-"""`python -m bench profile [--out DIR]`: where one optimizer step of ours spends its time, kernel by kernel.
+"""`python -m bench profile [--out DIR]`: the time of one optimizer step, kernel by kernel.
 
-A step of `bench step`, behind two that warm up, under torch.profiler. DIR/step-trace.json.gz opens in Perfetto or
-chrome://tracing, its phases marked; DIR/step-kernels.txt lists the costliest kernels (on the CPU: operators).
+A step of `bench step` under torch.profiler, after two warm-up steps. DIR/step-trace.json.gz opens in Perfetto or
+chrome://tracing, with its phases marked; DIR/step-kernels.txt lists the most expensive kernels (on the CPU: operators).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ KERNELS = 15
 
 def costliest(recorded: profile, device: str) -> list[tuple[str, int, float, float]]:
     """(name, calls, milliseconds, share of all) of the `KERNELS` that take the most time of `device`."""
-    found = []
+    times = []
     for event in recorded.key_averages():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if event.is_user_annotation or on_device != (device == "cuda"):  # phases, optimizer steps
             continue
         time = event.self_device_time_total if on_device else event.self_cpu_time_total
-        found.append((event.key, event.count, time / 1e3))
-    total = sum(time for *_, time in found)
-    found.sort(key=lambda entry: -entry[2])
-    return [(*entry, entry[2] / total) for entry in found[:KERNELS]]
+        times.append((event.key, event.count, time / 1e3))
+    total = sum(time for *_, time in times)
+    times.sort(key=lambda entry: -entry[2])
+    return [(*entry, entry[2] / total) for entry in times[:KERNELS]]
 
 
 def main(argv: list[str]) -> int:

@@ -1,9 +1,9 @@
-"""`python -m bench roofline RUN`: how near to the device's limits each phase of a run was.
+"""`python -m bench roofline RUN`: how close each phase of a run came to the device's limits.
 
 Work, times and rates come from the run folder's own files (config.yaml, metrics.jsonl, completions.jsonl and a
-checkpoint's config.json): no weights are loaded and nothing is run. The floors, step by step, are those of
-vtfast/cost/roofline.py; the page shows means over all steps but the first. RUN/roofline.md is the page,
-RUN/roofline.png the picture. Lines that the run logged are compared with the page: more than a tenth apart is an error.
+checkpoint's config.json): no weights are loaded and nothing is run. The floors of each step are those of
+vtfast/cost/roofline.py; RUN/roofline.md and RUN/roofline.png show means over all steps but the first. The shares that
+the run logged are compared with these: a difference of more than a tenth is an error.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ def floors_of(run: Recorded, step: Step) -> dict[str, Floor]:
 
 
 def differences(run: Recorded) -> dict[int, float]:
-    """Step -> the largest relative difference of a share that the run logged from the one computed here. Shares of
-    another device than the run's are not compared."""
-    found = {}
+    """Step -> the largest relative difference between a share that the run logged and the one computed here. Nothing is
+    compared if `--device` names another device than the run's."""
+    largest: dict[int, float] = {}
     for step in run.steps:
         if step.metrics.get("roofline/flops") != run.rates.flops:
             continue
-        for name, here in shares(floors_of(run, step), phase_seconds(step.metrics)).items():
+        for name, computed in shares(floors_of(run, step), phase_seconds(step.metrics)).items():
             logged = step.metrics.get(name)
-            if (here is None) != (logged is None):
-                apart = float("inf")
+            if (computed is None) != (logged is None):
+                difference = float("inf")
             else:
-                apart = abs(here - logged) / logged if logged else 0.0
-            found[step.number] = max(found.get(step.number, 0.0), apart)
-    return found
+                difference = abs(computed - logged) / logged if logged else 0.0
+            largest[step.number] = max(largest.get(step.number, 0.0), difference)
+    return largest
 
 
 def averages(run: Recorded) -> tuple[dict[str, Floor], dict[str, float]]:
-    """Mean floors and mean measured seconds of a step, by phase; `rest` is what of a step no phase covers."""
+    """Mean floors and mean measured seconds of a step by phase; `rest` is the time outside all phases."""
     floors: dict[str, Floor] = defaultdict(Floor)
     seconds: dict[str, float] = defaultdict(float)
     steps = run.settled
@@ -68,7 +68,7 @@ def averages(run: Recorded) -> tuple[dict[str, Floor], dict[str, float]]:
 
 
 def page(run: Recorded) -> str:
-    """Markdown."""
+    """The page as Markdown."""
     floors, seconds = averages(run)
     rates, steps = run.rates, run.settled
     link = "" if rates.link is None else f", link {rates.link / 1e9:.3g} GB/s"
@@ -91,15 +91,15 @@ def page(run: Recorded) -> str:
     for name in PHASES:
         total += floors.get(name, Floor())
     lines.append(_row("step", total, seconds["step"]))
-    apart = differences(run)
-    if apart:
-        largest = f"at most {max(apart.values()):.2%} from this page"
-        lines += ["", f"Lines that the run logged: {len(apart)}, {largest}."]
+    logged = differences(run)
+    if logged:
+        largest = f"they differ from this page by at most {max(logged.values()):.2%}"
+        lines += ["", f"Steps whose shares the run logged: {len(logged)}; {largest}."]
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, floor: Floor, seconds: float | None) -> str:
-    """A phase without work has no floor, a part of a phase that has no clock no measured time."""
+    """A row of the table. A phase without work has no floor; a part that is not timed has no measured time."""
     measured = f"{seconds * 1e3:.4g}" if seconds else ""
     if floor.seconds == 0:
         return f"| {name} | | | {measured} | |"
@@ -108,7 +108,7 @@ def _row(name: str, floor: Floor, seconds: float | None) -> str:
 
 
 def draw(floors: Mapping[str, Floor], seconds: Mapping[str, float], path: Path) -> None:
-    """Floor beside measured time, by phase."""
+    """Draw floor and measured time by phase."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,9 +132,9 @@ def draw(floors: Mapping[str, Floor], seconds: Mapping[str, float], path: Path) 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench roofline", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("--device", help=f"count against its data sheet: {', '.join(DEVICES)}")
+    parser.add_argument("--device", help=f"use the rates of its data sheet: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights")
-    parser.add_argument("--output", type=Path, help="folder of page and picture (default RUN)")
+    parser.add_argument("--output", type=Path, help="folder for roofline.md and roofline.png (default RUN)")
     options = parser.parse_args(argv)
     try:
         run = read_recorded(options.run, options.device, options.dtype)
@@ -147,8 +147,8 @@ def main(argv: list[str]) -> int:
     (output / "roofline.md").write_text(text)
     draw(*averages(run), output / "roofline.png")
     print(text)
-    apart = differences(run)
-    if apart and max(apart.values()) > TOLERANCE:
-        print("the run's own lines differ from this page by more than a tenth", file=sys.stderr)
+    logged = differences(run)
+    if logged and max(logged.values()) > TOLERANCE:
+        print("the shares that the run logged differ from this page by more than a tenth", file=sys.stderr)
         return 1
     return 0

@@ -1,12 +1,12 @@
-"""`python -m bench scale`: what a step would take on 1 to 1,024 GPUs, and where ZeRO-2 stops paying.
+"""`python -m bench scale`: predicted time of a step on 1 to 1,024 GPUs, and where ZeRO-2 stops paying off.
 
-    --run RUN          start from the phase times and completions of a run folder (of one GPU)
+    --run RUN          start from the phase times and completions of a run folder (on one GPU)
     --rows FILE ...    start from rows of bench/results: `ours` of op rollout and of op update, one shape
-    neither            an estimate: floors of vtfast/cost/roofline.py over a stated efficiency; everything shown says so
+    neither            an estimate: floors of vtfast/cost/roofline.py over a stated efficiency; the page says so
 
-Weak scaling keeps the prompts of a GPU, strong scaling those of a step. The page states its assumptions, then shows a
-table of each, from where on communication and waiting take more than a quarter of a step, and what other choices would
-change. scale.md and scale.png go to --output (default bench/results).
+Weak scaling keeps the prompts per GPU constant, strong scaling the prompts per step. The page states its assumptions,
+then shows a table of each, the number of GPUs from which on communication and waiting take more than a quarter of a
+step, and the effect of other choices. scale.md and scale.png are written to --output (default bench/results).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from vtfast.utils.errors import UserError
 
 GPUS = tuple(2**i for i in range(11))
 LIMIT = 0.25
-"""Share of a step for communication and waiting beyond which ZeRO-2 is said to have stopped paying."""
+"""Fraction of a step in communication and waiting from which on ZeRO-2 no longer pays off."""
 
 
 def link_rate(name: str) -> float:
-    """A name in LINKS, or GB/s."""
+    """Bytes/s of a link, given by a name in LINKS or in GB/s."""
     try:
         rate = LINKS[name] if name in LINKS else float(name) * 1e9
     except ValueError:
         rate = 0.0
     if not rate > 0:
-        raise UserError(f"{name}: no link; give GB/s of one direction, or one of {', '.join(LINKS)}")
+        raise UserError(f"{name}: not a link; give GB/s of one direction, or one of {', '.join(LINKS)}")
     return rate
 
 
@@ -55,8 +55,8 @@ def assumptions(start: Start, model: Model) -> list[str]:
         "One GPU": f"""{start.source}. {one.prompts} prompts a step; rollout {one.rollout:.4g} s, score
             {one.score:.4g} s, update {one.update:.4g} s, rest {one.rest:.4g} s.""",
         "Rates": f"{rates.flops / 1e12:.4g} TFLOP/s, {rates.bandwidth / 1e9:.4g} GB/s ({rates.source}).",
-        "Links": f"""a GPU sends {link:.4g} GB/s inside a machine of {cluster.node}, its port to other machines
-            {network:.4g} GB/s; a hop takes {HOP * 1e6:.3g} or {NETWORK_HOP * 1e6:.3g} us.""",
+        "Links": f"""a GPU sends {link:.4g} GB/s inside a machine of {cluster.node} and {network:.4g} GB/s to other
+            machines; a hop takes {HOP * 1e6:.3g} or {NETWORK_HOP * 1e6:.3g} us.""",
         "Gradients": f"""{model.bytes / 1e9:.4g} GB in the precision of the weights; {choices.collective} in every
             pass, as DeepSpeed's ZeRO-2 does. {choices.overlap:.0%} of a backward pass (two thirds of a pass) hides
             them, but for the last bucket of half a billion.""",
@@ -102,29 +102,29 @@ def table(predictions: Sequence[Prediction], efficiency: Sequence[float]) -> lis
 
 
 def efficiencies(predictions: Sequence[Prediction], one: Prediction) -> list[float]:
-    """Tokens a second and GPU, over those of one GPU."""
+    """Tokens per second and GPU, relative to those of one GPU."""
     return [p.tokens_per_second / p.gpus / one.tokens_per_second for p in predictions]
 
 
 def alternatives(model: Model, gpus: Sequence[int]) -> list[str]:
-    """What other choices would change, in weak scaling."""
+    """Table of the effect of other choices, in weak scaling."""
     prompts, choices, work = model.measured.prompts, model.choices, model.work
     budgets = {n: model.but(replace(work, token_budget=n * work.token_budget)) for n in (2, 4)}
     other = {
         "reduce-scatter in place of all-reduce": replace(choices, collective="reduce-scatter"),
         "gradients once a step": replace(choices, every_pass=False),
-        "nothing of the backward pass hides gradients": replace(choices, overlap=0.0),
-        "all of it does": replace(choices, overlap=1.0),
+        "no overlap of gradients with the backward pass": replace(choices, overlap=0.0),
+        "full overlap": replace(choices, overlap=1.0),
     }
     variants = {
-        "as it is": (model, prompts),
+        "unchanged": (model, prompts),
         "twice the token budget": (budgets[2], prompts),
         "four times the token budget": (budgets[4], prompts),
         "twice the prompts a GPU (gradient accumulation)": (model, 2 * prompts),
         **{name: (model.but(choices=choice), prompts) for name, choice in other.items()},
     }
     shown = sorted({min(64, gpus[-1]), gpus[-1]})
-    head = "| choice | passes | a quarter lost from | gradients are most of it from |"
+    head = "| choice | passes | more than a quarter lost from | mostly gradients from |"
     lines = [head + "".join(f" efficiency, {n:,} |" for n in shown)]
     lines.append("|---|---:|---:|---:|" + "---:|" * len(shown))
     for name, (variant, each) in variants.items():
@@ -216,20 +216,22 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", type=Path, help="a run folder")
     source.add_argument("--rows", type=Path, nargs="+", help="CSV files of bench/results")
-    parser.add_argument("--device", help=f"data sheet to count floors with: {', '.join(DEVICES)}")
+    parser.add_argument("--device", help=f"data sheet for the floors: {', '.join(DEVICES)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a run's weights")
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="default 1, 2, 4 ... 1024")
     parser.add_argument("--link", help=f"inside a machine: GB/s, or one of {', '.join(LINKS)}")
     parser.add_argument("--network", default="ndr", help="a GPU's port to other machines, likewise (default ndr)")
     parser.add_argument("--node", type=int, default=8, help="GPUs of a machine (default 8)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share of the backward pass that hides gradients")
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, help="fraction of the backward pass that overlaps with gradients"
+    )
     parser.add_argument("--strong", type=int, help="prompts of a step in strong scaling (default: 64 GPUs' worth)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=512, help="rollouts simulated for each number of prompts")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of page and picture")
-    guess = parser.add_argument_group("an estimate's")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for scale.md and scale.png")
+    guess = parser.add_argument_group("for an estimate")
     guess.add_argument("--model", choices=MODELS, default="Qwen2-VL-2B")
-    guess.add_argument("--prompts", type=int, default=8, help="of a GPU in a step")
+    guess.add_argument("--prompts", type=int, default=8, help="prompts per GPU and step")
     guess.add_argument("--lengths", default="uniform:100:700", help="fixed:N, uniform:LOW:HIGH or exponential:MEAN")
     guess.add_argument("--efficiency", type=float, nargs=2, default=EFFICIENCY, metavar=("ROLLOUT", "UPDATE"))
     return parser

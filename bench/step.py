@@ -1,13 +1,13 @@
-"""`python -m bench step`: one whole optimizer step beside TRL's GRPOTrainer and the original recipe's structure.
+"""`python -m bench step`: a whole optimizer step, compared with TRL's GRPOTrainer and the original recipe's structure.
 
-Every contestant samples G answers of a fixed length to the same prompts with an image, rewards and compares them,
-scores the reference model (KL weight 0.04), and updates the same weights with AdamW.
+Every contestant samples G completions of a fixed length for the same prompts with an image, computes rewards and
+advantages, scores the reference model (KL weight 0.04), and updates the same weights with AdamW.
     ours       `vtfast.trainer.Trainer` (_ours.py)
     trl        `trl.GRPOTrainer.train()`, generation by transformers (_trl.py)
-    original   what VisualThinker-R1-Zero's code does: G generates of batch 1, padding, whole logits (_original.py)
-Before anything is timed the tests pass, and two steps on planted answers move the weights of all alike (fp32).
+    original   as in VisualThinker-R1-Zero's code: G generates of batch 1, padding, whole logits (_original.py)
+Before the timing the tests must pass, and two steps on given completions must move all weights alike (fp32).
 On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/step.csv, and results/step.png
-shows where the time of each went.
+shows the time of each by phase.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bench._harness import (
     versions,
 )
 from bench._phases import Phases
-from bench._task import Optimizer, Task, make_task, planted_answers
+from bench._task import Optimizer, Task, given_completions, make_task
 from bench._workload import MID, SIZES, Shape
 
 PHASES = ("data", "rollout", "rewards", "reference", "update", "optimizer", "rest")
@@ -51,13 +51,13 @@ TESTS = ("training/test_step.py", "model/test_scoring.py", "rollout/test_rollout
 GOALS = {"mid": {"trl": 1 / 3, "original": 1 / 8}}
 """On the CPU, our time / theirs, by model."""
 PROPORTIONAL = Optimizer(learning_rate=0.3, adam_epsilon=1.0, max_grad_norm=0.0)
-"""AdamW whose update is the gradient itself, so that weights tell what the gradients were."""
+"""AdamW whose update is proportional to the gradient, so that the weights show the gradients."""
 CHECKED_TOKENS = 8
 TOLERANCE = 1e-4
 
 
 class Contestant(Protocol):
-    """Built from (task, phases). `step` counts itself in its phases."""
+    """Built from (task, phases). `step` records itself in its phases."""
 
     module: nn.Module
 
@@ -68,7 +68,7 @@ class Contestant(Protocol):
 
 @contextlib.contextmanager
 def seats(task: Task) -> Iterator[tuple[dict[str, tuple[Contestant, Phases]], dict[str, str]]]:
-    """-> all contestants that can be had here, and of the others why not. Without ours there is nothing to compare."""
+    """The contestants that run here, and the reasons why others do not. An error of ours is raised."""
     players: dict[str, tuple[Contestant, Phases]] = {}
     absent: dict[str, str] = {}
     try:
@@ -87,7 +87,7 @@ def seats(task: Task) -> Iterator[tuple[dict[str, tuple[Contestant, Phases]], di
 
 
 def take_step(name: str, players: dict[str, tuple[Contestant, Phases]], absent: dict[str, str]) -> None:
-    """A peer that fails, for want of memory, say, leaves its seat; so does what it held."""
+    """Let a contestant take a step. A peer that fails, such as for lack of memory, is removed and its memory freed."""
     if name in absent:
         return
     try:
@@ -109,15 +109,15 @@ def contestant(name: str) -> type[Contestant]:
 
 
 def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
-    """How far each peer's weights end from ours after two steps on the same answers (`distance`).
+    """`distance` of each peer's weights from ours after two steps on the same completions.
 
-    The first step sees no KL, since the policy is the reference still; the second sees all of the loss."""
+    In the first step the KL is 0, since the policy still is the reference; the second one checks the whole loss."""
     shape = replace(shape, completion=CHECKED_TOKENS)
     moves: dict[str, dict[str, Tensor]] = {}
     with make_task(shape, device, threads, torch.float32) as task:
-        planted = replace(task, optimizer=PROPORTIONAL, answers=planted_answers(shape))
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # patches are a convolution to the peers
-        with exact, seats(planted) as (players, absent):
+        given = replace(task, optimizer=PROPORTIONAL, completions=given_completions(shape))
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the peers embed patches by a convolution
+        with exact, seats(given) as (players, absent):
             for name in list(players):
                 before = weights(players[name][0].module)
                 take_step(name, players, absent)
@@ -130,8 +130,8 @@ def disagreements(shape: Shape, device: str, threads: int) -> dict[str, float]:
 
 
 def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest difference of a weight tensor's movement over its size; a tensor that hardly moves counts as one of
-    average movement. NaN if anything is."""
+    """The largest difference of a weight tensor's change, relative to the change or, if that is small, to the average
+    change. NaN if any value is."""
     sizes = torch.stack([move.norm() for move in theirs.values()])
     apart = torch.stack([(ours[name] - move).norm() for name, move in theirs.items()])
     return float((apart / sizes.clamp(min=sizes.mean())).max())
@@ -142,23 +142,23 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def agree(shape: Shape, device: str, threads: int) -> bool:
-    """Whether all that can be had here learn the same; says what differs."""
-    apart = disagreements(shape, device, threads)
-    for name, value in apart.items():
-        print(f"  ours and {name}: weights differ by {value:.1e} of their movement in two steps")
-    if apart and all(value <= TOLERANCE for value in apart.values()):
+    """Whether all contestants that run here train alike; prints the differences."""
+    distances = disagreements(shape, device, threads)
+    for name, value in distances.items():
+        print(f"  ours and {name}: weights differ by {value:.1e} of their change in two steps")
+    if distances and all(value <= TOLERANCE for value in distances.values()):
         return True
-    print("  they do not compute the same: no numbers" if apart else "  no peer: no numbers")
+    print("  they do not compute the same: no numbers" if distances else "  no peer: no numbers")
     return False
 
 
 def measure(
     shape: Shape, device: str, rounds: int, slow_rounds: int, threads: int
 ) -> tuple[dict[str, Phases], dict[str, str]]:
-    """-> phases of every step of alternated rounds, and why some peers have none.
+    """Phases of every step in alternating rounds, and the reasons why some peers have none.
 
-    Where `original` takes part in the first `slow_rounds` alone it does so cold: the check has run its code, and on a
-    GPU one of its steps is a minute."""
+    If `original` takes part in the first `slow_rounds` only, it is not warmed up: the check has run its code, and on a
+    GPU one of its steps takes a minute."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with make_task(shape, device, threads, dtype) as task, seats(task) as (players, absent):
         for name, (_, phases) in list(players.items()):
@@ -171,7 +171,7 @@ def measure(
 
 
 def report(shape: Shape, device: str, measured: Mapping[str, Phases], absent: Mapping[str, str]) -> bool:
-    """Tables, rows of step.csv; whether the goals are met."""
+    """Print tables and append rows to step.csv -> whether the goals are met."""
     times = {name: phases.totals() for name, phases in measured.items()}
     print(f"\nstep, {shape}, {device_name(device)}, {len(times['ours'])} rounds")
     print(f"  {'':<10}{'p20 s':>9}{'p50 s':>9}{'p80 s':>9}{'ours / it':>24}{'goal':>8}")
@@ -199,7 +199,7 @@ def report(shape: Shape, device: str, measured: Mapping[str, Phases], absent: Ma
 
 
 def picture(measured: Mapping[str, Mapping[str, Phases]], device: str, path: Path) -> None:
-    """A bar a contestant and a part of it a phase, one panel a size."""
+    """Draw one panel per size with a bar per contestant, split by phase."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,7 +229,7 @@ def picture(measured: Mapping[str, Mapping[str, Phases]], device: str, path: Pat
 
 
 def quiet() -> None:
-    """Progress bars and deprecations of the peers hide the tables."""
+    """Turn off the peers' progress bars and deprecation warnings, which hide the tables."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -259,7 +259,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, help="rounds that include the original; all, or 1 on a GPU")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
-    parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
+    parser.add_argument("--no-tests", action="store_true", help="skip the tests; the numbers must not be quoted")
     options = parser.parse_args(argv)
     on_gpu = options.device == "cuda"
     sizes = options.sizes or (["2B"] if on_gpu else ["tiny", "mid"])
@@ -271,7 +271,7 @@ def main(argv: list[str]) -> int:
     measured, met = {}, []
     for size in sizes:
         shape = SIZES[size]
-        # bf16 rounds too much to tell a wrong gradient from a right one: on a GPU the check is made small, in fp32.
+        # bf16 rounds too much to tell a wrong gradient from a right one: on a GPU the check uses a small model in fp32.
         if not agree(MID if size == "2B" else shape, options.device, options.threads):
             return NO_NUMBERS
         arguments = shape, options.device, options.rounds, slow_rounds, options.threads

@@ -1,11 +1,11 @@
-"""`python -m bench update`: one GRPO update (forward, backward, AdamW step) beside TRL and plain Hugging Face code.
+"""`python -m bench update`: a GRPO update (forward, backward, AdamW step), compared with TRL and plain Hugging Face.
 
-All contestants hold the same weights and train on the same completions of the same prompts, with the same advantages.
-    ours           packed rows: every prompt and image once per group, no padding, head and loss fused
+All contestants have the same weights and train on the same completions with the same advantages.
+    ours           packed rows: every prompt and image once per group, no padding, fused head and loss
     checkpointed   ours, recomputing activations in the backward pass
-    hf             plain Hugging Face code: padded, every prompt and image once per completion, logits whole
+    hf             plain Hugging Face code: padded, every prompt and image once per completion, whole logits
     trl            TRL's own GRPOTrainer._compute_loss, its fused head included, on the same padded batch
-Before anything is timed the tests of packing and scoring pass, and the losses and gradients of all agree.
+Before the timing the tests of packing and scoring must pass, and the losses and gradients of all must agree.
 On a GPU: Qwen2-VL-2B's sizes with random weights, in bf16. Rows are appended to results/update.csv.
 """
 
@@ -78,12 +78,12 @@ class Ours:
         return MicroBatch(parts, self.groups, self.policy)
 
     def losses(self) -> Iterator[Tensor]:
-        """One a backward pass; their sum is the loss."""
-        yield self.objective(self.batch(), self.sequences, self.tokens)[0]  # packed in every update
+        """One per backward; their sum is the loss."""
+        yield self.objective(self.batch(), self.sequences, self.tokens)[0]  # packing is part of every update
 
 
 class Checkpointed(Ours):
-    """Ours with gradient checkpointing: what the flag costs and what it saves."""
+    """Ours with gradient checkpointing: the cost and savings of the flag."""
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
@@ -132,7 +132,7 @@ class TRL:
             loss_type="grpo",
             report_to=[],
             use_cpu=work.device == "cpu",
-            bf16=False,  # the weights already are, on a GPU
+            bf16=False,  # on a GPU the weights already are bf16
             gradient_checkpointing=False,
             disable_dropout=True,
         )
@@ -173,7 +173,7 @@ def updater(contestant: Ours | HuggingFace | TRL) -> Callable[[], Tensor]:
 
 
 def backward(contestant: Ours | HuggingFace | TRL) -> Tensor:
-    """-> the loss. Gradients are in the weights."""
+    """Compute the gradients -> the loss."""
     total = torch.zeros((), device=next(contestant.module.parameters()).device)
     for loss in contestant.losses():
         loss.backward()
@@ -182,20 +182,20 @@ def backward(contestant: Ours | HuggingFace | TRL) -> Tensor:
 
 
 def disagreement(ours: Ours, other: HuggingFace | TRL) -> tuple[float, float]:
-    """|loss difference|, and the largest relative difference of a parameter's gradient. Gradients are left zeroed."""
+    """|loss difference|, and the largest relative difference of a parameter's gradient. Zeroes all gradients."""
     gradients, losses = [], []
     for contestant in (ours, other):
         losses.append(float(backward(contestant)))
         named = dict(contestant.module.named_parameters())
         gradients.append({name: p.grad.float().clone() for name, p in named.items()})
         contestant.module.zero_grad()
-    mine, theirs = gradients
-    errors = [(mine[n] - g).norm() / g.norm().clamp(min=1e-12) for n, g in theirs.items()]
+    own, peers = gradients
+    errors = [(own[n] - g).norm() / g.norm().clamp(min=1e-12) for n, g in peers.items()]
     return abs(losses[0] - losses[1]), float(max(errors))
 
 
 def grow(name: str, shape: Shape, threads: int) -> None:
-    """In a child process: memory of a second update, when optimizer state and thread pools are there."""
+    """Called in a child process: memory of a second update, when optimizer state and thread pools exist."""
     torch.set_num_threads(threads)
     run = updater(CONTESTANTS[name](Workload(shape, "cpu")))
     run()
@@ -219,25 +219,25 @@ def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
     players, runs, rows = {}, {}, []
     tolerance = (1e-5, 1e-3) if device == "cpu" else (5e-2, 0.5)  # bf16 gradients differ by rounding
 
-    def leaves(name: str, error: Exception) -> None:
-        """A peer that cannot run, or does not fit, must not stop the others."""
+    def remove(name: str, error: Exception) -> None:
+        """Remove a peer that cannot run or does not fit into memory, so that the others are still measured."""
         if name == "ours":
             raise error
         rows.append(_row(work, name, absence(name, error), ()))
         players.pop(name, None), runs.pop(name, None)
 
     for name, make in CONTESTANTS.items():
-        gc.collect()  # what a peer that has left held
+        gc.collect()  # memory of removed peers
         try:
             players[name] = make(work)
             if name == "ours":
                 continue
-            apart = disagreement(players["ours"], players[name])
+            differences = disagreement(players["ours"], players[name])
         except Exception as error:
-            leaves(name, error)
+            remove(name, error)
             continue
-        agrees = all(x <= limit for x, limit in zip(apart, tolerance, strict=True))
-        print(f"  ours and {name}: loss differs by {apart[0]:.1e}, gradients by {apart[1]:.1e}")
+        agrees = all(x <= limit for x, limit in zip(differences, tolerance, strict=True))
+        print(f"  ours and {name}: loss differs by {differences[0]:.1e}, gradients by {differences[1]:.1e}")
         if not agrees:
             raise SystemExit("  they do not compute the same: no numbers")
     for name in list(players):
@@ -246,7 +246,7 @@ def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
             runs[name] = updater(players[name])
             runs[name]()
         except Exception as error:
-            leaves(name, error)
+            remove(name, error)
     times = alternate(runs, rounds, device)
     memory = {name: memory_growth(name, run, work, threads) for name, run in runs.items()}
     append("update.csv", rows)
@@ -302,7 +302,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
+    parser.add_argument("--no-tests", action="store_true", help="skip the tests; the numbers must not be quoted")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if not options.no_tests and not tests_pass(TESTS):

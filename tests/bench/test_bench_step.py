@@ -9,7 +9,7 @@ import torch
 
 from bench import _harness, step
 from bench._phases import Phases
-from bench._task import make_task, planted_answers, variety
+from bench._task import given_completions, make_task, variety
 from bench._workload import REHEARSAL
 
 pytest.importorskip("deepspeed")
@@ -286,7 +286,7 @@ def test_trls_thread_ends_with_close(task):
     assert not player.thread.is_alive() and threading.active_count() <= before + 1
 
 
-def test_planted_answers_are_whole_and_differ():
-    answers = planted_answers(REHEARSAL)
+def test_given_completions_are_whole_and_differ():
+    answers = given_completions(REHEARSAL)
     assert [[len(ids) for ids in group] for group in answers] == [[4, 4], [4, 4]]
     assert len({ids for group in answers for ids in group}) == 4

@@ -319,7 +319,8 @@ def test_the_runs_lines_are_the_pages(train, capsys):
         assert ("rollout" in text) == step.fresh
     assert bench.main([str(folder)]) == 0
     page = (folder / "roofline.md").read_text()
-    assert page in capsys.readouterr().out and "Lines that the run logged: 3, at most 0.00%" in page
+    assert page in capsys.readouterr().out
+    assert "Steps whose shares the run logged: 3; they differ from this page by at most 0.00%" in page
     assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
     metrics = lines_of(folder)
     for line in metrics:  # a page that differs is an error
@@ -362,7 +363,7 @@ def test_without_rates_nothing_is_said(train):
     assert not logged
     last = lines_of(folder)[-1]
     assert last["roofline/update"] is last["roofline/step"] is None
-    with pytest.raises(UserError, match="knew no rates of its device; name one with --device"):
+    with pytest.raises(UserError, match="recorded no rates of its device; name one with --device"):
         read_recorded(folder)
     elsewhere = read_recorded(folder, device="H100")
     assert elsewhere.rates.flops == 67e12  # fp32

@@ -214,7 +214,7 @@ def test_rows_of_the_benches(tmp_path):
     assert start.rates == data_sheet(device, torch.bfloat16)
     for file in files:
         file.write_text(file.read_text().replace(device, "cpu with 2 threads"))
-    with pytest.raises(UserError, match="device cpu with 2 threads: not listed; name one with --device"):
+    with pytest.raises(UserError, match="device cpu with 2 threads: has no data sheet; name one with --device"):
         from_rows(files, None)
     assert from_rows(files, "A100").rates.bandwidth == 2.039e12
     with pytest.raises(UserError, match="not a shape of the benches"):
@@ -240,11 +240,11 @@ def test_an_estimate_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--link", "string"], "string: no link"),
-        (["--link", "-3"], "-3: no link"),
+        (["--link", "string"], "string: not a link"),
+        (["--link", "-3"], "-3: not a link"),
         (["--overlap", "2"], "--overlap 2.0: must be between 0 and 1"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
-        (["--device", "V100"], "device V100: not listed"),
+        (["--device", "V100"], "device V100: has no data sheet"),
         (["--efficiency", "0", "1"], "must be above 0 and at most 1"),
         (["--prompts", "0"], "--prompts 0: must be at least 1"),
     ],
