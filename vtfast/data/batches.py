@@ -9,18 +9,19 @@ import torch
 
 from vtfast.data import Sample
 from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
+from vtfast.data.skipped import SkipLog
 from vtfast.utils.errors import UserError
 
 
 def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:
-    """Indices of the `prompts` samples that step `step` (from 1) asks: epoch after epoch, each freshly shuffled.
+    """Indices of the `prompts` samples of batch `step` (from 1): epoch after epoch, each shuffled anew.
 
-    A function of its arguments alone, so that ranks agree and any step can be asked again.
+    A function of its arguments alone, so that ranks agree and a resumed run continues in the same order.
     """
     first = (step - 1) * prompts
     indices: list[int] = []
-    for place in range(first, first + prompts):
-        epoch, offset = divmod(place, samples)
+    for position in range(first, first + prompts):
+        epoch, offset = divmod(position, samples)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         if not indices or offset == 0:
             shuffled = torch.randperm(samples, generator=generator)
@@ -29,34 +30,35 @@ def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:
 
 
 def batches(
-    asker: PromptBuilder,
+    prompt_builder: PromptBuilder,
+    skip_log: SkipLog,
     samples: Sequence[Sample],
     steps: Sequence[int],
     *,
     per_rank: int,
-    rank: int,
-    ranks: int,
-    seed: int,
-    every: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
+    seed: int = 0,
+    steps_per_batch: int = 1,
 ) -> Iterator[list[EncodedSample]]:
-    """This rank's questions of each step; the next step's images are decoded while this one trains.
+    """This rank's batches of `per_rank` prompts; the next batch is encoded in a thread while this one trains.
 
-    `every`: optimizer steps that live on one set of questions; `steps` names the first of each.
+    `steps`: the optimizer steps that start with a new batch. `steps_per_batch`: optimizer steps that use one batch.
     """
 
-    def prepare(step: int) -> list[EncodedSample]:
-        indices = order(len(samples), (step - 1) // every + 1, per_rank * ranks, seed)
-        questions = []
+    def encode(step: int) -> list[EncodedSample]:
+        indices = order(len(samples), (step - 1) // steps_per_batch + 1, per_rank * ranks, seed)
+        batch = []
         for i in indices[rank * per_rank : (rank + 1) * per_rank]:
             try:
-                questions.append(asker.ask(samples[i], i))
+                batch.append(prompt_builder.build(samples[i], i))
             except UserError as error:
-                asker.skip(samples[i], error, step)
-        return questions
+                skip_log.add(samples[i], error, step)
+        return batch
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = None
         for number, step in enumerate(steps):
-            questions = upcoming.result() if upcoming else prepare(step)
-            upcoming = pool.submit(prepare, steps[number + 1]) if number + 1 < len(steps) else None
-            yield questions
+            batch = upcoming.result() if upcoming else encode(step)
+            upcoming = pool.submit(encode, steps[number + 1]) if number + 1 < len(steps) else None
+            yield batch

@@ -10,13 +10,16 @@ from pathlib import Path
 from vtfast.config import RunConfig
 from vtfast.data import AUTO_COLUMNS, Columns, RowFilter, Sample, load_samples, shuffle_options, synthetic
 from vtfast.data.prompt_builder import PromptBuilder
+from vtfast.data.skipped import SkipLog
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TRAIN = 2048
 
 
-def load_questions(config: RunConfig, asker: PromptBuilder, rendered: Path) -> dict[str, list[Sample]]:
-    """Samples by split, "train" and "val" (held out; absent without `eval_data`).
+def load_splits(
+    config: RunConfig, prompt_builder: PromptBuilder, skip_log: SkipLog, rendered: Path
+) -> dict[str, list[Sample]]:
+    """Samples by split, "train" and "val" (held out; absent without `eval_data`). Invalid ones go to `skip_log`.
 
     `rendered`: the folder of `render_synthetic`; its files are read like any others.
     """
@@ -40,11 +43,8 @@ def load_questions(config: RunConfig, asker: PromptBuilder, rendered: Path) -> d
             row_filter=row_filter(config),
             first_rows=first_rows,
         )
-        asker.skipped += [
-            {"step": 0, "source": str(source), "row": row, "where": loaded.where[row], "reason": reason}
-            for row, reason in loaded.skipped
-        ]
-        samples[split] = asker.fitting(shuffle_options(loaded, config.seed), str(source))
+        skip_log.add_rows(str(source), loaded.skipped, loaded.where)
+        samples[split] = prompt_builder.drop_too_long(shuffle_options(loaded, config.seed), str(source), skip_log)
     return samples
 
 
@@ -67,7 +67,7 @@ def render_synthetic(config: RunConfig, folder: Path) -> Path:
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Of the questions in their order; images by number alone, since reading all of them would take minutes."""
+    """SHA-256 of the samples in their order. Of images only the number counts: reading all of them takes minutes."""
     digest = hashlib.sha256()
     for sample in samples:
         entry = [sample.row, sample.question, sample.options, sample.answer, len(sample.images)]

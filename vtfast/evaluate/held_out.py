@@ -36,7 +36,7 @@ class HeldOutScores:
 
 def evaluate_held_out(
     engine: Engine,
-    asker: PromptBuilder,
+    prompt_builder: PromptBuilder,
     samples: Sequence,
     config: RunConfig,
     ranks: Ranks,
@@ -46,16 +46,16 @@ def evaluate_held_out(
 
     `graded`: a response -> what of it the rewards are shown."""
     mine = samples[ranks.rank :: ranks.size]
-    prefix = response_prefix(asker.template)
+    prefix = response_prefix(prompt_builder.template)
     results: dict[str, list[tuple[str, float, float]]] = {"sampled": [], "greedy": []}
     bar = tqdm(total=len(mine), desc="held-out", unit="question", leave=False, disable=not ranks.is_main)
     for start in range(0, len(mine), BATCH):
-        questions = [asker.ask(sample) for sample in mine[start : start + BATCH]]
+        questions = [prompt_builder.build(sample) for sample in mine[start : start + BATCH]]
         for mode, rows in results.items():
             sampling = Sampling(config.temperature, config.max_completion_length, greedy=mode == "greedy")
             answers = engine.generate([question.prompt for question in questions], 1, sampling, seed=SEED)
             for question, (answer,) in zip(questions, answers, strict=True):
-                text = graded(prefix + asker.processor.decode(answer.tokens))
+                text = graded(prefix + prompt_builder.processor.decode(answer.tokens))
                 rows.append(
                     (question.sample.kind, accuracy_reward(text, question.sample), format_reward(text, question.sample))
                 )

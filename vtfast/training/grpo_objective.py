@@ -1,4 +1,4 @@
-"""The GRPO loss of one packed row, as the module that DeepSpeed trains."""
+"""The GRPO loss of a micro-batch, as the module that DeepSpeed trains."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ from vtfast.model.policy import Policy
 from vtfast.training.groups import MicroBatch
 
 SUMS = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
-"""What a pass reports beside its loss, summed over its scored tokens."""
+"""Metrics of a micro-batch, summed over its scored tokens."""
 
 
 class GRPOObjective(nn.Module):
-    """One pass: trunk over the packed row, then head and loss in one op that never holds the logits."""
+    """The trunk over a packed micro-batch, then head and loss in one op that never holds the logits."""
 
-    def __init__(self, policy: Policy, spec: GRPOLoss, use_sampler_logps: bool = False) -> None:
+    def __init__(self, policy: Policy, spec: GRPOLoss, use_sampler_logprobs: bool = False) -> None:
         super().__init__()
         self.module = policy.module
-        self.policy, self.spec, self.use_sampler_logps = policy, spec, use_sampler_logps
+        self.policy, self.spec, self.use_sampler_logprobs = policy, spec, use_sampler_logprobs
 
-    def forward(self, batch: MicroBatch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> (loss, `SUMS` [5] fp32, largest drift of a token's log-prob from the sampler's).
+    def forward(self, micro_batch: MicroBatch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, `SUMS` [5] fp32, and the largest |log-prob - sampler's log-prob| of a token.
 
-        The denominators are those of the whole step, all passes and ranks."""
-        if not batch.parts:
-            return self._blank()
-        pack, device = batch.pack, self.policy.device
-        old = batch.logps("old")
-        sampled = batch.sampled().to(device)
+        The denominators `num_sequences` and `num_tokens` count all micro-batches and ranks of the step."""
+        if not micro_batch.parts:
+            return self._empty()
+        pack, device = micro_batch.pack, self.policy.device
+        old = micro_batch.logprobs("old")
+        sampled = micro_batch.sampler_logprobs().to(device)
         out = linear_grpo_loss(
             pack.select(self.policy.hidden_states(pack)),
             self.policy.head,
             pack.target,
             pack.sequence_id,
-            batch.advantage().to(device),
+            micro_batch.advantage().to(device),
             spec=self.spec,
             old_logp=old,
-            ref_logp=batch.logps("reference") if self.spec.beta > 0 else None,
-            sampler_logp=sampled if self.use_sampler_logps else None,
+            ref_logp=micro_batch.logprobs("reference") if self.spec.beta > 0 else None,
+            sampler_logp=sampled if self.use_sampler_logprobs else None,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
         tokens = len(pack.target)
-        answered = out.logp.detach() if old is None else old  # by the weights that sampled
-        drift = (answered - sampled).abs()
+        trainer = out.logp.detach() if old is None else old  # by the weights that sampled
+        mismatch = (trainer - sampled).abs()
         sums = torch.stack(
             [
                 out.entropy.sum(),
                 torch.zeros_like(out.loss) if out.kl is None else out.kl.sum(),
                 out.clip_low * tokens,
                 out.clip_high * tokens,
-                drift.sum(),
+                mismatch.sum(),
             ]
         )
-        return out.loss, sums.detach(), drift.max()
+        return out.loss, sums.detach(), mismatch.max()
 
-    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A rank with nothing to do in this pass: zero gradients, and the same collectives as the others."""
-        device, pack = self.policy.device, blank_pack(self.policy)
+    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A rank without sequences in this micro-batch: zero gradients, and the same collectives as the others."""
+        device, pack = self.policy.device, shortest_pack(self.policy)
         out = linear_grpo_loss(
             pack.select(self.policy.hidden_states(pack)),
             self.policy.head,
@@ -78,8 +78,8 @@ class GRPOObjective(nn.Module):
         return out.loss, torch.zeros(len(SUMS), device=device), torch.zeros((), device=device)
 
 
-def blank_pack(policy: Policy) -> Pack:
-    """The shortest row there is: a prompt of one token and a completion of one token."""
+def shortest_pack(policy: Policy) -> Pack:
+    """A prompt of one token and a completion of one token."""
     prompt = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64))
     return policy.pack([prompt], [[[0]]])
 

@@ -1,8 +1,8 @@
-"""Is the run well? Steps that have to be left out, and figures that leave their bounds.
+"""Optimizer steps that are skipped, and warnings for metrics that leave their bounds.
 
-A step is left out when a loss or the gradient's norm is not finite, on whatever rank, or when none of its questions can
-be used. No weight, no optimizer state and no schedule moves then, so that the steps after it are what they would have
-been. `nonfinite.jsonl` keeps what is needed to look into it.
+A step is skipped if a loss or the gradient norm is not finite on any rank, or if none of its samples can be used.
+Weights, optimizer state and schedule stay as they are, so the steps after it are not changed by it. `nonfinite.jsonl`
+lists what is needed to find the cause.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ FILE = "nonfinite.jsonl"
 
 @dataclass
 class Health:
-    """What a run remembers of itself; the same on all ranks, and carried by checkpoints."""
+    """Counters of a run, equal on all ranks, and kept in checkpoints."""
 
     nonfinite_steps: int = 0
-    """Steps left out since a loss or gradient was not finite."""
+    """Steps skipped because a loss or gradient was not finite."""
     empty_steps: int = 0
-    """Steps left out since none of their questions could be used."""
+    """Steps skipped because none of their samples could be used."""
     left_out_in_a_row: int = 0
-    """Of either kind, up to now."""
+    """Steps skipped for either reason, without a break, up to now."""
     alarms: list[str] = field(default_factory=list)
-    """Figures that are out of their bounds and have been warned of."""
+    """Metrics that are out of their bounds and have been warned about."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Health:
-        return cls(**{**state, "alarms": list(state["alarms"])})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        loaded = Health(**state)  # TypeError for another version's keys
+        vars(self).update(vars(loaded))
+        self.alarms = list(loaded.alarms)
 
     def metrics(self) -> dict[str, int]:
         return {
@@ -58,8 +59,8 @@ class Health:
             "step_left_out": int(self.left_out_in_a_row > 0),
         }
 
-    def begins(self, name: str, is_out: bool) -> bool:
-        """Whether `name` leaves its bounds with this step, and was inside before."""
+    def entered(self, name: str, is_out: bool) -> bool:
+        """Whether `name` leaves its bounds in this step and was inside before."""
         if is_out == (name in self.alarms):
             return False
         if is_out:
@@ -69,44 +70,41 @@ class Health:
         return is_out
 
 
-def warn(health: Health, step: int, metrics: Mapping[str, float | None], config: Config) -> None:
-    """One warning for each time that a figure of a GRPO step leaves its bounds, and not one a step."""
-    figures = {
+def warn_out_of_bounds(health: Health, step: int, metrics: Mapping[str, float | None], config: Config) -> None:
+    """Log a warning when a metric of a GRPO step leaves its bounds; not again until it has returned."""
+    bounds = {
         "kl": (config.kl_warning, "the policy is {:.3g} nats a token from the reference model"),
         "entropy": (
             config.entropy_warning,
-            "the entropy of a token is down to {:.3g} nats: answers are nearly all alike",
+            "the entropy of a token is down to {:.3g} nats: completions are nearly all alike",
         ),
         "sampler_drift": (
             config.sampler_drift_warning,
             "sampled and trained log-probs differ by {:.3g} on average, {sampler_drift_max:.3g} at most",
         ),
     }
-    for name, (bound, text) in figures.items():
+    for name, (bound, text) in bounds.items():
         value = metrics[name]
         if value is None or math.isnan(value):
-            continue  # of a step that says nothing about it
+            continue  # not known in this step
         is_out = value < bound if name == "entropy" else value > bound
-        if health.begins(name, is_out):
+        if health.entered(name, is_out):
             log.warning("step %d: %s (--%s_warning %g)", step, text.format(value, **metrics), name, bound)
 
 
 class GuardedOptimizer:
-    """Lets optimizer steps happen, or leaves them out."""
+    """Runs the optimizer step, or skips it."""
 
-    def __init__(
-        self, engine: DeepSpeedEngine, ranks: Ranks, folder: Path, most_in_a_row: int, health: Health | None = None
-    ) -> None:
-        """`folder`: the run's. `most_in_a_row`: of steps left out; the last one raises UserError. `health`: of a
-        run that goes on."""
+    def __init__(self, engine: DeepSpeedEngine, ranks: Ranks, folder: Path, most_in_a_row: int, health: Health) -> None:
+        """`folder`: of the run. `most_in_a_row`: skipped steps; the last of them raises SharedError."""
         self.engine, self.ranks, self.file = engine, ranks, folder / FILE
         self.most_in_a_row = most_in_a_row
-        self.health = health or Health()
+        self.health = health
 
-    def step(self, step: int, batches: Sequence[MicroBatch], losses: Tensor) -> float:
-        """The optimizer step behind all passes -> gradient norm, nan where it was left out. Collective.
+    def step(self, step: int, micro_batches: Sequence[MicroBatch], losses: Tensor) -> float:
+        """The gradient norm over all ranks; nan if the step was skipped. Collective.
 
-        `losses`: one a pass of this rank, in the order of `batches`.
+        `losses`: [number of micro-batches] of this rank.
         """
         norm = global_norm(self.engine)
         is_finite = math.isfinite(norm) and bool(losses.isfinite().all())
@@ -115,17 +113,19 @@ class GuardedOptimizer:
             self.health.left_out_in_a_row = 0
             return float(self.engine.get_global_grad_norm())
         self.health.nonfinite_steps += 1
-        gradients, passes = nonfinite_gradients(self.engine), self._passes(batches, losses)
+        gradients = nonfinite_gradients(self.engine)
         drop_gradients(self.engine)
-        self._leave_out(step, "nonfinite", "a loss or gradient was not finite", passes, gradients)
+        self._skip(
+            step, "nonfinite", "a loss or gradient was not finite", self._describe(micro_batches, losses), gradients
+        )
         return float("nan")
 
-    def empty(self, step: int) -> None:
-        """Of a step without any question to train on. Collective."""
+    def skip_empty(self, step: int) -> None:
+        """Skip a step that has no sample to train on. Collective."""
         self.health.empty_steps += 1
-        self._leave_out(step, "empty", "none of its questions could be used, see skipped.jsonl")
+        self._skip(step, "empty", "none of its samples could be used, see skipped.jsonl")
 
-    def _leave_out(
+    def _skip(
         self, step: int, kind: str, reason: str, passes: Sequence[dict] = (), gradients: Sequence[str] = ()
     ) -> None:
         everyone = self.ranks.gather((passes, gradients))
@@ -142,24 +142,24 @@ class GuardedOptimizer:
                 file.write(json.dumps(line) + "\n")
         self.health.left_out_in_a_row += 1
         row = self.health.left_out_in_a_row
-        log.warning("step %d: left out, %s (%d in a row; %s)", step, reason, row, self.file)
+        log.warning("step %d: skipped, %s (%d in a row; %s)", step, reason, row, self.file)
         if row >= self.most_in_a_row:
             raise SharedError(
-                f"step {step}: left out, {reason}; that makes {row} in a row (--max_nonfinite_steps"
+                f"step {step}: skipped, {reason}; {row} steps in a row (--max_nonfinite_steps"
                 f" {self.most_in_a_row}). {self.file} names their rows and tensors; checkpoints hold the weights from"
                 " before"
             )
 
-    def _passes(self, batches: Sequence[MicroBatch], losses: Tensor) -> list[dict]:
-        """What this rank's passes were made of."""
+    def _describe(self, micro_batches: Sequence[MicroBatch], losses: Tensor) -> list[dict]:
+        """The samples and the loss of each of this rank's micro-batches."""
         return [
             {
                 "rank": self.ranks.rank,
                 "pass": number,
-                "rows": [group.question.sample.row for group in groups],
-                "prompts": [group.question.prompt.key for group in groups],
+                "rows": [group.sample.row for group in groups],
+                "prompts": [group.prompt.key for group in groups],
                 "loss": loss if math.isfinite(loss) else str(loss),
             }
-            for number, (batch, loss) in enumerate(zip(batches, losses.tolist(), strict=True), 1)
-            for groups in [[batch.groups[part.group] for part in batch.parts]]
+            for number, (micro_batch, loss) in enumerate(zip(micro_batches, losses.tolist(), strict=True), 1)
+            for groups in [[micro_batch.groups[part.group] for part in micro_batch.parts]]
         ]

@@ -1,7 +1,7 @@
-"""Which rank trains on what: the groups of all ranks are shared out anew, so that no rank waits for a longer one.
+"""Which rank trains on which groups: they are distributed anew over the ranks, so that no rank waits for another.
 
-Ranks first tell each other sizes alone. A group that is trained elsewhere than it was answered travels as its tokens
-and advantages; its new rank asks the question again from the data, images included.
+Ranks exchange sizes first. A group that moves to another rank is sent as its tokens and advantages; the other rank
+builds its prompt from the data again, images included.
 """
 
 from __future__ import annotations
@@ -18,87 +18,93 @@ from vtfast.training.groups import Group, MicroBatch
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A rank's share of an optimizer step."""
+    """What one rank trains on in an optimizer step."""
 
-    batches: list[MicroBatch]
-    """One a pass; all ranks have equally many, some perhaps empty."""
+    micro_batches: list[MicroBatch]
+    """All ranks have equally many; some may be empty."""
     num_sequences: int
-    """Completions of all ranks, those without signal included: denominators of the loss."""
+    """Completions of all ranks, skipped groups included. A denominator of the loss, like the next."""
     num_tokens: int
+    """Their tokens."""
     skipped: float
-    """Share of all groups that no rank trains on, since nothing can be learned from them."""
+    """Fraction of the groups that no rank trains on, because their advantages are all 0."""
 
 
 def size_of(group: Group, skip_without_signal: bool) -> GroupSize:
-    prompt = group.question.prompt
+    prompt = group.prompt
     trained = bool((group.advantage != 0).any()) or not skip_without_signal
     return GroupSize(len(prompt.ids), group.lengths, prompt.patches, trained)
 
 
-def share_out(
+def balance(
     groups: Sequence[Group],
     ranks: Ranks,
     policy: Policy,
-    ask: Callable[[int], EncodedSample],
+    encode: Callable[[int], EncodedSample],
     token_budget: int,
     skip_without_signal: bool,
 ) -> StepBatches:
-    """Collective. `ask`: index of a sample -> its question. `skip_without_signal`: leave out groups whose advantages
-    are all 0; exact where nothing but the advantage makes a gradient (beta = 0)."""
+    """Distribute the groups of all ranks, and cut each rank's into micro-batches of at most `token_budget` tokens.
+    Collective.
+
+    Args:
+        encode: index of a sample -> its encoded sample.
+        skip_without_signal: skip groups whose advantages are all 0. Exact if only the advantage makes a gradient, that
+            is with beta = 0."""
     everyone = ranks.gather([size_of(group, skip_without_signal) for group in groups])
     sizes = [size for part in everyone for size in part]
     owners = [rank for rank, part in enumerate(everyone) for _ in part]
     costs = [size.flops(policy.module.config).total for size in sizes]
-    passes = [settle(bins, owners) for bins in plan_micro_batches(sizes, costs, token_budget, ranks.size)]
+    steps = [assign_to_ranks(bins, owners) for bins in plan_micro_batches(sizes, costs, token_budget, ranks.size)]
     first = sum(len(part) for part in everyone[: ranks.rank])
-    here = _exchange(dict(enumerate(groups, first)), passes, owners, ranks, ask)
+    local = _exchange(dict(enumerate(groups, first)), steps, owners, ranks, encode)
     return StepBatches(
-        [MicroBatch(bins[ranks.rank], here, policy) for bins in passes],
+        [MicroBatch(bins[ranks.rank], local, policy) for bins in steps],
         num_sequences=sum(len(size.lengths) for size in sizes),
         num_tokens=sum(sum(size.lengths) for size in sizes),
         skipped=sum(not size.trained for size in sizes) / max(1, len(sizes)),
     )
 
 
-def settle(bins: Sequence[list[GroupPart]], owners: Sequence[int]) -> list[list[GroupPart]]:
-    """The bins of a pass in rank order: as many tokens as possible stay where they were answered."""
-    at_home = sorted(
+def assign_to_ranks(bins: Sequence[list[GroupPart]], owners: Sequence[int]) -> list[list[GroupPart]]:
+    """The bins of one micro-batch in rank order. As many tokens as possible stay on the rank that sampled them."""
+    by_kept_tokens = sorted(
         (
             (-sum(part.tokens for part in bin if owners[part.group] == rank), b, rank)
             for b, bin in enumerate(bins)
             for rank in range(len(bins))
         )
     )
-    placed: dict[int, int] = {}
-    for _, b, rank in at_home:
-        if b not in placed.values() and rank not in placed:
-            placed[rank] = b
-    return [bins[placed[rank]] for rank in range(len(bins))]
+    assigned: dict[int, int] = {}
+    for _, b, rank in by_kept_tokens:
+        if b not in assigned.values() and rank not in assigned:
+            assigned[rank] = b
+    return [bins[assigned[rank]] for rank in range(len(bins))]
 
 
 def _exchange(
     mine: dict[int, Group],
-    passes: Sequence[Sequence[Sequence[GroupPart]]],
+    steps: Sequence[Sequence[Sequence[GroupPart]]],
     owners: Sequence[int],
     ranks: Ranks,
-    ask: Callable[[int], EncodedSample],
+    encode: Callable[[int], EncodedSample],
 ) -> dict[int, Group]:
-    """Groups by number, those that came from other ranks among them."""
+    """Groups of this rank by number, with those that it receives from other ranks. `steps`: [micro-batch][rank]."""
     if ranks.size == 1:
         return mine
     moving = {
-        part.group for bins in passes for rank, bin in enumerate(bins) for part in bin if owners[part.group] != rank
+        part.group for bins in steps for rank, bin in enumerate(bins) for part in bin if owners[part.group] != rank
     }
     sent = {
-        number: (group.question.index, group.completions, group.advantage)
+        number: (group.encoded.index, group.completions, group.advantage)
         for number, group in mine.items()
         if number in moving
     }
-    arrived = {number: entry for part in ranks.gather(sent) for number, entry in part.items()}
-    here = dict(mine)
-    for bins in passes:
+    received = {number: entry for part in ranks.gather(sent) for number, entry in part.items()}
+    local = dict(mine)
+    for bins in steps:
         for part in bins[ranks.rank]:
-            if part.group not in here:
-                index, completions, advantage = arrived[part.group]
-                here[part.group] = Group(ask(index), completions, advantage=advantage)
-    return here
+            if part.group not in local:
+                index, completions, advantage = received[part.group]
+                local[part.group] = Group(encode(index), completions, advantage=advantage)
+    return local

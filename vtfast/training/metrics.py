@@ -1,4 +1,7 @@
-"""The numbers of a step, over all ranks. The names of metrics.jsonl are TRL's where TRL has one."""
+"""The metrics of a step, over all ranks: a line of metrics.jsonl. Names are TRL's where TRL has one.
+
+`METRICS` lists every key; the documentation's table of metrics is made from it.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,85 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtfast.cost.flops import forward_multiples, part_update_flops
+from vtfast.cost.devices import mfu
+from vtfast.cost.flops import _plan_micro_batches, part_update_flops
 from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
-from vtfast.training.groups import Group, MicroBatch
+from vtfast.training.groups import MicroBatch, ScoredGroup
 from vtfast.training.grpo_objective import SUMS
+from vtfast.training.load_balancing import StepBatches
+from vtfast.training.setup import Session
+
+METRICS = {
+    "step": "optimizer step, from 1",
+    "reward": "weighted sum of the rewards, mean over completions",
+    "reward_std": "standard deviation of that sum over the completions of a prompt, mean over prompts",
+    "rewards/NAME": "one reward function, mean over completions",
+    "rewards/NAME/std": "its standard deviation over all completions",
+    "rewards/failed": "calls of reward functions that raised, hung or died, and scored 0; count",
+    "frac_reward_zero_std": "fraction of prompts whose completions all have the same reward",
+    "completions/mean_length": "tokens of a completion, mean",
+    "completions/clipped_ratio": "fraction of completions that reached max_completion_length",
+    "entropy": "entropy of the policy, mean over scored tokens; nats",
+    "kl": "k3 estimate of the KL divergence from the reference model, mean over scored tokens; nats; 0 with beta = 0",
+    "clip_ratio/low": "fraction of scored tokens whose ratio is clipped from below",
+    "clip_ratio/high": "fraction of scored tokens whose ratio is clipped from above",
+    "sampler_drift": "|log-prob of the trainer - log-prob of the sampler|, mean over scored tokens; nats",
+    "sampler_drift_max": "the largest of these",
+    "loss": "value of the loss",
+    "num_tokens": "tokens of all completions (SFT: of prompts and targets); count",
+    "frac_groups_skipped": "fraction of prompts that are not trained on because their advantages are all 0",
+    "skipped_samples": "samples that were skipped in this step, see skipped.jsonl; count",
+    "passes": "micro-batches of each rank; count",
+    "grad_norm": "norm of the gradient over all ranks, before clipping; null if the step was skipped",
+    "learning_rate": "learning rate of this step",
+    "time/data": "waiting for the batch; seconds",
+    "time/rollout": "sampling and rewards; seconds; 0 in steps that reuse completions",
+    "time/score": "advantages, balancing, log-probs of the reference and the old policy; seconds",
+    "time/pack": "SFT: tokenizing targets and balancing; seconds",
+    "time/update": "forward, backward and optimizer; seconds",
+    "time/step": "the whole step; seconds",
+    "rollout/prefill_seconds": "part of the rollout on this rank; seconds",
+    "rollout/decode_seconds": "part of the rollout on this rank; seconds",
+    "tokens_per_second": "num_tokens / time/step",
+    "mfu": "model FLOP/s of the update / dense bf16 peak of the device; null for devices without a data sheet",
+    "nonfinite_steps": "steps skipped so far because a loss or gradient was not finite; count",
+    "empty_steps": "steps skipped so far because none of their samples could be used; count",
+    "step_left_out": "1 if this step was skipped, else 0",
+    "token_budget": "most tokens of a micro-batch",
+    "memory_gb": "peak memory: of the allocator on CUDA, of the process on the CPU; GB",
+    "resident_gb": "resident memory of the process; GB",
+    "open_files": "open file descriptors of the process; count",
+    "roofline/rollout": "least time of the rollout on this device / its time; every roofline_steps steps",
+    "roofline/score": "the same of time/score",
+    "roofline/update": "the same of time/update",
+    "roofline/prefill": "the same of the prefill",
+    "roofline/decode": "the same of the decode steps",
+    "roofline/step": "the same of the whole step",
+    "roofline/floor_seconds": "least time of the step on this device; seconds",
+    "roofline/flops": "peak of the device; FLOP/s",
+    "roofline/bandwidth": "memory bandwidth of the device; bytes/s",
+    "roofline/link": "bandwidth between devices; bytes/s",
+    "roofline/weight_bytes": "size of the weights; bytes",
+    "epoch": "SFT: passes over the training samples so far",
+    "mean_token_accuracy": "SFT: fraction of targets that are the most likely token",
+    "num_targets": "SFT: target tokens; count",
+}
+"""Every key of metrics.jsonl, and what it means. NAME is a reward function's. A null stands for a metric that is not
+known in a step."""
 
 
 class Timer:
-    """Seconds spent in named phases of a step; on CUDA the device is waited for at the phase's end."""
+    """Seconds of the named phases of a step. On CUDA, a phase ends when the device has finished it."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, *phases: str) -> None:
+        self.seconds = dict.fromkeys(phases, 0.0)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -32,7 +96,7 @@ class Timer:
         yield
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] += time.perf_counter() - start
 
 
 def memory_gb(device: torch.device) -> float:
@@ -43,8 +107,8 @@ def memory_gb(device: torch.device) -> float:
 
 
 def process_metrics(device: torch.device) -> dict[str, float]:
-    """What this process holds: its peak, and for long runs what must not grow from step to step."""
-    import psutil  # what needs no such numbers runs without it
+    """Peak memory, and what must not grow from step to step in a long run."""
+    import psutil  # a late import, so that importing vtfast works without it
 
     process = psutil.Process()
     return {
@@ -54,13 +118,60 @@ def process_metrics(device: torch.device) -> dict[str, float]:
     }
 
 
-def step_metrics(
-    groups: Sequence[Group], sums: Mapping[str, float], reward_names: Sequence[str], ranks: Ranks
-) -> dict[str, float | None]:
-    """What the answers of a step were like. `sums`: this rank's result of the update.
+class UpdateSums(NamedTuple):
+    """What the metrics need of an update."""
 
-    Means over tokens are None when no token was scored, since no group had a signal; those over answers are when no
-    question could be used.
+    sums: dict[str, float]
+    """Over this rank's scored tokens: `SUMS`, loss, scored_tokens; and the largest sampler_drift_max."""
+    grad_norm: float
+    learning_rate: float
+
+
+def grpo_metrics(
+    session: Session,
+    step: int,
+    groups: Sequence[ScoredGroup],
+    batches: StepBatches,
+    update: UpdateSums,
+    reward_names: Sequence[str],
+    skipped: int,
+    seconds: Mapping[str, float],
+    rollout_seconds: Mapping[str, float],
+) -> dict[str, float | None]:
+    """The metrics of a GRPO step. Collective.
+
+    Args:
+        skipped: samples of all ranks that were skipped in this step.
+        seconds: of the step's phases, by metric name.
+        rollout_seconds: of this rank's prefill and decode; empty if the engine does not report them."""
+    device = session.ranks.device
+    completions = step_metrics(groups, update.sums, reward_names, session.ranks)
+    flops = update_flops(session.policy, batches.micro_batches)
+    return {
+        "step": step,
+        **completions,
+        "frac_groups_skipped": batches.skipped,
+        "skipped_samples": skipped,
+        "passes": len(batches.micro_batches),
+        "grad_norm": update.grad_norm,
+        "learning_rate": update.learning_rate,
+        **seconds,
+        **{f"rollout/{part}_seconds": value for part, value in rollout_seconds.items()},
+        "tokens_per_second": (completions["num_tokens"] or 0) / seconds["time/step"],
+        "mfu": mfu(flops, seconds["time/update"], device),
+        **session.health.metrics(),
+        "token_budget": session.budget.tokens,
+        **process_metrics(device),
+    }
+
+
+def step_metrics(
+    groups: Sequence[ScoredGroup], sums: Mapping[str, float], reward_names: Sequence[str], ranks: Ranks
+) -> dict[str, float | None]:
+    """Metrics of the completions of a step. Collective. `sums`: of this rank's update.
+
+    A mean over tokens is None if no token was scored, because no group had a signal; a mean over completions is None
+    if no sample could be used.
     """
     parts: list[dict[str, Any]] = ranks.gather(
         {
@@ -106,9 +217,9 @@ def _mean(values: Tensor | None) -> float | None:
 
 
 def summary(metrics: Mapping[str, float | None]) -> str:
-    """The few numbers beside the progress bar."""
+    """The numbers beside the progress bar."""
     if metrics["reward"] is None:
-        return "no question could be used"
+        return "no sample could be used"
     rewards = [key for key in metrics if key.startswith("rewards/") and not key.endswith(("/failed", "/std"))]
     parts = [f"reward {metrics['reward']:.2f}"]
     parts += [f"{key.removeprefix('rewards/')} {metrics[key]:.2f}" for key in rewards]
@@ -117,40 +228,46 @@ def summary(metrics: Mapping[str, float | None]) -> str:
 
 
 def update_flops(
-    policy: Policy, batches: Iterable[MicroBatch], prompt_targets: int = 0, vision_cached: bool = True
+    policy: Policy, micro_batches: Iterable[MicroBatch], prompt_targets: int = 0, vision_cached: bool = True
 ) -> float:
-    """Forward and backward of one update over these rows.
+    """FLOPs of forward and backward of one update.
 
-    A trained part counts 3 forwards, a frozen one that gradients pass through 2 (LoRA's own weights are nothing beside
-    it), a frozen vision tower 1, or none if it ran before, in a rollout (`vision_cached`).
-    `prompt_targets`: tokens of prompts that meet the head besides the completions.
+    A trained part counts 3 forwards, a frozen part that gradients pass through 2 (LoRA's own weights are neglected), a
+    frozen vision encoder 1, or none if it ran before, in the rollout (`vision_cached`).
+    `prompt_targets`: tokens of prompts that the head sees beside the completions.
     """
-    total = 2.0 * prompt_targets * policy.head.numel() * forward_multiples(policy)[1]
-    for batch in batches:
-        for part in batch.parts:
-            group = batch.groups[part.group]
-            prompt = group.question.prompt
+    total = 2.0 * prompt_targets * policy.head.numel() * _plan_micro_batches(policy)[1]
+    for micro_batch in micro_batches:
+        for part in micro_batch.parts:
+            group = micro_batch.groups[part.group]
+            prompt = group.prompt
             lengths = [group.lengths[i] for i in part.members]
             total += part_update_flops(policy, len(prompt.ids), lengths, prompt.patches, vision_cached)
     return total
 
 
-def completion_rows(step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> list[dict]:
+def completion_rows(step: int, groups: Sequence[ScoredGroup], reward_names: Sequence[str], ranks: Ranks) -> list[dict]:
+    """Rows of completions.jsonl, of all ranks. Collective."""
+    rows = _completion_rows(step, groups, reward_names)
+    return [{**row, "rank": rank} for rank, part in enumerate(ranks.gather(rows)) for row in part]
+
+
+def _completion_rows(step: int, groups: Sequence[ScoredGroup], reward_names: Sequence[str]) -> list[dict]:
     return [
         {
             "step": step,
-            "row": group.question.sample.row,
-            "kind": group.question.sample.kind,
-            "question": group.question.sample.question,
-            "answer": group.question.sample.answer,
+            "row": group.sample.row,
+            "kind": group.sample.kind,
+            "question": group.sample.question,
+            "answer": group.sample.answer,
             "completion": text,
             "reward": float(group.total[g]),
             "rewards": {name: float(group.rewards[i, g]) for i, name in enumerate(reward_names)},
             "failed": group.failures[g],
             "advantage": float(group.advantage[g]),
             "length": len(group.completions[g].tokens),
-            "prompt_length": len(group.question.prompt.ids),
-            "patches": group.question.prompt.patches,
+            "prompt_length": len(group.prompt.ids),
+            "patches": group.prompt.patches,
             "finish_reason": group.completions[g].finish_reason,
         }
         for group in groups

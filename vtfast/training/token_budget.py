@@ -1,12 +1,13 @@
-"""The token budget of a pass, and what happens when the memory does not do for it: it is halved, and the same batch is
-cut again. How a batch is cut changes memory and speed, never the result.
+"""The token budget of a micro-batch. Out of memory halves it, and the same step runs again in smaller micro-batches:
+how a step is cut changes memory and speed, never the result.
 
-Ranks need an equal number of passes, since ZeRO-2 reduces gradients inside each backward pass. So they agree behind
-each forward pass, where no collective is under way. A rank that fails in a backward pass has left the others inside
-one: it writes the next budget down for the run that goes on, and ends this one.
+All ranks need the same number of micro-batches, because ZeRO-2 reduces gradients inside each backward pass. So they
+agree after each forward pass, where no collective is running. A rank that runs out of memory in a backward pass has
+left the others inside a collective: it writes a smaller budget to disk for the next start, and ends the run.
 
-`memory.json` says from which step on a budget holds. A run that goes on from an earlier one cuts the steps between as
-they were cut, since another cut adds up in another order: only so it is the same run to the bit.
+`memory.json` lists each budget with the step from which it held. A run that is resumed at an earlier step cuts the
+steps between as they were cut before: another cut adds up in another order, and the run would not be the same to the
+bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch.distributed as dist
 
 from vtfast.cost.micro_batches import GroupPart, bin_pack, split_group
 from vtfast.distributed.ranks import Ranks
-from vtfast.training.groups import Group, MicroBatch
+from vtfast.training.groups import MicroBatch
 from vtfast.training.load_balancing import StepBatches
 from vtfast.utils.errors import RankError, SharedError, UserError
 from vtfast.utils.files import write_json
@@ -40,32 +41,32 @@ WHAT_TO_LOWER = (
 )
 
 
-class Elsewhere(MemoryError):
+class OtherRankOutOfMemory(MemoryError):
     """Another rank is out of memory."""
 
 
 class TokenBudget:
-    """Most tokens of a packed pass (a longer prompt with one completion goes alone)."""
+    """Most tokens of a packed micro-batch. (A prompt that is longer with one completion runs alone.)"""
 
     def __init__(self, tokens: int, folder: Path, ranks: Ranks, timeout: timedelta | None = None) -> None:
-        """`tokens`: what the settings say. A run that goes on in `folder` knows what its memory did for.
+        """`tokens`: of the settings; a run that is resumed in `folder` starts with the budget that fit its memory.
         `timeout`: of waiting for other ranks (`--ddp_timeout`)."""
         self.file, self.ranks = folder / "memory.json", ranks
-        self.tokens = self.most = tokens
-        self.known: dict[int, int] = ranks.from_main(self._read() if ranks.is_main else {})
-        """What the memory did for, by the step from which on."""
-        for step, known in self.known.items():
+        self.tokens = self.limit = tokens
+        self.by_first_step: dict[int, int] = ranks.from_main(self._read() if ranks.is_main else {})
+        """The budgets that fit the memory, each by the step from which it held."""
+        for step, known in self.by_first_step.items():
             if known < tokens:
-                log.info("token budget %d from step %d on, by %s", known, step, self.file)
+                log.info("token budget %d from step %d on (%s)", known, step, self.file)
         self._group = None
         if ranks.size > 1 and dist.get_backend() != "gloo":
-            # An agreement of hosts does not wait for the devices.
+            # The hosts agree without waiting for their devices.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def at(self, step: int) -> int:
-        """The budget of a batch whose last use is `step`."""
-        known = (tokens for since, tokens in self.known.items() if since <= step)
-        self.tokens = min((self.most, *known))
+        """The budget of micro-batches that are used up to `step`."""
+        fitting = (tokens for first, tokens in self.by_first_step.items() if first <= step)
+        self.tokens = min((self.limit, *fitting))
         return self.tokens
 
     def _read(self) -> dict[int, int]:
@@ -78,37 +79,39 @@ class TokenBudget:
             raise UserError(f"{self.file}: cannot be read ({error}); remove it") from None
         for tokens in known.values():
             if type(tokens) is not int or tokens < 1:
-                raise UserError(f"{self.file}: token_budget {tokens!r} is no number of tokens; remove the file")
+                raise UserError(f"{self.file}: token_budget {tokens!r} is not a number of tokens; remove the file")
         return known
 
     def _lower(self, tokens: int, step: int) -> None:
         """From `step` on."""
-        self.tokens = self.known[step] = tokens
+        self.tokens = self.by_first_step[step] = tokens
 
     def _write(self) -> None:
-        write_json(self.file, {"token_budget": self.known})
+        write_json(self.file, {"token_budget": self.by_first_step})
 
     def fit(
-        self, work: StepBatches, attempt: Callable[[], T], undo: Callable[[], None] | None = None, step: int = 0
+        self, batches: StepBatches, step: int, attempt: Callable[[], T], undo: Callable[[], None] | None = None
     ) -> T:
-        """The result of `attempt`, which runs the passes of `work`. Each time that it runs out of memory, all ranks
-        `undo` what it left, and `work` is cut again, in place. Collective. Raises UserError when it cannot be cut
-        any shorter."""
+        """The result of `attempt`, which runs all micro-batches of `batches`. Collective.
+
+        Each time that it runs out of memory, all ranks `undo` it and `batches` is cut again, in place. Raises
+        SharedError when the micro-batches cannot get shorter."""
         while True:
             try:
                 return attempt()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = None if isinstance(error, Elsewhere) else first_line(error)
+                reason = None if isinstance(error, OtherRankOutOfMemory) else first_line(error)
             if undo:
                 undo()
             free_memory()
-            self._halve(work, step, reason)
+            self._halve(batches, step, reason)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """All ranks run out of memory in here, or none. The block has no collectives, and each rank comes to it."""
+    def agree_on_oom(self) -> Iterator[None]:
+        """If one rank runs out of memory in this block, all ranks leave it with MemoryError. The block has no
+        collectives, and each rank runs it equally often."""
         if self.ranks.size == 1:
             yield
             return
@@ -124,18 +127,18 @@ class TokenBudget:
         if reason is not None:
             raise MemoryError(reason)
         if failed:
-            raise Elsewhere
+            raise OtherRankOutOfMemory
 
     @contextlib.contextmanager
-    def alone(self, batch: MicroBatch, step: int = 0) -> Iterator[None]:
-        """For a block with collectives in it. Raises RankError where one of several ranks runs out of memory."""
+    def oom_is_fatal(self, micro_batch: MicroBatch, step: int) -> Iterator[None]:
+        """For a block with collectives. Raises RankError if one of several ranks runs out of memory."""
         try:
             yield
         except Exception as error:
             if self.ranks.size == 1 or not is_out_of_memory(error):
                 raise
-            tokens, before = _tokens(batch), self.tokens
-            self._lower(self._next(tokens, least=_least(batch)), step)
+            tokens, before = _tokens(micro_batch), self.tokens
+            self._lower(self._next(tokens, least=_least(micro_batch)), step)
             self._write()
             raise RankError(
                 f"rank {self.ranks.rank}: out of memory in step {step}, in the backward pass of {tokens} tokens, where"
@@ -143,9 +146,9 @@ class TokenBudget:
                 f" {self.tokens} ({self.file})"
             ) from error
 
-    def _halve(self, work: StepBatches, step: int, reason: str | None) -> None:
-        """`reason`: this rank's own, if it has one."""
-        sizes = [(_tokens(batch), _least(batch)) for batch in work.batches]
+    def _halve(self, batches: StepBatches, step: int, reason: str | None) -> None:
+        """`reason`: of this rank, if it ran out of memory."""
+        sizes = [(_tokens(micro_batch), _least(micro_batch)) for micro_batch in batches.micro_batches]
         everyone = self.ranks.gather((sizes, reason))
         largest = max(tokens for sizes, _ in everyone for tokens, _ in sizes)
         least = max(least for sizes, _ in everyone for _, least in sizes)
@@ -156,55 +159,51 @@ class TokenBudget:
         )
         if largest <= least:
             raise SharedError(
-                f"step {step}: out of memory ({reason}) with one completion a pass, {least} tokens with its prompt;"
-                f" {WHAT_TO_LOWER}"
+                f"step {step}: out of memory ({reason}) with one completion in a micro-batch, {least} tokens with its"
+                f" prompt; {WHAT_TO_LOWER}"
             )
         before = self.tokens
         self._lower(self._next(largest, least), step)
         if self.ranks.is_main:
             self._write()
-        work.batches[:] = cut_again(work, self.tokens, self.ranks)
+        batches.micro_batches[:] = resplit(batches, self.tokens, self.ranks)
         log.warning(
-            "step %d: out of memory (%s); token budget %d -> %d, the same batch again in %d passes",
+            "step %d: out of memory (%s); token budget %d -> %d, the same batch again in %d micro-batches",
             step,
             reason,
             before,
             self.tokens,
-            len(work.batches),
+            len(batches.micro_batches),
         )
 
     def _next(self, largest: int, least: int) -> int:
-        """Half of what the largest pass had: half of a budget that no pass fills would change nothing."""
+        """Half of the largest micro-batch: half of a budget that none fills would change nothing."""
         return max(1, least, min(self.tokens, largest) // 2)
 
 
-def _tokens(batch: MicroBatch) -> int:
-    return sum(part.tokens for part in batch.parts)
+def _tokens(micro_batch: MicroBatch) -> int:
+    return sum(part.tokens for part in micro_batch.parts)
 
 
-def _least(batch: MicroBatch) -> int:
-    """Tokens of the longest prompt with one completion: a pass cannot be shorter than that."""
-    return max((_prompt(group) + group.lengths[i] for group, i in batch.sequences), default=0)
+def _least(micro_batch: MicroBatch) -> int:
+    """Tokens of the longest prompt with one completion: a micro-batch cannot be shorter."""
+    return max((len(group.prompt.ids) + group.lengths[i] for group, i in micro_batch.sequences), default=0)
 
 
-def _prompt(group: Group) -> int:
-    return len(group.question.prompt.ids)
+def resplit(batches: StepBatches, budget: int, ranks: Ranks) -> list[MicroBatch]:
+    """The same sequences in micro-batches of at most `budget` tokens, equally many on all ranks. Collective.
 
-
-def cut_again(work: StepBatches, budget: int, ranks: Ranks) -> list[MicroBatch]:
-    """The batches of `work` in passes of at most `budget` tokens, equally many on all ranks. Collective.
-
-    No completion changes its rank, since log-probs that were scored for it are there.
+    No completion moves to another rank, because its log-probs may have been scored on this one.
     """
-    groups, policy = work.batches[0].groups, work.batches[0].policy
+    groups, policy = batches.micro_batches[0].groups, batches.micro_batches[0].policy
     parts = []
-    for old in (part for batch in work.batches for part in batch.parts):
+    for old in (part for micro_batch in batches.micro_batches for part in micro_batch.parts):
         group = groups[old.group]
         lengths = [group.lengths[i] for i in old.members]
-        for new in split_group(old.group, _prompt(group), lengths, old.cost, budget):
+        for new in split_group(old.group, len(group.prompt.ids), lengths, old.cost, budget):
             members = tuple(old.members[i] for i in new.members)
             parts.append(GroupPart(new.group, members, new.tokens, new.cost))
     bins = [bin for (bin,) in bin_pack(parts, budget)]
-    passes = max(ranks.gather(len(bins)))
-    bins += [[] for _ in range(passes - len(bins))]
+    count = max(ranks.gather(len(bins)))
+    bins += [[] for _ in range(count - len(bins))]
     return [MicroBatch(bin, groups, policy) for bin in bins]

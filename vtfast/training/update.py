@@ -1,0 +1,72 @@
+"""The update of an optimizer step: forward and backward of every micro-batch, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtfast.distributed import heartbeat
+from vtfast.distributed.ranks import Ranks
+from vtfast.training.gradients import drop_gradients
+from vtfast.training.health import GuardedOptimizer
+from vtfast.training.load_balancing import StepBatches
+from vtfast.training.token_budget import TokenBudget
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class Update(NamedTuple):
+    """What came out of an update."""
+
+    outputs: list[Tensor]
+    """What the objective returned, its loss first: each stacked over this rank's micro-batches."""
+    grad_norm: float
+    """Over all ranks; nan if the step was skipped."""
+    learning_rate: float
+    """Of this step."""
+
+
+class Updater:
+    """Runs updates with a DeepSpeed engine. A step whose loss or gradient is not finite changes no weight."""
+
+    def __init__(self, engine: DeepSpeedEngine, ranks: Ranks, budget: TokenBudget, optimizer: GuardedOptimizer) -> None:
+        self.engine, self.ranks, self.budget, self.optimizer = engine, ranks, budget, optimizer
+
+    def update(self, step: int, batches: StepBatches, *counts: int) -> Update:
+        """One optimizer step. Collective. Out of memory cuts `batches` again, in place.
+
+        `counts`: what the objective gets beside a micro-batch, the denominators of its loss."""
+        learning_rate = self.engine.get_lr()[0]
+        self.engine.train()  # gradient checkpointing needs training mode; the models have no dropout
+        results = self.budget.fit(
+            batches, step, lambda: self.accumulate(step, batches, counts), undo=lambda: drop_gradients(self.engine)
+        )
+        self.engine.eval()
+        outputs = [torch.stack(values) for values in zip(*results, strict=True)]
+        grad_norm = self.optimizer.step(step, batches.micro_batches, losses=outputs[0])
+        return Update(outputs, grad_norm, learning_rate)
+
+    def accumulate(self, step: int, batches: StepBatches, counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Forward and backward of every micro-batch; what the objective returned for each, the loss detached."""
+        results = []
+        last = batches.micro_batches[-1]
+        for micro_batch in batches.micro_batches:
+            heartbeat.beat()
+            self.engine.set_gradient_accumulation_boundary(micro_batch is last)
+            with self.budget.agree_on_oom():
+                loss, *rest = self.engine(micro_batch, *counts)
+            with self.budget.oom_is_fatal(micro_batch, step):
+                # ZeRO averages gradients over the ranks. The loss is a share of the global mean, so they are to be
+                # summed.
+                self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+            results.append((loss.detach(), *rest))
+        return results
+
+    def skip_empty(self, step: int) -> float:
+        """A step in which no sample could be used: nothing changes; the learning rate. Collective."""
+        self.optimizer.skip_empty(step)
+        return self.engine.get_lr()[0]
