@@ -44,19 +44,21 @@ class Ours:
             "report_to": ["none"],
         }
         self.trainer = trainer = Trainer(load_config("tiny-spatial", overrides=settings))
-        trainer.policy.eos_ids = ()  # the end token does not end a completion: lengths are fixed
-        self.module = trainer.policy.module
+        trainer.session.policy.eos_ids = ()  # the end token does not end a completion: lengths are fixed
+        self.module = trainer.session.policy.module
         if task.completions:
-            trainer.rollout = FixedCompletions(dict(zip(map(task.text, range(prompts)), task.completions, strict=True)))
+            given = dict(zip(map(task.text, range(prompts)), task.completions, strict=True))
+            trainer.session.rollout_engine = FixedCompletions(given)
         self.numbers = itertools.count(1)
+        session = trainer.session
         self.questions = batches(
-            trainer.asker, trainer.train_samples, range(1, 1_000_000), per_rank=prompts, rank=0, ranks=1, seed=0
+            session.prompt_builder, session.skip_log, session.train_samples, range(1, 1_000_000), per_rank=prompts
         )
-        phases.watch(trainer.rollout, "generate", "rollout")
+        phases.watch(trainer.session.rollout_engine, "generate", "rollout")
         phases.watch(trainer.scorer, "score", "rewards")
-        phases.watch(trainer, "score_old", "reference")
+        phases.watch(trainer, "score_logprobs", "reference")
         phases.watch(trainer, "update", "update")
-        phases.watch(trainer.engine, "step", "optimizer")
+        phases.watch(trainer.session.engine, "step", "optimizer")
 
     def step(self) -> None:
         with self.phases.step():

@@ -18,7 +18,7 @@ import torch
 from vtfast.config import Config
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.data.prompt_templates import response_prefix
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
 from vtfast.model.reference_model import ReferenceModel
@@ -162,7 +162,7 @@ class Trainer:
         def score() -> None:
             with budget.agree_on_oom():
                 for micro_batch in batches.micro_batches:
-                    heartbeat.beat()
+                    watchdog.beat()
                     if micro_batch.parts:
                         logprobs = packed_logprobs(policy, micro_batch.pack, self.config.temperature)
                         micro_batch.set_logprobs(model, logprobs)

@@ -94,7 +94,7 @@ def test_a_second_encoding_of_the_image_and_a_slow_update_show_where_they_are(ta
     """In the phase that holds them alone, and in the ratio."""
     clock = Clock()
     player, phases = seat("ours", task, clock)
-    policies = {"rollout": player.trainer.policy, "reference": player.trainer.reference.copy}
+    policies = {"rollout": player.trainer.session.policy, "reference": player.trainer.reference.copy}
     for policy in policies.values():
         clock.slow(policy.vision, "encode")
     player.step()
@@ -143,7 +143,7 @@ def test_prompts_rewards_and_lengths_are_the_same_for_all(task):
     players = {name: seat(name, task, Clock())[0] for name in step.CONTESTANTS}
     for player in players.values():
         player.step()
-    groups = sorted(players["ours"].trainer.groups, key=lambda group: group.question.sample.row)
+    groups = sorted(players["ours"].trainer.experience.groups, key=lambda group: group.sample.row)
     trl = players["trl"].trainer
     batch, log = trl._buffered_inputs[0], trl._logs
     for player in players.values():
@@ -152,11 +152,11 @@ def test_prompts_rewards_and_lengths_are_the_same_for_all(task):
     prompts = {
         tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
     }
-    assert prompts == {tuple(group.question.prompt.ids.tolist()) for group in groups}
-    assert [len(group.question.prompt.ids) for group in groups] == [36, 48]
+    assert prompts == {tuple(group.prompt.ids.tolist()) for group in groups}
+    assert [len(group.prompt.ids) for group in groups] == [36, 48]
     assert batch["completion_mask"].sum(1).tolist() == [n] * G * len(groups)
     assert {length for group in groups for length in group.lengths} == {n}
-    ours = torch.cat([group.question.prompt.pixels for group in groups]).sort(0)[0]
+    ours = torch.cat([group.prompt.pixels for group in groups]).sort(0)[0]
     pixels = batch["pixel_values"].sort(0)[0]
     assert torch.equal(pixels[::G], ours)  # every image G times
     answers = [message[0]["content"] for message in log["completion"]]
@@ -219,18 +219,18 @@ def test_without_a_peer_nothing_is_reported(monkeypatch):
 
 
 def wrong_advantage(trainer):
-    compare = trainer.compare
+    balance = trainer.balance
 
-    def wrong(groups):
-        compare(groups)
+    def wrong(groups, step):
         groups[0].advantage[0] *= 1.01
+        return balance(groups, step)
 
-    trainer.compare = wrong
+    trainer.balance = wrong
 
 
 def wrong_beta(trainer):
     """No KL, no difference: the first step does not see it."""
-    objective = trainer.engine.module
+    objective = trainer.session.engine.module
     objective.spec = replace(objective.spec, beta=0.05)
 
 

@@ -219,7 +219,7 @@ def test_an_older_step_supersedes_the_later_ones(copy, whole, sft):
         file.write('{"step": 5, "lo')
     older = str(step(copy, 2))
     trainer = build(resume_from_checkpoint=older, **sft)
-    assert trainer.folder == copy and trainer.done == 2
+    assert trainer.session.folder == copy and trainer.session.step == 2
     aside = copy / "superseded-1"
     assert steps(copy) == ["step-1", "step-2"] and steps(aside) == ["step-3", "step-4"]
     assert [row["step"] for row in rows(copy)] == [1, 2]
@@ -261,7 +261,7 @@ def test_a_run_at_home_goes_on(copy, sft, monkeypatch):
     """`~` in a flag or file that no shell has seen."""
     monkeypatch.setenv("HOME", str(copy.parent))
     trainer = build(output_dir=f"~/{copy.name}", resume_from_checkpoint="last", **sft)
-    assert trainer.folder == copy
+    assert trainer.session.folder == copy
 
 
 def test_a_run_that_was_killed_before_its_report_writes_it(copy, sft):
@@ -300,7 +300,7 @@ def test_what_changes_is_said(copy, sft, caplog):
     loud = [text for text, level in said.items() if level == "WARNING"]
     assert sum(text.startswith(("--seed: 5, was 0", "--per_device_train_batch_size: 2, was 3")) for text in loud) == 2
     assert any(text.startswith("2 prompts a step on 1 rank(s), were 3 on 1") for text in loud)
-    (group,) = trainer.engine.optimizer.param_groups
+    (group,) = trainer.session.engine.optimizer.param_groups
     assert group["lr"] == pytest.approx(5e-4 / 3), "4 of 5 steps are done, 2 of them warm-up"
 
 

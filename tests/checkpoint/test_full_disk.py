@@ -13,6 +13,7 @@ import pytest
 from whole_runs import assert_same_run, build, run, step, steps, truncate
 
 from vtfast.report.tracking import JsonLinesWriter, Tracker
+from vtfast.training import loop
 from vtfast.training.checkpoint import checksums as files
 from vtfast.training.checkpoint import save
 from vtfast.utils.errors import UserError
@@ -51,17 +52,17 @@ def test_a_full_disk_need_not_stop_the_run(tmp_path, whole, sft, monkeypatch, ca
 
 
 @pytest.mark.parametrize("answer", ["stop", "continue"])
-def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
+def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog, monkeypatch):
     """The kernel's own full device, at step 2."""
     trainer = build(output_dir=str(tmp_path / "run"), on_save_error=answer, **sft)
-    log_step = trainer.log_step
+    log_step = loop.log_step
 
-    def fill(number, *rest):
-        if number == 2:
-            trainer.tracker.metrics_file = JsonLinesWriter(Path("/dev/full"))
-        log_step(number, *rest)
+    def fill(session, tracker, result):
+        if session.step == 2:
+            tracker.metrics_file = JsonLinesWriter(Path("/dev/full"))
+        log_step(session, tracker, result)
 
-    trainer.log_step = fill
+    monkeypatch.setattr(loop, "log_step", fill)
     if answer == "stop":
         with pytest.raises(UserError, match="step 2: /dev/full: cannot be written: No space left"):
             trainer.run()
@@ -69,8 +70,8 @@ def test_a_full_disk_for_the_logs(answer, tmp_path, sft, caplog):
     else:
         with pytest.raises(UserError, match=r"step-4: the trained weights could not be saved; .*step-1 is"):
             trainer.run()
-        assert (trainer.folder / "report.html").is_file()
-        assert not (trainer.folder / "completed.json").exists()
+        assert (trainer.session.folder / "report.html").is_file()
+        assert not (trainer.session.folder / "completed.json").exists()
         assert "step 4: /dev/full" in caplog.text and "the rows of its last steps are lost" in caplog.text
         assert steps(tmp_path / "run") == ["step-1"], "no checkpoint is ahead of its logs"
 
@@ -132,7 +133,7 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "    start(self, step, *rest)\n"
         "Saver.start = begin\n"
-        "from vtfast.cli import main\n"
+        "from vtfast.cli.main import main\n"
         "sys.exit(main(['sft', *sys.argv[1:]]))\n"
     )
     flags = (

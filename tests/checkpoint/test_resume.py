@@ -58,22 +58,19 @@ def test_checkpoints_wait_for_the_end_of_a_batch_of_answers(tmp_path, questions,
     assert saved == ["step-4", "step-6", "step-7"]
     with caplog.at_level(logging.WARNING, "vtfast"):
         trainer = build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **settings | {"max_steps": 8})
-    assert trainer.done == 6
+    assert trainer.session.step == 6
     assert "step-7: was saved between two optimizer steps on the same completions" in caplog.text
 
 
-def test_what_a_kind_of_training_carries_comes_back(tmp_path, questions):
+def test_the_counters_of_a_run_come_back(tmp_path, questions):
     settings = questions | {"eval_data": "none", "recipe": "tiny-spatial-sft", "max_steps": 1}
     trainer = build(output_dir=str(tmp_path / "run"), **settings)
-    trainer.carried = lambda: {"skipped_in_a_row": 2}
+    trainer.session.health.empty_steps = 2
+    trainer.session.health.alarms.append("kl")
     trainer.run()
-    taken = []
-    type(trainer).carry, before = lambda self, carried: taken.append(carried), type(trainer).carry
-    try:
-        build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **settings)
-    finally:
-        type(trainer).carry = before
-    assert taken == [{"skipped_in_a_row": 2}]
+    again = build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **settings)
+    assert again.session.health == trainer.session.health
+    assert again.session.updater.optimizer.health is again.session.health
 
 
 class Curves(ModuleType):

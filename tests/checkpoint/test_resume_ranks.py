@@ -60,13 +60,13 @@ def killer(folder: Path, rank: int, step: int) -> Path:
     script = folder / "killer.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from vtfast.training import loop as run\n"
-        "optimize = run.Run.optimize\n"
-        "def planted(self, *work):\n"
-        f"    if self.done == {step - 1} and self.ranks.rank == {rank}:\n"
+        "from vtfast.training.update import Updater\n"
+        "update = Updater.update\n"
+        "def planted(self, step, *rest):\n"
+        f"    if step == {step} and self.ranks.rank == {rank}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return optimize(self, *work)\n"
-        "run.Run.optimize = planted\n"
+        "    return update(self, step, *rest)\n"
+        "Updater.update = planted\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
@@ -111,12 +111,12 @@ def test_another_number_of_ranks_goes_on(whole, tmp_path, before, after):
     script = tmp_path / "resave.py"
     script.write_text(
         "import sys\n"
-        "from vtfast.training import loop as run\n"
-        "train = run.Run.train\n"
-        "def save_first(self):\n"
-        "    self.save()\n"
-        "    train(self)\n"
-        "run.Run.train = save_first\n"
+        "from vtfast.training import loop\n"
+        "train = loop.train\n"
+        "def save_first(trainer, tracker):\n"
+        "    loop.save(trainer.session, tracker)\n"
+        "    train(trainer, tracker)\n"
+        "loop.train = save_first\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
@@ -159,7 +159,7 @@ def test_a_signal_to_one_rank_stops_both(whole, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 75, err[-3000:]
     done = len(rows(tmp_path / "run"))
-    assert f"after step {done}; go on with --resume_from_checkpoint last" in err
+    assert f"after step {done}; resume with --resume_from_checkpoint last" in err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done}"]
 
 
@@ -171,7 +171,6 @@ def test_an_error_while_a_checkpoint_is_being_written(tmp_path, kind):
     script.write_text(
         "import sys, threading\n"
         "from vtfast import trainer\n"
-        "from vtfast.training import loop as run\n"
         "from vtfast.utils import errors\n"
         "from vtfast.training.checkpoint import save\n"
         "failing, write, step = threading.Event(), save.save_file, trainer.Trainer.step\n"
@@ -179,7 +178,7 @@ def test_an_error_while_a_checkpoint_is_being_written(tmp_path, kind):
         "    assert 'step-2' not in str(path) or failing.wait(60)\n"
         "    write(tensors, path, **options)\n"
         "def fails(self, number, questions):\n"
-        f"    if number == 3 and ({everyone} or self.ranks.is_main):\n"
+        f"    if number == 3 and ({everyone} or self.session.ranks.is_main):\n"
         "        failing.set()\n"
         f"        raise errors.{kind}('planted')\n"
         "    return step(self, number, questions)\n"

@@ -55,8 +55,8 @@ def test_a_run_without_its_settings_is_refused_and_left_alone(flags, copy, sft):
     assert contents(copy) == before
     (copy / "config.yaml").write_bytes((copy / "checkpoints/step-1" / files.SETTINGS).read_bytes())
     trainer = build(**settings)
-    assert trainer.folder == copy
-    assert [row["step"] for row in rows(copy)] == list(range(1, trainer.done + 1))
+    assert trainer.session.folder == copy
+    assert [row["step"] for row in rows(copy)] == list(range(1, trainer.session.step + 1))
 
 
 def test_a_run_inside_another_is_not_gone_on_with_in_the_outer_one(copy, whole, sft):

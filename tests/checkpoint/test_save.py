@@ -68,7 +68,7 @@ def test_an_error_does_not_lose_the_checkpoint_that_is_being_written(error, tmp_
     assert files.find_damage(step(tmp_path / "run", 1)) is None
     monkeypatch.undo()
     again = build(output_dir=str(tmp_path / "run"), resume_from_checkpoint="last", **sft)
-    assert again.done == 1
+    assert again.session.step == 1
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_all_logs_are_on_the_disk_before_a_checkpoint_is(tmp_path, sft, monkeypa
 
     def left_out(number, asked):
         result = one_step(number, asked)
-        trainer.list_skipped([{"step": number, "row": 1, "reason": "planted"}])
-        trainer.keeper.empty(number)
+        trainer.session.skip_log.write(tmp_path / "run", [{"step": number, "row": 1, "reason": "planted"}])
+        trainer.session.updater.skip_empty(number)
         return result
 
     trainer.step = left_out

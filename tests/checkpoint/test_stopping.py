@@ -18,7 +18,7 @@ def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questio
     settings = questions | {"eval_data": "none", "save_steps": 0}
     run(tmp_path / "whole", **settings)
     trainer = build(output_dir=str(tmp_path / "run"), **settings)
-    begin, calls = trainer.rollout.begin, []
+    begin, calls = trainer.session.rollout_engine.begin, []
 
     def signalled(*arguments):
         calls.append(arguments)
@@ -26,24 +26,24 @@ def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questio
             os.kill(os.getpid(), number)
         return begin(*arguments)
 
-    trainer.rollout.begin = signalled
-    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step 2; go on with .*last --output_dir"):
+    trainer.session.rollout_engine.begin = signalled
+    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step 2; resume with .*last --output_dir"):
         trainer.run()
-    assert signal.getsignal(number) not in (trainer.stop._notice,), "the handlers are put back"
-    assert steps(tmp_path / "run") == ["step-2"] and not trainer.stop.file.exists()
+    assert signal.getsignal(number) not in (trainer.session.stop._notice,), "the handlers are put back"
+    assert steps(tmp_path / "run") == ["step-2"] and not trainer.session.stop.file.exists()
     run(tmp_path / "run", resume_from_checkpoint="last", **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_signal_in_the_update_lets_the_step_end(tmp_path, sft):
     trainer = build(output_dir=str(tmp_path / "run"), **sft | {"save_steps": 0})
-    optimize = trainer.optimize
+    update = trainer.update
 
     def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return optimize(*arguments)
+        return update(*arguments)
 
-    trainer.optimize = signalled
+    trainer.update = signalled
     with pytest.raises(Stopped, match="after step 1"):
         trainer.run()
     assert steps(tmp_path / "run") == ["step-1"]

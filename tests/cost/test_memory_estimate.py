@@ -22,7 +22,6 @@ from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.trainer import Trainer
 from vtfast.training.load_balancing import StepBatches
-from vtfast.training.loop import Run
 
 # -------------------------------------------------------------------------------------- parameters
 
@@ -71,31 +70,31 @@ def test_optimizer_and_gradients_are_the_engines(tmp_path, dtype, monkeypatch):
     trainer = Trainer(config)
     seen = []
 
-    def step(engine=trainer.engine, real=trainer.engine.step):
+    def step(engine=trainer.session.engine, real=trainer.session.engine.step):
         gradients = engine.optimizer.averaged_gradients[0]
         seen.append(sum(g.nbytes for g in gradients if g.dtype == torch.float32))
         real()
 
-    monkeypatch.setattr(trainer.engine, "step", step)
-    trainer.optimize(StepBatches([group_of(trainer)], 1, 1, 0.0), 1, 1)
+    monkeypatch.setattr(trainer.session.engine, "step", step)
+    trainer.session.updater.update(1, StepBatches([empty_micro_batch(trainer)], 1, 1, 0.0), 1, 1)
     trainer.scorer.close()
-    optimizer = trainer.engine.optimizer
+    optimizer = trainer.session.engine.optimizer
     (master,) = optimizer.single_partition_of_fp32_groups
     state = optimizer.optimizer.state[master]
     held = master.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
-    parts = count_parameters(trainer.policy)
+    parts = count_parameters(trainer.session.policy)
     trained = sum(part.trained for part in parts)
     assert master.data_ptr() != optimizer.bit16_groups_flat[0].data_ptr(), "a copy in fp32 as well"
     assert held == optimizer_bytes(trained, ranks=1)
-    width = trainer.policy.head.element_size()
+    width = trainer.session.policy.head.element_size()
     assert seen == [gradient_bytes(parts, ranks=1, device_type="cpu") - trained * width]
 
 
-def group_of(trainer: Run):
-    """A pass with nothing in it: it has all the gradients of a full one."""
+def empty_micro_batch(trainer: Trainer):
+    """It has the gradients of a full one."""
     from vtfast.training.groups import MicroBatch
 
-    return MicroBatch([], {}, trainer.policy)
+    return MicroBatch([], {}, trainer.session.policy)
 
 
 def test_ranks_share_the_optimizer_and_the_sums_but_not_the_buckets():

@@ -8,7 +8,8 @@ from make_files import encoded, picture, sat_row, write_jsonl, write_sat
 from vtfast.config import load_config
 from vtfast.data import AUTO_COLUMNS, RowFilter
 from vtfast.data.prompt_builder import PromptBuilder
-from vtfast.data.splits import columns, load_questions, row_filter
+from vtfast.data.skipped import SkipLog
+from vtfast.data.splits import columns, load_splits, row_filter
 from vtfast.trainer import Trainer
 
 TWO = {"image_bytes": [encoded(), encoded()], "question_type": "goal_aim"}
@@ -20,7 +21,7 @@ def rows_asked(tmp_path, processor):
 
     def asked(**settings) -> dict[str, list[int]]:
         config = load_config(overrides={"eval_data": "none", **settings})
-        samples = load_questions(config, PromptBuilder(config, processor), tmp_path)
+        samples = load_splits(config, PromptBuilder(config, processor), SkipLog(), tmp_path)
         return {split: [sample.row for sample in found] for split, found in samples.items()}
 
     return asked

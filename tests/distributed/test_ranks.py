@@ -43,24 +43,25 @@ FLAGS = [
 PLANT = """
 import os, signal, sys, time
 import torch
-from vtfast import trainer
-from vtfast.training import loop as run
+from vtfast.trainer import Trainer
+from vtfast.training import setup
+from vtfast.training.checkpoint.save import Saver
 where, who, what = os.environ["PLANT"].split(maxsplit=2)
-def strike(rank):
-    if rank.ranks.rank == int(who) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+def strike():
+    if os.environ["RANK"] == who and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         print(f"struck at {time.time()}", flush=True)
         exec(what)
 def planted(kind, name, step=None):
     method = getattr(kind, name)
-    def instead(self, *arguments):
+    def instead(*arguments):
         if step is None or step in arguments:
-            strike(self)
-        return method(self, *arguments)
+            strike()
+        return method(*arguments)
     setattr(kind, name, instead)
-{"start": lambda: planted(run.Run, "max_steps"),
- "rollout": lambda: planted(trainer.Trainer, "answer", step=3),
- "update": lambda: planted(trainer.Trainer, "update"),
- "save": lambda: planted(run.Saver, "start", step=2)}[where]()
+{"start": lambda: planted(setup, "resolve_max_steps"),
+ "rollout": lambda: planted(Trainer, "sample", step=3),
+ "update": lambda: planted(Trainer, "update"),
+ "save": lambda: planted(Saver, "start", step=2)}[where]()
 from vtfast.cli.main import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """

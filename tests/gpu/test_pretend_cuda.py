@@ -204,7 +204,7 @@ def stepped(folder, where, monkeypatch, **settings):
     made = make(folder, **small | settings)
     with contextlib.closing(made.scorer):
         metrics = [made.step(step, next(asked(made, [step])))[0] for step in (1, 2)]
-    return metrics, {name: p.detach().cpu() for name, p in made.policy.module.named_parameters()}
+    return metrics, {name: p.detach().cpu() for name, p in made.session.policy.module.named_parameters()}
 
 
 @pytest.mark.parametrize(

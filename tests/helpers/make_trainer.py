@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from steps import scored
 
 from vtfast.config import load_config
 from vtfast.data import splits
@@ -19,19 +20,19 @@ def make(folder, **overrides):
 
 
 def asked(trainer, steps):
-    count = trainer.config.per_device_train_batch_size
-    return batches(trainer.asker, trainer.train_samples, steps, per_rank=count, rank=0, ranks=1, seed=0)
+    session, count = trainer.session, trainer.config.per_device_train_batch_size
+    return batches(session.prompt_builder, session.skip_log, session.train_samples, steps, per_rank=count)
 
 
 def state(trainer):
     """Everything that an optimizer step moves."""
-    zero = trainer.engine.optimizer
-    tensors = {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
+    zero = trainer.session.engine.optimizer
+    tensors = {name: value.clone() for name, value in trainer.session.policy.module.named_parameters()}
     for number, kept in enumerate(zero.optimizer.state.values()):
         tensors |= {f"{number}/{name}": torch.as_tensor(value).clone() for name, value in kept.items()}
     for number, master in enumerate(zero.single_partition_of_fp32_groups):
         tensors[f"master/{number}"] = master.detach().clone()
-    return tensors, trainer.engine.get_lr(), trainer.engine.lr_scheduler.state_dict()
+    return tensors, trainer.session.engine.get_lr(), trainer.session.engine.lr_scheduler.state_dict()
 
 
 def assert_same(one, other):
@@ -43,6 +44,4 @@ def assert_same(one, other):
 
 def answered(trainer, step=1):
     """Groups with rewards and advantages: what a step has before it cuts its batch."""
-    groups = trainer.answer(next(asked(trainer, [step])), step)
-    trainer.compare(groups)
-    return groups
+    return scored(trainer, next(asked(trainer, [step])), step)

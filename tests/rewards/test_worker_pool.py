@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from make_files import encoded, picture, sat_row, write_sat
+from steps import scored
 
 from vtfast.config import load_config
 from vtfast.data import Sample
@@ -364,10 +365,10 @@ def test_failures_are_counted_and_told_with_their_completions(trainer, module, c
 def test_the_recipe_mode_knows_what_the_prompt_wrote(trainer, monkeypatch, template, form):
     """The same tokens: behind `<think>` they are the format, behind nothing they are not."""
     run = trainer(reward_mode="recipe", template=template, reward_funcs="format,accuracy")
-    (questions,) = batches(run.asker, run.train_samples, [1], per_rank=2, rank=0, ranks=1, seed=0)
+    (questions,) = batches(run.session.prompt_builder, run.session.skip_log, run.session.train_samples, [1], per_rank=2)
     for text, expected in [("so.</think><answer>x</answer>", (form, 0.0)), ("3", (0.0, 1.0))]:
-        monkeypatch.setattr(run.processor, "decode", lambda tokens, text=text: text)
-        for group in run.answer(questions, step=1):
+        monkeypatch.setattr(run.session.processor, "decode", lambda tokens, text=text: text)
+        for group in scored(run, questions):
             assert group.rewards.equal(torch.tensor([[value] * 4 for value in expected]))
 
 

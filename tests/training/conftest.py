@@ -19,7 +19,9 @@ def make(tmp_path):
         folder = str(tmp_path / f"run-{next(made)}")
         settings = few | {"per_device_train_batch_size": 8, "output_dir": folder}
         trainer = Trainer(load_config(overrides=settings | overrides))
-        asked = batches(trainer.asker, trainer.train_samples, [1], per_rank=8, rank=0, ranks=1, seed=0)
+        asked = batches(
+            trainer.session.prompt_builder, trainer.session.skip_log, trainer.session.train_samples, [1], per_rank=8
+        )
         return trainer, next(asked)
 
     return build

@@ -10,6 +10,7 @@ import pytest
 import torch
 from launchers import ROOT, SHORT, deepspeed_launcher, environment
 from make_trainer import asked, assert_same, make, state
+from steps import scored
 
 from vtfast.config import load_config
 from vtfast.data.batches import order
@@ -21,7 +22,7 @@ from vtfast.utils.errors import UserError
 def poison(trainer, where, monkeypatch):
     """The second pass of the next step: its loss, or one weight's gradient, is not finite."""
     calls = []
-    objective = type(trainer.engine.module)
+    objective = type(trainer.session.engine.module)
     forward = objective.forward
 
     def poisoned(self, *arguments):
@@ -30,7 +31,7 @@ def poison(trainer, where, monkeypatch):
         if len(calls) == 2 and where == "loss":
             loss = loss + loss.detach() * 0 + float("inf")  # its gradient stays finite
         if len(calls) == 2 and where == "gradient":
-            weight = trainer.policy.language_model.layers[1].mlp.up_proj.weight
+            weight = trainer.session.policy.language_model.layers[1].mlp.up_proj.weight
             loss = loss + Explode.apply(weight)
         return loss, *rest
 
@@ -103,12 +104,12 @@ def test_a_poisoned_step_is_left_out_to_the_bit(tmp_path, monkeypatch, where, dt
 
 
 def read(trainer):
-    return [json.loads(x) for x in (trainer.folder / "nonfinite.jsonl").read_text().splitlines()]
+    return [json.loads(x) for x in (trainer.session.folder / "nonfinite.jsonl").read_text().splitlines()]
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
     trainer = make(tmp_path, max_nonfinite_steps=2)
-    weight = trainer.policy.language_model.layers[0].mlp.up_proj.weight
+    weight = trainer.session.policy.language_model.layers[0].mlp.up_proj.weight
     for step, questions in enumerate(asked(trainer, range(1, 5)), 1):
         kept = weight.detach().clone()
         if step in (1, 3, 4):  # one alone, and two in a row
@@ -123,7 +124,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
         assert metrics["step_left_out"] == (step != 2)
         weight.data.copy_(kept)
     assert [line["step"] for line in read(trainer)] == [1, 3, 4]
-    assert trainer.keeper.health.nonfinite_steps == 3 and trainer.keeper.health.empty_steps == 0
+    assert trainer.session.health.nonfinite_steps == 3 and trainer.session.health.empty_steps == 0
     assert all(line["weights"] == ["model.language_model.layers.0.mlp.up_proj.weight"] for line in read(trainer))
     assert all(one["loss"] == "nan" for line in read(trainer) for one in line["passes"])
 
@@ -145,7 +146,7 @@ def test_steps_without_a_usable_question_are_left_out_too(tmp_path):
     trainer.config.max_prompt_length = limit
     metrics, _ = trainer.step(4, next(steps))
     assert (metrics["empty_steps"], metrics["nonfinite_steps"], metrics["step_left_out"]) == (2, 0, 0)
-    trainer.keeper.health.left_out_in_a_row = 2
+    trainer.session.health.left_out_in_a_row = 2
     trainer.config.max_prompt_length = 5
     with pytest.raises(UserError, match=r"none of its questions could be used, see skipped.jsonl; that makes 3"):
         trainer.step(5, next(steps))
@@ -155,19 +156,19 @@ def test_steps_without_a_usable_question_are_left_out_too(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_an_answer_whose_sampled_log_probs_are_not_finite_is_skipped(tmp_path, monkeypatch, value):
     trainer = make(tmp_path)
-    generate = trainer.rollout.generate
+    generate = trainer.session.rollout_engine.generate
 
     def spoilt(*arguments, **settings):
         answers = generate(*arguments, **settings)
         answers[2][1].logprobs[-1] = value
         return answers
 
-    monkeypatch.setattr(trainer.rollout, "generate", spoilt)
+    monkeypatch.setattr(trainer.session.rollout_engine, "generate", spoilt)
     questions = next(asked(trainer, [1]))
     metrics, rows = trainer.step(1, questions)
     assert metrics["skipped_samples"] == 1 and metrics["sampler_drift"] < 1e-4
     assert questions[2].sample.row not in {row["row"] for row in rows} and len(rows) == 3 * 4
-    assert "log-probs are not finite" in (trainer.folder / "skipped.jsonl").read_text()
+    assert "log-probs are not finite" in (trainer.session.folder / "skipped.jsonl").read_text()
 
 
 def test_figures_out_of_bounds_are_said_once_an_episode(caplog):
@@ -230,36 +231,34 @@ def test_dropped_gradients_leave_nothing(tmp_path):
     """Whether all passes of a step ran or only the first: the next step's gradient is its own alone."""
     trainer = make(tmp_path)
     questions = next(asked(trainer, [1]))
-    trainer.groups = trainer.answer(questions, 1)
-    trainer.compare(trainer.groups)
-    work = trainer.share_out(trainer.groups)
+    work = trainer.balance(scored(trainer, questions), 1)
     counts = (work.num_sequences, work.num_tokens)
     norms = []
-    for ran in (len(work.batches), 1, 0):
-        trainer.engine.train()
-        trainer.accumulate(work.batches, counts)
-        drop_gradients(trainer.engine)
-        for batch in work.batches[:ran]:
-            trainer.engine.set_gradient_accumulation_boundary(False)
-            trainer.engine.backward(trainer.engine(batch, *counts)[0])
-        drop_gradients(trainer.engine)
-        trainer.accumulate(work.batches, counts)
-        assert nonfinite_gradients(trainer.engine) == []
-        norms.append(float(trainer.engine.optimizer.scaled_global_norm()))
-        drop_gradients(trainer.engine)
+    for ran in (len(work.micro_batches), 1, 0):
+        trainer.session.engine.train()
+        trainer.session.updater.accumulate(1, work, counts)
+        drop_gradients(trainer.session.engine)
+        for batch in work.micro_batches[:ran]:
+            trainer.session.engine.set_gradient_accumulation_boundary(False)
+            trainer.session.engine.backward(trainer.session.engine(batch, *counts)[0])
+        drop_gradients(trainer.session.engine)
+        trainer.session.updater.accumulate(1, work, counts)
+        assert nonfinite_gradients(trainer.session.engine) == []
+        norms.append(float(trainer.session.engine.optimizer.scaled_global_norm()))
+        drop_gradients(trainer.session.engine)
     assert norms[0] == norms[1] == norms[2] > 0
 
 
 SCRIPT = """
 import sys
-from vtfast.distributed import launch as distributed
+from torch import distributed
 from vtfast.training import grpo_objective as objective
 
 forward, calls = objective.GRPOObjective.forward, []
 def poisoned(self, *arguments):
     loss, *rest = forward(self, *arguments)
     calls.append(1)
-    if distributed.dist.get_rank() == 1 and len(calls) == 2:
+    if distributed.get_rank() == 1 and len(calls) == 2:
         loss = loss + float("inf")
     return loss, *rest
 objective.GRPOObjective.forward = poisoned

@@ -12,7 +12,7 @@ from vtfast.cost.micro_batches import GroupPart
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.rollout import Completion
 from vtfast.training.groups import Group
-from vtfast.training.load_balancing import settle, share_out
+from vtfast.training.load_balancing import assign_to_ranks, balance
 
 
 class ThreadRanks:
@@ -72,7 +72,7 @@ def shared(policy, prompts):
                 asked.append((ranks.rank, index))
                 return EncodedSample(None, prompts[index % len(prompts)], index)
 
-            return share_out(groups, ranks, policy, ask, token_budget, skip)
+            return balance(groups, ranks, policy, ask, token_budget, skip)
 
         return on_ranks(3, work), asked
 
@@ -83,9 +83,9 @@ def cost(policy, batch):
     return sum(
         forward_flops(
             policy.module.config,
-            len(group.question.prompt.ids),
+            len(group.prompt.ids),
             [group.lengths[i] for i in part.members],
-            [] if group.question.prompt.grid is None else group.question.prompt.grid.prod(-1).tolist(),
+            [] if group.prompt.grid is None else group.prompt.grid.prod(-1).tolist(),
         ).total
         for part in batch.parts
         for group in [batch.groups[part.group]]
@@ -99,13 +99,13 @@ def test_every_completion_is_trained_on_once(shared, token_budget):
     seen = [
         (group.question.index, i, tuple(group.tokens[i]))
         for work in works
-        for batch in work.batches
+        for batch in work.micro_batches
         for group, i in batch.sequences
     ]
     assert len(seen) == len(set(seen)) == len(lengths)
     assert sorted(len(tokens) for *_, tokens in seen) == sorted(lengths)
     assert all(set(tokens) == {10 + index} for index, _, tokens in seen), "tokens of its question"
-    assert len({len(work.batches) for work in works}) == 1, "as many passes on every rank"
+    assert len({len(work.micro_batches) for work in works}) == 1, "as many passes on every rank"
     assert {(w.num_sequences, w.num_tokens) for w in works} == {(len(lengths), sum(lengths))}
     for rank, index in asked:  # a question is asked again only where it did not start
         assert index not in range(*((0, 4), (4, 5), (5, 5))[rank])
@@ -113,7 +113,7 @@ def test_every_completion_is_trained_on_once(shared, token_budget):
 
 def test_no_rank_waits(shared, policy):
     works, _ = shared()
-    loads = [cost(policy, work.batches[0]) for work in works]
+    loads = [cost(policy, work.micro_batches[0]) for work in works]
     assert max(loads) < 1.25 * sum(loads) / 3
 
 
@@ -132,9 +132,9 @@ def test_images_count_as_work(shared, monkeypatch):
 def test_groups_without_signal_stay_out(shared):
     works, _ = shared(dull=(0, 2, 4))
     assert {work.skipped for work in works} == {3 / 5}
-    trained = {g.question.index for w in works for b in w.batches for g, _ in b.sequences}
+    trained = {g.encoded.index for w in works for b in w.micro_batches for g, _ in b.sequences}
     assert trained == {1, 3}
-    assert sum(not batch.parts for work in works for batch in work.batches) == 1, "an idle rank"
+    assert sum(not batch.parts for work in works for batch in work.micro_batches) == 1, "an idle rank"
     works, _ = shared(dull=(0, 2, 4), skip=False)
     assert {work.skipped for work in works} == {0}
 
@@ -142,12 +142,12 @@ def test_groups_without_signal_stay_out(shared):
 def test_settling_keeps_work_at_home():
     parts = [GroupPart(i, (0,), tokens, float(tokens)) for i, tokens in enumerate([10, 20, 30, 5])]
     bins = [[parts[2]], [parts[0], parts[3]], [parts[1]]]
-    assert settle(bins, owners=[2, 0, 1, 1]) == [[parts[1]], [parts[2]], [parts[0], parts[3]]]
+    assert assign_to_ranks(bins, owners=[2, 0, 1, 1]) == [[parts[1]], [parts[2]], [parts[0], parts[3]]]
 
 
 def test_one_rank_keeps_its_groups(policy, prompts):
     mine = [group(prompts, i, [3, 4]) for i in range(3)]
     ranks = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])
-    work = share_out(mine, ranks, policy, None, 1000, True)
-    (batch,) = work.batches
+    work = balance(mine, ranks, policy, None, 1000, True)
+    (batch,) = work.micro_batches
     assert {id(g) for g, _ in batch.sequences} == {id(g) for g in mine}

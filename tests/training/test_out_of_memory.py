@@ -17,8 +17,8 @@ from vtfast.data.prompt import Prompt
 from vtfast.distributed.ranks import Ranks
 from vtfast.rollout import RolloutEngine, Sampling, scheduler
 from vtfast.rollout import engine as rollout_engine
-from vtfast.training import loop as run_module
-from vtfast.training.token_budget import TokenBudget, cut_again
+from vtfast.training import setup
+from vtfast.training.token_budget import TokenBudget, resplit
 from vtfast.utils.errors import RankError, UserError
 from vtfast.utils.out_of_memory import is_out_of_memory
 from vtfast.utils.text import first_line
@@ -44,10 +44,10 @@ def fails_at(call, error, function):
 def spoil(trainer, where, monkeypatch, call=2, error=ON_CUDA):
     """Let the pass number `call` of the next update run out of memory."""
     if where == "forward":
-        monkeypatch.setattr(trainer.engine, "forward", fails_at(call, error, trainer.engine.forward))
+        monkeypatch.setattr(trainer.session.engine, "forward", fails_at(call, error, trainer.session.engine.forward))
         return
     # In the middle of the model: the gradients behind it lie in ZeRO's buckets by then.
-    weight = trainer.policy.language_model.layers[1].mlp.up_proj.weight
+    weight = trainer.session.policy.language_model.layers[1].mlp.up_proj.weight
     weight.register_hook(fails_at(call, error, lambda gradient: None))
 
 
@@ -59,11 +59,11 @@ PROPORTIONAL = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0, "
 def updated(folder, *, spoilt=None, **settings):
     """One update, disturbed or not -> (trainer, its work, what the update returned)."""
     trainer = make(folder, beta=0.04, **PROPORTIONAL | settings)
-    work = trainer.share_out(answered(trainer))
-    trainer.score_old(work)
+    work = trainer.balance(answered(trainer), 1)
+    trainer.score_logprobs(work, 1)
     if spoilt:
         spoilt(trainer)
-    return trainer, work, trainer.update(work)
+    return trainer, work, trainer.update(work, 1)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
     the one before it. `bucket`: elements that ZeRO reduces together; some weights have more than 3000."""
 
     def disturbed(trainer):
-        trainer.engine.optimizer.reduce_bucket_size = bucket
+        trainer.session.engine.optimizer.reduce_bucket_size = bucket
         spoil(trainer, where, monkeypatch, error=error)
 
     with caplog.at_level("WARNING", logger="vtfast"):
@@ -90,7 +90,7 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
     budget = tight.budget.tokens
     assert 80 < budget <= 130
     (said,) = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
-    assert f"token budget 260 -> {budget}, the same batch again in {len(work.batches)} passes" in said
+    assert f"token budget 260 -> {budget}, the same batch again in {len(work.micro_batches)} passes" in said
     assert first_line(error) in said
     said = json.loads((tmp_path / "tight" / "memory.json").read_text())
     assert said == {"token_budget": {"0": budget}}
@@ -98,7 +98,7 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
     assert tight.engine.optimizer._backward_active_depth == 0
 
     small, same, expected = updated(tmp_path / "small", token_budget=budget, dtype=dtype)
-    assert [batch.parts for batch in work.batches] == [batch.parts for batch in same.batches]
+    assert [batch.parts for batch in work.micro_batches] == [batch.parts for batch in same.micro_batches]
     assert result == expected
     assert_same(state(tight), state(small))
     assert not (tmp_path / "small" / "memory.json").exists()
@@ -109,12 +109,12 @@ def test_the_result_is_that_of_the_undisturbed_update(tmp_path, monkeypatch):
     plain, one, (sums, norm, _) = updated(tmp_path / "plain", token_budget=1000)
 
     def twice(trainer):
-        forward = fails_at(1, ON_CUDA, trainer.engine.forward)
-        monkeypatch.setattr(trainer.engine, "forward", fails_at(3, ON_CPU, forward))
+        forward = fails_at(1, ON_CUDA, trainer.session.engine.forward)
+        monkeypatch.setattr(trainer.session.engine, "forward", fails_at(3, ON_CPU, forward))
 
     tight, many, (again, same_norm, _) = updated(tmp_path / "tight", token_budget=1000, spoilt=twice)
-    assert len(one.batches) == 1 and len(many.batches) > 3
-    assert any(len(part.members) < 4 for batch in many.batches for part in batch.parts)
+    assert len(one.micro_batches) == 1 and len(many.micro_batches) > 3
+    assert any(len(part.members) < 4 for batch in many.micro_batches for part in batch.parts)
     assert same_norm == pytest.approx(norm, rel=1e-4) and norm > 0
     assert again == pytest.approx(sums, rel=1e-4, abs=1e-5)
     for name, weight in plain.policy.module.named_parameters():
@@ -129,11 +129,11 @@ def test_the_second_update_on_the_same_answers_keeps_the_old_log_probs(tmp_path,
         trainer = make(tmp_path / name, num_iterations=2, epsilon=0.05, token_budget=1000, **PROPORTIONAL)
         questions = next(asked(trainer, [1]))
         trainer.step(1, questions)
-        old = {id(g): torch.cat(g.scores["old"]).clone() for g in trainer.groups}
+        old = {id(g): torch.cat(g.scores["old"]).clone() for g in trainer.experience.groups}
         if name == "tight":
             spoil(trainer, "backward", monkeypatch, call=1)
         metrics, _ = trainer.step(2, None)
-        assert all(torch.cat(g.scores["old"]).equal(old[id(g)]) for g in trainer.groups)
+        assert all(torch.cat(g.scores["old"]).equal(old[id(g)]) for g in trainer.experience.groups)
         results.append(metrics)
     plain, tight = results
     assert (plain["passes"], plain["token_budget"]) == (1, 1000)
@@ -147,21 +147,21 @@ def test_the_second_update_on_the_same_answers_keeps_the_old_log_probs(tmp_path,
 def test_one_completion_a_pass_is_the_least(tmp_path, monkeypatch, where):
     trainer = make(tmp_path, **PROPORTIONAL)
     groups = answered(trainer)
-    work = trainer.share_out(groups)
+    work = trainer.balance(groups, 1)
     least = max(len(g.question.prompt.ids) + n for g in groups for n in g.lengths)
     spoil(trainer, where, monkeypatch, call=None)
     with pytest.raises(UserError, match=rf"one completion a pass, {least} tokens.*; lower --max_c"):
-        trainer.update(work)
-    assert trainer.budget.tokens == least
-    assert max(len(batch.pack.ids) for batch in work.batches) <= least
+        trainer.update(work, 1)
+    assert trainer.session.budget.tokens == least
+    assert max(len(batch.pack.ids) for batch in work.micro_batches) <= least
 
 
 def test_other_errors_are_not_memorys(tmp_path, monkeypatch):
     trainer = make(tmp_path)
-    work = trainer.share_out(answered(trainer))
+    work = trainer.balance(answered(trainer), 1)
     spoil(trainer, "forward", monkeypatch, call=1, error=RuntimeError("mat1 and mat2 differ"))
     with pytest.raises(RuntimeError, match="mat1"):
-        trainer.update(work)
+        trainer.update(work, 1)
     assert not (tmp_path / "memory.json").exists()
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
 
@@ -175,14 +175,14 @@ def test_scoring_is_cut_again_too(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(trainer_module, "packed_logprobs", failing)
             trainer.step(1, next(asked(trainer, [1])))
-        scores.append(torch.cat([torch.cat(g.scores["reference"]) for g in trainer.groups]))
+        scores.append(torch.cat([torch.cat(g.scores["reference"]) for g in trainer.experience.groups]))
         trainers.append(trainer)
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
     budget = trainers[1].budget.tokens
     assert trainers[0].budget.tokens == 260 and 80 < budget <= 130
     metrics, _ = trainers[1].step(2, next(asked(trainers[1], [2])))
     assert metrics["token_budget"] == budget
-    assert max(len(batch.pack.ids) for batch in trainers[1].work.batches) <= budget
+    assert max(len(batch.pack.ids) for batch in trainers[1].work.micro_batches) <= budget
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -260,7 +260,7 @@ def test_a_batch_of_answers_is_cut_for_all_of_its_uses(tmp_path):
     """Those of steps 3 and 4 are cut in step 3; memory was short in the second use, and several ranks would not survive
     that again."""
     trainer = make(tmp_path, num_iterations=2, token_budget=1000)
-    trainer.budget.known = {4: 120}
+    trainer.session.budget.known = {4: 120}
     budgets = []
     for step, questions in zip((1, 3), asked(trainer, (1, 3)), strict=True):
         budgets += [trainer.step(step, questions)[0], trainer.step(step + 1, None)[0]]
@@ -277,7 +277,7 @@ def test_the_agreement_of_ranks_waits_as_long_as_any_collective(tmp_path, monkey
             patch.setattr(dist, "new_group", lambda **given: made.append(given))
             return TokenBudget(tokens, folder, Others(0, 2, ranks.device), *more)
 
-    monkeypatch.setattr(run_module, "TokenBudget", of_two)
+    monkeypatch.setattr(setup, "TokenBudget", of_two)
     make(tmp_path, ddp_timeout=77)
     assert made == [{"backend": "gloo", "timeout": timedelta(seconds=77)}]
 
@@ -294,18 +294,18 @@ class Others(Ranks):
 
 def test_a_batch_is_cut_into_equally_many_passes_on_all_ranks(tmp_path):
     trainer = make(tmp_path, token_budget=1000)
-    work = trainer.share_out(answered(trainer))
-    before = [sequence for batch in work.batches for sequence in batch.sequences]
+    work = trainer.balance(answered(trainer), 1)
+    before = [sequence for batch in work.micro_batches for sequence in batch.sequences]
     for budget, ranks in ((1000, ALONE), (300, ALONE), (90, ALONE), (1, ALONE)):
-        cut = cut_again(work, budget, ranks)
+        cut = resplit(work, budget, ranks)
         after = [sequence for batch in cut for sequence in batch.sequences]
         assert sorted((id(g), i) for g, i in after) == sorted((id(g), i) for g, i in before)
         for batch in cut:
             assert len(batch.pack.ids) == sum(part.tokens for part in batch.parts)
             assert len(batch.pack.ids) <= budget or len(batch.sequences) == 1
-        work.batches[:] = cut  # what was split is split again
+        work.micro_batches[:] = cut  # what was split is split again
     assert len(cut) == len(before), "one completion a pass"
-    cut = cut_again(work, 1000, Others(0, 2, torch.device("cpu")))
+    cut = resplit(work, 1000, Others(0, 2, torch.device("cpu")))
     assert [bool(batch.parts) for batch in cut] == [True, False, False, False, False]
 
 
@@ -384,23 +384,23 @@ def test_a_cache_of_a_given_size_is_halved_too(policy, prompts, monkeypatch):
 SCRIPT = """
 import sys
 import torch
-from vtfast.distributed import launch as distributed
-from vtfast.training import loop as run
+from torch import distributed
+from vtfast.training.update import Updater
 
-accumulate, calls = run.Run.accumulate, []
-def spoilt(self, batches, counts):
+accumulate, calls = Updater.accumulate, []
+def spoilt(self, step, batches, counts):
     calls.append(1)
     if self.ranks.rank == 1 and len(calls) == 2:
         {spoil}
-    return accumulate(self, batches, counts)
-run.Run.accumulate = spoilt
+    return accumulate(self, step, batches, counts)
+Updater.accumulate = spoilt
 
 def once(*_):
     for handle in handles:
         handle.remove()
     raise torch.OutOfMemoryError("CUDA out of memory (planted).")
 
-from vtfast.cli import main
+from vtfast.cli.main import main
 handles = []
 sys.exit(main(["train", *sys.argv[1:]]))
 """

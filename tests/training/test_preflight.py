@@ -7,7 +7,7 @@ import pytest
 
 from vtfast.config import SettingsError, SFTConfig, load_config
 from vtfast.trainer import Trainer
-from vtfast.training import loop as run
+from vtfast.training import setup
 from vtfast.training.preflight import check_start, find_problems
 from vtfast.training.sft import SFTTrainer
 
@@ -104,7 +104,7 @@ def test_nothing_is_loaded_before_all_is_told(trainer, kind, monkeypatch, tmp_pa
     def load(*_, **__):
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(setup, "load_model", load)
     overrides = {"data": "gone.parquet", "template": "r2", "freeze": "vision,merger,language"}
     config = load_config(overrides=overrides, **({"kind": kind} if kind else {}))
     with pytest.raises(SettingsError) as caught:

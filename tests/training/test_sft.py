@@ -28,8 +28,9 @@ from vtfast.distributed.ranks import Ranks
 from vtfast.model.loading import load_model
 from vtfast.rollout import Completion
 from vtfast.trainer import Trainer
+from vtfast.training import loop
 from vtfast.training.groups import Group, MicroBatch
-from vtfast.training.load_balancing import share_out
+from vtfast.training.load_balancing import balance
 from vtfast.training.metrics import update_flops
 from vtfast.training.sft import SFTObjective, SFTTrainer
 from vtfast.utils.errors import UserError
@@ -70,11 +71,13 @@ def make(tmp_path, data):
 
 
 def questions(trainer, steps=(1,)):
-    return batches(trainer.asker, trainer.train_samples, steps, per_rank=8, rank=0, ranks=1, seed=0)
+    return batches(
+        trainer.session.prompt_builder, trainer.session.skip_log, trainer.session.train_samples, steps, per_rank=8
+    )
 
 
 def weights(trainer):
-    return {name: value.clone() for name, value in trainer.policy.module.named_parameters()}
+    return {name: value.clone() for name, value in trainer.session.policy.module.named_parameters()}
 
 
 def assert_close(weights, expected, atol=2e-6):
@@ -99,8 +102,8 @@ def given(prompt, tokens):
     return Group(question, [Completion(list(tokens), [], "stop")], advantage=torch.ones(1))
 
 
-def pass_over(policy, groups) -> MicroBatch:
-    (batch,) = share_out(groups, Ranks(0, 1, policy.device), policy, None, 10**6, False).batches
+def one_micro_batch(policy, groups) -> MicroBatch:
+    (batch,) = balance(groups, Ranks(0, 1, policy.device), policy, None, 10**6, False).micro_batches
     return batch
 
 
@@ -126,7 +129,7 @@ def test_loss_and_gradients_are_hugging_faces(policy, processor, prompts, comple
 
     objective = SFTObjective(policy, not_text(processor, completion_only))
     groups = [given(*pair) for pair in zip(prompts, ANSWERS, strict=True)]
-    loss, sums = objective(pass_over(policy, groups), num_targets)
+    loss, sums = objective(one_micro_batch(policy, groups), num_targets)
     gradients = torch.autograd.grad(loss, list(named.values()))
     assert float(loss.detach()) == pytest.approx(float(out.loss.detach()), abs=1e-5)
     assert sums.tolist() == pytest.approx([float(correct), float(entropy.detach())], rel=1e-5)
@@ -149,9 +152,9 @@ def test_three_steps_are_adamws_on_padded_batches(make, completion_only, base_pa
         prompts = [question.prompt for question in asked]
         # written out here: `</think><answer>…</answer>` and the tokenizer's end mark
         texts = [f"</think><answer>{question.sample.answer}</answer>" for question in asked]
-        answers = [[*trainer.processor.tokenizer(text)["input_ids"], 386] for text in texts]
+        answers = [[*trainer.session.processor.tokenizer(text)["input_ids"], 386] for text in texts]
         batch = padded(prompts, answers)
-        labels = labelled(batch, trainer.processor, prompts, answers, completion_only)
+        labels = labelled(batch, trainer.session.processor, prompts, answers, completion_only)
         with plain(other):
             loss = module(**batch, labels=labels).loss
         loss.backward()
@@ -234,13 +237,13 @@ def test_two_ranks_equal_one(tmp_path):
 def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     """Every trained weight gets a gradient of zero, in the order in which other ranks get theirs."""
     trainer, asked = make(**settings)
-    objective = SFTObjective(trainer.policy, trainer.not_text)  # without DeepSpeed's hooks
+    objective = SFTObjective(trainer.session.policy, trainer.not_text)  # without DeepSpeed's hooks
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     arrived, orders = [], []
     for name, parameter in trained.items():
         parameter.register_hook(lambda _, name=name: arrived.append(name))
-    batch = pass_over(trainer.policy, trainer.with_targets(asked, 1))
-    for case in (batch, MicroBatch([], {}, trainer.policy)):
+    batch = one_micro_batch(trainer.session.policy, trainer.with_targets(asked, 1))
+    for case in (batch, MicroBatch([], {}, trainer.session.policy)):
         arrived.clear()
         loss, sums = objective(case, 99)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=False)
@@ -263,7 +266,7 @@ def test_checkpointing_changes_nothing(make):
     results = []
     for checkpointing in (False, True):
         trainer, asked = make(gradient_checkpointing=checkpointing, **PROPORTIONAL)
-        layer, calls = trainer.policy.language_model.layers[0].mlp, []
+        layer, calls = trainer.session.policy.language_model.layers[0].mlp, []
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         metrics, _ = trainer.step(1, asked)
         results.append((len(calls), metrics["loss"], weights(trainer)))
@@ -290,14 +293,14 @@ def test_targets(make, template, target, text):
     trainer, _ = make(template=template, target=target)
     sample = Sample("Is it left or right?", ["left", "right"], "left", [])
     tokens = trainer.target.tokens(sample)
-    assert trainer.processor.decode(tokens, keep_special=True) == text
+    assert trainer.session.processor.decode(tokens, keep_special=True) == text
 
 
 def test_a_target_from_a_file(make, tmp_path):
     (tmp_path / "mine.txt").write_bytes(b"</think>\r\nIt is {answer}.\n")
     trainer, _ = make(target=tmp_path / "mine.txt")
     tokens = trainer.target.tokens(Sample("?", [], "{answer} 12 cm", []))
-    assert trainer.processor.decode(tokens) == "</think>\nIt is {answer} 12 cm."
+    assert trainer.session.processor.decode(tokens) == "</think>\nIt is {answer} 12 cm."
 
 
 @pytest.mark.parametrize(
@@ -320,8 +323,8 @@ def test_a_mistake_is_named_and_leaves_nothing(make, tmp_path, settings, message
 def test_open_questions_and_text_alone_are_trained_on(make):
     trainer, _ = make()
     asked = [
-        trainer.asker.ask(Sample("How long is it?", [], "12 cm", []), 0),
-        trainer.asker.ask(Sample("Is it left?", ["yes", "no"], "no", []), 1),
+        trainer.session.prompt_builder.build(Sample("How long is it?", [], "12 cm", []), 0),
+        trainer.session.prompt_builder.build(Sample("Is it left?", ["yes", "no"], "no", []), 1),
     ]
     metrics, _ = trainer.step(1, asked)
     assert metrics["loss"] > 0 and metrics["grad_norm"] > 0 and metrics["skipped_samples"] == 0
@@ -329,19 +332,23 @@ def test_open_questions_and_text_alone_are_trained_on(make):
     assert metrics["num_targets"] == sum(map(len, tokens))
 
 
+def usable(trainer, samples):
+    return trainer.session.skip_log.drop_invalid(samples, "train.parquet", trainer.target_problem)
+
+
 def test_a_target_that_is_too_long_is_told_before_the_first_step(make):
     trainer, asked = make(max_completion_length=20)
     samples = [question.sample for question in asked]
     samples[2].answer = "left " * 30
-    assert trainer.trainable(samples) == [s for i, s in enumerate(samples) if i != 2]
-    (listed,) = trainer.asker.take_skipped()
+    assert usable(trainer, samples) == [s for i, s in enumerate(samples) if i != 2]
+    (listed,) = trainer.session.skip_log.pop()
     assert (listed["step"], listed["row"]) == (0, samples[2].row)
     assert "--max_completion_length is 20" in listed["reason"]
     with pytest.raises(UserError, match=r"none of its 1 samples can be used; train\.parquet, row .* is 20"):
-        trainer.trainable(samples[2:3])
-    trainer.asker.on_bad_sample = "error"
+        usable(trainer, samples[2:3])
+    trainer.session.skip_log.is_strict = True
     with pytest.raises(UserError, match=r"row \d+ .*: the target has .*--max_completion_length is 20"):
-        trainer.trainable(samples)
+        usable(trainer, samples)
 
 
 def test_overlong_targets_stop_no_run(make):
@@ -363,7 +370,7 @@ def test_steps_without_a_usable_sample_are_left_out(make):
     assert math.isnan(metrics["grad_norm"]) and metrics["learning_rate"] == before[1][0]
     assert trainer.summary(metrics) == "no sample could be used"
     assert_same(before, state(trainer))
-    listed = [json.loads(x) for x in (trainer.folder / "skipped.jsonl").read_text().splitlines()]
+    listed = [json.loads(x) for x in (trainer.session.folder / "skipped.jsonl").read_text().splitlines()]
     assert [(row["step"], "the limit is 5" in row["reason"]) for row in listed] == [(2, True)] * 8
 
     trainer.config.max_prompt_length = limit
@@ -374,7 +381,7 @@ def test_steps_without_a_usable_sample_are_left_out(make):
     trainer.step(5, next(steps))
     with pytest.raises(UserError, match=r"see skipped\.jsonl; that makes 3 in a row"):
         trainer.step(6, next(steps))
-    left_out = (trainer.folder / "nonfinite.jsonl").read_text().splitlines()
+    left_out = (trainer.session.folder / "nonfinite.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in left_out] == ["empty"] * 4
 
 
@@ -383,8 +390,8 @@ def test_a_run_with_an_empty_step_goes_on_to_its_end(make):
     one_step = trainer.step
     trainer.step = lambda number, asked: one_step(number, asked if number == 2 else [])
     trainer.run()
-    assert [line["loss"] is None for line in logged(trainer.folder)] == [True, False]
-    assert (trainer.folder / "curves.png").is_file()
+    assert [line["loss"] is None for line in logged(trainer.session.folder)] == [True, False]
+    assert (trainer.session.folder / "curves.png").is_file()
 
 
 def test_a_bare_answer_is_graded_as_the_answer(make):
@@ -403,14 +410,14 @@ def test_a_new_end_mark_ends_answers_from_now_on(make, base_path, tmp_path):
     shutil.copytree(base_path, tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 386}')
     trainer, _ = make(model=tmp_path / "base")
-    assert trainer.policy.eos_ids == (386,)
+    assert trainer.session.policy.eos_ids == (386,)
     trainer, _ = make(model=tmp_path / "base", template="sft", target="{answer}")
-    assert trainer.policy.eos_ids == (386, 388)
-    trainer.done = 1
-    trainer.save()
-    saved = trainer.folder / "checkpoints" / "step-1"
+    assert trainer.session.policy.eos_ids == (386, 388)
+    trainer.session.step = 1
+    loop.save(trainer.session, tracker=None)
+    saved = trainer.session.folder / "checkpoints" / "step-1"
     assert load_model(saved).eos_ids == (386, 388)
-    assert Processor.from_pretrained(saved).eos_ids == [386, 388] == trainer.processor.eos_ids
+    assert Processor.from_pretrained(saved).eos_ids == [386, 388] == trainer.session.processor.eos_ids
 
 
 def test_passes_over_the_data_become_steps(make):
@@ -435,9 +442,9 @@ def test_bf16_is_the_same_step_but_for_rounding(make):
 def test_useful_operations(make, monkeypatch):
     """Targets in the prompt meet the head; a frozen tower runs forward once."""
     trainer, asked = make()
-    batch = pass_over(trainer.policy, trainer.with_targets(asked, 1))
-    base = update_flops(trainer.policy, [batch], vision_cached=False)
-    more = update_flops(trainer.policy, [batch], prompt_targets=5, vision_cached=False)
+    batch = one_micro_batch(trainer.session.policy, trainer.with_targets(asked, 1))
+    base = update_flops(trainer.session.policy, [batch], vision_cached=False)
+    more = update_flops(trainer.session.policy, [batch], prompt_targets=5, vision_cached=False)
     assert more - base == pytest.approx(3 * 5 * 2 * 96 * 400)  # D = 96, V = 400
     frozen, _ = make(freeze="vision")
     tower = sum(
@@ -526,7 +533,7 @@ def test_a_checkpoint_loads_and_grpo_goes_on_from_it(finished, base_path, tmp_pa
         "output_dir": str(tmp_path / "grpo"),
     }
     trainer = Trainer(load_config(overrides=settings))
-    assert trainer.policy.head.equal(module.lm_head.weight)
+    assert trainer.session.policy.head.equal(module.lm_head.weight)
     trainer.run()
     assert logged(tmp_path / "grpo")[0]["reward"] >= 0
 
@@ -534,9 +541,9 @@ def test_a_checkpoint_loads_and_grpo_goes_on_from_it(finished, base_path, tmp_pa
 def test_lora_saves_adapters(make, base_path):
     trainer, asked = make(use_peft=True, lora_r=2)
     trainer.step(1, asked)
-    trainer.done = 1
-    trainer.save()
-    folder = trainer.folder / "checkpoints" / "step-1"
+    trainer.session.step = 1
+    loop.save(trainer.session, tracker=None)
+    folder = trainer.session.folder / "checkpoints" / "step-1"
     assert (folder / "adapter_model.safetensors").is_file()
     moved, base = load_model(folder), load_model(base_path)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -609,11 +616,11 @@ def test_the_papers_text(make, tmp_path):
         },
         {"role": "assistant", "content": [{"type": "text", "text": "left"}]},
     ]
-    tokenizer = trainer.processor.tokenizer
+    tokenizer = trainer.session.processor.tokenizer
     template = tokenizer.chat_template["instruct"]
     whole = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
-    target = trainer.processor.decode(trainer.target.tokens(sample), keep_special=True)
-    assert trainer.asker.text(sample) + target == whole
+    target = trainer.session.processor.decode(trainer.target.tokens(sample), keep_special=True)
+    assert trainer.session.prompt_builder.text(sample) + target == whole
 
 
 def test_settings_of_both_kinds():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from steps import PROPORTIONAL, answered, logprobs, shake, weights
+from steps import PROPORTIONAL, logprobs, scored, shake, weights
 
 from vtfast.config import Config
 from vtfast.training.groups import MicroBatch
@@ -14,12 +14,11 @@ from vtfast.utils.errors import UserError
 
 def test_a_step_makes_better_answers_likelier(make):
     trainer, questions = make(learning_rate=1e-4)
-    groups = trainer.answer(questions, step=1)
-    trainer.compare(groups)
+    groups = scored(trainer, questions)
     advantage = torch.cat([group.advantage for group in groups])
     assert (advantage > 0).any() and (advantage < 0).any()
     before = logprobs(trainer, groups)
-    trainer.update(trainer.share_out(groups))
+    trainer.update(trainer.balance(groups, 1), 1)
     change = logprobs(trainer, groups) - before
     assert change[advantage > 0].mean() > 0 > change[advantage < 0].mean()
 
@@ -27,8 +26,7 @@ def test_a_step_makes_better_answers_likelier(make):
 def test_advantages_are_the_papers(make):
     """(r - mean) / (unbiased std + 1e-4) over the group, r the weighted sum of the rewards."""
     trainer, questions = make(reward_weights="2,0.5")
-    groups = trainer.answer(questions, step=1)
-    trainer.compare(groups)
+    groups = scored(trainer, questions)
     for group in groups:
         accuracy, form = group.rewards
         r = (2 * accuracy + 0.5 * form).double()
@@ -48,14 +46,14 @@ def test_frozen_parts_do_not_move(make, freeze):
     """Not by a bit; they have no gradient and no optimizer state either."""
     trainer, questions = make(freeze=freeze, learning_rate=1e-3, weight_decay=0.1)
     before = weights(trainer)
-    trainer.update(trainer.share_out(answered(trainer, questions)))
+    trainer.update(trainer.balance(scored(trainer, questions), 1), 1)
     trained = 0
-    for name, value in trainer.policy.module.named_parameters():
+    for name, value in trainer.session.policy.module.named_parameters():
         frozen = any(part in name for part in FROZEN[freeze])
         assert value.equal(before[name]) == frozen, name
         assert value.grad is None or not frozen
         trained += 0 if frozen else value.numel()
-    states = trainer.engine.optimizer.optimizer.state.values()
+    states = trainer.session.engine.optimizer.optimizer.state.values()
     assert sum(state["exp_avg"].numel() for state in states) == pytest.approx(trained, abs=8)
 
 
@@ -64,11 +62,11 @@ def test_cutting_the_batch_changes_nothing(make):
     results = []
     for budget in (None, 700, 60):
         trainer, questions = make(token_budget=budget, beta=0.04, **PROPORTIONAL)
-        groups = answered(trainer, questions)
-        work = trainer.share_out(groups)
-        trainer.score_old(work)
+        groups = scored(trainer, questions)
+        work = trainer.balance(groups, 1)
+        trainer.score_logprobs(work, 1)
         shake(trainer, 0.02)  # away from the reference, so that the KL has a gradient
-        results.append((len(work.batches), trainer.update(work), weights(trainer)))
+        results.append((len(work.micro_batches), trainer.update(work, 1), weights(trainer)))
     (one, whole, expected), (few, *_), (many, *_) = results
     assert one == 1 < few < many
     for _, (sums, norm, _), after in results[1:]:
@@ -83,15 +81,15 @@ def test_groups_without_signal_are_skipped_exactly(make):
     results = []
     for skip in (True, False):
         trainer, questions = make(**PROPORTIONAL)
-        groups = answered(trainer, questions)
+        groups = scored(trainer, questions)
         groups[2].advantage = groups[5].advantage = torch.zeros(8)
         before = sum(1 for group in groups if not group.advantage.any())
-        trainer.config.beta = 0.0 if skip else 1.0  # what share_out goes by
-        work = trainer.share_out(groups)
-        (parts,) = [batch.parts for batch in work.batches]
+        trainer.config.beta = 0.0 if skip else 1.0  # what balance goes by
+        work = trainer.balance(groups, 1)
+        (parts,) = [batch.parts for batch in work.micro_batches]
         assert len(parts) == (8 - before if skip else 8)
         assert work.skipped == (before / 8 if skip else 0) and work.num_sequences == 64
-        sums, norm, _ = trainer.update(work)
+        sums, norm, _ = trainer.update(work, 1)
         results.append((sums["loss"], norm, weights(trainer)))
     (loss, norm, skipped), (loss_all, norm_all, kept) = results
     assert (loss, norm) == pytest.approx((loss_all, norm_all), rel=1e-5, abs=1e-6) and norm > 0.1
@@ -101,15 +99,15 @@ def test_groups_without_signal_are_skipped_exactly(make):
 
 def test_a_step_without_any_signal_is_still_a_step(make):
     trainer, questions = make(learning_rate=1e-3)
-    groups = answered(trainer, questions)
+    groups = scored(trainer, questions)
     for group in groups:
         group.advantage = torch.zeros(8)
     before = weights(trainer)
-    work = trainer.share_out(groups)
-    assert work.skipped == 1 and [batch.parts for batch in work.batches] == [[]]
-    sums, norm, rate = trainer.update(work)
+    work = trainer.balance(groups, 1)
+    assert work.skipped == 1 and [batch.parts for batch in work.micro_batches] == [[]]
+    sums, norm, rate = trainer.update(work, 1)
     assert sums["loss"] == norm == sums["scored_tokens"] == 0 and rate == 1e-3
-    assert trainer.engine.global_steps == 1 and trainer.engine.get_lr()[0] < rate
+    assert trainer.session.engine.global_steps == 1 and trainer.session.engine.get_lr()[0] < rate
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
 
 
@@ -119,16 +117,16 @@ def test_a_step_without_any_signal_is_still_a_step(make):
 def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
     """Every trained weight gets a gradient of zero, in the order in which other ranks get theirs."""
     trainer, questions = make(**settings)
-    objective = GRPOObjective(trainer.policy, loss_spec(trainer.config))  # without DeepSpeed's hooks
+    objective = GRPOObjective(trainer.session.policy, loss_spec(trainer.config))  # without DeepSpeed's hooks
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     arrived = []
     for name, parameter in trained.items():
         parameter.register_hook(lambda _, name=name: arrived.append(name))
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
-    trainer.score_old(work)
+    groups = scored(trainer, questions)
+    work = trainer.balance(groups, 1)
+    trainer.score_logprobs(work, 1)
     orders = []
-    for batch in (*work.batches, MicroBatch([], {}, trainer.policy)):
+    for batch in (*work.micro_batches, MicroBatch([], {}, trainer.session.policy)):
         arrived.clear()
         loss, sums, drift = objective(batch, 64, 900)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=False)
@@ -140,26 +138,26 @@ def test_a_rank_with_nothing_to_do_reduces_zeros(make, settings):
 
 def test_scale_rewards_reaches_the_advantages(make):
     trainer, questions = make(scale_rewards="none")
-    for group in answered(trainer, questions):
+    for group in scored(trainer, questions):
         torch.testing.assert_close(group.advantage, group.total - group.total.mean())
 
 
 def test_checkpointing_recomputes_in_the_update_alone(make):
     trainer, questions = make(gradient_checkpointing=True)
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
+    groups = scored(trainer, questions)
+    work = trainer.balance(groups, 1)
     calls = []
-    trainer.policy.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    trainer.update(work)
-    assert len(calls) == 2 * len(work.batches)
-    assert not trainer.policy.module.training
+    trainer.session.policy.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.update(work, 1)
+    assert len(calls) == 2 * len(work.micro_batches)
+    assert not trainer.session.policy.module.training
 
 
 def test_a_frozen_tower_runs_once_a_step(make):
     """For the rollout, the reference, the old log-probs and the update."""
     trainer, questions = make(freeze="vision", beta=0.04, num_iterations=2)
     calls = []
-    trainer.policy.vision.module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    trainer.session.policy.vision.module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     trainer.reference.copy.vision.module.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     trainer.step(1, questions)
     assert len(calls) == 1
@@ -168,7 +166,7 @@ def test_a_frozen_tower_runs_once_a_step(make):
 def test_the_prompt_limit_holds_at_the_step_too(make):
     trainer, questions = make()
     trainer.config.max_prompt_length = 5
-    assert trainer.answer(questions, 1) == []
+    assert trainer.sample(questions, 1) == []
 
 
 def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
@@ -176,12 +174,12 @@ def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
     results = []
     for budget, beta in ((None, 1.0), (None, 0.0), (300, 0.0)):
         trainer, questions = make(loss_type="dapo", token_budget=budget, **PROPORTIONAL)
-        groups = answered(trainer, questions)
+        groups = scored(trainer, questions)
         groups[2].advantage = groups[5].advantage = torch.zeros(8)
         trainer.config.beta = beta
-        work = trainer.share_out(groups)
+        work = trainer.balance(groups, 1)
         assert work.num_tokens == sum(sum(group.lengths) for group in groups)
-        sums, norm, _ = trainer.update(work)
+        sums, norm, _ = trainer.update(work, 1)
         results.append((sums["loss"], norm))
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
     assert results[2] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
@@ -190,28 +188,30 @@ def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
 def test_lora_trains_adapters_alone(make):
     trainer, questions = make(use_peft=True, lora_r=2, beta=0.04, learning_rate=1e-2)
     before = weights(trainer)
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
-    trainer.score_old(work)
-    trainer.update(work)
+    groups = scored(trainer, questions)
+    work = trainer.balance(groups, 1)
+    trainer.score_logprobs(work, 1)
+    trainer.update(work, 1)
     after = logprobs(trainer, groups)
     for name, value in weights(trainer).items():
         # An adapter's A has no gradient while its B is zero: one step moves B alone.
         assert value.equal(before[name]) != ("lora_B" in name), name
-    trainer.score_old(work)
-    scored = torch.stack([x.sum() for group in groups for x in group.scores["reference"]])
-    assert (scored - after).abs().max() > 1e-3, "the reference is the model without adapters"
+    trainer.score_logprobs(work, 1)
+    reference = torch.stack([x.sum() for group in groups for x in group.logprobs["reference"]])
+    assert (reference - after).abs().max() > 1e-3, "the reference is the model without adapters"
 
 
 def test_bf16_gradients_are_summed_in_fp32(make, monkeypatch):
     """Over the passes of a step, into buffers that hold more than bf16 can."""
     trainer, questions = make(dtype="bfloat16", token_budget=120, max_grad_norm=0)
-    work = trainer.share_out(answered(trainer, questions))
-    assert len(work.batches) > 2
+    work = trainer.balance(scored(trainer, questions), 1)
+    assert len(work.micro_batches) > 2
     seen = []
-    monkeypatch.setattr(trainer.engine, "step", lambda: seen.extend(trainer.engine.optimizer.averaged_gradients[0]))
-    monkeypatch.setattr(trainer.engine, "get_global_grad_norm", lambda: 0.0)
-    trainer.update(work)
+    monkeypatch.setattr(
+        trainer.session.engine, "step", lambda: seen.extend(trainer.session.engine.optimizer.averaged_gradients[0])
+    )
+    monkeypatch.setattr(trainer.session.engine, "get_global_grad_norm", lambda: 0.0)
+    trainer.update(work, 1)
     assert seen and all(gradient.dtype == torch.float32 for gradient in seen)
     finer = [g for g in seen if not g.bfloat16().float().equal(g)]
     assert len(finer) > len(seen) / 2, "sums that bf16 would have rounded"
@@ -223,7 +223,7 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
     if spoil == "prompt":
         questions[3].prompt.image_mask[:] = False
     else:
-        generate = trainer.rollout.generate
+        generate = trainer.session.rollout_engine.generate
 
         def empty(prompts, *args, **kwargs):
             completions = generate(prompts, *args, **kwargs)
@@ -231,12 +231,12 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
             completions[3][5].logprobs.clear()
             return completions
 
-        monkeypatch.setattr(trainer.rollout, "generate", empty)
+        monkeypatch.setattr(trainer.session.rollout_engine, "generate", empty)
     metrics, rows = trainer.step(1, questions)
     bad = questions[3].sample.row
     assert metrics["skipped_samples"] == 1 and len(rows) == 7 * 8
     assert bad not in {row["row"] for row in rows}
-    (line,) = (trainer.folder / "skipped.jsonl").read_text().splitlines()
+    (line,) = (trainer.session.folder / "skipped.jsonl").read_text().splitlines()
     listed = json.loads(line)
     reason = "placeholders for 0 image tokens" if spoil == "prompt" else "no tokens"
     assert (listed["step"], listed["row"]) == (1, bad) and reason in listed["reason"]
@@ -264,5 +264,5 @@ def test_the_loss_has_the_settings(make):
 
 def test_the_length_reward_counts_tokens(make):
     trainer, questions = make(reward_funcs="length")
-    for group in trainer.answer(questions, step=1):
+    for group in scored(trainer, questions):
         assert group.rewards[0].tolist() == pytest.approx([0.001 * len(row) for row in group.tokens])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from steps import PROPORTIONAL, answered, logprobs, weights
+from steps import PROPORTIONAL, logprobs, scored, weights
 from vtfast_kernels import reference
 
 from vtfast.evaluate.held_out import evaluate_held_out
@@ -12,18 +12,18 @@ from vtfast.training.grpo_objective import loss_spec
 def test_old_log_probs_when_answers_are_used_twice(make):
     """The second update's ratio is against the policy that answered, and the loss says what the reference op says."""
     trainer, questions = make(num_iterations=2, learning_rate=1e-2, epsilon=0.05)
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
-    trainer.score_old(work)
+    groups = scored(trainer, questions)
+    work = trainer.balance(groups, 1)
+    trainer.score_logprobs(work, 1)
     old = logprobs(trainer, groups, summed=False)
-    (batch,) = work.batches
+    (batch,) = work.micro_batches
     order = [groups.index(batch.groups[part.group]) for part in batch.parts]
-    ours = batch.logps("old")
+    ours = batch.logprobs("old")
     torch.testing.assert_close(ours, torch.cat([old[i] for i in order]), rtol=1e-5, atol=1e-5)
-    first, *_ = trainer.update(work)
+    first, *_ = trainer.update(work, 1)
     assert first["clip_ratio/low"] == first["clip_ratio/high"] == 0
     now = logprobs(trainer, groups, summed=False)
-    second, *_ = trainer.update(work)
+    second, *_ = trainer.update(work, 1)
     assert second["clip_ratio/low"] + second["clip_ratio/high"] > 0
     expected = reference.grpo_loss(
         torch.cat([now[i] for i in order]),
@@ -47,7 +47,7 @@ def test_iterations_reuse_answers(make):
     assert len(rows) == 64 and none == []
     assert second["reward"] == first["reward"] and second["time/rollout"] < first["time/rollout"]
     assert second["sampler_drift"] < 1e-5, "measured against the weights that sampled"
-    assert trainer.engine.global_steps == 2
+    assert trainer.session.engine.global_steps == 2
 
 
 def spoil_the_sampler(groups):
@@ -64,15 +64,15 @@ def test_a_sampler_that_is_off_weighs_nothing_unless_asked(make):
     losses = []
     for off in (False, True):
         trainer, questions = make(**PROPORTIONAL)
-        groups = answered(trainer, questions)
+        groups = scored(trainer, questions)
         if off:
             spoil_the_sampler(groups)
-        work = trainer.share_out(groups)
-        (batch,) = work.batches
+        work = trainer.balance(groups, 1)
+        (batch,) = work.micro_batches
         now = logprobs(trainer, groups, summed=False)
         order = [groups.index(batch.groups[part.group]) for part in batch.parts]
-        drift = (torch.cat([now[i] for i in order]) - batch.sampled()).abs().sum()
-        sums, *_ = trainer.update(work)
+        drift = (torch.cat([now[i] for i in order]) - batch.sampler_logprobs()).abs().sum()
+        sums, *_ = trainer.update(work, 1)
         assert sums["sampler_drift"] == pytest.approx(float(drift), rel=1e-3, abs=1e-2)
         losses.append((sums["loss"], weights(trainer)))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
@@ -81,24 +81,24 @@ def test_a_sampler_that_is_off_weighs_nothing_unless_asked(make):
 
 def test_sampler_scorer_and_loss_have_one_temperature(make):
     trainer, questions = make(temperature=0.6, num_iterations=2)
-    groups = answered(trainer, questions)
-    work = trainer.share_out(groups)
-    trainer.score_old(work)
-    (batch,) = work.batches
-    torch.testing.assert_close(batch.logps("old"), batch.sampled(), rtol=1e-4, atol=1e-4)
-    sums, *_ = trainer.update(work)
+    groups = scored(trainer, questions)
+    work = trainer.balance(groups, 1)
+    trainer.score_logprobs(work, 1)
+    (batch,) = work.micro_batches
+    torch.testing.assert_close(batch.logprobs("old"), batch.sampler_logprobs(), rtol=1e-4, atol=1e-4)
+    sums, *_ = trainer.update(work, 1)
     assert sums["sampler_drift"] / sums["scored_tokens"] < 1e-4
     # and the temperature is not a no-op: at 1 the same answers have other log-probs
-    assert (torch.cat(logprobs(trainer, groups, summed=False)).sum() - batch.sampled().sum()).abs() > 1
+    assert (torch.cat(logprobs(trainer, groups, summed=False)).sum() - batch.sampler_logprobs().sum()).abs() > 1
 
 
 def test_the_second_iteration_keeps_the_old_log_probs(make):
     trainer, questions = make(num_iterations=2, learning_rate=1e-2, epsilon=0.05)
     trainer.step(1, questions)
-    (batch,) = trainer.work.batches
-    old = batch.logps("old").clone()
+    (batch,) = trainer.experience.batches.micro_batches
+    old = batch.logprobs("old").clone()
     metrics, _ = trainer.step(2, None)
-    assert batch.logps("old").equal(old) and metrics["clip_ratio/low"] + metrics["clip_ratio/high"] > 0
+    assert batch.logprobs("old").equal(old) and metrics["clip_ratio/low"] + metrics["clip_ratio/high"] > 0
 
 
 def test_sampler_correction_weighs_by_the_samplers_own_log_probs(make):
@@ -107,15 +107,15 @@ def test_sampler_correction_weighs_by_the_samplers_own_log_probs(make):
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=1.5,
     )
-    groups = answered(trainer, questions)
+    groups = scored(trainer, questions)
     spoil_the_sampler(groups)
     now = logprobs(trainer, groups, summed=False)
-    work = trainer.share_out(groups)
-    (batch,) = work.batches
+    work = trainer.balance(groups, 1)
+    (batch,) = work.micro_batches
     order = [groups.index(batch.groups[part.group]) for part in batch.parts]
-    loss = trainer.update(work)[0]["loss"]
+    loss = trainer.update(work, 1)[0]["loss"]
     logp = torch.cat([now[i] for i in order])
-    weight = (logp - batch.sampled()).exp().clamp(max=1.5)
+    weight = (logp - batch.sampler_logprobs()).exp().clamp(max=1.5)
     lengths = torch.tensor([len(t) for i in order for t in groups[i].tokens])
     per_token = -weight * batch.advantage().repeat_interleave(lengths)
     expected = (per_token / lengths.repeat_interleave(lengths)).sum() / 64
@@ -126,7 +126,7 @@ def test_drift_of_the_sampler_is_measured_and_warned_of(make, caplog):
     trainer, questions = make()
     metrics, _ = trainer.step(1, questions)
     assert 0 < metrics["sampler_drift"] <= metrics["sampler_drift_max"] < 1e-4
-    generate = trainer.rollout.generate
+    generate = trainer.session.rollout_engine.generate
 
     def off(*args, **kwargs):
         groups = generate(*args, **kwargs)
@@ -136,7 +136,7 @@ def test_drift_of_the_sampler_is_measured_and_warned_of(make, caplog):
                 completion.logprobs[-1] -= 0.5
         return groups
 
-    trainer.rollout.generate = off
+    trainer.session.rollout_engine.generate = off
     with caplog.at_level("WARNING", logger="vtfast"):
         metrics, _ = trainer.step(2, questions)
     assert 0.25 < metrics["sampler_drift"] < 0.75
@@ -148,7 +148,7 @@ def test_every_step_samples_anew_and_repeatably(make):
     trainer, questions = make()
 
     def tokens(step):
-        return [group.tokens for group in trainer.answer(questions, step)]
+        return [group.tokens for group in trainer.sample(questions, step)]
 
     assert tokens(1) == tokens(1) != tokens(2)
 
@@ -157,7 +157,13 @@ def test_greedy_judging_has_no_chance_in_it(make, monkeypatch):
     trainer, _ = make(eval_samples=32)
 
     def judge():
-        arguments = (trainer.rollout, trainer.asker, trainer.held_out_samples, trainer.config, trainer.ranks)
+        arguments = (
+            trainer.session.rollout_engine,
+            trainer.session.prompt_builder,
+            trainer.session.held_out_samples,
+            trainer.config,
+            trainer.session.ranks,
+        )
         return evaluate_held_out(*arguments).scores
 
     first = judge()
@@ -170,8 +176,8 @@ def test_the_samplers_settings_reach_the_rollout(make):
     """top_k 1 leaves nothing to chance: the answers to a question are all the same, at a drift that the log shows."""
     trainer, questions = make(top_k=1)
     metrics, _ = trainer.step(1, questions)
-    for group in trainer.groups:
+    for group in trainer.experience.groups:
         assert all(tokens == group.tokens[0] for tokens in group.tokens)
     assert metrics["frac_reward_zero_std"] == 1.0
     trainer, questions = make(repetition_penalty=1.5)
-    assert any(len(set(map(tuple, g.tokens))) > 1 for g in trainer.answer(questions, 1))
+    assert any(len(set(map(tuple, g.tokens))) > 1 for g in trainer.sample(questions, 1))

@@ -162,7 +162,7 @@ def test_lora_and_an_offloaded_reference(tmp_path, base_path):
 def test_iterations_skip_no_data():
     """Rollouts count the data, and not the optimizer steps that live on them."""
     asker = SimpleNamespace(ask=lambda sample, index: index)
-    seen = batches(asker, list(range(10)), range(1, 11, 2), per_rank=2, rank=0, ranks=1, seed=0, every=2)
+    seen = batches(asker, list(range(10)), range(1, 11, 2), per_rank=2, steps_per_batch=2)
     assert sorted(i for step in seen for i in step) == list(range(10))
 
 
@@ -171,13 +171,14 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
     script = tmp_path / "one_bad.py"
     script.write_text(
         "import sys\n"
-        "from vtfast.training import loop as run\n"
-        "check = run.check_group\n"
+        "from torch import distributed\n"
+        "from vtfast.training import setup\n"
+        "check = setup.check_group\n"
         "def planted(prompt, tokens, *rest):\n"
-        "    if tokens and run.distributed.dist.get_rank() == 1:\n"
-        "        raise run.UserError('planted')\n"
+        "    if tokens and distributed.get_rank() == 1:\n"
+        "        raise setup.UserError('planted')\n"
         "    check(prompt, tokens, *rest)\n"
-        "run.check_group = planted\n"
+        "setup.check_group = planted\n"
         "from vtfast.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )

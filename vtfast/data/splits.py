@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtfast.config import RunConfig
-from vtfast.data import AUTO_COLUMNS, Columns, RowFilter, Sample, load_samples, shuffle_options, synthetic
+from vtfast.data import AUTO_COLUMNS, Columns, Sample, RowFilter, load_samples, shuffle_options, synthetic
 from vtfast.data.prompt_builder import PromptBuilder
 from vtfast.data.skipped import SkipLog
 
@@ -31,11 +31,12 @@ def load_splits(
     for split, (source, of_source, limit, first_rows) in sources.items():
         if source is None:
             continue
+        path: str | Path = source
         named = columns(config)
         if source == SYNTHETIC:
-            source, named = rendered / f"{split}.parquet", AUTO_COLUMNS
+            path, named = rendered / f"{split}.parquet", AUTO_COLUMNS
         loaded = load_samples(
-            source,
+            path,
             of_source,
             limit,
             on_bad=config.on_bad_sample,
@@ -43,8 +44,8 @@ def load_splits(
             row_filter=row_filter(config),
             first_rows=first_rows,
         )
-        skip_log.add_rows(str(source), loaded.skipped, loaded.where)
-        samples[split] = prompt_builder.drop_too_long(shuffle_options(loaded, config.seed), str(source), skip_log)
+        skip_log.add_rows(str(path), loaded.skipped, loaded.where)
+        samples[split] = prompt_builder.drop_too_long(shuffle_options(loaded, config.seed), str(path), skip_log)
     return samples
 
 

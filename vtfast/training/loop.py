@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vtfast.data.batches import batches
 from vtfast.data.prompt_builder import EncodedSample
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.evaluate.held_out import HeldOutScores, evaluate_held_out
 from vtfast.report import held_out_table, save_held_out, write_report
 from vtfast.report.tracking import Tracker
@@ -61,7 +61,7 @@ def run(trainer: Trainer) -> Path:
     config, ranks, folder = session.config, session.ranks, session.folder
     if completed_step(folder) >= session.max_steps:
         log.info("%s: is complete (%d steps)", folder, session.step)
-        heartbeat.leave()
+        watchdog.stop()
         return folder
     log.info(
         "%s: %d training samples (%d held out), %d prompts a step, %d steps%s, %d rank(s) on %s",
@@ -84,7 +84,7 @@ def run(trainer: Trainer) -> Path:
         except Stopped as stopped:
             raise Stopped(save_after_stop(session, tracker, stopped)) from None
         except BaseException as error:
-            with heartbeat.patient("saving"):
+            with watchdog.no_progress_expected("saving"):
                 session.checkpointer.saver.finish(error)
             raise
         finally:
@@ -92,7 +92,7 @@ def run(trainer: Trainer) -> Path:
     if tracker:
         tracker.close()
     before, after = session.held_out_before, evaluate(trainer)
-    heartbeat.leave()
+    watchdog.stop()
     if ranks.is_main:
         trainer.draw_curves(before, after)
         if before and after:
@@ -120,7 +120,7 @@ def train(trainer: Trainer, tracker: Tracker | None) -> None:
     )
     upcoming = batches_of(session, steps)
     for step in bar:
-        heartbeat.beat("data", step)
+        watchdog.beat("data", step)
         start = time.perf_counter()
         batch = next(upcoming) if session.starts_new_batch(step) else None
         waited = time.perf_counter() - start
@@ -134,7 +134,7 @@ def train(trainer: Trainer, tracker: Tracker | None) -> None:
         session.checkpointer.saver.poll()
         if save_is_due(session, step):
             save(session, tracker)
-    with heartbeat.patient("saving"):
+    with watchdog.no_progress_expected("saving"):
         session.checkpointer.saver.poll(wait=True)
     session.check_stop_requested()
 
@@ -159,7 +159,7 @@ def evaluate(trainer: Trainer) -> HeldOutScores | None:
     session = trainer.session
     if not session.held_out_samples:
         return None
-    heartbeat.beat("held-out samples")
+    watchdog.beat("held-out samples")
     return evaluate_held_out(
         session.rollout_engine,
         session.prompt_builder,
@@ -195,7 +195,7 @@ def save(session: Session, tracker: Tracker | None) -> None:
     session.checkpointer.save(session.step, session.held_out_before, tracker)
 
 
-@heartbeat.patient("saving")
+@watchdog.no_progress_expected("saving")
 def save_after_stop(session: Session, tracker: Tracker | None, stopped: Stopped) -> str:
     """Save the steps done so far; the message that says how to resume. Collective."""
     saver = session.checkpointer.saver
@@ -205,6 +205,6 @@ def save_after_stop(session: Session, tracker: Tracker | None, stopped: Stopped)
         saver.poll(wait=True)
     if tracker:
         tracker.close()
-    unsaved = "" if saver.last == (session.step or None) else f" ({saver.kept})"
+    unsaved = "" if saver.last == (session.step or None) else f" ({saver.last_saved})"
     resume = f"--resume_from_checkpoint last --output_dir {session.folder}"
     return f"stopped by {stopped} after step {session.step}{unsaved}; resume with {resume}"

@@ -23,7 +23,7 @@ from vtfast.data.skipped import SkipLog
 from vtfast.data.splits import load_splits, render_synthetic, samples_digest
 from vtfast.distributed import launch
 from vtfast.distributed.determinism import seed_all
-from vtfast.distributed.ranks import Ranks, on_main, prompts_per_rank
+from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.fingerprint import fingerprint
@@ -32,7 +32,7 @@ from vtfast.model.loading import load_model
 from vtfast.model.adapters import add_lora
 from vtfast.model.packing import check_group
 from vtfast.model.policy import Policy
-from vtfast.rollout.engines import Engine, choose_engine
+from vtfast.rollout.engines import Engine, build_engine
 from vtfast.training.checkpoint import find_checkpoint, keep_data, prepare_run_folder
 from vtfast.training.checkpoint.checkpointer import Checkpointer
 from vtfast.training.checkpoint.find import Checkpoint
@@ -138,9 +138,9 @@ class Session:
 
 def load_policy(config: RunConfig) -> LoadedPolicy:
     """Start the ranks and load the model. Collective. Raises UserError for bad input."""
-    ranks = launch.start(config)
+    ranks = launch.init_distributed(config)
     seed_all(config.seed)
-    checkpoint = on_main(ranks, lambda: find_checkpoint(config))
+    checkpoint = ranks.on_main(lambda: find_checkpoint(config))
     path = model_path(config.model)
     processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
     prompt_builder = PromptBuilder(config, processor)
@@ -182,7 +182,7 @@ def build_session(
         config.max_steps = max_steps = resolve_max_steps(config, len(train_samples), prompts_per_step)
         engine = zero2_engine(config, objective)
         most_images = max(len(sample.images) for part in samples.values() for sample in part)
-        rollout_engine = choose_engine(config, policy, loaded.processor, loaded.path, most_images)
+        rollout_engine = build_engine(config, policy, loaded.processor, loaded.path, most_images)
         digest = samples_digest(train_samples)
         identity = Identity(method, loaded.base_fingerprint, prompts_per_step, len(train_samples), digest)
         parts = {"health": health}
@@ -190,10 +190,10 @@ def build_session(
             restore(
                 checkpoint, policy=policy, engine=engine, parts=parts, ranks=ranks, identity=identity, config=config
             )
-        folder = on_main(ranks, lambda: prepare_run_folder(config, checkpoint))
+        folder = ranks.on_main(lambda: prepare_run_folder(config, checkpoint))
         budget = TokenBudget(config.tokens_per_micro_batch, folder, ranks, timedelta(seconds=config.ddp_timeout))
         optimizer = GuardedOptimizer(engine, ranks, folder, config.max_nonfinite_steps, health)
-        on_main(ranks, lambda: keep_data(rendered, folder))
+        ranks.on_main(lambda: keep_data(rendered, folder))
     checkpointer = Checkpointer(
         folder,
         config=config,

@@ -77,8 +77,8 @@ class SFTObjective(nn.Module):
     def _most_likely(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N], the token with the highest logit."""
         unused = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        settings = {"seed": 0, "row_key": unused, "position": unused, "greedy": True}
-        return linear_sample(hidden, self.policy.head, **settings)[0]
+        token, _ = linear_sample(hidden, self.policy.head, seed=0, row_key=unused, position=unused, greedy=True)
+        return token
 
 
 def text_targets(prompt: Prompt, not_text: Tensor) -> tuple[Tensor, Tensor]:

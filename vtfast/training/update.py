@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vtfast.distributed import heartbeat
+from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.training.gradients import drop_gradients
 from vtfast.training.health import GuardedOptimizer
@@ -55,7 +55,7 @@ class Updater:
         results = []
         last = batches.micro_batches[-1]
         for micro_batch in batches.micro_batches:
-            heartbeat.beat()
+            watchdog.beat()
             self.engine.set_gradient_accumulation_boundary(micro_batch is last)
             with self.budget.agree_on_oom():
                 loss, *rest = self.engine(micro_batch, *counts)
