@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtfast.config import RunConfig
-from vtfast.data import AUTO_COLUMNS, Columns, Sample, RowFilter, load_samples, shuffle_options, synthetic
+from vtfast.data import AUTO_COLUMNS, Columns, RowFilter, Sample, load_samples, shuffle_options, synthetic
 from vtfast.data.prompt_builder import PromptBuilder
 from vtfast.data.skipped import SkipLog
 

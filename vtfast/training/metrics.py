@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtfast.cost.devices import mfu
-from vtfast.cost.flops import _plan_micro_batches, part_update_flops
+from vtfast.cost.flops import forward_multiples, part_update_flops
 from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
@@ -236,7 +236,7 @@ def update_flops(
     frozen vision encoder 1, or none if it ran before, in the rollout (`vision_cached`).
     `prompt_targets`: tokens of prompts that the head sees beside the completions.
     """
-    total = 2.0 * prompt_targets * policy.head.numel() * _plan_micro_batches(policy)[1]
+    total = 2.0 * prompt_targets * policy.head.numel() * forward_multiples(policy)[1]
     for micro_batch in micro_batches:
         for part in micro_batch.parts:
             group = micro_batch.groups[part.group]

@@ -26,10 +26,10 @@ from vtfast.distributed.determinism import seed_all
 from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOutScores
+from vtfast.model.adapters import add_lora
 from vtfast.model.fingerprint import fingerprint
 from vtfast.model.liger import use_liger
 from vtfast.model.loading import load_model
-from vtfast.model.adapters import add_lora
 from vtfast.model.packing import check_group
 from vtfast.model.policy import Policy
 from vtfast.rollout.engines import Engine, build_engine

@@ -63,10 +63,10 @@ class SFTObjective(nn.Module):
         zeros, so that it has the same collectives as the others."""
         pack = micro_batch.pack if micro_batch.parts else shortest_pack(self.policy)
         hidden_states = self.policy.hidden_states(pack)
-        hidden, target = pack.select(trunk), pack.target
+        hidden, target = pack.select(hidden_states), pack.target
         if self.not_text is not None:
             rows, ids = prompt_targets(pack, self.not_text)
-            hidden, target = torch.cat([hidden, rows(trunk)]), torch.cat([target, ids])
+            hidden, target = torch.cat([hidden, rows(hidden_states)]), torch.cat([target, ids])
         if not micro_batch.parts:
             target = torch.full_like(target, IGNORED)
         logp, entropy = linear_logprob(hidden, self.policy.head, target, entropy=True)

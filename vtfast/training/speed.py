@@ -19,23 +19,22 @@ log = logging.getLogger("vtfast")
 
 
 class Roofline:
-    """What a run says of its distance from the device's limits, every `roofline_steps` steps."""
+    """Compares a step's time with the least time on this device, every `roofline_steps` steps."""
 
     def __init__(self, config: Config, policy: Policy, ranks: Ranks) -> None:
-        """Collective: rates may have to be measured."""
+        """Collective: the device's rates may have to be measured."""
         self.config, self.ranks = config, ranks
         self.rates: Rates | None = None
         if config.roofline_steps:
-            measure = config.roofline_rates == "measured"
-            self.rates = device_rates(policy.head.dtype, ranks, measure)
+            self.rates = device_rates(policy.head.dtype, ranks, config.roofline_rates == "measured")
         self.weights = ModelSize.of(policy)
 
     def metrics(
-        self, step: int, groups: Sequence[Group], measured: Mapping[str, float | None]
+        self, step: int, groups: Sequence[Group], metrics: Mapping[str, float | None]
     ) -> dict[str, float | None]:
-        """Shares and rates of this step, for metrics.jsonl; nothing in the steps between. Collective.
+        """Metrics of this step, and a line in the log; nothing in the steps between. Collective.
 
-        `measured`: the step's metrics so far, its times among them. The device is not waited for."""
+        `metrics`: of the step, with its times."""
         config, rates = self.config, self.rates
         if config.roofline_steps == 0 or step % config.roofline_steps:
             return {}
@@ -43,13 +42,12 @@ class Roofline:
         known["roofline/weight_bytes"] = self.weights.size
         if rates is None:  # no data sheet for this device
             return dict.fromkeys(shares({}, {"step": 1.0})) | known
-        mine = [size_of(group, config.beta == 0) for group in groups]
-        everyone = self.ranks.gather(mine)
-        fresh = (step - 1) % config.num_iterations == 0
-        floors = step_floors(self.weights, rates, config, everyone, fresh)
-        seconds = phase_seconds(measured)
+        sizes = self.ranks.gather([size_of(group, config.beta == 0) for group in groups])
+        has_rollout = (step - 1) % config.num_iterations == 0
+        floors = step_floors(self.weights, rates, config, sizes, has_rollout)
+        seconds = phase_seconds(metrics)
         if self.ranks.is_main:
-            with logging_redirect_tqdm():  # above the progress bar, not behind it
+            with logging_redirect_tqdm():  # above the progress bar
                 log.info("%s", line(step, floors, seconds))
         return shares(floors, seconds) | known
 
@@ -57,37 +55,42 @@ class Roofline:
 def line(step: int, floors: Mapping[str, Floor], seconds: Mapping[str, float]) -> str:
     """One line for the terminal."""
     share = {key.removeprefix("roofline/"): value for key, value in shares(floors, seconds).items()}
-    said: list[str] = []
+    parts: list[str] = []
     for name in PHASES:
         if share[name] is None:
             continue
-        text = f"{name} {share[name]:.0%}" + (" of its floor's speed" if not said else "")
+        text = f"{name} {share[name]:.0%}" + (" of its floor's speed" if not parts else "")
         if name == "rollout" and share["decode"] is not None:
             text += f" (decode {share['decode']:.0%}, {floors['decode'].bound}-bound)"
         elif name != "score":
             text += f" ({floors[name].bound}-bound)"
-        said.append(text)
-    total = f"floor {_seconds(share['floor_seconds'])} of {_seconds(seconds['step'])}"
-    return f"step {step} roofline: {', '.join(said)}; {total}"
+        parts.append(text)
+    total = f"floor {_seconds(floor_seconds(floors))} of {_seconds(seconds['step'])}"
+    return f"step {step} roofline: {', '.join(parts)}; {total}"
+
+
+def floor_seconds(floors: Mapping[str, Floor]) -> float:
+    """The least time of a step."""
+    return sum(floors[name].seconds for name in PHASES if name in floors)
 
 
 def shares(floors: Mapping[str, Floor], seconds: Mapping[str, float]) -> dict[str, float | None]:
-    """Floor / time of each phase and of the whole step, by the names of metrics.jsonl; None for a phase that did
-    nothing or was not timed."""
-    parts = (*PHASES, "prefill", "decode")
-    found = {}
-    for name in parts:
+    """Least time / time of each phase and of the whole step, by metric name; None for a phase that did nothing or was
+    not timed."""
+    result: dict[str, float | None] = {}
+    for name in (*PHASES, "prefill", "decode"):
         floor, time = floors.get(name, Floor()).seconds, seconds.get(name)
-        found[f"roofline/{name}"] = floor / time if floor and time else None
-    floor = sum(floors[name].seconds for name in PHASES if name in floors)
-    return found | {"roofline/floor_seconds": floor, "roofline/step": floor / seconds["step"]}
+        result[f"roofline/{name}"] = floor / time if floor and time else None
+    total = floor_seconds(floors)
+    return result | {"roofline/floor_seconds": total, "roofline/step": total / seconds["step"]}
 
 
 def phase_seconds(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Measured times by phase, from a line of metrics.jsonl."""
     names = {name: f"time/{name}" for name in (*PHASES, "step")}
     names |= {name: f"rollout/{name}_seconds" for name in ("prefill", "decode")}
-    return {name: metrics[key] for name, key in names.items() if metrics.get(key) is not None}
+    times = {name: metrics.get(key) for name, key in names.items()}
+    return {name: time for name, time in times.items() if time is not None}
 
 
 def _seconds(value: float) -> str:
