@@ -53,17 +53,17 @@ class WatchThread:
 
         self.me = Member(rank, socket.gethostname(), os.getpid(), Path("/proc/self/ns/pid").stat().st_ino)
         store.set(f"member/{rank}", json.dumps(asdict(self.me)))
-        self._publish()
         members = [Member(**json.loads(store.get(f"member/{other}"))) for other in range(size)]
-        self.report_keys = [f"report/{other}" for other in range(size)]
-        self.texts = store.multi_get(self.report_keys)
-        """The last report of each rank, as it stands in the store."""
         self.monitor = Monitor(members, limit)
         self.processes = {
             other.rank: psutil.Process(other.pid)
             for other in members
             if other != self.me and (other.host, other.pid_namespace) == (self.me.host, self.me.pid_namespace)
         }
+        self.report_keys = [f"report/{other}" for other in range(size)]
+        self._publish()
+        # The last report of each rank. This waits for all of them, so none ends while another looks up its process.
+        self.texts = store.multi_get(self.report_keys)
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
