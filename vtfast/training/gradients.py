@@ -1,6 +1,6 @@
 """The gradients of a step, where ZeRO-2 keeps them between the last backward pass and the optimizer.
 
-Of DeepSpeed's insides no other file knows anything. Checked against 0.19.8 (`runtime/zero/stage_1_and_2.py`).
+No other file uses DeepSpeed's internals. Checked against 0.19.8 (`runtime/zero/stage_1_and_2.py`).
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ if TYPE_CHECKING:
 
 
 def global_norm(engine: DeepSpeedEngine) -> float:
-    """Norm of the gradients of all ranks, before clipping; nan where it is not finite. Collective.
+    """Norm of the gradients of all ranks, before clipping; nan if it is not finite. Collective.
 
-    It is what `engine.step()` computes and decides by: DeepSpeed 0.19.8 leaves out the step itself, for fp32 and bf16,
-    moves neither AdamW nor the schedule, and keeps the loss scale of 1. But by then the gradients are gone that say
-    where it began, and a loss that is not finite beside finite gradients passes.
+    `engine.step()` computes the same norm and skips the step if it is not finite. But it has dropped the gradients by
+    then, which show where the problem began, and it does not look at the loss.
     """
     norm = float(engine.optimizer.scaled_global_norm())
-    return norm if norm >= 0 else float("nan")  # DeepSpeed masks what is not finite with -1
+    return norm if norm >= 0 else float("nan")  # DeepSpeed returns -1 for a norm that is not finite
 
 
 def nonfinite_gradients(engine: DeepSpeedEngine) -> list[str]:
-    """Names of the weights whose gradient, or what of it lies with this rank, is not finite."""
+    """Names of the weights whose gradient, in this rank's partition, is not finite."""
     names = {id(weight): name for name, weight in engine.module.module.named_parameters()}
     return [names[id(w)] for w, grad in _shares(engine) if not bool(grad.isfinite().all())]
 
 
 def _shares(engine: DeepSpeedEngine) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-    """(weight, this rank's share of its gradient), once the last pass of a step is through."""
+    """(weight, this rank's partition of its gradient), after the last backward pass of a step."""
     zero = engine.optimizer
     for group, gradients in zero.averaged_gradients.items():
         real = (g for g in gradients or () if not getattr(g, "_zero_padding", False))
@@ -41,14 +40,14 @@ def _shares(engine: DeepSpeedEngine) -> Iterator[tuple[nn.Parameter, torch.Tenso
 
 
 def drop_gradients(engine: DeepSpeedEngine) -> None:
-    """As if no pass of the step had run, whether the last one came to its end or not.
+    """Reset the engine to the state before the first micro-batch of the step, even if a backward pass failed.
 
-    A backward pass that fails leaves gradients in buckets that were to be reduced together, marks of those that were
-    reduced already, and the depth of a pass that is never left.
+    A failed backward pass leaves gradients in buckets that were to be reduced together, marks of those that were
+    already reduced, and a nesting depth that is never decremented.
     """
     zero = engine.optimizer
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # a reduction that is under way still reads its bucket
+        torch.cuda.synchronize()  # a running reduction still reads its bucket
     for bucket in zero.ipg_buckets.values():
         bucket.clear()
     zero.extra_large_param_to_reduce.clear()

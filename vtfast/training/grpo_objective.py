@@ -47,13 +47,14 @@ class GRPOObjective(nn.Module):
             num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
+        assert out.entropy is not None, "the fused loss sees the logits"
         tokens = len(pack.target)
         trainer = out.logp.detach() if old is None else old  # by the weights that sampled
         mismatch = (trainer - sampled).abs()
         sums = torch.stack(
             [
                 out.entropy.sum(),
-                torch.zeros_like(out.loss) if out.kl is None else out.kl.sum(),
+                out.kl.sum() if out.kl is not None else torch.zeros_like(out.loss),
                 out.clip_low * tokens,
                 out.clip_high * tokens,
                 mismatch.sum(),

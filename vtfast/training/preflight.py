@@ -1,8 +1,9 @@
-"""What can be told about a run before its model is loaded, told together: the files and names that its settings point
-to, and what the model's config.json makes of them."""
+"""Checks before a model is loaded: the files and names in the settings, and the model's config.json. All problems are
+reported at once."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vtfast.config import RunConfig, SettingsError
+from vtfast.config import Config, RunConfig, SettingsError
 from vtfast.config.rules import PIXELS_A_TOKEN
 from vtfast.data import Sample
 from vtfast.data.file_reader import find_files
@@ -36,8 +37,8 @@ log = logging.getLogger("vtfast")
 
 
 def check_start(config: RunConfig) -> None:
-    """Raises SettingsError with everything that would stop a run of `config` on this machine later. What may not be
-    meant goes to the log."""
+    """Raises SettingsError with every problem that would stop a run of `config` on this machine later. Warnings go to
+    the log."""
     problems = list(find_problems(config))
     if problems:
         raise SettingsError(problems)
@@ -46,20 +47,22 @@ def check_start(config: RunConfig) -> None:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """A line for each. A check that needs what another one found missing is passed over."""
-    rewards = getattr(config, "reward_funcs", [])
+    """One line for each problem."""
     checks: list[tuple[str, Callable[[], object]]] = [
         ("output_dir", lambda: check_output_dir(config)),
         ("report_to", lambda: check_trackers(config.report_to)),
         ("use_vllm", lambda: _check_engine(config)),
         ("template", lambda: load_template(config.template)),
-        ("target", lambda: hasattr(config, "target") and load_target(config.target)),
         ("data", lambda: _check_data(config.data, config.split)),
         ("eval_data", lambda: _check_data(config.eval_data, config.eval_split)),
-        *(("reward_funcs", lambda name=name: get_reward(name, config.reward_mode)) for name in rewards),
         ("device", lambda: _check_device(config)),
         ("model", lambda: _check_model(config)),
     ]
+    if isinstance(config, Config):
+        for name in config.reward_funcs:
+            checks.append(("reward_funcs", functools.partial(get_reward, name, config.reward_mode)))
+    else:
+        checks.append(("target", lambda: load_target(config.target)))
     for flag, check in checks:
         try:
             check()
@@ -69,7 +72,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _check_data(source: str | None, split: str | None) -> None:
-    """What lies on this machine is looked for here; the hub is asked when its rows are read."""
+    """Look for local files. The hub is asked when its rows are read."""
     if source in (None, SYNTHETIC):
         return
     if expand(source).exists() or not is_hub_id(source):
@@ -82,7 +85,7 @@ def _check_engine(config: RunConfig) -> None:
 
 
 def _kind(config: RunConfig) -> str:
-    """cpu or cuda, whether the latter is there or not."""
+    """cpu or cuda, even if there is no CUDA device."""
     there = "cuda" if torch.cuda.is_available() else "cpu"
     return there if config.device == "auto" else config.device
 
@@ -99,7 +102,7 @@ def _check_device(config: RunConfig) -> None:
         except UserError as error:
             problems.append(str(error))
     if not config.use_vllm and config.rollout_cache_tokens is not None:
-        page, group = PAGE_SIZE[kind], getattr(config, "num_generations", 1)
+        page, group = PAGE_SIZE[kind], config.num_generations if isinstance(config, Config) else 1
         shared, own = pages_needed(page, config.max_prompt_length, config.max_completion_length)
         least = (shared + group * own) * page
         if config.rollout_cache_tokens < least:
@@ -113,11 +116,11 @@ def _check_device(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    """Its family, its parts that are frozen or adapted, and whether a prompt can hold its template and an image."""
+    """The family, the frozen or adapted parts, and whether a prompt has room for the template and an image."""
     path = model_path(config.model)
     if config.use_peft and (Path(path) / "adapter_config.json").is_file():
         raise UserError(
-            f"--model {config.model}: holds LoRA adapters already, and new ones would not know them; save the"
+            f"--model {config.model}: has LoRA adapters already, which new ones would ignore; save the"
             " merged model first (vtfast.model.load_model(folder).module.save_pretrained(new folder))"
         )
     model, problems = read_model_config(config.model), []
@@ -132,10 +135,10 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _prompt_problems(config: RunConfig, processor: Processor) -> Iterator[str]:
-    """Whether not even an empty question fits, with the smallest image where the model sees any."""
+    """A line if not even an empty question fits, with the smallest image if the model takes images."""
     try:
         template = load_template(config.template)
-    except UserError:  # told already
+    except UserError:  # another check reports it
         return
     limit, images = config.max_prompt_length, [] if processor.image_processor is None else [None]
     empty = render(template, Sample("", [], "", images), literal_image=config.literal_image)
