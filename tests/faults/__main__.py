@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: kill and resume, and say what was lost. Exit code 1 if anything was."""
+"""`python -m tests.faults`: kill and resume runs, and report what was lost. Exit code 1 if anything was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trials, one after the other: start, strike, look at what is left, start again with the same command, to the end."""
+"""Runs trials: start a run, inject a fault, check what is left, start the same command again, until it finishes."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Reference:
 
 @dataclass
 class Result:
-    """What a trial showed."""
+    """The result of a trial."""
 
     trial: Trial
     starts: int = 0
     struck: int = 0
-    """Faults that came to pass."""
+    """Faults that were injected."""
     lost: list[str] = field(default_factory=list)
     """Checkpoints that were whole before a fault and are not after it."""
     differing: list[str] = field(default_factory=list)
-    """What the finished run and the uninterrupted one do not share."""
+    """Differences between the finished run and the uninterrupted one."""
     other: list[str] = field(default_factory=list)
-    """Whatever else must not be: a start that failed by itself, a process or a file left over."""
+    """Other problems: a start that failed by itself, a process or a file left over."""
     story: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -103,7 +103,7 @@ class Campaign:
 
 
 class _Trial:
-    """A trial while it is played."""
+    """A trial that is running."""
 
     def __init__(self, trial: Trial, run: Path, flags: list[str], reference: Reference, launcher: Launcher) -> None:
         self.trial, self.run, self.flags = trial, run, flags
@@ -111,7 +111,7 @@ class _Trial:
         self.damaged: set[int] = set()
         """Steps whose checkpoints the trial has damaged."""
         self.dropped: set[int] = set()
-        """Steps whose checkpoints gave way to newer ones, as `save_total_limit` says."""
+        """Steps whose checkpoints were deleted for newer ones (`save_total_limit`)."""
         self.result = Result(trial)
 
     def play(self) -> Result:
@@ -168,8 +168,8 @@ class _Trial:
             os.kill(process, signal.SIGKILL)
 
     def look_at_notice(self, ended: Ended, whole: list[int]) -> None:
-        """A run that is asked to stop saves the steps that it has done, and says so by its exit code. The launcher has
-        an exit code of its own."""
+        """A run that is asked to stop saves the steps that it has done and ends with PREEMPTED. The launcher has its
+        own exit code."""
         result, settings = self.result, self.trial.settings
         if not self.trial.launcher and set(ended.codes) - {0, PREEMPTED}:
             result.other.append(f"start {result.starts}: exit codes {ended.codes} after a SIGTERM")
@@ -179,7 +179,7 @@ class _Trial:
             result.lost.append(f"start {result.starts}: {done} steps done at the SIGTERM, saved: {whole}")
 
     def damage(self, name: str) -> None:
-        """Do something to the newest whole checkpoint. The next start must say that it does not take it."""
+        """Damage the newest whole checkpoint. The next start must log that it does not resume from it."""
         whole = verify.whole(self.run)
         if not whole:
             self.result.other.append("no checkpoint to damage")
@@ -203,10 +203,10 @@ class _Trial:
         result.other += [f"left over: {name}" for name in verify.leftovers(self.run)]
         last = max(verify.checkpoints(self.run).items())[1]
         result.other += filter(None, [verify.loadable(last)])
-        said = output.read_text()
+        log = output.read_text()
         for step in self.damaged:
-            if self.trial.kind.damage != "undone rename" and f"step-{step}: " not in said:
-                result.other.append(f"the damage of step-{step} was not spoken of")
+            if self.trial.kind.damage != "undone rename" and f"step-{step}: " not in log:
+                result.other.append(f"the damage of step-{step} was not logged")
 
     @staticmethod
     def _killed(kind: Kind | None, ended: Ended) -> bool:

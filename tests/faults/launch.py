@@ -1,4 +1,4 @@
-"""Starting a trainer on all ranks, and seeing it out: as users do, or forked from a process that has imported all."""
+"""Starts a trainer on all ranks and waits for it: as users do, or by forks of a process that has imported all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = 300.0
 GRACE = 30.0
 """Seconds between SIGTERM and SIGKILL for the other ranks when one has died, as DeepSpeed's launcher has it."""
 MARK = "VTFAST_TRIAL"
-"""Environment variable by which what a start has left running is known."""
+"""Environment variable that marks the processes of a start, to find those left running."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Ended:
     """How a start ended."""
 
     codes: list[int]
-    """Of the ranks; negative: the signal. Of DeepSpeed's launcher, its own alone."""
+    """Exit codes of the ranks; negative: the signal. For DeepSpeed's launcher, only its own."""
     seconds: float
     sessions: set[int]
     hung: bool = False

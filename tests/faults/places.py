@@ -1,4 +1,4 @@
-"""What is counted inside a trainer, and what happens at the n-th time. Runs in the trainer's own process.
+"""Counts events inside a trainer and injects a fault at the n-th one. Runs in the trainer's process.
 
 A moment is a count and not a time, so that a trial that failed fails again. Nothing of vtfast knows about this: named
 functions are wrapped from outside, and files are watched through Python's audit events and `os.fsync`, `os.rename`.
@@ -25,14 +25,14 @@ WRAPPED = {
     "backward": "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.process_gradients",  # a weight's gradient
     "optimizer": "torch.optim.AdamW.step",  # this rank's share of the weights is new, the others' are not yet
 }
-"""Places that are functions; "optimizer" is counted behind the call, the others before it."""
+"""Places that are functions; "optimizer" is counted after the call, the others before it."""
 FILES = ("open", "fsync", "rename", "renamed", "drop", "tidy", "log")
-"""Places in the life of files: before one of a checkpoint is opened, before it is flushed, before and behind the
-renaming of the folder, before each thing that is removed of an old checkpoint, before anything else of the run folder
-is renamed, and behind a line of the logs."""
+"""Places of file operations: before a file of a checkpoint is opened, before it is flushed, before and after the folder
+is renamed, before each removal in an old checkpoint, before anything else in the run folder is renamed, and after a
+line of the logs."""
 PLACES = (*WRAPPED, *FILES)
 MAIN_ONLY = ("rename", "renamed", "drop", "tidy", "log")
-"""Places that only rank 0 comes to."""
+"""Places that only rank 0 reaches."""
 IMPATIENCE = 10
 """Most visits between an impatient scheduler's SIGTERM and its SIGKILL."""
 STEP = re.compile(r"step-(\d+)$")
@@ -58,7 +58,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Orders:
-    """What a trainer is told: where it writes down what happened, and when it dies, if at all."""
+    """The orders for a trainer: where it writes its journal, and when it dies, if at all."""
 
     journal: str
     folder: str
@@ -195,7 +195,7 @@ class Watch:
         return os.path.abspath(os.fspath(path)).startswith(folder)
 
     def watch_log(self) -> None:
-        """A line is torn by cutting what a step has just written, in the order in which it was written."""
+        """Cut off the lines that a step has just written, in the order in which they were written."""
         from vtfast.report.tracking import Tracker
 
         log, folder = Tracker.log, Path(self.orders.folder)
@@ -219,7 +219,7 @@ class Watch:
 
 
 def plant(orders: Orders, rank: int) -> Watch:
-    """Wrap what is to be counted. Imports the trainer."""
+    """Wrap everything that is counted. Imports the trainer."""
     watch = Watch(orders, rank)
     for place, path in WRAPPED.items():
         watch.wrap(place, path)

@@ -1,4 +1,4 @@
-"""Which fault strikes which run where: a function of the seed and the trial's number, and of nothing else."""
+"""Which fault is injected into which run and where: a function of the seed and the trial's number alone."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Kind:
     """One of `places.PLACES`, or TIMER: all ranks are killed from outside after a time drawn at random."""
     action: str = "SIGKILL"
     window: tuple[float, float] = (0.0, 1.0)
-    """The part of an uninterrupted run in which it strikes."""
+    """The part of an uninterrupted run in which it is injected."""
     damage: str | None = None
     """One of `damage.DAMAGES`, done to the newest checkpoint after the kill."""
     again_at: str | None = None
-    """Where the next start is struck; None: in half of the trials, anywhere."""
+    """Where a fault is injected into the next start; None: anywhere, in half of the trials."""
     needs_limit: bool = False
-    """Only where old checkpoints are dropped."""
+    """Only for runs that delete old checkpoints."""
 
 
 EARLY, LATE = (0.0, 0.1), (0.5, 0.9)
@@ -67,7 +67,7 @@ class Trial:
     kind: Kind
     settings: Settings
     seed: str
-    """Of everything that this trial leaves to chance."""
+    """A generator for one random choice of this trial."""
     launcher: bool = False
 
     def chance(self, what: object) -> random.Random:

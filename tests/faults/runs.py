@@ -1,4 +1,4 @@
-"""The runs that are killed: tiny, and between them everything whose state a checkpoint must hold."""
+"""The runs that are killed: tiny; together they cover all state that a checkpoint must hold."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A command, and what of it decides what may be missing after a kill."""
+    """A command, and the settings that decide what may be missing after a kill."""
 
     name: str
     ranks: int
     own: dict[str, str | int | float]
-    """Flags beside COMMON."""
+    """Flags in addition to COMMON."""
 
     @property
     def limit(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What must hold: whole checkpoints stay whole, the end equals the uninterrupted run's bit for bit, nothing runs on.
+"""Checks: whole checkpoints stay whole, the end equals the uninterrupted run's bit for bit, no process is left over.
 
 Reads files only, and asks vtfast nothing: a checkpoint is whole here if its checksums say so.
 """
@@ -20,7 +20,7 @@ MUST_EQUAL = ("completions.jsonl", "skipped.jsonl", "held_out.json")
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The folders of a run that bear a checkpoint's name, by step."""
+    """The folders of a run that are named like a checkpoint, by step."""
     found = (folder / "checkpoints").glob("step-*")
     return {int(path.name.removeprefix("step-")): path for path in sorted(found)}
 
@@ -85,7 +85,7 @@ def tensors(checkpoint: Path) -> dict[str, str]:
 
 
 def differences(reference: Path, folder: Path, stops: Collection[int] = (), limit: int | None = None) -> Iterator[str]:
-    """What tells a finished run from the uninterrupted one, in words; nothing if they are equal.
+    """Differences between a finished run and the uninterrupted one; nothing if they are equal.
 
     `stops`: steps that it has saved beside the due ones, since it was asked to stop; `limit`: its save_total_limit."""
     expected, found = metrics(reference), metrics(folder)
@@ -116,7 +116,7 @@ def differences(reference: Path, folder: Path, stops: Collection[int] = (), limi
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Half-written things in a run folder that nobody will finish."""
+    """Half-written files and folders left over in a run folder."""
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")

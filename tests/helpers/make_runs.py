@@ -77,7 +77,7 @@ def file_name(text: str) -> str:
 
 
 def hostile_run(folder: Path, text: str) -> Path:
-    """A run with `text` wherever a run can have one."""
+    """A run folder with `text` in every place that can hold text."""
     settings = {"model": text, "data": text, "reward_funcs": [text], "freeze": [text], text: text}
     scores = {text: {"total": 0.5, "by_task": {text: 0.5}}, "cvbench": {"total": text}}
     texts = dict.fromkeys(["question", "answer", "kind", "finish_reason"], text)

@@ -1,4 +1,4 @@
-"""Whole runs in this process, ended or killed, and their comparison to the bit."""
+"""Whole runs in this process, finished or killed, and their comparison to the bit."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SHORT_SFT = {name: value for name, value in SHORT.items() if name not in ("num_g
 
 
 def noisy_reward(completion: str, sample) -> float:
-    """A reward of a user's own that rolls dice."""
+    """A custom reward that uses random numbers."""
     return random.random() + np.random.random() + torch.rand(()).item()
 
 
@@ -48,7 +48,7 @@ class Killed(Exception):
 
 
 def run(folder: Path, kill_at: int | None = None, **settings) -> Path:
-    """A run in this process. `kill_at`: ends in the middle of that step, weights already changed."""
+    """A run in this process. `kill_at`: it ends in that step, after the weights have changed."""
     trainer = build(output_dir=str(folder), **settings)
     if kill_at is not None:
         whole_step = trainer.step

@@ -115,7 +115,7 @@ function fact(name, number, signed = false) {
   return element("li", {}, `${name} `, element("b", {}, value(number, signed)));
 }
 
-// Pieces of text: what was searched for, reflection words and the tags of the format are marked.
+// Text with the searched words, reflection words and format tags marked.
 function highlighted(text, pattern, words) {
   const escaped = words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   const kinds = [["tag", "</?(?:think|answer)>"], ["reflects", pattern]];

@@ -1,12 +1,12 @@
-// Line charts and stacked areas as inline SVG, redrawn to the width that they get.
+// Line charts and stacked areas as inline SVG, redrawn to the available width.
 // A chart: {title, unit, note, stacked, lines: [{label, colour, x: [step], y: [value or null]}], marks: [{label, y, colour}]}.
 
 const HEIGHT = 220;
 const MARGIN = { top: 10, right: 24, bottom: 34, left: 52 };
 const COLOURS = 8;
-const DOTS = 25; // a line of so few points shows each of them
-const SMOOTHED = 60; // a line of more points is noise without its running mean
-const CROWD = 2; // where more such lines cross, the noise steps back
+const DOTS = 25; // a line with at most this many points shows each of them
+const SMOOTHED = 60; // a line with more points is drawn with its running mean
+const CROWD = 2; // with more such lines in a chart, the raw values are drawn fainter
 
 function chartFigure(chart) {
   const factor = chart.unit === "%" ? 100 : 1;
@@ -157,8 +157,8 @@ function path(points, x, y) {
   return text;
 }
 
-// Mean over `size` points on either side. Towards the ends of a line it takes in fewer, down to a quarter, so that a
-// steep start keeps its place. Sums run along, so that long lines stay cheap.
+// Mean over `size` points on either side; fewer near the ends of a line, down to a quarter, so that a steep start is not
+// shifted. Running sums keep long lines cheap.
 function runningMean(points, size) {
   const sums = [0];
   const counts = [0];
@@ -175,7 +175,7 @@ function runningMean(points, size) {
   });
 }
 
-// [bottom, top] of every line at every step, one upon the other. The lines of a stack have the same steps.
+// [bottom, top] of every line at every step, stacked. The lines of a stack have the same steps.
 function stack(lines) {
   const heights = lines[0].x.map(() => 0);
   return lines.map((line) => line.y.map((value, i) => [heights[i], (heights[i] += value ?? 0)]));
@@ -196,7 +196,7 @@ function describe(chart) {
   return `${chart.title}. ${ends.join("; ")}. Left and right arrow keys read the values.`;
 }
 
-// A guide line and the values under the pointer, or at the step that the arrow keys have reached.
+// A guide line and the values under the pointer, or at the step chosen by the arrow keys.
 function listen(svg, chart, x, y, pointer, bands) {
   const { steps, tooltip, plot } = chart;
   const hide = () => {
@@ -241,7 +241,7 @@ function listen(svg, chart, x, y, pointer, bands) {
   });
 }
 
-// Index of the step whose place is nearest, by bisection.
+// Index of the nearest step, by bisection.
 function nearest(steps, place, x) {
   let low = 0;
   let high = steps.length - 1;

@@ -21,7 +21,7 @@ function whole(number) {
   return number.toLocaleString("en");
 }
 
-// Three digits of a number, for a person.
+// A number with three digits.
 function short(value) {
   const size = Math.abs(value);
   if (value === 0) return "0";

@@ -1,4 +1,4 @@
-// Puts the page together from the data.
+// Builds the page from the data.
 
 function section(id, title, lead, ...children) {
   const content = children.flat().filter((child) => child !== null);

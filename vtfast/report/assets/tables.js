@@ -15,7 +15,7 @@ function tableFigure(table) {
       element("table", {}, element("thead", {}, head), element("tbody", {}, body))));
 }
 
-// The only row of a table as a row of figures.
+// The only row of a table as tiles.
 function tiles(table) {
   const [row] = table.rows;
   const known = table.columns.map((name, i) => [name, row.cells[i]]).filter(([, cell]) => cell);
