@@ -133,3 +133,12 @@ def known_flags() -> set[str]:
     from vtfast.config import field_names
 
     return {*field_names(), "recipe", "config", "dry-run", "gpu_memory_gb", "help_all", "rows", "output", "bench"}
+
+
+def test_the_metrics_page_is_the_table_of_the_code():
+    """Each key of `METRICS` has its row in docs/pages/metrics.md with the same words; the page has no other row."""
+    from vtfast.training.metrics import METRICS
+
+    rows = [f"| `{key}` | {meaning} |" for key, meaning in METRICS.items()]
+    page = (PAGES / "metrics.md").read_text().replace("\\|", "|").splitlines()
+    assert [line for line in page if line.startswith("| `")] == rows
