@@ -3,7 +3,7 @@
     sum = x + delta                          rounded to x's dtype, as two separate layers would
     out = weight * round(sum / sqrt(mean(sum^2) + eps))        the norm in fp32, rounded before the weight, as in Llama
 
-A decode step is a chain of small kernels, each a microsecond of launch gap; this makes one of four.
+A decode step is a chain of small kernels, each with a microsecond of launch gap; this replaces four by one.
 Bytes: 4 R D elements.   Tolerance: fp32 within 1e-5 of float64; half precision equal to Hugging Face's layers.
 Measured on a GPU: not yet.
 
@@ -19,20 +19,20 @@ from .checks import check_norm, checks_skipped, choose_impl, op_scope
 
 @triton.jit
 def add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row."""
+    """One program per row."""
     lane = tl.arange(0, BLOCK)
-    here = lane < D
-    at = tl.program_id(0).to(tl.int64) * D + lane
-    x = tl.load(x_ptr + at, mask=here, other=0.0)
+    in_d = lane < D
+    offset = tl.program_id(0).to(tl.int64) * D + lane
+    x = tl.load(x_ptr + offset, mask=in_d, other=0.0)
     if ADD:
-        delta = tl.load(delta_ptr + at, mask=here, other=0.0)
+        delta = tl.load(delta_ptr + offset, mask=in_d, other=0.0)
         x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
-        tl.store(sum_ptr + at, x, mask=here)
+        tl.store(sum_ptr + offset, x, mask=in_d)
     wide = x.to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
-    weight = tl.load(weight_ptr + lane, mask=here, other=0.0)
+    weight = tl.load(weight_ptr + lane, mask=in_d, other=0.0)
     out = weight.to(tl.float32) * scaled.to(x.dtype).to(tl.float32)
-    tl.store(out_ptr + at, out.to(x.dtype), mask=here)
+    tl.store(out_ptr + offset, out.to(x.dtype), mask=in_d)
 
 
 @op_scope
@@ -40,13 +40,13 @@ def add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, D, eps, 
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, *, eps: float = 1e-6, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (x + delta, its RMS norm times weight). No gradient.
+    """Return (x + delta, its RMS norm times weight). No gradient.
 
     Args:
         x: [R, D].
         delta: [R, D], added first; None for nothing, and then the sum is `x` itself.
         weight: [D].
-        eps: under the root.
+        eps: added to the mean square.
         impl: auto | triton | torch | reference.
 
     Returns:

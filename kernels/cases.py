@@ -39,7 +39,7 @@ class Shape:
         return f"N{self.N}-V{self.V}-D{self.D}"
 
 
-# Sizes that trip kernels: nothing, one, one past a tile, no power of two, the real vocabularies.
+# Sizes on which kernels fail: none, one, one more than a tile, no power of two, the real vocabularies.
 SMALL = [Shape(0, 123, 17), Shape(1, 123, 17), Shape(7, 1000, 64), Shape(129, 123, 100)]
 VOCABULARIES = [Shape(7, 50257, 64), Shape(1, 151936, 17), Shape(7, 152064, 17)]
 LARGE = [Shape(129, 50257, 100), Shape(7, 151936, 1536), Shape(129, 152064, 64)]
@@ -49,13 +49,15 @@ GPU_BENCH = [Shape(5600, 151936, 1536), Shape(45000, 151936, 1536)]
 
 @dataclass(frozen=True)
 class Op:
+    """An op with its inputs and costs."""
+
     function: Callable
     inputs: Callable[..., dict[str, Any]]
     """(shape, dtype, device, seed) -> keyword arguments."""
     outputs: tuple[str, ...] = ("out",)
-    """Names of what it returns; a named tuple has its own."""
+    """Names of its results; a named tuple has its own."""
     differentiable: tuple[str, ...] = ()
-    """Arguments that get a gradient."""
+    """Arguments with a gradient."""
     matmuls: int = 0
     """Vocabulary matmuls of forward + backward with everything trained; one is 2 N V D FLOPs."""
 
@@ -67,7 +69,7 @@ class Op:
 
 
 def specs() -> dict[str, GRPOLoss]:
-    """Every loss type at every importance level it knows, with each option switched on somewhere."""
+    """Return every loss type at every importance level that it has, with each option used somewhere."""
     out = {}
     for loss_type in LOSS_TYPES:
         for level in ("token", "sequence"):
@@ -119,7 +121,7 @@ def logprob_inputs(
 
 
 def sequences(N: int, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """About eight sequences of uneven length, one of them empty, one with a single token if N allows."""
+    """Return about eight sequences of uneven length, one of them empty, one with a single token if N allows."""
     generator = torch.Generator().manual_seed(seed + 1)
     S = max(3, min(8, N))
     sequence_id = torch.randint(2, S, (N,), generator=generator).sort().values
@@ -130,7 +132,7 @@ def sequences(N: int, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
 
 
 def neighbours(logp: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Log-probs of the other policies, near enough to `logp` for ratios on both sides of a clip."""
+    """Return log-probs of the other policies, close enough to `logp` for ratios on both sides of a clip."""
     generator = torch.Generator().manual_seed(seed + 2)
     noise = torch.randn(3, len(logp), generator=generator).to(logp.device)
     old = logp + 0.2 * noise[0]
@@ -204,7 +206,7 @@ HEADS, KEY_HEADS, PAGE = 6, 2, 4
 
 
 def _head_size(shape: Shape) -> int:
-    """D, but even, and no larger than a model's is."""
+    """Return D, made even and at most 128."""
     return min(128, shape.D // 2 * 2)
 
 
@@ -215,7 +217,7 @@ def _pool(pages: int, d: int, dtype: torch.dtype, device: str, seed: int) -> dic
 
 
 def rope_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Every row writes somewhere of its own."""
+    """Every row writes to a slot of its own."""
     generator = torch.Generator().manual_seed(seed)
     R, d, pages = shape.N, _head_size(shape), shape.N // PAGE + 1
     qkv = torch.randn(R, (HEADS + 2 * KEY_HEADS) * d, generator=generator)
@@ -258,4 +260,4 @@ OPS: dict[str, Op] = {
     "paged_attention": Op(paged_attention, page_inputs),
     "silu_mul": Op(silu_mul, gate_inputs),
 }
-"""By the name of the function, which is that of its file and of its twin in reference.py."""
+"""By name: that of the function, of its file, and of the function in reference.py."""

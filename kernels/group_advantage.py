@@ -5,7 +5,7 @@
     scale = "batch"   (r - mean_G) / (std_S + eps)     unbiased std of the whole batch
     scale = "none"     r - mean_G                      Dr. GRPO
 
-Bytes: 8 a reward; a few thousand rewards, so launch bound.   Tolerance: fp32 within 1e-5 of float64.
+Bytes: 8 per reward; a few thousand rewards, so launch bound.   Tolerance: fp32 within 1e-5 of float64.
 Measured on a GPU: not yet.
 
 Shapes: S sequences, G group size; a group is G neighbours.
@@ -20,7 +20,7 @@ from .checks import check_reward, choose_impl, op_scope
 
 @triton.jit
 def _std(ptr, n, BLOCK: tl.constexpr):
-    """n numbers -> unbiased standard deviation, mean minus the first number (exactly 0 if all are equal)."""
+    """Return the unbiased standard deviation of n numbers, and mean minus first (exactly 0 if all are equal)."""
     lane = tl.arange(0, BLOCK)
     origin = tl.load(ptr)
     mean = 0.0
@@ -38,13 +38,13 @@ def _std(ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def group_advantage_kernel(reward_ptr, advantage_ptr, S, G, eps, SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a group."""
+    """One program per group."""
     first = tl.program_id(0) * G
     std, shift = _std(reward_ptr + first, G, BLOCK)
     divisor = 1.0
     if SCALE == "group":
         divisor = std + eps
-    elif SCALE == "batch":  # a few thousand cached rewards: cheaper again in each program than a launch
+    elif SCALE == "batch":  # a few thousand cached rewards: each program computes it, which is cheaper than a launch
         whole, _ = _std(reward_ptr, S, BLOCK)
         divisor = whole + eps
     if SCALE != "none":
@@ -60,12 +60,12 @@ def group_advantage_kernel(reward_ptr, advantage_ptr, S, G, eps, SCALE: tl.const
 def group_advantage(
     reward: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4, impl: str = "auto"
 ) -> torch.Tensor:
-    """Advantages [S] fp32 of rewards [S], normalised within groups of `group_size` neighbours.
+    """Return advantages [S] fp32 of rewards [S], normalised within groups of `group_size` neighbours.
 
     Args:
         reward: [S]; S a multiple of `group_size`.
-        group_size: G, completions a prompt.
-        scale: group | batch | none; what the centred reward is divided by.
+        group_size: G, completions per prompt.
+        scale: group | batch | none: the standard deviation to divide by.
         eps: added to the standard deviation, as in TRL.
         impl: auto | triton | torch | reference.
     """
@@ -79,6 +79,6 @@ def group_advantage(
         if S > 0:
             group_advantage_kernel[(groups,)](reward, advantage, S, group_size, eps, SCALE=scale, BLOCK=1024)
         return advantage
-    from . import reference  # a few thousand numbers: the plain formula is the CPU's fast path too
+    from . import reference  # a few thousand numbers: the plain formula is fast enough on the CPU
 
     return reference.group_advantage(reward, group_size, scale=scale, eps=eps)

@@ -3,12 +3,12 @@
     z = hidden W^T / T;   logp_n = z_n,y - lse_n;   H_n = lse_n - sum over v of p_nv z_nv
     d z_nv = g_n (1[v = y] - p_nv) - h_n p_nv (log p_nv + H_n)        g, h: incoming gradients
 
-Forward on CUDA: one matmul whose accumulators never leave the chip. A work item is 128 tokens x one
+Forward on CUDA: one matmul whose accumulators stay on chip. A work item is 128 tokens x one
 vocabulary split of `SPLIT` columns; it keeps the running max, sum of exponentials, their z-weighted sum and
 the target logit, all from the same fp32 accumulators. Splits depend on V alone, so a row's result does not
 depend on the batch around it. Persistent; TMA + wgmma on sm_90, pointers + mma on sm_80.
-Backward: the general op does not know its gradient in the forward pass, so it recomputes the logits chunk by
-chunk: four vocabulary matmuls in all (`linear_grpo_loss` needs three).
+Backward: the gradient is not known in the forward pass, so the backward recomputes the logits chunk by chunk:
+four vocabulary matmuls in all (`linear_grpo_loss` needs three).
 
 FLOPs 2NVD a matmul: 2.61 TFLOP = 3.7 ms at 700 TF/s for N = 5,600, V = 151,936, D = 1,536.
 Bytes, forward: 2(ND ceil(V/SPLIT) + VD ceil(N/128)) through L2. `GROUP` row blocks take all splits before the
@@ -31,7 +31,7 @@ from .checks import IGNORED, check_head, check_target, check_temperature, choose
 from .logit_rows import Chunk, add_matmul, chunk_rows, dlogits_triton, matmul_over_vocabulary, row_spans
 
 SPLIT = 4096  # vocabulary columns of a work item
-GROUP = 48  # row blocks that walk all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
+GROUP = 48  # row blocks that go through all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
 IGNORED_TARGET: tl.constexpr = tl.constexpr(IGNORED)
 
 # BLOCK_N, BLOCK_V, BLOCK_D, warps, stages. Two programs fit on a Hopper SM (128 registers, 98 KB each), so
@@ -176,7 +176,7 @@ def combine_splits_kernel(
 
 
 def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
-    """-> arguments and constants of `logprob_kernel` that depend on dtype and architecture."""
+    """Return the matrices and constants of `logprob_kernel` that depend on dtype and architecture."""
     hidden, weight = checks.align_rows(hidden, weight)
     is_fp32, tma = hidden.dtype == torch.float32, checks.tma_ready(hidden, weight)
     tile = FP32_TILE if is_fp32 else WGMMA_TILE if tma else PLAIN_TILE
@@ -196,7 +196,7 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         "PRECISION": "ieee" if is_fp32 else "tf32",
         "num_warps": warps,
         "num_stages": stages,
-        # Triton's interpreter takes bf16 operands of a dot for integers
+        # Triton's interpreter reads bf16 operands of a dot as integers
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
     }
     return matrices, constants
@@ -248,7 +248,7 @@ def _forward_torch(hidden, weight, target, inv_temperature, entropy, logp, ent) 
 
 
 def _backward_chunks(ctx, g, h, d_hidden: torch.Tensor | None, d_weight: torch.Tensor | None):
-    """Fill `d_hidden` and add to `d_weight`, either of which may be None."""
+    """Fill `d_hidden` and add to `d_weight`; either may be None."""
     hidden, weight, target, ent = ctx.saved_tensors
     N, V = hidden.shape[0], weight.shape[0]
     rows = chunk_rows(N, V, weight.element_size(), weight.device.type)
@@ -298,7 +298,7 @@ class _LinearLogprob(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         _backward_chunks(ctx, g, h, d_hidden, d_weight)
-        # the chunk's logits are gone by now: the cast needs room of its own
+        # cast here, where the chunk's logits are freed already: the cast needs memory of its own
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
@@ -312,7 +312,7 @@ def linear_logprob(
     entropy: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target under softmax(hidden @ weight.T / temperature); differentiable.
+    """Return the log-prob of each target under softmax(hidden @ weight.T / temperature); differentiable.
 
     Args:
         hidden: [N, D] bf16, fp16 or fp32.

@@ -8,8 +8,8 @@ a 31-bit u keeps a token of probability 1e-6 at its probability, -log(u) in fp32
 splitmix64 hash of a 64-bit row key and the vocabulary id, two ids from one hash.
 
 FLOPs 2RVD. Bytes: 2VD for a bf16 weight read once from memory (the floor at decode sizes; every 64 rows read it
-again, from L2) and 40 RV/128 for the tiles' winners, written and read. The logits never leave the chip on CUDA;
-on the CPU at most `CPU_TILE_BYTES` of them exist.
+again, from L2) and 40 RV/128 for the tiles' winners, written and read. The logits stay on chip on CUDA; on the CPU
+at most `CPU_TILE_BYTES` of them exist.
 Tolerance: log-probs in fp32 within 1e-5 of float64; tokens equal across implementations on fp32 inputs.
 Measured on a GPU: not yet.
 
@@ -59,7 +59,7 @@ def linear_sample_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program a vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
+    """One program per vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
     `hidden` and `weight` are tensor descriptors if TMA, else pointers."""
     tile = tl.program_id(1)  # row blocks run fastest, so that they share the tile's weights in L2
     lane_v = tl.arange(0, BLOCK_V)
@@ -116,18 +116,18 @@ def linear_sample_kernel(
 def combine_tiles_kernel(
     score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, sample_ptr, logp_ptr, R, tiles, V, BLOCK: tl.constexpr
 ):
-    """One program a row: the winner of the winners, and its log-prob."""
+    """One program per row: the best of the tiles' winners, and its log-prob."""
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    here = lane < tiles
-    at = lane * R + row
-    score = tl.load(score_ptr + at, mask=here, other=-float("inf"))
-    token = tl.load(token_ptr + at, mask=here, other=V)
+    in_tiles = lane < tiles
+    offset = lane * R + row
+    score = tl.load(score_ptr + offset, mask=in_tiles, other=-float("inf"))
+    token = tl.load(token_ptr + offset, mask=in_tiles, other=V)
     best = tl.min(tl.where(score == tl.max(score, 0), token, V), 0)
-    logit = tl.load(logit_ptr + at, mask=here, other=0.0)
+    logit = tl.load(logit_ptr + offset, mask=in_tiles, other=0.0)
     logit = tl.sum(tl.where(token == best, logit, 0.0), 0)
-    top = tl.load(top_ptr + at, mask=here, other=-1e38)
-    total = tl.load(total_ptr + at, mask=here, other=0.0)
+    top = tl.load(top_ptr + offset, mask=in_tiles, other=-1e38)
+    total = tl.load(total_ptr + offset, mask=in_tiles, other=0.0)
     highest = tl.max(top, 0)
     total = tl.sum(total * tl.exp(top - highest), 0)
     tl.store(sample_ptr + row, tl.minimum(best, V - 1).to(tl.int64))  # V: a row of NaN
@@ -135,7 +135,7 @@ def combine_tiles_kernel(
 
 
 def sample_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
-    """-> matrices and constants of `linear_sample_kernel` that depend on dtype, rows and architecture."""
+    """Return the matrices and constants of `linear_sample_kernel` that depend on dtype, rows and architecture."""
     hidden, weight = checks.align_rows(hidden, weight)
     is_fp32, tma = hidden.dtype == torch.float32, checks.tma_ready(hidden, weight)
     block_v, block_d, stages = FP32_TILE if is_fp32 else WGMMA_TILE
@@ -223,7 +223,7 @@ def _sample_torch(
     return token, (logit - top) - log_total
 
 
-def _merge(a: tuple, b: tuple) -> tuple:
+def _merge(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     wins = b[0] > a[0]  # ties go to the lower id, as argmax does
     winner = (torch.where(wins, y, x) for x, y in zip(a[:3], b[:3], strict=True))
     top = torch.maximum(a[3], b[3])
@@ -243,16 +243,16 @@ def linear_sample(
     greedy: bool = False,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample from softmax(hidden @ weight.T / temperature) without logits in memory.
+    """Sample from softmax(hidden @ weight.T / temperature) without logits in memory. No gradient.
 
     Args:
         hidden: [R, D].
         weight: [V, D], the lm_head.
         temperature: divides the logits.
-        seed: an int or a 0-d int64 tensor on hidden's device. The randomness is a function of this and the next two.
+        seed: an int, or a 0-d int64 tensor on the device. The randomness depends on seed, row_key and position only.
         row_key: [R] int64.
         position: [R] int64.
-        greedy: take the most likely token instead.
+        greedy: take the most probable token instead.
         impl: auto | triton | torch | reference.
 
     Returns:

@@ -1,12 +1,12 @@
-"""Rows of logits that do exist, a chunk of tokens at a time: what the backward of `linear_logprob` and both
-directions of `linear_grpo_loss` are made of.
+"""Rows of logits in memory, one chunk of tokens at a time: for the backward of `linear_logprob`, and for forward and
+backward of `linear_grpo_loss`.
 
     p_v = softmax(z / T);   d z_v = (g (1[v = y] - p_v) - h p_v (log p_v + H)) / T
 
-Triton: one program a row reads it twice (the second time from L2) and writes it once: 6 bytes a bf16 logit,
+Triton: one program per row reads it twice (the second time from L2) and writes it once: 6 bytes per bf16 logit,
 no matmul. The CPU's `Chunk` does the same in two buffers.
-The row's softmax always comes from these logits, rounded as they are: for a token of probability near 1 only
-a consistent p - 1 is near 0.
+The softmax is always computed from these rounded logits: for a token of probability near 1, p - 1 is near 0 only if
+both come from the same numbers.
 Measured on a GPU: not yet.
 
 Shapes: N tokens, V vocabulary.
@@ -27,7 +27,7 @@ CUDA_CHUNK_BYTES = 1 << 30  # with the fp32 d_weight of a 152k x 1,536 head this
 
 @triton.jit
 def row_statistics(row_ptr, V, inv_temperature, BLOCK: tl.constexpr):
-    """One row of logits -> max, sum of e^(z - max), sum of e^(z - max) (z - max)."""
+    """Return max, sum of e^(z - max), and sum of e^(z - max) (z - max) of a row of logits."""
     lane = tl.arange(0, BLOCK)
     top = -1e38  # finite: 0 * -inf would be NaN
     total = 0.0
@@ -49,7 +49,7 @@ def row_statistics(row_ptr, V, inv_temperature, BLOCK: tl.constexpr):
 def write_dlogits(
     row_ptr, V, target, top, log_total, entropy, g, h, inv_temperature, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Overwrite a row of raw logits by g (1_y - p) - h p (log p + H), chained through the temperature."""
+    """Overwrite a row of raw logits with g (1_y - p) - h p (log p + H), chained through the temperature."""
     lane = tl.arange(0, BLOCK)
     for column in range(0, V, BLOCK):
         offs_v = column + lane
@@ -75,7 +75,7 @@ def dlogits_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
     top, total, mean = row_statistics(row_ptr, V, inv_temperature, BLOCK)
@@ -98,8 +98,8 @@ def dlogits_kernel(
     )
 
 
-def row_config(V: int) -> dict:
-    """Launch shape of the row kernels."""
+def row_config(V: int) -> dict[str, int]:
+    """Return the launch options of the row kernels for V logits per row."""
     block = min(8192, triton.next_power_of_2(V))
     return {"BLOCK": block, "num_warps": max(4, min(16, block // 512))}
 
@@ -132,8 +132,8 @@ def add_matmul(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def matmul_over_vocabulary(d: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """d [n, V] @ weight [V, D]. CPU BLAS adds up 152k products one after the other, which costs two digits;
-    partial sums keep them."""
+    """Return d [n, V] @ weight [V, D]. CPU BLAS sums 152k products one after the other, which loses two digits; partial
+    sums keep them."""
     if d.is_cuda:
         return d @ weight
     parts = zip(d.split(1 << 15, dim=1), weight.split(1 << 15), strict=True)
@@ -153,8 +153,10 @@ class Chunk:
         self.exp = torch.empty_like(self.logits)
         self.total = self.log_total = weight.new_empty(0)  # [rows] of the latest chunk
 
-    def __call__(self, hidden: torch.Tensor, target: torch.Tensor, entropy: bool = True) -> tuple:
-        """-> logp, entropy | None; leaves z - max in `logits` (spoilt by the entropy), e^that in `exp`."""
+    def __call__(
+        self, hidden: torch.Tensor, target: torch.Tensor, entropy: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return log-probs and entropy. Leaves z - max in `logits` (entropy overwrites it) and its exp in `exp`."""
         n = hidden.shape[0]
         x = hidden.float() * (self.inv_temperature / LN_2)
         z = torch.mm(x, self.weight.t(), out=self.logits[:n])
@@ -176,8 +178,8 @@ class Chunk:
         entropy: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """g (1_y - p) - h p (log p + H), chained through the temperature, in the `exp` buffer; `rows` picks
-        some of the chunk."""
+        """Return g (1_y - p) - h p (log p + H), chained through the temperature, in the `exp` buffer. `rows` selects
+        some of the chunk's rows. `h` comes with `entropy`."""
         e, total = self.exp[: len(g)], self.total
         if rows is not None:
             e, g, total, target = e[rows], g[rows], total[rows], target[rows]
@@ -194,7 +196,7 @@ class Chunk:
 def dlogits_triton(
     logits: torch.Tensor, target: torch.Tensor, g: torch.Tensor, h: torch.Tensor | None, inv_temperature: float
 ) -> torch.Tensor:
-    """Raw logits [n, V] -> their gradient, in place."""
+    """Replace raw logits [n, V] by their gradient, in place."""
     dlogits_kernel[(len(logits),)](
         logits,
         target,

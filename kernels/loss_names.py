@@ -1,4 +1,4 @@
-"""The names that a loss is chosen by. No torch here, so that a program can check its settings before it loads any."""
+"""Names of the losses. Imports no torch, so that a program can check its settings before it loads torch."""
 
 from typing import Literal, get_args
 
@@ -9,4 +9,4 @@ SamplerMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequ
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 SAMPLER_MODES: tuple[str, ...] = get_args(SamplerMode)
 TOKEN_LEVEL = ("cispo", "sapo", "vespo")
-"""Without a clip; their importance is a token's, and "sequence" is not defined for them."""
+"""Losses without a clip. They have one importance per token; "sequence" is not defined for them."""

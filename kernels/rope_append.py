@@ -1,11 +1,11 @@
-"""Rotate the queries and keys of one new token a row, and write its key and value into their page, for decode.
+"""Rotate the queries and keys of one new token per row, and write its key and value into their page, for decode.
 
     q_r, k_r, v_r = split(qkv_r)
-    turn(a)       = a * cos_r + swap(a) * sin_r           swap: halves exchanged, the second one negated (Llama's RoPE)
-    pages[slot_r] = turn(k_r), v_r                        out_r = turn(q_r)
+    rotate(a)     = a * cos_r + swap(a) * sin_r           swap: halves exchanged, the second one negated (Llama's RoPE)
+    pages[slot_r] = rotate(k_r), v_r                      out_r = rotate(q_r)
 
-Qwen2-VL's M-RoPE has three axes; behind the prompt they are equal, so that one angle a row is exact. The angle is not
-the place in the cache: an image takes fewer positions than tokens.
+Qwen2-VL's M-RoPE has three axes; after the prompt they are equal, so one angle per row is exact. The angle is not the
+slot in the cache: an image takes fewer positions than tokens.
 
 Bytes: 2 R (H + 2 K) d elements.   Tolerance: fp32 within 1e-5 of float64; half precision rounds once.
 Measured on a GPU: not yet.
@@ -34,28 +34,28 @@ def rope_append_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a row and head of queries, keys or values."""
+    """One program per row and head of queries, keys or values."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     lane = tl.arange(0, BLOCK_D)
-    here = lane < D
+    in_d = lane < D
     start = qkv_ptr + (row * (H + 2 * K) + head) * D
-    x = tl.load(start + lane, mask=here, other=0.0)
+    x = tl.load(start + lane, mask=in_d, other=0.0)
     slot = tl.load(slot_ptr + row)
     if head >= H + K:
-        tl.store(values_ptr + (slot * K + head - H - K) * D + lane, x, mask=here)
+        tl.store(values_ptr + (slot * K + head - H - K) * D + lane, x, mask=in_d)
     else:
         half = D // 2
-        other = tl.load(start + tl.where(lane < half, lane + half, lane - half), mask=here, other=0.0)
+        other = tl.load(start + tl.where(lane < half, lane + half, lane - half), mask=in_d, other=0.0)
         sign = tl.where(lane < half, -1.0, 1.0)
-        at = row * D + lane
-        cos = tl.load(cos_ptr + at, mask=here, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + at, mask=here, other=0.0).to(tl.float32)
-        turned = (x.to(tl.float32) * cos + sign * other.to(tl.float32) * sin).to(x.dtype)
+        offset = row * D + lane
+        cos = tl.load(cos_ptr + offset, mask=in_d, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + offset, mask=in_d, other=0.0).to(tl.float32)
+        rotated = (x.to(tl.float32) * cos + sign * other.to(tl.float32) * sin).to(x.dtype)
         if head < H:
-            tl.store(query_ptr + (row * H + head) * D + lane, turned, mask=here)
+            tl.store(query_ptr + (row * H + head) * D + lane, rotated, mask=in_d)
         else:
-            tl.store(keys_ptr + (slot * K + head - H) * D + lane, turned, mask=here)
+            tl.store(keys_ptr + (slot * K + head - H) * D + lane, rotated, mask=in_d)
 
 
 @op_scope
@@ -70,15 +70,15 @@ def rope_append(
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Turned queries; turned keys, and values, go into the pages. No gradient.
+    """Return rotated queries, and write rotated keys, and values, into the pages. No gradient.
 
     Args:
         qkv: [R, (H + 2 K) d], heads of queries, keys and values one after the other.
-        cos: [R, d] of each row's angle, both halves filled.
-        sin: the same.
-        slot: [R] int64, token of the pool that the row writes; rows that share one leave either's.
-        keys: [B, page, K, d], written in place.
-        values: the same.
+        cos: [R, d] of each row's angle, the same in both halves.
+        sin: [R, d].
+        slot: [R] int64, token of the pool that the row writes; if rows share one, either's is left there.
+        keys: [B, page_size, K, d], written in place.
+        values: [B, page_size, K, d], written in place.
         impl: auto | triton | torch | reference.
 
     Returns:
@@ -113,9 +113,9 @@ def rope_append(
         return reference.rope_append(qkv, cos, sin, slot, keys, values)
     qk, v = qkv.unflatten(1, (-1, d)).split([H + K, K], dim=1)
     sin = sin[:, None, : d // 2]
-    turned = qk * cos[:, None]
-    turned[..., : d // 2].addcmul_(qk[..., d // 2 :], sin, value=-1)
-    turned[..., d // 2 :].addcmul_(qk[..., : d // 2], sin)
-    keys.flatten(0, 1).index_copy_(0, slot, turned[:, H:])
+    rotated = qk * cos[:, None]
+    rotated[..., : d // 2].addcmul_(qk[..., d // 2 :], sin, value=-1)
+    rotated[..., d // 2 :].addcmul_(qk[..., : d // 2], sin)
+    keys.flatten(0, 1).index_copy_(0, slot, rotated[:, H:])
     values.flatten(0, 1).index_copy_(0, slot, v)
-    return turned[:, :H]
+    return rotated[:, :H]
