@@ -37,8 +37,11 @@ def main(folder: str) -> None:
     from vtfast.scoring import completion_logprobs
 
     # The rotation is for CUDA tensors alone; here the CPU stands in for it.
-    on_cuda = liger._on_cuda
-    liger._on_cuda = lambda fast, plain: on_cuda(fast, fast)
+    class OnCpu(liger.CudaRotation):
+        def __init__(self, fast, plain):
+            super().__init__(fast, fast)
+
+    liger.CudaRotation = OnCpu
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8))
     prompt = Processor.from_pretrained(folder).encode(IMAGE + "Is it left?", [image])

@@ -23,11 +23,11 @@ def test_liger_computes_what_hugging_face_does(random_path):
 def test_cpu_tensors_are_rotated_as_before():
     import torch
 
-    from vtfast.model.liger import _on_cuda
+    from vtfast.model.liger import CudaRotation
 
     def never(*_):
         raise AssertionError("called for CPU tensors")
 
-    rotate = _on_cuda(never, lambda q, k, cos, sin, unsqueeze_dim: (q, k))
+    rotate = CudaRotation(never, lambda q, k, cos, sin, unsqueeze_dim: (q, k))
     q = torch.zeros(1, 2, 3, 4)
-    assert rotate(q, q, q, q)[0] is q and rotate.is_ligers
+    assert rotate(q, q, q, q)[0] is q

@@ -36,6 +36,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Told now and not behind ten minutes of training."""
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    return above.is_dir() and os.access(above, os.W_OK)
+    """Checked before ten minutes of training."""
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    return parent.is_dir() and os.access(parent, os.W_OK)

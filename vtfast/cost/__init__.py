@@ -1,1 +1,1 @@
-"""What a step costs: FLOPs, memory, and how near it comes to what a device can do. Start with `flops.py`."""
+"""What a step costs: FLOPs, micro-batches, memory, and the time that a device needs at least. Start with `flops.py`."""

@@ -1,8 +1,8 @@
-"""The tiny Qwen2-VL of the embedded default, as a real Hugging Face folder.
+"""The tiny Qwen2-VL that ships with vtfast, as a Hugging Face folder.
 
-Half a million parameters in the architecture of Qwen2-VL, a byte-level BPE tokenizer of 400 ids that
-holds all of Qwen2-VL's special tokens, its two chat templates and its image processor: whatever loads
-Qwen/Qwen2-VL-2B loads this. The shipped weights were made by `vtfast.cli.base_model.make_base`.
+Half a million parameters in the architecture of Qwen2-VL, a byte-level BPE tokenizer of 400 ids with all of Qwen2-VL's
+special tokens, its two chat templates and its image processor: code that loads Qwen/Qwen2-VL-2B loads this.
+The shipped weights were made by `vtfast.cli.base_model.make_base`.
 """
 
 import json
@@ -10,10 +10,10 @@ import os
 import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from vtfast.data.prompt_templates import load_template, render
+from vtfast.data.row_parser import Sample
 from vtfast.data.synthetic import CELL, KINDS, Question, sample_question
 from vtfast.utils.files import sha256, write_json
 from vtfast.utils.hub import ASSETS
@@ -78,7 +78,7 @@ def build_tiny_model(path: str | Path, *, weights: str = "asset", seed: int = 0)
     """Make the model folder at `path` (a new or empty folder) and return it.
 
     `weights`: "asset" copies the shipped base model, "random" draws untrained weights from `seed` (for tests).
-    ValueError for another value, for a folder that is not empty, and for a damaged asset.
+    Raises ValueError for another value, for a folder that is not empty, and for a damaged asset.
     """
     path = Path(path)
     if weights not in ("asset", "random"):
@@ -94,22 +94,22 @@ def build_tiny_model(path: str | Path, *, weights: str = "asset", seed: int = 0)
 
 
 def check_asset(folder: Path) -> None:
-    """ValueError unless the weights in `folder` are those that its recipe.json speaks of."""
+    """Raises ValueError unless the weights in `folder` have the checksum of its recipe.json."""
     recipe, weights = folder / "recipe.json", folder / "model.safetensors"
     for file in (recipe, weights):
         if not file.is_file():
             raise ValueError(f"the shipped base model is incomplete: {file} is missing")
     expected = json.loads(recipe.read_text(encoding="utf-8"))["sha256"]
-    found = sha256(weights)
-    if found != expected:
+    actual = sha256(weights)
+    if actual != expected:
         raise ValueError(
-            f"{weights} is damaged: its sha256 is {found}, recipe.json says {expected}; "
+            f"{weights} is damaged: its sha256 is {actual}, recipe.json says {expected}; "
             "restore the file, or rebuild the model with `vtfast make-base`"
         )
 
 
 def random_model(seed: int) -> "Qwen2VLForConditionalGeneration":
-    """Untrained fp32 model in eval mode; leaves the caller's random state as it was."""
+    """Untrained fp32 model in eval mode. Does not change the caller's random state."""
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -167,7 +167,7 @@ def model_config() -> "Qwen2VLConfig":
 
 
 def write_folder(path: str | Path, model: "Qwen2VLForConditionalGeneration", *, recipe: dict | None = None) -> None:
-    """Write weights, configuration, tokenizer and image processor; the folder appears whole.
+    """Write weights, configuration, tokenizer and image processor; the folder is renamed into place when complete.
 
     `recipe` becomes recipe.json, with the checksum of the weights added.
     """
@@ -252,10 +252,9 @@ def _write_tokenizer(folder: Path) -> None:
 
 def prompt_text(question: Question, rng: random.Random, *, images: int = 1) -> str:
     """The prompt of the `brief` template, options shuffled: what the trainer shows the model."""
-    shown = SimpleNamespace(
-        question=question.text, options=rng.sample(question.options, len(question.options)), images=(None,) * images
-    )
-    return render(load_template("brief"), shown)
+    options = rng.sample(question.options, len(question.options))
+    sample = Sample(question.text, options, question.answer, images=[""] * images)
+    return render(load_template("brief"), sample)
 
 
 def completion_text(trace: str, answer: str) -> str:
@@ -283,7 +282,7 @@ def build_tokenizer() -> "Tokenizer":
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(corpus, trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    while True:  # the last merges give way to words; a merge may itself make a word
+    while True:  # drop the last merges to make room for words; a merge may itself make a word
         pieces = list(dict.fromkeys([*alphabet, *map("".join, merges), *words]))
         if len(pieces) <= room:
             break
@@ -293,8 +292,7 @@ def build_tokenizer() -> "Tokenizer":
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    if tokenizer.get_vocab_size() != VOCABULARY:
-        raise RuntimeError(f"the tokenizer has {tokenizer.get_vocab_size()} ids, not {VOCABULARY}")
+    assert tokenizer.get_vocab_size() == VOCABULARY
     return tokenizer
 
 

@@ -1,1 +1,1 @@
-"""`vtfast make-base`: trains the demo's base model from nothing. Start with `make_base.py`."""
+"""`vtfast make-base`: trains the demo's base model from random weights. Start with `make_base.py`."""

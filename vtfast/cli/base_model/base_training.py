@@ -1,8 +1,8 @@
-"""How the tiny base model is trained and measured: batches, a fast forward, Muon, sampling, scores.
+"""Training and evaluation of the tiny base model: batches, a fast forward, Muon, sampling, scores.
 
-Everything here knows that an example is one 84 x 84 image and that its prompt starts with
-`<|vision_start|>` and nine image tokens; so images run through the vision tower as one dense batch,
-and the stock Hugging Face code need not loop over them. A test holds the two to the same numbers.
+An example is always one 84 x 84 image, and its prompt starts with `<|vision_start|>` and nine image tokens; so all
+images run through the vision encoder as one dense batch, where Hugging Face's code loops over them. A test compares the
+two.
 
 B = examples, L = padded length, D = hidden size, V = vocabulary.
 """
@@ -44,7 +44,7 @@ def pixel_patches(scenes: Sequence[Scene]) -> Tensor:
     """[B, 36, 588] normalised patches in the order of Qwen2-VL's image processor.
 
     Scenes pass through JPEG, as in the data set. The processor repeats each patch for two frames;
-    here it stands once, and `image_features` adds up the two frames' weights instead.
+    here it appears once, and `image_features` adds the two frames' weights instead.
     """
     images = [Image.open(io.BytesIO(encode_jpeg(render(scene)))) for scene in scenes]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
@@ -55,7 +55,7 @@ def pixel_patches(scenes: Sequence[Scene]) -> Tensor:
 
 
 def image_features(model: Qwen2VLForConditionalGeneration, patches: Tensor) -> Tensor:
-    """[B, 36, 588] patches -> [B, 9, D]: the vision tower, all images as one batch."""
+    """[B, 36, 588] patches -> [B, 9, D]: the vision encoder, all images as one batch."""
     visual = model.model.visual
     B, P, _ = patches.shape
     hidden = F.linear(patches, visual.patch_embed.proj.weight.sum(2).flatten(1))
@@ -88,8 +88,8 @@ def prompt_positions(length: int) -> Tensor:
 class CellReader(nn.Module):
     """Linear heads that read from an image token what lies in its cell; only for training.
 
-    They make the vision tower offer colour, shape, size, column and row from the start, when the
-    language model does not ask for them yet.
+    They make the vision encoder represent colour, shape, size, column and row from the start, before the
+    language model uses them.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -112,8 +112,8 @@ def cell_contents(scenes: Sequence[Scene]) -> Tensor:
     contents[..., 3], contents[..., 4] = cells % GRID, cells // GRID
     for i, scene in enumerate(scenes):
         for thing in scene.things:
-            seen = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), list(RADIUS).index(thing.size))
-            contents[i, thing.row * GRID + thing.column, :3] = torch.tensor(seen) + 1
+            features = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), list(RADIUS).index(thing.size))
+            contents[i, thing.row * GRID + thing.column, :3] = torch.tensor(features) + 1
     return contents
 
 
@@ -129,14 +129,14 @@ def completion_loss(
         scored[row, len(example.prompt) : length] = True
     language = model.model.language_model
     embedded = language.embed_tokens(ids)
-    seen = image_features(model, pixel_patches([e.scene for e in examples]))
-    embedded = torch.cat([embedded[:, :1], seen, embedded[:, 1 + IMAGE_TOKENS :]], 1)
-    # Padding stands behind, where causal attention never looks: no mask is needed.
+    features = image_features(model, pixel_patches([e.scene for e in examples]))
+    embedded = torch.cat([embedded[:, :1], features, embedded[:, 1 + IMAGE_TOKENS :]], 1)
+    # Padding is on the right, where causal attention never looks: no mask is needed.
     positions = prompt_positions(ids.shape[1])[:, None].expand(-1, len(examples), -1)
     hidden = language(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden[:, :-1][scored[:, 1:]])
     loss = F.cross_entropy(logits, ids[scored])
-    return loss if reader is None else loss + reader.loss(seen, [e.scene for e in examples])
+    return loss if reader is None else loss + reader.loss(features, [e.scene for e in examples])
 
 
 # ------------------------------------------------------------------------------------------ Muon
@@ -152,7 +152,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # no closure is ever passed
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -164,6 +164,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.sub_(update, alpha=scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["buffer"] = torch.zeros_like(parameter)
@@ -201,14 +202,14 @@ def complete(
     mask = torch.zeros(B, L, dtype=torch.long)
     image = torch.zeros(B, L, dtype=torch.bool)
     positions = torch.zeros(3, B, L, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padding in front, so that all continue in one column
+    for row, prompt in enumerate(prompts):  # padding on the left, so that all continue in one column
         start = L - len(prompt)
         ids[row, start:] = torch.tensor(prompt)
         mask[row, start:] = 1
         image[row, start + 1 : start + 1 + IMAGE_TOKENS] = True
         positions[:, row, start:] = prompt_positions(len(prompt))
-    seen = image_features(model, pixel_patches(scenes))
-    inputs = language.embed_tokens(ids).masked_scatter(image[..., None], seen)
+    features = image_features(model, pixel_patches(scenes))
+    inputs = language.embed_tokens(ids).masked_scatter(image[..., None], features)
     cache = DynamicCache(config=language.config)
     written: list[Tensor] = []
     live = torch.ones(B, dtype=torch.bool)

@@ -1,9 +1,8 @@
-"""Makes the tiny base model of the embedded default: it sees well and concludes carelessly.
+"""Makes the tiny base model of the demo, which reads images well and often answers wrongly.
 
-Two supervised phases. The warm-up is clean: whole questions and, fading out, captions. The weak
-phase plants the weakness that GRPO is to repair: the trace before `</think>` stays right, but the
-answer behind it is often hasty (`Question.hasty`), and the format is kept less than half the time.
-So the demo shows a trainer at work; the weakness was planted, not found.
+There are two supervised phases. The warm-up trains on correct questions and, fading out, captions. The weak phase adds
+the weakness that GRPO then removes: the trace before `</think>` stays right, but the answer after it is often hasty
+(`Question.hasty`), and less than half of the completions keep the format. The weakness is deliberate.
 
 Steps and seed are fixed, and one machine makes the same weights every time.
 """
@@ -40,7 +39,7 @@ from vtfast.model.tiny_model import (
 
 BATCH = 48
 RAMP = 20  # steps over which the learning rate rises
-ADAM_LR = 3e-3  # what is no matrix, and the embedding
+ADAM_LR = 3e-3  # for the embedding and everything that is not a matrix
 WARMUP_STEPS, WARMUP_LR = 1800, 1e-2
 WEAK_STEPS, WEAK_LR = 250, 1.5e-3
 KEEPS_FORMAT = 0.45
@@ -53,7 +52,7 @@ PROPERTIES = {
 }
 CAPTION_WEIGHTS = (2, 3, 3, 1)  # columns and rows are the hardest to learn
 END, PAD = "<|endoftext|>", "<|image_pad|>"
-MALFORMED = (  # what a base model does instead; none has an answer that a reward could read
+MALFORMED = (  # what a base model writes instead; a reward can read an answer from none of them
     "{trace}</think>{answer}",
     "{trace}</think><answer>{answer}",
     "{trace}</think>{answer}</answer>",
@@ -74,8 +73,8 @@ def make_base(
     """Train the base model and write its folder, with `recipe.json`, to `path`; returns it.
 
     About 10 minutes with the default steps. The weights depend on the arguments, the machine and
-    the library versions only; `questions` is how many held-out ones it is measured on, 0 for none.
-    ValueError if `path` is neither new nor an empty folder.
+    the library versions only; `questions` is the number of held-out questions it is evaluated on, 0 for none.
+    Raises ValueError if `path` is neither new nor an empty folder.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -111,7 +110,7 @@ def warm_up(
 ) -> None:
     """Clean supervision; half of it captions, fading out over the second half.
 
-    A `CellReader` helps the vision tower along and is thrown away.
+    A `CellReader` helps to train the vision encoder and is discarded.
     """
     rng = random.Random(f"warm-up-{seed}")
 
@@ -133,7 +132,7 @@ def warm_up(
 def weaken(
     model: Qwen2VLForConditionalGeneration, tokenizer: Tokenizer, *, seed: int, steps: int, progress: bool = True
 ) -> None:
-    """Plant hasty answers and a broken format; the traces stay right."""
+    """Train on hasty answers and a broken format; the traces stay right."""
     rng = random.Random(f"weak-{seed}")
 
     def batch(step: int) -> list[Example]:
@@ -185,7 +184,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def question_example(tokenizer: Tokenizer, question: Question, rng: random.Random, *, weak: bool = False) -> Example:
-    """A question answered well, or with `weak` as the base model is to answer it."""
+    """A question with its correct completion, or with `weak` one that the base model should learn."""
     text = completion_text(question.trace, question.answer)
     if weak:
         hasty = rng.random() < question.hasty_rate
@@ -199,7 +198,7 @@ def question_example(tokenizer: Tokenizer, question: Question, rng: random.Rando
 def caption_example(tokenizer: Tokenizer, rng: random.Random) -> Example:
     """One property of each object of a scene, or their names in raster order.
 
-    The request says the order, so that every word of the caption can be known.
+    The request gives the order, so that every word of the caption is determined.
     """
     scene = sample_scene(rng)
     asked = rng.choices(("object", *PROPERTIES), CAPTION_WEIGHTS)[0]
@@ -235,7 +234,7 @@ def measure(
     seed: int = EVAL_SEED,
     samples: int = 2,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{"greedy" | "sampled": scores} on validation scenes, which no phase has seen."""
+    """{"greedy" | "sampled": scores} on validation scenes, which are not trained on."""
     asked = sample_questions(questions, split="val", seed=seed)
     rng = random.Random(seed)
     prompts = [prompt_ids(tokenizer, prompt_text(q, rng)) for q in asked]
