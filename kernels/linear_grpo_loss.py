@@ -168,6 +168,7 @@ class _TorchChunks:
     def score(self, a: int, b: int) -> None:
         """Compute log-prob, entropy, loss and coefficient of the tokens a .. b."""
         logp, entropy = self.chunk(self.hidden[a:b], self.target[a:b])
+        assert entropy is not None
         ignored = ~self.tokens.scored[a:b]
         self.logp[a:b] = logp.masked_fill_(ignored, 0.0)
         self.entropy[a:b] = entropy.masked_fill_(ignored, 0.0)

@@ -201,7 +201,7 @@ def _sample_torch(
     (R, _), V = hidden.shape, weight.shape[0]
     hidden = hidden.float() * (inv_temperature / LN_2)
     tile = max(1024, CPU_TILE_BYTES // (4 * max(R, 1))) & ~1
-    best = None
+    best: tuple[torch.Tensor, ...] | None = None
     for start in range(0, V, tile):
         stop = min(start + tile, V)
         logits = hidden @ weight[start:stop].float().t()
