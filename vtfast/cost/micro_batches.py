@@ -33,8 +33,8 @@ class GroupSize(NamedTuple):
 def plan_micro_batches(
     sizes: Sequence[GroupSize], costs: Sequence[float], token_budget: int, ranks: int
 ) -> list[list[list[GroupPart]]]:
-    """The update of these groups, cut into passes: result[pass][bin], a bin for each rank; `GroupPart.group` counts
-    `sizes`."""
+    """The update of these groups, cut into micro-batches: result[micro-batch][bin], a bin for each rank.
+    `GroupPart.group` is an index into `sizes`."""
     parts = [
         part
         for number, (size, cost) in enumerate(zip(sizes, costs, strict=True))
@@ -74,14 +74,14 @@ def split_group(group: int, prompt: int, completions: Sequence[int], cost: float
 
 
 def bin_pack(parts: Sequence[GroupPart], budget: int, ranks: int = 1) -> list[list[list[GroupPart]]]:
-    """Passes, each a bin of parts for every rank: result[pass][rank]. About as few passes as the budget allows.
+    """Micro-batches, each a bin of parts for every rank: result[i][rank]. About as few as the budget allows.
 
-    The bins of one pass cost about the same, since its ranks wait for each other. A bin may be empty where there are
+    The bins of a micro-batch cost about the same, since its ranks wait for each other. A bin may be empty if there are
     fewer parts than ranks. A part larger than the budget gets a bin of its own.
     """
-    passes = max(1, math.ceil(sum(min(p.tokens, budget) for p in parts) / budget / ranks))
-    while (bins := _fill(parts, passes * ranks, budget)) is None:
-        passes += 1
+    micro_batches = max(1, math.ceil(sum(min(p.tokens, budget) for p in parts) / budget / ranks))
+    while (bins := _fill(parts, micro_batches * ranks, budget)) is None:
+        micro_batches += 1
     bins.sort(key=lambda bin: -sum(part.cost for part in bin))
     return [bins[i : i + ranks] for i in range(0, len(bins), ranks)]
 

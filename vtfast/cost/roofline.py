@@ -1,19 +1,19 @@
 """How fast a step could be at most: for each phase the time that its work takes at the device's own rates.
 
 The floor of a piece of work is the longer of FLOPs / peak rate and bytes / bandwidth. Pieces that wait for each other
-(a decode step, a pass) add up. What counts is the work that cannot be avoided: useful FLOPs as in `flops.py`; weights
+(decode steps, micro-batches) add up. Only unavoidable work counts: useful FLOPs as in `flops.py`; weights
 read once for everything that can share them; keys and values read once, a prompt's once for its group. Activations may
 stay in caches and count nothing, nor do rewards and other work of the host: no program quite reaches its floor.
 
     prefill    prompts and images once: FLOPs of `forward_flops`, one draw's head a prompt; weights once a packed row
     decode     a step: weights and head once, keys and values of the rows alive; 2 FLOPs a weight and row
-    score      a pass and a scorer (reference, old policy): a forward; weights once
-    update     a pass: FLOPs of `part_update_flops`; weights in the forward and in the backward, a gradient written
+    score      a micro-batch and a scorer (reference, old policy): a forward; weights once
+    update     a micro-batch: FLOPs of `part_update_flops`; weights in forward and backward, a gradient written
     optimizer  AdamW on this rank's share of the states: 28 bytes a trained weight, 30 for bf16 ones
-    link       ZeRO-2's least: a reduce-scatter of the gradients a pass, an all-gather of the weights a step, each
-               (n - 1) / n of the bytes; the former beside the backward pass, whichever is longer
+    link       ZeRO-2's least: a reduce-scatter of the gradients a micro-batch, an all-gather of the weights a step,
+               each (n - 1) / n of the bytes; the former beside the backward pass, whichever is longer
 
-Ranks wait for each other at the end of the rollout and in every pass, so a phase's floor is its slowest rank's, and the
+Ranks wait for each other after the rollout and in every micro-batch, so a phase's floor is its slowest rank's, and the
 clock that it is compared with is rank 0's.
 """
 
@@ -184,7 +184,7 @@ def prefill_floor(weights: ModelSize, rates: Rates, groups: Sequence[GroupSize])
 
 
 def score_floor(weights: ModelSize, rates: Rates, sizes: Sequence[GroupSize], scorers: Sequence[str]) -> Floor:
-    """One pass of one rank under each of `scorers`: "reference" or "old". `sizes`: the pass's prompts, each with the
+    """One micro-batch of one rank under each of `scorers`: "reference" or "old". `sizes`: its prompts, each with the
     completions that it holds.
 
     A frozen vision's features are there since the rollout. Of a trained one, the reference has its own copy."""
@@ -202,7 +202,7 @@ def score_floor(weights: ModelSize, rates: Rates, sizes: Sequence[GroupSize], sc
 
 
 def micro_batch_floor(weights: ModelSize, rates: Rates, sizes: Sequence[GroupSize], ranks: int = 1) -> Floor:
-    """Forward and backward of one pass of one rank, its gradients reduced meanwhile."""
+    """Forward and backward of one micro-batch of one rank, its gradients reduced meanwhile."""
     if not sizes:
         return Floor()
     flops = sum(
@@ -240,7 +240,7 @@ def step_floors(
     ranks = len(everyone)
     sizes = [size for mine in everyone for size in mine]
     costs = [size.flops(weights.policy.module.config).total for size in sizes]
-    passes = plan_micro_batches(sizes, costs, config.tokens_per_micro_batch, ranks)
+    micro_batches = plan_micro_batches(sizes, costs, config.tokens_per_micro_batch, ranks)
     floors: dict[str, Floor] = defaultdict(Floor)
     if fresh:
         prefill = [prefill_floor(weights, rates, mine) for mine in everyone]
@@ -248,7 +248,7 @@ def step_floors(
         floors |= {"prefill": prefill[0], "decode": decode[0]}
         floors["rollout"] = _slowest([p + d for p, d in zip(prefill, decode, strict=True)])
         scorers = ["reference"] * (config.beta > 0) + ["old"] * (config.num_iterations > 1)
-    for bins in passes:
+    for bins in micro_batches:
         held = [[_of_part(part, sizes) for part in parts] for parts in bins]
         if fresh:
             floors["score"] += _slowest([score_floor(weights, rates, mine, scorers) for mine in held])
