@@ -32,7 +32,7 @@ def test_visualthinkers_launch_script_becomes_its_recipe(tmp_path):
     assert differing == {"max_steps", "output_dir", "report_to", "dtype"}
     assert mine.max_steps == 2 * 15000 // 8
     assert mine.output_dir == "outputs/sat"
-    dropped = {fate.name: fate.note for fate in ours.fates if not fate.to}
+    dropped = {outcome.name: outcome.note for outcome in ours.outcomes if not outcome.to}
     assert dropped["logging_steps"] == "every step is logged"
     assert any("RUN_NAME" in name for name in dropped), "a variable that the script does not set is told"
 
@@ -44,7 +44,7 @@ def test_trl_counts_completions_and_we_prompts():
     assert (ours["num_processes"], ours["learning_rate"]) == (8, 1e-6)
     odd = migrate("python grpo.py --per_device_train_batch_size 4 --num_generations 8")
     assert odd.settings["gradient_accumulation_steps"] == 1
-    assert any("0.5 prompts a rank rounded up" in fate.note for fate in odd.fates)
+    assert any("0.5 prompts per rank rounded up" in outcome.note for outcome in odd.outcomes)
 
 
 @pytest.mark.parametrize("words", ['"q_proj", "v_proj"', "q_proj v_proj", "q_proj,v_proj", "'q_proj, v_proj'"])
@@ -61,7 +61,7 @@ def test_what_the_shell_makes_of_a_line_is_no_value(tail):
     line = f"export X=1 && python grpo.py --beta 0.1 --num_generations 4 {tail}"
     result = migrate(line)
     assert (result.settings["beta"], result.settings["num_generations"]) == (0.1, 4)
-    assert not any(fate.note == "not a setting" for fate in result.fates)
+    assert not any(outcome.note == "not a setting" for outcome in result.outcomes)
 
 
 def test_trls_own_command():
@@ -75,8 +75,8 @@ def test_trls_own_command():
 def test_schedules_that_are_not_here_are_told(theirs, kept):
     result = migrate(f"python grpo.py --lr_scheduler_type {theirs} --beta 0.1")
     assert result.settings.get("lr_scheduler_type") == kept
-    (fate,) = (fate for fate in result.fates if fate.name == "lr_scheduler_type")
-    assert bool(fate.note) == (theirs != kept)
+    (outcome,) = (outcome for outcome in result.outcomes if outcome.name == "lr_scheduler_type")
+    assert bool(outcome.note) == (theirs != kept)
 
 
 def test_easyr1s_launch_line_stands_on_its_config():
@@ -152,12 +152,14 @@ def test_easyr1s_yaml(tmp_path):
     assert (ours["max_steps"], ours["warmup_steps"]) == (100, 10)
     assert "save_total_limit" not in ours
     assert (ours["epsilon_high"], ours["delta"]) == (0.3, 3.0), "its defaults"
-    assert {fate.name: fate.note for fate in result.fates}["worker.actor.fsdp.enable_full_shard"].startswith("ZeRO-2")
+    assert {outcome.name: outcome.note for outcome in result.outcomes}[
+        "worker.actor.fsdp.enable_full_shard"
+    ].startswith("ZeRO-2")
 
 
 def test_epochs_without_rows_are_told_and_unknown_names_are_dropped_with_the_nearest():
     result = migrate("python grpo.py --num_train_epochs 3 --num_generation 4 --frobnicate 1")
-    notes = {fate.name: fate.note for fate in result.fates}
+    notes = {outcome.name: outcome.note for outcome in result.outcomes}
     assert notes["num_train_epochs"] == "epochs need --rows, see the warning"
     assert notes["num_generation"] == "unknown here; is num_generations meant?"
     assert notes["frobnicate"] == "unknown here"
@@ -165,8 +167,8 @@ def test_epochs_without_rows_are_told_and_unknown_names_are_dropped_with_the_nea
 
 
 UNKNOWN_STEPS = (
-    "max_steps stays at the default of 200, whatever the data. Give --rows ROWS, the rows of the data set, and it"
-    " becomes 3 epochs x ROWS / 2 prompts a step: --rows 10000 makes it 15000"
+    "max_steps stays at the default of 200, whatever the data. Give --rows ROWS, the number of rows of the data"
+    " set, and it becomes 3 epochs x ROWS / 2 prompts per step: --rows 10000 makes it 15000"
 )
 
 
@@ -193,7 +195,7 @@ def test_the_way_to_max_steps_is_the_last_that_is_said(epochs, tmp_path, capsys)
 
 def test_visualthinkers_rows_are_known_from_its_code(tmp_path):
     (warning,) = migrate("python src/open_r1/grpo.py --dataset_name SAT").warnings
-    assert warning.endswith(" 3 epochs x ROWS / 8 prompts a step: --rows 15000 makes it 5625")
+    assert warning.endswith(" 3 epochs x ROWS / 8 prompts per step: --rows 15000 makes it 5625")
 
 
 @pytest.mark.parametrize("words", [["--max_steps", "7"], ["--max_steps", "7", "--num_train_epochs", "2"]])
@@ -209,7 +211,7 @@ def test_mistakes_are_told_at_once_and_leave_nothing(tmp_path, capsys):
         "error: 3 problems:",
         "  --rows 0: must be at least 1",
         "  --from trll: must be one of trl, r1-v, easyr1",
-        f"  --output {out}: {out.parent} is no folder; make it, or name another",
+        f"  --output {out}: {out.parent} is not a folder; make it, or name another",
     ]
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +235,7 @@ def test_the_command_writes_a_file_that_train_takes(tmp_path, capsys):
         ("nothing.yaml", "no such file"),
         ("", "nothing is named"),
         ("python grpo.py --beta two", "beta"),
-        ("python grpo.py --max_steps many", "'many' is no value"),
+        ("python grpo.py --max_steps many", "'many' is not a valid value"),
         ("python grpo.py --per_device_train_batch_size x", "'x' is not a number"),
         ("echo --hello 1", "holds no settings"),
         ("python grpo.py --beta 'open", "cannot be read as shell words"),

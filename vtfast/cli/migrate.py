@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vtfast.cli.arguments import Parser, one_of, whole_number
-from vtfast.cli.migration import Fate, migrate
+from vtfast.cli.migration import Outcome, migrate
 from vtfast.cli.migration.mapping import SYSTEMS
 from vtfast.config import SettingsError
 from vtfast.utils.errors import UserError
@@ -18,49 +18,49 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         prog="vtfast migrate",
         description="Turn settings of R1-V, VisualThinker-R1-Zero, TRL or EasyR1 into a YAML file for --config, and"
-        " say what became of each.",
+        " print what each of them becomes.",
         epilog="example: vtfast migrate run_grpo.sh --rows 15000 --output mine.yaml",
         checks={"rows": whole_number(1), "from": one_of(*SYSTEMS)},
     )
     parser.add_argument("source", metavar="FILE|LINE", help="a YAML file, a shell script, or a launch line in quotes")
-    add = parser.add_argument_group("how it is read").add_argument
+    add = parser.add_argument_group("input").add_argument
     add("--from", metavar="NAME", help=f"one of {', '.join(SYSTEMS)} (default: guessed)")
     add(
         "--rows",
         metavar="N",
-        help="rows of the data set, by which epochs become steps (default: unknown, and max_steps is not set)",
+        help="number of rows of the data set, to turn epochs into steps (default: unknown, and max_steps is not set)",
     )
-    add = parser.add_argument_group("what is written").add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--output", metavar="FILE", help="a new YAML file (default: printed)")
     options, problems = parser.parse_known(arguments)
     output = None if options.output is None else expand(options.output)
     if output is not None and output.exists():
         problems.append(f"--output {output}: exists already; name a new file")
     elif output is not None and not output.absolute().parent.is_dir():
-        problems.append(f"--output {output}: {output.parent} is no folder; make it, or name another")
+        problems.append(f"--output {output}: {output.parent} is not a folder; make it, or name another")
     if problems:
         raise SettingsError(problems)
     result = migrate(options.source, getattr(options, "from"), options.rows)
     head = f"read as settings of {SYSTEMS[result.system]} (--from names another)"
-    said = "\n".join([head, *map(_line, result.fates)])
-    warned = "".join(f"\nwarning: {warning}" for warning in result.warnings)
+    report = "\n".join([head, *map(_line, result.outcomes)])
+    warnings = "".join(f"\nwarning: {warning}" for warning in result.warnings)
     if output is not None:
         try:
             write_whole(output, result.to_yaml())
         except OSError as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
-        show(said)
-        show(f"written: {output}; next: python train.py --config {output} --dry-run{warned}")
+        show(report)
+        show(f"written: {output}; next: python train.py --config {output} --dry-run{warnings}")
     else:  # so that `> mine.yaml` holds the settings alone
-        print(printable(said), file=sys.stderr)
+        print(printable(report), file=sys.stderr)
         show(result.to_yaml().rstrip("\n"))
         sys.stdout.flush()  # the warning stands behind the settings on a terminal
-        if warned:
-            print(printable(warned.strip()), file=sys.stderr)
+        if warnings:
+            print(printable(warnings.strip()), file=sys.stderr)
     return 0
 
 
-def _line(fate: Fate) -> str:
-    value = "" if fate.value in ("", None, []) else f" {fate.value}"
-    ours = ", ".join(f"{name} {value}" for name, value in fate.to.items()) or "dropped"
-    return f"  {fate.name}{value} -> {ours}" + (f"   ({fate.note})" if fate.note else "")
+def _line(outcome: Outcome) -> str:
+    value = "" if outcome.value in ("", None, []) else f" {outcome.value}"
+    ours = ", ".join(f"{name} {value}" for name, value in outcome.to.items()) or "dropped"
+    return f"  {outcome.name}{value} -> {ours}" + (f"   ({outcome.note})" if outcome.note else "")

@@ -210,7 +210,7 @@ class GRPO(Section):
     roofline_steps: int = Field(default=10, ge=0)
     """Log every N steps how near to the device's limits each phase runs (vtfast/cost/roofline.py); 0 means never."""
     roofline_rates: Literal["data_sheet", "measured"] = "data_sheet"
-    """The limits: data_sheet (A100, H100 and H200; nothing is logged on other devices) or measured (a matmul and a copy
+    """The limits: data_sheet (A100, H100 and H200, no other device) or measured (a matmul and a copy
     on the device in use, before the first step)."""
 
 

@@ -1,1 +1,1 @@
-"""What every wing uses: errors, files, the hub, text for a terminal. Start with `errors.py`."""
+"""Errors, files, YAML, the Hugging Face hub and text for messages, for all other packages. Start with `errors.py`."""

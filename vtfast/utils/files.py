@@ -17,13 +17,13 @@ from vtfast.utils.suggestions import did_you_mean
 from vtfast.utils.text import shorten
 
 LARGEST_JSON = 50_000_000
-"""Bytes of a JSON file: a tokenizer's is the largest, with some ten million."""
+"""Bytes of a JSON file. The largest is a tokenizer's, with about ten million."""
 LARGEST_TEXT = 1_000_000
 """Bytes of a prompt template or another text that fills a page."""
 
 
 def expand(path: str | Path) -> Path:
-    """A path that a user gave, `~` resolved. It need not exist. Raises UserError for one that cannot."""
+    """A user's path with `~` resolved. It need not exist. Raises UserError for a path that cannot exist."""
     try:
         expanded = Path(path).expanduser()
         os.stat(expanded)
@@ -37,9 +37,9 @@ def expand(path: str | Path) -> Path:
 
 
 def step_of(name: str) -> int | None:
-    """N of a folder called `step-N`, a checkpoint or an evaluation of one; None for another name."""
-    found = re.fullmatch(r"step-(\d+)", name)
-    return int(found[1]) if found else None
+    """N of a checkpoint's or an evaluation's folder `step-N`; None for another name."""
+    match = re.fullmatch(r"step-(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
@@ -65,9 +65,9 @@ def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s place when the block has ended without an error. A reader, or a machine that goes
-    down, finds the old content or the new; a link in its place is replaced and not followed."""
-    # Two hosts may write the same file of a shared disk, and processes of containers have the same numbers.
+    """A temporary file that replaces `path` when the block ends without an error. A reader, or a crash, finds the old
+    content or the new; a link at `path` is replaced and not followed."""
+    # A random name: two hosts may write the same file of a shared disk, and process ids repeat across containers.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:  # "x" follows no link
@@ -89,7 +89,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Write a file, or the names in a folder, through to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,8 +106,8 @@ def sha256(path: Path) -> str:
 
 
 def check_inside(root: Path, *paths: Path) -> None:
-    """Raises UserError for a path that leads out of `root` by a link: a run folder that came from elsewhere may hold
-    links to anything that its reader can write."""
+    """Raises UserError for a path that a link leads out of `root`: a run folder from somebody else may hold links to
+    any file that the user can write."""
     for path in paths:
         if not path.resolve().is_relative_to(root.resolve()):
             raise UserError(
@@ -125,5 +125,5 @@ def read_json(file: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{file}: cannot be read ({reason})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file}: a mapping is wanted, not {type(values).__name__}")
+        raise UserError(f"{file}: must be a mapping, not {type(values).__name__}")
     return values

@@ -1,8 +1,7 @@
-"""Hugging Face hub: quick answers on what is there, and clear ones on what is not.
+"""Models and data sets of the Hugging Face hub, with quick and clear errors.
 
-The hub's own clients retry for half a minute and more before they admit that there is no
-connection; one plain request first tells the user at once. Without a connection, what an earlier
-run downloaded is used.
+The hub's own clients retry for half a minute and more without a connection. One plain request first fails at once;
+without a connection, what an earlier run downloaded is used.
 """
 
 import re
@@ -30,18 +29,14 @@ DATASETS = (
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text reads as `owner/name`, rather than as the path of a file."""
+    """Whether `source` looks like `owner/name` and not like the path of a file."""
     is_file = source.endswith((".parquet", ".json", ".jsonl", ".csv", ".arrow"))
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not is_file
 
 
 def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
-    """Names of a repository's files and the commit they are of; without a connection, the folder
-    of its downloaded copy.
-
-    Raises:
-        UserError: neither can be had; the message names the id and how to use a local copy.
-    """
+    """The names of a repository's files and their commit; without a connection, the folder of its downloaded copy.
+    Raises UserError if there is neither; its message names the id and how to use a local copy."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -71,13 +66,8 @@ def hub_files(repo: str, kind: Kind) -> tuple[list[str], str] | Path:
 
 
 def model_path(path: str | Path) -> str:
-    """A checkpoint's folder, or its hub id once it is known to be there: for `from_pretrained`.
-
-    A bare name that is no folder here may be that of a checkpoint that ships with vtfast.
-
-    Raises:
-        UserError: neither a folder nor a reachable hub id.
-    """
+    """A checkpoint's folder, or a hub id that exists, for `from_pretrained`. A bare name may be that of a checkpoint
+    that ships with vtfast. Raises UserError for anything else."""
     folder = expand(path)
     if folder.is_dir():
         _check_is_no_run(folder)
@@ -91,26 +81,23 @@ def model_path(path: str | Path) -> str:
         raise UserError(
             f"no model folder {path}; {did_you_mean(path, wanted, [folder.name for folder in ASSETS.iterdir()])}"
         )
-    found = hub_files(str(path), "model")
-    return str(found) if isinstance(found, Path) else str(path)
+    copy = hub_files(str(path), "model")
+    return str(copy) if isinstance(copy, Path) else str(path)
 
 
 def _check_is_no_run(folder: Path) -> None:
-    """Raises UserError for a run folder in the place of one of its checkpoints, and names the newest."""
+    """Raises UserError for a run folder, and names its newest checkpoint."""
     if (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
         return
-    found = [(step_of(path.name), path) for path in (folder / "checkpoints").glob("step-*")]
-    _, newest = max(((step, path) for step, path in found if step is not None), default=(0, None))
+    checkpoints = [(step_of(path.name), path) for path in (folder / "checkpoints").glob("step-*")]
+    _, newest = max(((step, path) for step, path in checkpoints if step is not None), default=(0, None))
     what = f"give one of its checkpoints, such as {newest}" if newest else "it has no checkpoint"
     raise UserError(f"no model folder {folder}: it is a run folder; {what}")
 
 
 def open_dataset_file(repo: str, name: str, commit: str, *, download: bool) -> str | BinaryIO:
-    """A file of a data set: the path of its downloaded copy, or a file object that streams it.
-
-    Args:
-        download: fetch the whole file into the cache, rather than only the parts that are read.
-    """
+    """A file of a data set: the path of its downloaded copy, or a file object that streams it. `download`: fetch the
+    whole file into the cache, instead of only the parts that are read."""
     from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo, name, repo_type="dataset", revision=commit)

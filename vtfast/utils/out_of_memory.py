@@ -1,4 +1,4 @@
-"""What running out of memory looks like, and how to get some back."""
+"""Recognises out-of-memory errors of every library, and frees memory after one."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import gc
 
 import torch
 
-IN_WORDS = (
+MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
 )
-"""How RuntimeErrors of PyTorch's CPU allocator, of CUDA and its libraries, and of Triton say it."""
+"""In RuntimeErrors of PyTorch's CPU allocator, of CUDA and its libraries, and of Triton."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in IN_WORDS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more. To be called outside the `except` block: the traceback of an error
-    refers to everything that its frames held."""
+    """Free memory that nothing refers to. Call it outside the `except` block: the traceback of an error refers to all
+    that its frames hold."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

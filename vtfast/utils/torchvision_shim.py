@@ -1,10 +1,9 @@
-"""Makes `import torchvision` work where a CPU-only torch meets torchvision's CUDA build.
+"""Makes `import torchvision` work with a CPU-only torch and torchvision's CUDA build.
 
-Package indexes ship torchvision as a CUDA build only. Its compiled part does not load beside a
-CPU-only torch, its Python part then fails with "operator torchvision::nms does not exist", and with
-it fail `qwen_vl_utils` and parts of transformers. Declaring the two missing operators (never called
-here) is enough. This has to happen before transformers is imported anywhere, hence from
-`vtfast/__init__.py`.
+Package indexes ship torchvision as a CUDA build only. Its compiled part does not load with a CPU-only torch; its Python
+part then fails with "operator torchvision::nms does not exist", and so do `qwen_vl_utils` and parts of transformers.
+Declaring the two missing operators, which vtfast never calls, is enough. This has to happen before transformers is
+imported anywhere, so `vtfast/__init__.py` does it.
 """
 
 import importlib.util
@@ -15,7 +14,7 @@ _kept: list[object] = []  # operators vanish with the Library object that define
 
 
 def _version_file(package: str) -> str:
-    """Text of a package's version.py, found without importing it ("" where there is none)."""
+    """Text of a package's version.py, read without importing the package; "" if there is none."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / "version.py"

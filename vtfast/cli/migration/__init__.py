@@ -1,5 +1,6 @@
-"""Settings of R1-V, VisualThinker-R1-Zero, TRL and EasyR1 -> settings of this trainer."""
+"""Settings of R1-V, VisualThinker-R1-Zero, TRL and EasyR1 -> settings of vtfast. Start with `mapping.py`; the
+tables are in `rules.py`."""
 
-from vtfast.cli.migration.mapping import Fate, Migration, migrate
+from vtfast.cli.migration.mapping import Migration, Outcome, migrate
 
-__all__ = ["Fate", "Migration", "migrate"]
+__all__ = ["Migration", "Outcome", "migrate"]

@@ -1,4 +1,4 @@
-"""Another trainer's settings -> ours, with a line on the fate of each."""
+"""Another trainer's settings -> vtfast's, with the outcome of each."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SYSTEMS = {"trl": "TRL", "r1-v": "R1-V / VisualThinker-R1-Zero", "easyr1": "Easy
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What became of one setting."""
+class Outcome:
+    """The outcome of one setting of the other trainer."""
 
     name: str
     value: Any
     to: dict[str, Any]
-    """Ours; empty where it was dropped."""
+    """Settings of vtfast; empty if it was dropped."""
     note: str = ""
 
 
@@ -34,13 +34,13 @@ class Fate:
 class Migration:
     system: str
     settings: dict[str, Any] = field(default_factory=dict)
-    fates: list[Fate] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What has to be decided before a run: a line each, which says how."""
+    """Decisions to make before a run, one line each."""
 
-    def take(self, name: str, value: Any, to: Mapping[str, Any], note: str = "") -> None:
+    def add(self, name: str, value: Any, to: Mapping[str, Any], note: str = "") -> None:
         self.settings |= to
-        self.fates.append(Fate(name, value, dict(to), note))
+        self.outcomes.append(Outcome(name, value, dict(to), note))
 
     def to_yaml(self) -> str:
         head = f"# From settings of {SYSTEMS[self.system]}.\n"
@@ -49,11 +49,10 @@ class Migration:
 
 
 def migrate(what: str, system: str | None = None, rows: int | None = None) -> Migration:
-    """Settings of this trainer for those in `what`: a YAML file, a shell script, or a launch line.
+    """Settings of vtfast for those in `what`: a YAML file, a shell script, or a launch line.
 
-    `system`: trl, r1-v or easyr1; None guesses. `rows`: of the data set, which turns epochs into steps.
-
-    Raises UserError where nothing can be read, and where the settings found make no run.
+    `system`: trl, r1-v or easyr1; None guesses. `rows`: number of rows of the data set, to turn epochs into steps.
+    Raises UserError for text without settings, and for settings that vtfast cannot run.
     """
     source = read(what)
     system = system or _guess(source)
@@ -62,27 +61,27 @@ def migrate(what: str, system: str | None = None, rows: int | None = None) -> Mi
     result = Migration(system)
     plain = {name: value for name, value in source.values.items() if name not in COUNTED}
     for name, value in DEFAULTS[system].items():
-        if name not in COUNTED and name not in _targets(plain, system):
-            result.take(name, value, {name: value}, "its default")
+        if name not in COUNTED and name not in _settings_of(plain, system):
+            result.add(name, value, {name: value}, "its default")
     for name, value in plain.items():
-        result.take(name, value, *_fate(name, value, system))
-    _take_what_code_says(source, result)
+        result.add(name, value, *_apply_rule(name, value, system))
+    _add_hard_coded(source, result)
     _count(source, system, rows, result)
-    result.fates += [Fate(word, "", {}, "not a setting") for word in source.unread]
+    result.outcomes += [Outcome(word, "", {}, "not a setting") for word in source.unread]
     load_config(overrides={key: value for key, value in result.settings.items() if key != "output_dir"})
     return result
 
 
-def _take_what_code_says(source: Source, result: Migration) -> None:
-    """What the others do not have as settings."""
+def _add_hard_coded(source: Source, result: Migration) -> None:
+    """What the other trainers fix in their code."""
     if result.system == "trl":
-        asked = "TRL's data holds whole prompts; here --template asks a row's question"
-        result.take("(prompts)", "", {}, asked)
+        note = "TRL's data holds whole prompts; here --template renders a row's question"
+        result.add("(prompts)", "", {}, note)
         correction = "vllm_importance_sampling_correction"
         if result.settings.get("use_vllm") and correction not in source.values:
-            result.take(correction, True, {correction: True}, "its default with vLLM")
+            result.add(correction, True, {correction: True}, "its default with vLLM")
     elif result.system == "r1-v" and _is_visualthinker(source):
-        same = {
+        fixed = {
             "template": "r1-zero",
             "literal_image": True,
             "reward_mode": "recipe",
@@ -93,10 +92,10 @@ def _take_what_code_says(source: Source, result: Migration) -> None:
             "first_rows": 15000,
         }
         note = "fixed in its code; --recipe visualthinker-2b-sat has all of it"
-        result.take("(VisualThinker)", "", same, note)
+        result.add("(VisualThinker)", "", fixed, note)
     elif result.system == "r1-v":
-        same = {"template": "r1-v", "reward_mode": "recipe"}
-        result.take("(R1-V)", "", same, "fixed in its code")
+        fixed = {"template": "r1-v", "reward_mode": "recipe"}
+        result.add("(R1-V)", "", fixed, "fixed in its code")
 
 
 def _guess(source: Source) -> str:
@@ -109,11 +108,11 @@ def _is_visualthinker(source: Source) -> bool:
     return str(source.values.get("dataset_name", "")) == "SAT"
 
 
-def _targets(values: Mapping[str, Any], system: str) -> set[str]:
-    return {to for name, value in values.items() for to in _fate(name, value, system)[0]}
+def _settings_of(values: Mapping[str, Any], system: str) -> set[str]:
+    return {to for name, value in values.items() for to in _apply_rule(name, value, system)[0]}
 
 
-def _fate(name: str, value: Any, system: str) -> tuple[dict[str, Any], str]:
+def _apply_rule(name: str, value: Any, system: str) -> tuple[dict[str, Any], str]:
     table = EASYR1 if system == "easyr1" else TRL
     rule = table.get(name)
     if rule is None:
@@ -131,11 +130,11 @@ def _fate(name: str, value: Any, system: str) -> tuple[dict[str, Any], str]:
     try:
         return rule(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}: {value!r} is no value for it") from None
+        raise UserError(f"{name}: {value!r} is not a valid value") from None
 
 
 def _count(source: Source, system: str, rows: int | None, result: Migration) -> None:
-    """Batches, epochs and ranks: what the others count in completions or over all GPUs, we count in prompts a rank."""
+    """Batches, epochs and ranks: the others count completions or all GPUs, vtfast counts prompts per rank."""
     values = {name: value for name, value in source.values.items() if name in COUNTED}
     given = {**{k: v for k, v in DEFAULTS[system].items() if k in COUNTED}, **values}
 
@@ -149,20 +148,20 @@ def _count(source: Source, system: str, rows: int | None, result: Migration) -> 
     if system == "easyr1":
         ranks = int(number("trainer.n_gpus_per_node", 8) * number("trainer.nnodes", 1))
         prompts = number("worker.actor.global_batch_size", 128) / ranks
-        note = "one update a rollout; EasyR1 makes rollout_batch_size / global_batch_size of them on older answers"
+        note = "one update per rollout; EasyR1 makes rollout_batch_size / global_batch_size of them"
     else:
-        batch, passes = (number(x, 1) for x in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+        batch, accumulation = (number(x, 1) for x in ("per_device_train_batch_size", "gradient_accumulation_steps"))
         G = result.settings.get("num_generations", 8)
-        prompts = batch * passes / (G if system == "trl" else 1)
-        note = "TRL counts completions, this trainer prompts" if system == "trl" else "prompts, as here"
+        prompts = batch * accumulation / (G if system == "trl" else 1)
+        note = "TRL counts completions, vtfast prompts" if system == "trl" else "prompts, as here"
     whole = max(1, math.ceil(prompts - 1e-9))
     if whole != prompts:
-        note += f"; {prompts:g} prompts a rank rounded up"
+        note += f"; {prompts:g} prompts per rank rounded up"
     counts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": whole}
     names = [n for n in values if "batch" in n or "accumulation" in n or n == "steps_per_generation"]
-    result.take(", ".join(names) or "(batch)", [values[n] for n in names], counts, note)
+    result.add(", ".join(names) or "(batch)", [values[n] for n in names], counts, note)
     if ranks:
-        result.take("(ranks)", ranks, {"num_processes": ranks}, "a warning tells when others are used")
+        result.add("(ranks)", ranks, {"num_processes": ranks}, "another number runs with a warning")
     _count_steps(values, number, whole * (ranks or 1), rows, result)
 
 
@@ -171,28 +170,28 @@ def _count_steps(values: Mapping[str, Any], number, prompts: int, rows: int | No
     epochs = number(name or "num_train_epochs", 15 if result.system == "easyr1" else 3)
     if "max_steps" not in result.settings:
         if rows is None:
-            result.take(name or "(epochs)", epochs, {}, "epochs need --rows, see the warning")
+            result.add(name or "(epochs)", epochs, {}, "epochs need --rows, see the warning")
             result.warnings.append(_unknown_steps(epochs, prompts, result.settings.get("first_n")))
         else:
             steps = {"max_steps": _steps(epochs, rows, prompts)}
-            note = f"{rows} rows, {prompts} prompts a step"
-            result.take(name or "(epochs)", epochs, steps, note)
+            note = f"{rows} rows, {prompts} prompts per step"
+            result.add(name or "(epochs)", epochs, steps, note)
     elif name:
-        result.take(name, epochs, {}, "max_steps decides")
+        result.add(name, epochs, {}, "max_steps is set")
     ratio = next((n for n in ("warmup_ratio", "worker.actor.optim.lr_warmup_ratio") if n in values), None)
     if ratio and "max_steps" in result.settings:
         steps = round(number(ratio, 0) * result.settings["max_steps"])
-        result.take(ratio, values[ratio], {"warmup_steps": steps}, "of max_steps")
+        result.add(ratio, values[ratio], {"warmup_steps": steps}, "of max_steps")
     elif ratio:
         note = "warmup_steps is this share of max_steps: needs --rows, see the warning"
-        result.take(ratio, values[ratio], {}, note)
+        result.add(ratio, values[ratio], {}, note)
 
 
 def _unknown_steps(epochs: float, prompts: int, first_n: int | None) -> str:
     rows = first_n or 10_000
     return (
-        f"max_steps stays at the default of {Config().max_steps}, whatever the data. Give --rows ROWS, the rows of the"
-        f" data set, and it becomes {epochs:g} epochs x ROWS / {prompts} prompts a step:"
+        f"max_steps stays at the default of {Config().max_steps}, whatever the data. Give --rows ROWS, the number of"
+        f" rows of the data set, and it becomes {epochs:g} epochs x ROWS / {prompts} prompts per step:"
         f" --rows {rows} makes it {_steps(epochs, rows, prompts)}"
     )
 

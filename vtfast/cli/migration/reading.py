@@ -1,4 +1,4 @@
-"""What somebody wrote for another trainer -> flat names and values: YAML files, shell scripts, launch lines."""
+"""YAML files, shell scripts and launch lines of other trainers -> flat names and values."""
 
 from __future__ import annotations
 
@@ -9,48 +9,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vtfast.utils.errors import UserError
+from vtfast.utils.files import read_text
 from vtfast.utils.suggestions import did_you_mean
+from vtfast.utils.yaml_file import parse_yaml_value, read_yaml
 
-LONGEST = 1_000_000
-"""Characters of a file that is read."""
-BETWEEN = ("&&", "||", "|", "&", ";")
-"""What stands between two commands of a line."""
+SEPARATORS = ("&&", "||", "|", "&", ";")
+"""Between two commands of a line."""
 REDIRECTION = re.compile(r"(\d|&)?>{1,2}(?P<where>.*)|<")
 PROCESSES = ("num_processes", "nproc_per_node", "nproc-per-node", "num_gpus", "num_accelerators")
-"""How launchers say their number of ranks."""
+"""Launchers' flags for the number of ranks."""
 
 
 @dataclass
 class Source:
-    """Flat settings; nested ones have dots in their names, as EasyR1 writes them on its command line."""
+    """Settings by name; nested ones have dots in their names, as on EasyR1's command line."""
 
     values: dict[str, Any] = field(default_factory=dict)
     script: str = ""
     """The script or module that a launch line starts."""
     processes: int | None = None
     unread: list[str] = field(default_factory=list)
-    """Words that mean nothing without the machine they were written for."""
+    """Words that are no setting, or need a shell variable of the machine they were written for."""
 
 
 def read(what: str) -> Source:
-    """`what`: the path of a YAML file or of a shell script, or a launch line itself.
-
-    Raises UserError for a file that cannot be read, and for a text without any setting.
-    """
-    looks_like_a_line = bool(re.search(r"\s--?\w|\s[\w.]+=", what))
+    """The settings in `what`: the path of a YAML file or a shell script, or a launch line. Raises UserError for a file
+    that cannot be read, and for text without settings."""
     path = Path(what)
-    if looks_like_a_line:
+    if re.search(r"\s--?\w|\s[\w.]+=", what):
         source = _launch(what)
     elif not path.is_file():
-        wanted = "give a YAML file, a shell script, or a launch line in quotes"
+        hint = "give a YAML file, a shell script, or a launch line in quotes"
         if not what.strip():
-            raise UserError(f"nothing is named; {wanted}")
+            raise UserError(f"nothing is named; {hint}")
         if path.is_dir():
-            raise UserError(f"{what}: is a folder; {wanted}")
-        raise UserError(f"{what}: no such file; {did_you_mean(what, wanted)}")
+            raise UserError(f"{what}: is a folder; {hint}")
+        raise UserError(f"{what}: no such file; {did_you_mean(what, hint)}")
     else:
         source = _file(path)
     if not source.values:
@@ -59,21 +54,9 @@ def read(what: str) -> Source:
 
 
 def _file(path: Path) -> Source:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if len(text) > LONGEST:
-        raise UserError(f"{path}: {len(text)} characters, more than any file of settings has")
-    if path.suffix not in (".yaml", ".yml"):
-        return _launch(text)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping of settings to values")
-    return Source(flatten(values))
+    if path.suffix in (".yaml", ".yml"):
+        return Source(flatten(read_yaml(path)))
+    return _launch(read_text(path))
 
 
 def flatten(values: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
@@ -106,7 +89,7 @@ def _launch(text: str) -> Source:
 
 
 def _commands(text: str) -> list[list[str]]:
-    """Commands of a script as words, its plain assignments filled in where they are used."""
+    """The commands of a script as words, with its plain variables substituted."""
     variables: dict[str, str] = {}
     commands = []
     for line in re.sub(r"\\\s*\n", " ", text).splitlines():
@@ -114,8 +97,8 @@ def _commands(text: str) -> list[list[str]]:
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise UserError(f"a line cannot be read as shell words ({error}): {line[:80]!r}") from None
-        for command in _parted(words):
-            command = [_fill(word, variables) for word in command]
+        for command in _split_commands(words):
+            command = [_substitute(word, variables) for word in command]
             while command and re.fullmatch(r"(export|[A-Za-z_]\w*=.*)", command[0]):
                 name, _, value = command.pop(0).partition("=")
                 if name != "export":
@@ -125,12 +108,12 @@ def _commands(text: str) -> list[list[str]]:
     return commands
 
 
-def _parted(words: list[str]) -> Iterator[list[str]]:
-    """The commands of a line, without their redirections: `2>&1 | tee log` is no value of the last flag."""
+def _split_commands(words: list[str]) -> Iterator[list[str]]:
+    """The commands of a line, without their redirections: `2>&1 | tee log` does not belong to the last flag."""
     command: list[str] = []
     rest = iter(words)
     for word in rest:
-        if word in BETWEEN:
+        if word in SEPARATORS:
             yield command
             command = []
         elif found := REDIRECTION.fullmatch(word):
@@ -141,7 +124,7 @@ def _parted(words: list[str]) -> Iterator[list[str]]:
     yield command
 
 
-def _fill(word: str, variables: Mapping[str, str]) -> str:
+def _substitute(word: str, variables: Mapping[str, str]) -> str:
     def known(match: re.Match) -> str:
         return variables.get(match[1] or match[2], match[0])
 
@@ -149,7 +132,7 @@ def _fill(word: str, variables: Mapping[str, str]) -> str:
 
 
 def _script_at(words: list[str]) -> int | None:
-    """Place of the script's path, of the module behind the last `-m`, or of the command of `trl`."""
+    """Index of the script's path, of the module after the last `-m`, or of `trl`'s command."""
     for place, word in enumerate(words):
         if word.split("/")[-1] == "trl" and words[place + 1 : place + 2] == ["grpo"]:
             return place + 1
@@ -160,7 +143,7 @@ def _script_at(words: list[str]) -> int | None:
     return None
 
 
-def _flags(words: list[str], source: Source):
+def _flags(words: list[str], source: Source) -> Iterator[tuple[str, Any]]:
     """`--name value ...`, `--name=value`, `--name` and `name=value` -> (name, value). Several values are a list."""
     place = 0
     while place < len(words):
@@ -182,11 +165,8 @@ def _flags(words: list[str], source: Source):
 
 
 def _value(text: str) -> Any:
-    """A word as YAML reads it, where that is a plain value."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    """A word as YAML reads it, if that is a plain value."""
+    value = parse_yaml_value(text)
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)  # YAML 1.1 wants a dot in 1e-6
     return value

@@ -1,4 +1,4 @@
-"""What each name of the others means here. Facts: their code and launch scripts, TRL 1.16's `GRPOConfig`.
+"""What each name of the others means here. Sources: their code and launch scripts, TRL 1.16's `GRPOConfig`.
 
 A rule is a name of ours (the value carries over), `Drop(reason)`, or a function of the value -> ({ours: value}, note).
 """
@@ -13,7 +13,7 @@ from typing import Any, get_args
 from vtfast.config.fields import Schedule
 
 SCHEDULES = get_args(Schedule)
-Outcome = tuple[dict[str, Any], str]
+Mapped = tuple[dict[str, Any], str]
 
 
 AS_FUNCTION = "give a function of (completion, sample) as --reward_funcs module:function"
@@ -24,23 +24,23 @@ class Drop:
     reason: str
 
 
-Rule = str | Drop | Callable[[Any], Outcome]
+Rule = str | Drop | Callable[[Any], Mapped]
 
 
-def _truth(value: Any) -> bool:
+def _is_true(value: Any) -> bool:
     return str(value).lower() in ("1", "true", "yes", "on")
 
 
 def _switch(ours: str) -> Rule:
-    return lambda value: ({ours: _truth(value)}, "")
+    return lambda value: ({ours: _is_true(value)}, "")
 
 
 def _to(note: str, **settings: Any) -> Rule:
-    """These settings where the switch is on."""
-    return lambda value: (settings if _truth(value) else {}, note if _truth(value) else "off, as here")
+    """These settings if the switch is on."""
+    return lambda value: (settings if _is_true(value) else {}, note if _is_true(value) else "off, as here")
 
 
-def _rewards(value: Any) -> Outcome:
+def _rewards(value: Any) -> Mapped:
     names = value if isinstance(value, list) else str(value).replace(",", " ").split()
     known = {
         "accuracy": "accuracy",
@@ -58,25 +58,25 @@ def _rewards(value: Any) -> Outcome:
     return ({"reward_funcs": ours} if ours else {}), note
 
 
-def _fp16(value: Any) -> Outcome:
-    return {}, "bfloat16 on GPUs instead: fp16 is not trained here" if _truth(value) else "off, as here"
+def _fp16(value: Any) -> Mapped:
+    return {}, "bfloat16 on GPUs instead: fp16 is not trained here" if _is_true(value) else "off, as here"
 
 
-def _bf16(value: Any) -> Outcome:
-    return {"dtype": "bfloat16" if _truth(value) else "float32"}, ""
+def _bf16(value: Any) -> Mapped:
+    return {"dtype": "bfloat16" if _is_true(value) else "float32"}, ""
 
 
-def _max_steps(value: Any) -> Outcome:
+def _max_steps(value: Any) -> Mapped:
     return ({"max_steps": value}, "") if int(value) > 0 else ({}, "-1 leaves it to the epochs")
 
 
-def _loggers(value: Any) -> Outcome:
+def _loggers(value: Any) -> Mapped:
     names = value if isinstance(value, list) else [value]
     ours = [name for name in map(str, names) if name in ("wandb", "tensorboard", "trackio", "none")]
     return {"report_to": ours or ["tensorboard"]}, "" if len(ours) == len(names) else "the console shows a progress bar"
 
 
-def _schedule(value: Any) -> Outcome:
+def _schedule(value: Any) -> Mapped:
     if value in SCHEDULES:
         return {"lr_scheduler_type": value}, ""
     if str(value).startswith("cosine"):
@@ -84,23 +84,23 @@ def _schedule(value: Any) -> Outcome:
     return {}, f"not here; there are {', '.join(SCHEDULES)}"
 
 
-def _per_question(value: Any) -> Outcome:
+def _per_question(value: Any) -> Mapped:
     scale = {"true": "group", "false": "none"}.get(str(value).lower(), value)
     return {"scale_rewards": scale}, ""
 
 
-def _split_of_hub_id(value: Any) -> Outcome:
+def _split_of_hub_id(value: Any) -> Mapped:
     """EasyR1's `owner/name@split`."""
     data, _, split = str(value).partition("@")
     return {"data": data} | ({"split": split} if split else {}), ""
 
 
-def _held_out(value: Any) -> Outcome:
+def _held_out(value: Any) -> Mapped:
     data, _, split = str(value).partition("@")
     return {"eval_data": data, "eval_split": split or "val"}, ""
 
 
-def _modules(value: Any) -> Outcome:
+def _modules(value: Any) -> Mapped:
     """Names between blanks, commas, or both: TRL's own examples say `"q_proj", "v_proj"`."""
     if value is None:
         return {}, "not set"
@@ -113,12 +113,17 @@ def _positive(ours: str) -> Rule:
     return lambda value: ({ours: value}, "") if int(value) > 0 else ({}, "off there")
 
 
-AUTOMATIC = Drop("chosen by itself here, and logged")
+COLOCATED = Drop("vLLM runs colocated on each rank's GPU")
+AUTOMATIC = Drop("chosen automatically, and logged")
 ALWAYS = Drop("ZeRO-2 always, through DeepSpeed; there is no file to write")
+BEFORE_AND_AFTER = Drop("--eval_data is evaluated before and after training")
 EVERY_STEP = Drop("every step is logged")
 WITH_FILES = Drop("checkpoints are whole; nothing to choose")
+SHUFFLED = Drop("every epoch is shuffled again")
 OURS_DIFFERS = Drop("has no counterpart: prompts are packed without padding, and workers are not needed")
+RUN_FOLDER = Drop("a run is named after its folder: --output_dir")
 WITHIN = Drop("give the file itself: vtfast migrate FILE")
+NO_REMOTE_CODE = Drop("code of a checkpoint is never run")
 NO_HUB = Drop("nothing is uploaded; checkpoints are ordinary Hugging Face folders, `hf upload` takes them")
 
 TRL: Mapping[str, Rule] = {
@@ -180,7 +185,7 @@ TRL: Mapping[str, Rule] = {
     "freeze_vision": _to("there the flag did nothing; here it freezes", freeze=["vision"]),
     "freeze_vision_modules": _to("", freeze=["vision"]),
     "freeze_language": _to("", freeze=["language"]),
-    "resume_from_checkpoint": Drop("say it at launch: --resume_from_checkpoint last"),
+    "resume_from_checkpoint": Drop("give it at launch: --resume_from_checkpoint last"),
     "attn_implementation": AUTOMATIC,
     "deepspeed": ALWAYS,
     "fsdp": ALWAYS,
@@ -193,7 +198,7 @@ TRL: Mapping[str, Rule] = {
     "save_only_model": WITH_FILES,
     "save_strategy": WITH_FILES,
     "overwrite_output_dir": Drop("a run is never written over"),
-    "run_name": Drop("the run folder's name is the run's: --output_dir"),
+    "run_name": RUN_FOLDER,
     "push_to_hub": NO_HUB,
     "hub_model_id": NO_HUB,
     "hub_strategy": NO_HUB,
@@ -204,21 +209,21 @@ TRL: Mapping[str, Rule] = {
     "pad_to_multiple_of": OURS_DIFFERS,
     "torch_empty_cache_steps": OURS_DIFFERS,
     "len_control": Drop("the length reward is `length` in --reward_funcs"),
-    "eval_strategy": Drop("--eval_data is asked before and after training"),
-    "eval_steps": Drop("--eval_data is asked before and after training"),
+    "eval_strategy": BEFORE_AND_AFTER,
+    "eval_steps": BEFORE_AND_AFTER,
     "do_train": Drop("that is what train does"),
-    "do_eval": Drop("--eval_data is asked before and after training"),
-    "trust_remote_code": Drop("code of a checkpoint is never run"),
+    "do_eval": BEFORE_AND_AFTER,
+    "trust_remote_code": NO_REMOTE_CODE,
     "lora_dropout": Drop("adapters have no dropout here: sampler and trainer would not agree"),
     "disable_dropout": Drop("there is no dropout"),
     "optim": Drop("fused AdamW always"),
     "data_seed": Drop("--seed orders the data too"),
-    "shuffle_dataset": Drop("every epoch is shuffled anew"),
+    "shuffle_dataset": SHUFFLED,
     "ds3_gather_for_generation": ALWAYS,
-    "vllm_mode": Drop("vLLM runs colocated on each rank's GPU"),
-    "vllm_device": Drop("vLLM runs colocated on each rank's GPU"),
-    "sync_ref_model": Drop("the reference stays what the model was at the start"),
-    "mask_truncated_completions": Drop("not here: cut-off answers are trained on, with their rewards"),
+    "vllm_mode": COLOCATED,
+    "vllm_device": COLOCATED,
+    "sync_ref_model": Drop("the reference is always the starting model"),
+    "mask_truncated_completions": Drop("not here: truncated completions are trained on, with their rewards"),
     "use_bias_correction_kl": Drop("the trainer's KL is uncorrected (the kernels have it: GRPOLoss)"),
     "top_entropy_quantile": Drop("not here: all tokens are trained on"),
     "config": WITHIN,
@@ -239,14 +244,14 @@ EASYR1: Mapping[str, Rule] = {
     "data.max_pixels": "max_pixels",
     "data.val_files": _held_out,
     "data.filter_overlong_prompts": Drop("prompts that are too long are skipped and listed"),
-    "data.shuffle": Drop("every epoch is shuffled anew"),
+    "data.shuffle": SHUFFLED,
     "data.val_batch_size": AUTOMATIC,
     "data.format_prompt": Drop("a Jinja template there; write the text with its slots as --template FILE"),
-    "algorithm.disable_kl": lambda value: ({"beta": 0.0} if _truth(value) else {}, ""),
+    "algorithm.disable_kl": lambda value: ({"beta": 0.0} if _is_true(value) else {}, ""),
     "algorithm.kl_coef": "beta",
     "algorithm.use_kl_loss": lambda value: (
         {},
-        "in the loss, as here" if _truth(value) else "KL in the reward there; here it is in the loss",
+        "in the loss, as here" if _is_true(value) else "KL in the reward there; here it is in the loss",
     ),
     "algorithm.kl_penalty": lambda value: (
         {},
@@ -265,13 +270,13 @@ EASYR1: Mapping[str, Rule] = {
     "worker.actor.model.model_path": "model",
     "worker.actor.model.enable_gradient_checkpointing": _switch("gradient_checkpointing"),
     "worker.actor.model.freeze_vision_tower": _to("", freeze=["vision"]),
-    "worker.actor.model.trust_remote_code": Drop("code of a checkpoint is never run"),
+    "worker.actor.model.trust_remote_code": NO_REMOTE_CODE,
     "worker.actor.optim.lr": "learning_rate",
     "worker.actor.optim.weight_decay": "weight_decay",
     "worker.actor.optim.strategy": lambda value: ({}, "fused AdamW with fp32 masters on the GPU"),
     "worker.actor.padding_free": Drop("always"),
-    "worker.actor.micro_batch_size_per_device_for_update": Drop("passes are cut by tokens: --token_budget"),
-    "worker.actor.micro_batch_size_per_device_for_experience": Drop("passes are cut by tokens: --token_budget"),
+    "worker.actor.micro_batch_size_per_device_for_update": Drop("micro-batches are sized by --token_budget"),
+    "worker.actor.micro_batch_size_per_device_for_experience": Drop("micro-batches are sized by --token_budget"),
     "worker.actor.ulysses_sequence_parallel_size": Drop("no sequence parallelism here"),
     "worker.rollout.n": "num_generations",
     "worker.rollout.temperature": "temperature",
@@ -289,11 +294,11 @@ EASYR1: Mapping[str, Rule] = {
     "trainer.save_limit": _positive("save_total_limit"),
     "trainer.save_checkpoint_path": "output_dir",
     "trainer.logger": _loggers,
-    "trainer.load_checkpoint_path": Drop("say it at launch: --resume_from_checkpoint PATH"),
-    "trainer.project_name": Drop("the run folder's name is the run's"),
-    "trainer.experiment_name": Drop("the run folder's name is the run's"),
-    "trainer.val_freq": Drop("--eval_data is asked before and after training"),
-    "trainer.val_before_train": Drop("--eval_data is asked before and after training"),
+    "trainer.load_checkpoint_path": Drop("give it at launch: --resume_from_checkpoint PATH"),
+    "trainer.project_name": RUN_FOLDER,
+    "trainer.experiment_name": RUN_FOLDER,
+    "trainer.val_freq": BEFORE_AND_AFTER,
+    "trainer.val_before_train": BEFORE_AND_AFTER,
     "trainer.val_only": Drop("`vtfast eval`"),
     "trainer.val_generations_to_log": EVERY_STEP,
     "config": WITHIN,
@@ -302,12 +307,12 @@ FOLDED = {
     "worker.actor.fsdp.": "ZeRO-2 in place of FSDP",
     "worker.actor.offload.": "ZeRO-2 in place of FSDP",
     "worker.ref.": "the reference shares frozen weights; --offload_reference true moves it off the GPU",
-    "worker.rollout.val_override_config.": "held-out answers: once sampled, once greedy",
+    "worker.rollout.val_override_config.": "held-out completions: once sampled, once greedy",
     "lr_scheduler_kwargs.": "schedules have no options here",
     "generation_kwargs.": "--top_k, --top_p, --min_p, --repetition_penalty",
-    "model_init_kwargs.": "chosen by itself here",
+    "model_init_kwargs.": "chosen automatically",
 }
-"""Sections whose names all have one fate."""
+"""Sections whose settings all have the same outcome."""
 
 COUNTED = {
     "per_device_train_batch_size",
@@ -324,7 +329,7 @@ COUNTED = {
     "trainer.n_gpus_per_node",
     "trainer.nnodes",
 }
-"""Names that make sense together only (`mapping`)."""
+"""Settings that are only meaningful together (`mapping._count`)."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trl": {
@@ -362,5 +367,4 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
-"""What they do where nothing is said, and this trainer does not. EasyR1: its `examples/config.yaml`, on which its
-launch lines build."""
+"""Their defaults that differ from vtfast's. EasyR1: its `examples/config.yaml`, which its launch lines start from."""
