@@ -1,5 +1,5 @@
 """vtfast: GRPO for vision-language models with fused kernels."""
 
-from vtfast.utils.torchvision_shim import mend_torchvision
+from vtfast.utils.torchvision_shim import patch_torchvision
 
-mend_torchvision()  # before anything can import transformers
+patch_torchvision()  # before anything can import transformers

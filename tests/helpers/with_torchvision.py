@@ -95,7 +95,7 @@ import sys
 import vtfast
 from vtfast.utils import torchvision_shim
 assert "transformers" not in sys.modules and "torchvision" not in sys.modules
-assert torchvision_shim.mend_torchvision() is False  # once is enough
+assert torchvision_shim.patch_torchvision() is False  # once is enough
 import torchvision
 import transformers.image_utils
 """

@@ -48,4 +48,4 @@ def test_a_torchvision_that_loads_is_left_alone(monkeypatch, torch_version, torc
     texts = {"torch": torch_version, "torchvision": torchvision_version}
     monkeypatch.setattr(torchvision_shim, "_version_file", texts.get)
     monkeypatch.setattr(torchvision_shim, "_kept", [])
-    assert torchvision_shim.mend_torchvision() is False
+    assert torchvision_shim.patch_torchvision() is False

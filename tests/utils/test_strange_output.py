@@ -19,7 +19,7 @@ from make_runs import file_name, hostile_run, metrics_row, write_run
 from vtfast.cli.main import main
 from vtfast.report import write_report
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import write_whole
+from vtfast.utils.files import write_atomically
 from vtfast.utils.terminal import Formatter, message, printable
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\x00"
@@ -77,7 +77,7 @@ def test_a_report_replaces_a_link(tmp_path):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "x").write_text("before")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "x", "after \ud800")
+        write_atomically(tmp_path / "x", "after \ud800")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "before")]
 
 
@@ -86,7 +86,7 @@ def test_a_link_where_it_is_written_first_is_not_followed(tmp_path, monkeypatch)
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".x.guessed.partial").symlink_to(tmp_path / "mine")
     with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "x", "theirs")
+        write_atomically(tmp_path / "x", "theirs")
     assert (tmp_path / "mine").read_text() == "mine"
 
 

@@ -10,7 +10,7 @@ from vtfast.cli.migration import Outcome, migrate
 from vtfast.cli.migration.mapping import SYSTEMS
 from vtfast.config import SettingsError
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import expand, write_whole
+from vtfast.utils.files import expand, write_atomically
 from vtfast.utils.terminal import printable, show
 
 
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     warnings = "".join(f"\nwarning: {warning}" for warning in result.warnings)
     if output is not None:
         try:
-            write_whole(output, result.to_yaml())
+            write_atomically(output, result.to_yaml())
         except OSError as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
         show(report)

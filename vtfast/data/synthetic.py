@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from vtfast.utils.files import written_whole
+from vtfast.utils.files import atomic_file
 
 CELL = 28  # pixels: patch 14 x merge 2
 GRID = 3
@@ -332,5 +332,5 @@ def _write_parquet(path: Path, questions: list[Question]) -> None:
         }
         for q in questions
     ]
-    with written_whole(path) as file:
+    with atomic_file(path) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)

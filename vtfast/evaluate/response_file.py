@@ -20,7 +20,7 @@ from vtfast.evaluate.benchmark import Benchmark, Example, Grade
 from vtfast.evaluate.grading import LETTERS
 from vtfast.evaluate.scores import get_benchmark, grade, summarise
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import read_json, write_json, write_whole
+from vtfast.utils.files import read_json, write_atomically, write_json
 from vtfast.utils.text import shorten
 
 log = logging.getLogger("vtfast")
@@ -207,7 +207,7 @@ def _mend(path: Path, rows: Sequence[Row], grades: Sequence[Grade]) -> None:
         changed |= now != {name: row[name] for name in now}
         row.update(now)
     if changed:
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _settings_of(folder: Path, bench: str) -> dict[str, Any]:

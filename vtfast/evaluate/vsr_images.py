@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vtfast.data.images import ImageError, check_image
 from vtfast.evaluate.benchmark import Example
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import written_whole
+from vtfast.utils.files import atomic_file
 
 TRIES = 4
 PAUSE = 1.0
@@ -88,7 +88,7 @@ def _fetch_one(name: str, link: str, folder: Path) -> str | None:
         except (OSError, ImageError, ValueError) as error:  # OSError: HTTP errors, sockets, time-outs
             problem = f"{link}: {error}"
             continue
-        with written_whole(folder / name) as file:
+        with atomic_file(folder / name) as file:
             file.write(data)
         return None
     return problem

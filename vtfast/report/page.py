@@ -20,7 +20,7 @@ from vtfast.report.completions import CHARACTERS, SHOWN, Completions, read_compl
 from vtfast.report.reflection import PATTERN, THRESHOLD, WORDS, first_step, in_words
 from vtfast.report.run_folder import Run, read_runs
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import write_whole
+from vtfast.utils.files import write_atomically
 
 SCRIPTS = ("elements.js", "charts.js", "tables.js", "browser.js", "page.js")
 
@@ -39,7 +39,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     try:
         runs = read_runs(paths)
         completions = [read_completions(run.folder, SHOWN // share, CHARACTERS // share) for run in runs]
-        write_whole(path, render(content(runs, completions)))
+        write_atomically(path, render(content(runs, completions)))
     except OSError as error:  # permissions, a full disk
         raise UserError(f"{error.filename or path}: {error.strerror}; no report was written") from error
     return path

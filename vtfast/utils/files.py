@@ -64,7 +64,7 @@ def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A temporary file that replaces `path` when the block ends without an error. A reader, or a crash, finds the old
     content or the new; a link at `path` is replaced and not followed."""
     # A random name: two hosts may write the same file of a shared disk, and process ids repeat across containers.
@@ -79,13 +79,13 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    with written_whole(path) as file:
+def write_atomically(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def flush(path: Path) -> None:

@@ -23,7 +23,7 @@ def _version_file(package: str) -> str:
     return ""
 
 
-def mend_torchvision() -> bool:
+def patch_torchvision() -> bool:
     """Declare torchvision's operators if, and only if, this torch cannot load them.
 
     Returns:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vtfast.utils.files import flush, sha256, write_whole
+from vtfast.utils.files import flush, sha256, write_atomically
 from vtfast.utils.text import shorten
 
 CHECKSUMS = "resume/checksums.json"
@@ -50,7 +50,7 @@ def checksums_of(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any
 def write_checksums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None:
     """Write the checkpoint's last file. `parts`: for each rank the checksums of the files that it wrote."""
     merged = {name: entry for part in parts for name, entry in part.items()}
-    write_whole(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
+    write_atomically(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
 
 
 def find_damage(folder: Path, only: str | None = None) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vtfast.training.checkpoint.save import checkpoints
 from vtfast.training.stopping import STOP_FILE
-from vtfast.utils.files import flush, write_whole, written_whole
+from vtfast.utils.files import atomic_file, flush, write_atomically
 
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl", "nonfinite.jsonl")
@@ -27,7 +27,7 @@ COMPLETED = "completed.json"
 
 
 def mark_completed(run: Path, step: int) -> None:
-    write_whole(run / COMPLETED, json.dumps({"step": step}) + "\n")
+    write_atomically(run / COMPLETED, json.dumps({"step": step}) + "\n")
 
 
 def completed_step(run: Path) -> int:
@@ -109,7 +109,7 @@ def make_first_free(folders: Iterable[Path]) -> Path:
 
 def _copy(source: Path, to: Path, keep: Callable[[bytes], bool]) -> None:
     """Replace `to` by the lines of `source` that `keep` accepts. Logs may be larger than memory."""
-    with source.open("rb") as lines, written_whole(to) as file:
+    with source.open("rb") as lines, atomic_file(to) as file:
         file.writelines(line for line in lines if keep(line))
 
 

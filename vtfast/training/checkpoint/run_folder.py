@@ -11,7 +11,7 @@ from vtfast.training.checkpoint.checksums import SETTINGS, copy_whole
 from vtfast.training.checkpoint.find import LAST, Checkpoint
 from vtfast.training.checkpoint.logs import SUPERSEDED, copy_logs, cut_back, make_first_free, set_aside
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import expand, write_whole
+from vtfast.utils.files import expand, write_atomically
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -65,7 +65,7 @@ def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path
             " name a new --output_dir"
         )
     (folder / "checkpoints").mkdir(exist_ok=True)
-    write_whole(folder / "config.yaml", settings(config))
+    write_atomically(folder / "config.yaml", settings(config))
     return folder
 
 
