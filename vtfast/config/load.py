@@ -95,7 +95,7 @@ def _read_recipe(
     except UserError as error:
         problems.append(f"--config {error}")
         return None
-    values = {name: Given(entry.value, f"{path}:{entry.line}: ") for name, entry in entries.items()}
+    values = {show(name): Given(entry.value, f"{path}:{entry.line}: ") for name, entry in entries.items()}
     if "base" not in values:
         return values
     base, names = str(values.pop("base").value), recipe_names(kind)
