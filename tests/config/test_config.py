@@ -208,8 +208,9 @@ def test_every_setting_is_read():
     files = [file for file in (ROOT / "vtfast").rglob("*.py") if file.parent.name not in others]
     code = "\n".join(file.read_text("utf-8") for file in files)
     read = set(re.findall(r"\bconfig\.(\w+)", code))
-    assert "tokens_per_micro_batch" in read  # this is how token_budget is
-    assert {*field_names(Config), *field_names(SFTConfig)} - read == {"token_budget"}
+    # Properties of the settings read these two.
+    assert {"tokens_per_micro_batch", "prompts_per_rank"} <= read
+    assert {*field_names(Config), *field_names(SFTConfig)} - read == {"token_budget", "gradient_accumulation_steps"}
 
 
 @pytest.mark.parametrize("kind", [Config, SFTConfig])
