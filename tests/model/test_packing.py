@@ -176,7 +176,9 @@ def test_flops_of_qwen2_vl_2b():
 )
 def test_an_update_costs_less_where_parts_are_frozen(random_path, prompts, freeze, trunk, head, vision):
     policy = load_model(random_path, freeze=freeze)
-    group = Group(EncodedSample(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2)
+    group = Group(
+        EncodedSample(None, prompts[0]), [Completion([5, 6], [0.0] * 2, "stop")] * 2, advantage=torch.zeros(2)
+    )
     batch = MicroBatch([GroupPart(7, (1,), 0, 0.0)], {7: group}, policy)  # one of the two: the other is on another rank
     patches = prompts[0].grid.prod(-1).tolist()
     flops = forward_flops(policy.module.config, len(prompts[0].ids), [2], patches)
