@@ -1,8 +1,8 @@
 """A step taken apart: its answers, their log-probs, the weights that it moves."""
 
 import torch
-from vtfast.data.prompt_templates import response_prefix
 
+from vtfast.data.prompt_templates import response_prefix
 from vtfast.scoring import completion_logprobs
 from vtfast.training.groups import score_completions, with_advantages
 

@@ -15,7 +15,7 @@ from steps import scored
 from vtfast.config import load_config
 from vtfast.data.batches import order
 from vtfast.training.gradients import drop_gradients, nonfinite_gradients
-from vtfast.training.health import Health, warn
+from vtfast.training.health import Health, warn_out_of_bounds
 from vtfast.utils.errors import UserError
 
 
@@ -113,7 +113,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
     for step, questions in enumerate(asked(trainer, range(1, 5)), 1):
         kept = weight.detach().clone()
         if step in (1, 3, 4):  # one alone, and two in a row
-            monkeypatch.setattr(trainer, "score_old", lambda work: weight.data.view(-1)[:1].fill_(math.nan))
+            monkeypatch.setattr(trainer, "score_logprobs", lambda work: weight.data.view(-1)[:1].fill_(math.nan))
         else:
             monkeypatch.undo()
         if step == 4:
@@ -141,7 +141,7 @@ def test_steps_without_a_usable_question_are_left_out_too(tmp_path):
         assert rows == [] and metrics["skipped_samples"] == 4 and metrics["num_tokens"] == 0
         assert metrics["reward"] is None and metrics["loss"] is None and metrics["entropy"] is None
         assert (metrics["empty_steps"], metrics["step_left_out"]) == (step - 1, 1)
-        assert trainer.summary(metrics) == "no question could be used"
+        assert trainer.summary(metrics) == "no sample could be used"
     assert_same(before, state(trainer))
     trainer.config.max_prompt_length = limit
     metrics, _ = trainer.step(4, next(steps))
@@ -187,7 +187,7 @@ def test_figures_out_of_bounds_are_said_once_an_episode(caplog):
     ]
     for step, change in enumerate(changes):
         caplog.clear()
-        warn(health, step, well | change, config)
+        warn_out_of_bounds(health, step, well | change, config)
         said.append(caplog.text)
     names = ("kl", "entropy", "sampler_drift")
     assert [[name for name in names if f"--{name}_warning" in text] for text in said] == [
@@ -206,8 +206,9 @@ def test_figures_out_of_bounds_are_said_once_an_episode(caplog):
 
 def test_health_survives_a_checkpoint():
     health = Health(nonfinite_steps=3, empty_steps=1, left_out_in_a_row=2, alarms=["kl"])
-    again = Health.from_dict(json.loads(json.dumps(health.to_dict())))
-    assert again == health and not again.begins("kl", True) and again.begins("entropy", True)
+    again = Health()
+    again.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    assert again == health and not again.entered("kl", True) and again.entered("entropy", True)
     assert health.alarms == ["kl"]
 
 

@@ -97,7 +97,7 @@ def test_every_completion_is_trained_on_once(shared, token_budget):
     works, asked = shared(token_budget)
     lengths = [n for part in SAMPLED for group in part for n in group]
     seen = [
-        (group.question.index, i, tuple(group.tokens[i]))
+        (group.encoded.index, i, tuple(group.tokens[i]))
         for work in works
         for batch in work.micro_batches
         for group, i in batch.sequences

@@ -148,7 +148,7 @@ def test_one_completion_a_pass_is_the_least(tmp_path, monkeypatch, where):
     trainer = make(tmp_path, **PROPORTIONAL)
     groups = answered(trainer)
     work = trainer.balance(groups, 1)
-    least = max(len(g.question.prompt.ids) + n for g in groups for n in g.lengths)
+    least = max(len(g.prompt.ids) + n for g in groups for n in g.lengths)
     spoil(trainer, where, monkeypatch, call=None)
     with pytest.raises(UserError, match=rf"one completion a pass, {least} tokens.*; lower --max_c"):
         trainer.update(work, 1)

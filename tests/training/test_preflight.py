@@ -56,7 +56,7 @@ def test_a_problem_names_its_flag(problems, overrides, message):
 
 def test_a_supervised_runs_target(problems):
     (problem,) = problems(kind=SFTConfig, target="{anwser}")
-    assert problem.startswith("--target {anwser}: lacks {answer}")
+    assert problem.startswith("--target {anwser}: has no {answer}")
 
 
 def test_the_cache_holds_one_group_at_its_limit(problems):
