@@ -92,7 +92,7 @@ def test_a_poisoned_step_is_left_out_to_the_bit(tmp_path, monkeypatch, where, dt
     assert (line["step"], line["kind"], line["weights"]) == (3, "nonfinite", [])
     assert len(line["passes"]) == lines[2]["passes"] > 1
     rows = {row for one in line["passes"] for row in one["rows"]}
-    samples = poisoned.train_samples
+    samples = poisoned.session.train_samples
     assert rows <= {samples[i].row for i in order(len(samples), 3, 4, poisoned.config.seed)}
     assert all(len(one["prompts"]) == len(one["rows"]) for one in line["passes"])
     if where == "loss":
@@ -113,7 +113,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
     for step, questions in enumerate(asked(trainer, range(1, 5)), 1):
         kept = weight.detach().clone()
         if step in (1, 3, 4):  # one alone, and two in a row
-            monkeypatch.setattr(trainer, "score_logprobs", lambda work: weight.data.view(-1)[:1].fill_(math.nan))
+            monkeypatch.setattr(trainer, "score_logprobs", lambda *_: weight.data.view(-1)[:1].fill_(math.nan))
         else:
             monkeypatch.undo()
         if step == 4:
@@ -148,7 +148,7 @@ def test_steps_without_a_usable_question_are_left_out_too(tmp_path):
     assert (metrics["empty_steps"], metrics["nonfinite_steps"], metrics["step_left_out"]) == (2, 0, 0)
     trainer.session.health.left_out_in_a_row = 2
     trainer.config.max_prompt_length = 5
-    with pytest.raises(UserError, match=r"none of its questions could be used, see skipped.jsonl; that makes 3"):
+    with pytest.raises(UserError, match=r"none of its samples could be used, see skipped.jsonl; 3 steps in a row"):
         trainer.step(5, next(steps))
     assert [(line["step"], line["kind"]) for line in read(trainer)] == [(2, "empty"), (3, "empty"), (5, "empty")]
 

@@ -85,7 +85,7 @@ def test_the_shortest_prompt_just_fits(problems, processor, tmp_path):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "is a llama model; those of qwen2_vl"),
-        ({"model_type": "no-such-type"}, "its config.json cannot be used"),
+        ({"model_type": "no-such-type"}, "config.json: The checkpoint"),
     ],
 )
 def test_a_config_json_that_will_not_do(problems, random_path, tmp_path, changes, message):
@@ -96,7 +96,7 @@ def test_a_config_json_that_will_not_do(problems, random_path, tmp_path, changes
     (problem,) = problems(model=folder)
     assert problem.startswith(f"--model {folder}: {message}")
     (folder / "config.json").write_text("{")
-    assert problems(model=folder)[0].startswith(f"--model {folder}: its config.json cannot be used")
+    assert problems(model=folder)[0].startswith(f"--model: {folder}/config.json: cannot be read")
 
 
 @pytest.mark.parametrize(("trainer", "kind"), [(Trainer, None), (SFTTrainer, SFTConfig)])

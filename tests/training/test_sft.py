@@ -306,9 +306,9 @@ def test_a_target_from_a_file(make, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "left"}, r"--target left: lacks \{answer\}"),
-        ({"target": "{answer}"}, "which nothing closes"),
-        ({"target": "gone.txt"}, "--target gone.txt: cannot be read"),
+        ({"target": "left"}, r"--target left: has no \{answer\}"),
+        ({"target": "{answer}"}, "the target does not close it"),
+        ({"target": "gone.txt"}, "--target gone.txt: no such file"),
         ({"num_train_epochs": 0}, "--num_train_epochs 0.0: must be above 0"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"beta": 0.1}, "--beta: unknown"),
@@ -379,7 +379,7 @@ def test_steps_without_a_usable_sample_are_left_out(make):
     trainer.config.max_prompt_length = 5
     trainer.step(4, next(steps))
     trainer.step(5, next(steps))
-    with pytest.raises(UserError, match=r"see skipped\.jsonl; that makes 3 in a row"):
+    with pytest.raises(UserError, match=r"see skipped\.jsonl; 3 steps in a row"):
         trainer.step(6, next(steps))
     left_out = (trainer.session.folder / "nonfinite.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in left_out] == ["empty"] * 4
@@ -396,10 +396,10 @@ def test_a_run_with_an_empty_step_goes_on_to_its_end(make):
 
 def test_a_bare_answer_is_graded_as_the_answer(make):
     bare, _ = make(template="sft", target="{answer}")
-    assert bare.graded("left") == "<think></think><answer>left</answer>"
-    assert bare.graded("so <answer>left</answer>") == "so <answer>left</answer>"
+    assert bare.completion_for_rewards("left") == "<think></think><answer>left</answer>"
+    assert bare.completion_for_rewards("so <answer>left</answer>") == "so <answer>left</answer>"
     tagged, _ = make()
-    assert tagged.graded("left") == "left"
+    assert tagged.completion_for_rewards("left") == "left"
     bare.graded = lambda response: "<think></think><answer>nothing</answer>"
     judged = bare.judge()
     assert (judged.accuracy("greedy"), judged.format("greedy")) == (0, 1)
@@ -448,10 +448,10 @@ def test_useful_operations(make, monkeypatch):
     assert more - base == pytest.approx(3 * 5 * 2 * 96 * 400)  # D = 96, V = 400
     frozen, _ = make(freeze="vision")
     tower = sum(
-        forward_flops(frozen.policy.module.config, 0, [], q.prompt.grid.prod(-1).tolist()).vision for q in asked
+        forward_flops(frozen.session.policy.module.config, 0, [], q.prompt.grid.prod(-1).tolist()).vision for q in asked
     )
-    assert base - update_flops(frozen.policy, [batch], vision_cached=False) == pytest.approx(2 * tower)
-    assert base - update_flops(frozen.policy, [batch]) == pytest.approx(3 * tower)
+    assert base - update_flops(frozen.session.policy, [batch], vision_cached=False) == pytest.approx(2 * tower)
+    assert base - update_flops(frozen.session.policy, [batch]) == pytest.approx(3 * tower)
     monkeypatch.setattr("vtfast.training.sft.mfu", lambda flops, *_: flops)
     assert trainer.step(1, asked)[0]["mfu"] == pytest.approx(base)
     assert frozen.step(1, asked)[0]["mfu"] == pytest.approx(base - 2 * tower)
