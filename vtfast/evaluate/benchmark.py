@@ -1,4 +1,4 @@
-"""What every benchmark is made of: examples, and how one of its rows becomes an example."""
+"""The types that every benchmark uses, and helpers that read one of its rows into an `Example`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vtfast.data import InvalidRow
-from vtfast.evaluate.grading import LETTERS
+
+LETTERS = "ABCDEF"
+"""Of the options, in order."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,18 @@ class Example:
     """What the model reads where the template says `{question}`."""
     options: tuple[str, ...]
     gold: int
-    """Place of the right option."""
+    """Index of the right option."""
     images: tuple[bytes | Path, ...] = field(default=(), repr=False)
     """Encoded."""
     where: str = field(default="", compare=False)
     """File and row, for messages."""
-    link: str = ""
+    image_url: str = ""
     """Where the image can be fetched, if the data set only names it."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """An example's answer after both scorers."""
+    """Whether the response to one example is right, by the paper's rule and by the strict one."""
 
     task: str
     source: str
@@ -48,56 +50,58 @@ class Benchmark:
     title: str
     hub_id: str
     files: tuple[str, ...]
-    """Regular expressions over file names of a folder or hub id; the first that finds any is used."""
+    """Regular expressions over the file names of a folder or hub id; the first that matches any is used."""
     columns: tuple[str, ...]
-    """What a file must have."""
+    """Columns that a file must have."""
     read: Callable[[Mapping[str, Any], int], Example]
-    """Row and its number -> example. Raises InvalidRow. Rows without images are read too: scoring needs none."""
+    """(row, its index) -> example. Raises InvalidRow. Rows without images are read too: scoring needs none."""
     official: Callable[[Sequence[Grade]], float]
     """The benchmark's own formula over a non-empty sequence."""
     sizes: tuple[int, ...]
-    """Questions of the whole benchmark, and of its other splits."""
+    """Number of questions of the whole benchmark, and of its other splits."""
     tasks: tuple[str, ...] = ()
     """Tasks in the order of tables; others follow in the order of the data."""
     letters: bool = True
     """Whether its questions show options with letters."""
-    use: Callable[[Mapping[str, Any]], bool] = lambda row: True
-    """Which rows are asked at all."""
+    keeps: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    """Whether a row belongs to the benchmark."""
 
 
 def accuracy(grades: Sequence[Grade]) -> float:
-    return sum(one.correct for one in grades) / len(grades)
+    return sum(grade.correct for grade in grades) / len(grades)
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise InvalidRow(f"{column} is {value!r}, and text is wanted")
+        raise InvalidRow(f"{column} is {value!r}, expected text")
     return value
 
 
 def options_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     value = row.get(column)
-    value = value.tolist() if hasattr(value, "tolist") else value  # pandas hands over arrays
+    tolist = getattr(value, "tolist", None)
+    value = tolist() if tolist else value  # pandas has arrays
     if not isinstance(value, list | tuple) or not value or not all(isinstance(x, str) and x for x in value):
-        raise InvalidRow(f"{column} is {value!r}, and a list of texts is wanted")
+        raise InvalidRow(f"{column} is {value!r}, expected a list of texts")
     return tuple(value)
 
 
 def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
-    """Place of the right option from an answer such as `(C)`."""
+    """Index of the right option from an answer such as `(C)`."""
     answer = text_of(row, "answer")
     if len(options) > len(LETTERS):
-        raise InvalidRow(f"{len(options)} options, and letters go to {LETTERS[-1]}")
-    place = LETTERS.find(answer.strip().strip("()"))
-    if len(answer.strip().strip("()")) != 1 or not 0 <= place < len(options):
-        raise InvalidRow(f"answer is {answer!r}, and one of (A) to ({LETTERS[len(options) - 1]}) is wanted")
-    return place
+        raise InvalidRow(f"{len(options)} options, letters go up to {LETTERS[-1]}")
+    letters = LETTERS[: len(options)]
+    letter = answer.strip().strip("()")
+    if letter not in tuple(letters):
+        raise InvalidRow(f"answer is {answer!r}, expected one of (A) to ({letters[-1]})")
+    return letters.index(letter)
 
 
 def images_of(values: Sequence[Any]) -> tuple[bytes | Path, ...]:
-    """Encoded images out of the `datasets` library's structs or plain bytes, and paths. Decoded ones are left out with
-    the null ones: files hold none, and scoring needs none."""
+    """Encoded images from the `datasets` library's structs or plain bytes, and paths. Null and decoded images are left
+    out: files hold no decoded ones, and scoring needs none."""
     images: list[bytes | Path] = []
     for value in values:
         if isinstance(value, Mapping):

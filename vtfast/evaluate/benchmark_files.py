@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vtfast.data import InvalidRow
-from vtfast.data.file_reader import DataFile, RawRow, jsonl_rows, parquet_batches
+from vtfast.data.data_files import DataFile, local_file
+from vtfast.data.file_reader import RawRow, jsonl_rows, parquet_batches
 from vtfast.evaluate.benchmark import Benchmark, Example
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
@@ -18,72 +20,73 @@ from vtfast.utils.suggestions import did_you_mean
 
 
 def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Iterator[Example]:
-    """The examples of a benchmark in file order, read as they are asked for.
+    """The examples of a benchmark in file order, read lazily.
 
     Raises:
-        UserError: no such source, an unreadable file, or a row that cannot be asked. A benchmark without some of its
-            rows is another benchmark, so none is skipped.
+        UserError: no such source, an unreadable file, or a row that cannot be used. No row is skipped, because a
+            benchmark without some of its rows is another benchmark.
     """
     index = 0
     for file in find_files(benchmark, str(source or benchmark.hub_id)):
-        for entry in read_rows(file, benchmark.columns):
-            row, where = entry.value, f"{file.name}, {entry.place}"
-            if isinstance(row, InvalidRow):
-                raise UserError(f"{where}: {row}")
-            if benchmark.use(row):
-                try:
-                    example = benchmark.read(row, index)
-                    if not example.images:
-                        raise InvalidRow("it has no image")
-                except InvalidRow as error:
-                    raise UserError(f"{where}: {error}") from error
-                images = (_placed(image, file.folder) for image in example.images)
-                yield dataclasses.replace(example, images=tuple(images), where=where)
+        for raw in read_rows(file, benchmark.columns):
+            row, where = raw.value, f"{file.name}, {raw.position}"
+            try:
+                if isinstance(row, InvalidRow):
+                    raise row
+                if benchmark.keeps(row):
+                    yield _example(benchmark, row, index, file.folder, where)
+            except InvalidRow as error:
+                raise UserError(f"{where}: {error}") from error
             index += 1
 
 
-def _placed(image: bytes | Path, folder: Path | None) -> bytes | Path:
-    """Image paths start from the file that names them, or from `images` beside it."""
+def _example(
+    benchmark: Benchmark, row: Mapping[str, Any], index: int, folder: Path | None, where: str
+) -> Example:
+    example = benchmark.read(row, index)
+    if not example.images:
+        raise InvalidRow("it has no image")
+    images = tuple(_resolve(image, folder) for image in example.images)
+    return dataclasses.replace(example, images=images, where=where)
+
+
+def _resolve(image: bytes | Path, folder: Path | None) -> bytes | Path:
+    """Image paths are relative to the file that names them, or to `images` beside it."""
     if folder is None or isinstance(image, bytes):
         return image
     return next((p for p in (folder / image, folder / "images" / image) if p.is_file()), folder / image)
 
 
 def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
-    """The files of a source that the benchmark is made of, in the order of their names."""
+    """The benchmark's files in a source, sorted by name."""
     hint = f"--data {benchmark.name}=PATH gives a local file or folder"
     path = expand(source)
     if path.is_file():
         if path.suffix not in (".parquet", ".jsonl"):
-            raise UserError(f"{source}: unknown kind of file, .parquet or .jsonl is wanted; {hint}")
-        return [DataFile(str(path), lambda: str(path), path.parent)]
-    commit = None
+            raise UserError(f"{source}: unknown kind of file, expected .parquet or .jsonl; {hint}")
+        return [local_file(path)]
     if not path.is_dir():
         if not is_hub_id(source):
             meant = did_you_mean(source, hint, [benchmark.hub_id])
             raise UserError(f"no such file or folder: {source}; {meant}")
         try:
-            found = hub_files(source, "dataset")
+            files = hub_files(source, "dataset")
         except UserError as error:
             raise UserError(f"{error}; {hint}") from error
-        if isinstance(found, Path):
-            path = found
-        else:
-            names, commit = found
-    if commit is None:
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    picked = _pick(names, benchmark, source, hint)
-    if commit is None:
-        return [DataFile(str(path / name), lambda n=name: str(path / n), (path / name).parent) for name in picked]
-    return [DataFile(f"{source}/{name}", lambda n=name: _download(source, n, commit, hint)) for name in picked]
+        if not isinstance(files, Path):
+            names, commit = files
+            picked = _pick(names, benchmark, source, hint)
+            return [DataFile(f"{source}/{name}", partial(_download, source, name, commit, hint)) for name in picked]
+        path = files
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    return [local_file(path / name) for name in _pick(names, benchmark, source, hint)]
 
 
 def _download(repo: str, name: str, commit: str, hint: str) -> str | BinaryIO:
     try:
         return open_dataset_file(repo, name, commit, download=True)
     except Exception as error:  # the client's own, its http library's, the socket's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repo}/{name}: cannot be downloaded ({reason}); {hint}") from error
+        raise UserError(f"{repo}/{name}: cannot be downloaded ({first_line(error)}); {hint}") from error
 
 
 def _pick(names: list[str], benchmark: Benchmark, source: str, hint: str) -> list[str]:
@@ -111,24 +114,24 @@ def read_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[RawRow]:
 
 
 def _parquet_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[RawRow]:
-    def all_of_them(there: list[str]) -> list[str]:
-        _check_columns(file, there, columns)
-        return there
+    def check(names: list[str]) -> list[str]:
+        _check_columns(file, names, columns)
+        return names
 
-    for batch in parquet_batches(file, all_of_them):
+    for batch in parquet_batches(file, check):
         yield from batch
 
 
 def _jsonl_rows(file: DataFile, columns: tuple[str, ...]) -> Iterator[RawRow]:
-    for entry in jsonl_rows(file):
-        if isinstance(entry.value, dict):
-            _check_columns(file, list(entry.value), columns)
-        elif not isinstance(entry.value, InvalidRow):
-            raise UserError(f"{file.name}, {entry.place}: not a row of named values")
-        yield entry
+    for raw in jsonl_rows(file):
+        if isinstance(raw.value, dict):
+            _check_columns(file, list(raw.value), columns)
+        elif not isinstance(raw.value, InvalidRow):
+            raw = RawRow(InvalidRow("not a JSON object"), raw.position)
+        yield raw
 
 
-def _check_columns(file: DataFile, there: list[str], wanted: tuple[str, ...]) -> None:
-    missing = [name for name in wanted if name not in there]
+def _check_columns(file: DataFile, names: list[str], required: tuple[str, ...]) -> None:
+    missing = [name for name in required if name not in names]
     if missing:
-        raise UserError(f"{file.name}: no column {', '.join(missing)} (there is: {', '.join(there)})")
+        raise UserError(f"{file.name}: no column {', '.join(missing)} (there is: {', '.join(names)})")

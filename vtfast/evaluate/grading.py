@@ -1,17 +1,17 @@
-"""Is a response right? The paper's rule, and a strict one beside it.
+"""Decides whether a response is right: by the paper's rule, and by a strict one.
 
 The paper's rule is that of VisualThinker's evaluation scripts: the text in the first `<answer>` (else the whole
-response) goes through math-verify 0.5.2, which is told the letters A to F and the option texts; what comes out is
-compared with the right option's letter and text. Numbers and LaTeX become sympy objects there, and a sympy object never
-equals a string, so only the text of the chosen match can make a response right. That text is found here without sympy:
-the decision hangs on no library's version, and a response like `9^9^9^9` cannot stall a run.
+response) goes through math-verify 0.5.2, configured with the letters A to F and the option texts; its result is
+compared with the right option's letter and text. math-verify turns numbers and LaTeX into sympy objects, and a sympy
+object never equals a string, so only the text of the chosen match can make a response right. This file finds that text
+without sympy: the decision depends on no library's version, and a response like `9^9^9^9` cannot stall a run.
 
-Quirks that are kept, since the published numbers have them: without tags, the article in "I see a dog" answers A;
+Quirks that are kept because the published numbers have them: without tags, the article in "I see a dog" answers A;
 `Left` is not `left`, and `A)` is nothing; numbers are compared as written, so "about 3.00" is not `3`; an option that
 opens the response wins over all later ones, unless the word "answer" stands before one of those.
 
-Of 80,000 random responses made of options, letters, numbers, formulas and these quirks, 6 were graded otherwise than by
-math-verify 0.5.2 itself; each held broken formulas, or several in a row.
+On 80,000 random responses made of options, letters, numbers, formulas and these quirks, 6 decisions differed from
+math-verify 0.5.2; each of the 6 held broken formulas, or several in a row.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ import functools
 import re
 from collections.abc import Sequence
 
+from vtfast.evaluate.benchmark import LETTERS, Benchmark, Example, Grade
 from vtfast.rewards.strict import AROUND
 
-LETTERS = "ABCDEF"
+
+def grade(benchmark: Benchmark, example: Example, response: str) -> Grade:
+    """The grade of one response by both rules."""
+    question = example.options, example.gold, benchmark.letters
+    return Grade(example.task, example.source, paper_correct(response, *question), strict_correct(response, *question))
+
 
 # ------------------------------------------------------------------------------- the paper's rule
 
@@ -55,7 +61,7 @@ def paper_correct(response: str, options: Sequence[str], gold: int, letters: boo
 
     Args:
         options: texts in the order of their letters.
-        gold: place of the right one, from 0.
+        gold: index of the right one.
         letters: whether options were shown with letters; where they were not, only their texts count.
     """
     tagged = _FIRST_ANSWER.search(response)
@@ -68,12 +74,12 @@ def paper_correct(response: str, options: Sequence[str], gold: int, letters: boo
 
 
 def _read(text: str, options: tuple[str, ...], letters: bool) -> set[str]:
-    """What math-verify takes the answer to be: the last match of the most telling kind, as written and as parsed."""
+    """What math-verify takes for the answer: the last match of the highest priority, as written and as parsed."""
     texts: list[str] = []
-    for rung in _rungs(options, letters):
-        found = [match for pattern in rung for match in pattern.finditer(text)]
-        found.sort(key=lambda match: (match.end(), -match.start()), reverse=True)
-        for match in found:
+    for patterns in _patterns_by_priority(options, letters):
+        matches = [match for pattern in patterns for match in pattern.finditer(text)]
+        matches.sort(key=lambda match: (match.end(), -match.start()), reverse=True)
+        for match in matches:
             if match.lastgroup == "option":
                 return {*texts[:1], match["option"].lower()}
             texts.append(_latex(match["latex"]) if match.lastgroup == "latex" else _numeric(match))
@@ -83,30 +89,32 @@ def _read(text: str, options: tuple[str, ...], letters: bool) -> set[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _rungs(options: tuple[str, ...], letters: bool) -> list[list[re.Pattern[str]]]:
-    """Patterns, the most telling first: "final answer is", "answer:", "answer", the first word, anywhere."""
+def _patterns_by_priority(options: tuple[str, ...], letters: bool) -> list[list[re.Pattern[str]]]:
+    """Patterns, the highest priority first: "final answer is", "answer:", "answer", the first word, anywhere."""
     cases = [*LETTERS, *LETTERS.lower()] if letters else []
     names = [*cases, *(f"({letter})" for letter in cases), *options]
     option = f"(?P<option>{'|'.join(map(re.escape, names))})"
     whole = rf"{option}(?:\*\*)?(?:[.,:\s]|$)"
     alone = rf"(?:^|\s)(?:\*\*)?{whole}"
     number = rf"(?:.{{0,100}}=\s*|.{{0,50}}?){_NUMERIC}(?!\s*=)"
-    rungs = [
+    priorities = [
         [_FINAL + _LATEX + _HOPE, _FINAL + _NUMERIC + _HOPE, _FINAL + option + _HOPE],
         [rf"{_FINAL_IS}\s*{_LATEX}", _BOXES, _FINAL_IS + _NUMERIC, rf"{_FINAL_IS}\s*{option}"],
     ]
     for word in ("(?i:answer):", "(?i:answer)"):
-        rungs.append([f"{word}.{{0,50}}?{_LATEX}", word + number, f"{word}.{{0,50}}?{alone}"])
-    rungs += [[rf"^(?:\*\*)?{whole}"], [_LATEX, _TERM, _NUMBER, alone]]
+        priorities.append([f"{word}.{{0,50}}?{_LATEX}", word + number, f"{word}.{{0,50}}?{alone}"])
+    priorities += [[rf"^(?:\*\*)?{whole}"], [_LATEX, _TERM, _NUMBER, alone]]
     # Formulas may run over lines, words may not.
-    return [[re.compile(p, re.DOTALL if "<latex>" in p else 0) for p in rung] for rung in rungs]
+    return [[re.compile(p, re.DOTALL if "<latex>" in p else 0) for p in patterns] for patterns in priorities]
 
 
 def _numeric(match: re.Match[str]) -> str:
     """A number without leading zeros and thousands' separators; a term as it is."""
     if match.lastgroup == "term":
         return match["term"]
-    whole, point, decimals = re.fullmatch(r"(.*?)(?:([.,])(\d+))?", match["number"]).groups("")
+    parts = re.fullmatch(r"(.*?)(?:([.,])(\d+))?", match["number"])
+    assert parts is not None
+    whole, point, decimals = parts.groups("")
     if point == "," and len(decimals) == 3 and len(whole.lstrip("-")) <= 3:
         whole, point, decimals = whole + decimals, "", ""
     whole = re.sub("[ ,]", "", whole).lstrip("0") or "0"
@@ -114,7 +122,8 @@ def _numeric(match: re.Match[str]) -> str:
 
 
 def _is_arithmetic(term: str) -> bool:
-    """Whether sympy could parse it: `2 - 3`, and not `3 - ` or `2 - 3 4`. What it cannot does not end the search."""
+    """Whether sympy could parse it: `2 - 3`, but not `3 - ` or `2 - 3 4`. A term that it cannot parse does not end the
+    search."""
     try:
         tree = ast.parse(term.strip().replace("\n", " ").replace("^", "**"), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -123,7 +132,7 @@ def _is_arithmetic(term: str) -> bool:
 
 
 def _latex(text: str) -> str:
-    """What a formula's marks hold; of several boxes the last, unless they are one list."""
+    """A formula without its delimiters; the last of several boxes, unless they are one list."""
     boxes = list(_BOX.finditer(text))
     if len(boxes) > 1 and _LIST.fullmatch(text[boxes[-2].end() : boxes[-1].start()]):
         return text
@@ -140,7 +149,7 @@ def strict_correct(response: str, options: Sequence[str], gold: int, letters: bo
     """Whether the last `<answer>…</answer>` names the right option and no other.
 
     An option is named by its letter, its text, or both (`B`, `right`, `(B) right`). Case, white space and punctuation
-    around it do not count, an answer may span lines, and nothing outside the tags is looked at.
+    around it do not count, an answer may span lines, and text outside the tags is ignored.
     """
     answers = _ANSWERS.findall(response)
     answer = _plain(answers[-1]) if answers else ""
@@ -148,12 +157,12 @@ def strict_correct(response: str, options: Sequence[str], gold: int, letters: bo
 
 
 def _named(answer: str, options: Sequence[str], letters: bool) -> set[int]:
-    named = {place for place, option in enumerate(options) if option == answer}
-    found = _LETTER_FIRST.fullmatch(answer) if letters else None
-    if found:
-        place, rest = LETTERS.lower().index(found[1]), found[2]
-        if place < len(options) and rest in ("", options[place]):
-            named.add(place)
+    named = {index for index, option in enumerate(options) if option == answer}
+    match = _LETTER_FIRST.fullmatch(answer) if letters else None
+    if match:
+        index, rest = LETTERS.lower().index(match[1]), match[2]
+        if index < len(options) and rest in ("", options[index]):
+            named.add(index)
     return named
 
 

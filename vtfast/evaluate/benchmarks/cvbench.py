@@ -24,10 +24,10 @@ def read(row: Mapping[str, Any], index: int) -> Example:
 
 
 def official(grades: Sequence[Grade]) -> float:
-    """((ADE20K + COCO) / 2 + Omni3D) / 2. Each mean runs over the sources, and then the halves, that are present."""
+    """((ADE20K + COCO) / 2 + Omni3D) / 2. Each mean is over the sources, and then the halves, that are present."""
     halves = []
     for sources in SOURCES.values():
-        parts = [[one for one in grades if one.source == source] for source in sources]
+        parts = [[grade for grade in grades if grade.source == source] for source in sources]
         scores = [accuracy(part) for part in parts if part]
         if scores:
             halves.append(sum(scores) / len(scores))

@@ -1,6 +1,6 @@
 """SAT's own held-out rows (array/SAT): `SAT_test.parquet`, 150 real photographs, or `SAT_val.parquet`, 4,001 rendered.
 
-Asked as in training: options as texts in an order drawn for each row, without letters. So letters are no answers here.
+Asked as in training: option texts in a random order for each row, without letters. So a letter is not an answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Visual Spatial Reasoning (cambridgeltl/vsr_random, or vsr_zeroshot): is a caption true of an image? 2,195 test rows.
 
-The data set has no images, only names and links of COCO's. They lie beside the JSONL, in `images/`, or in a folder of
-the user's choice; `vtfast.evaluate.vsr_images` finds and, if asked to, fetches them.
+The data set has no images, only the names and links of COCO's. They lie beside the JSONL, in `images/`, or in a folder
+of the user's choice; `vtfast.evaluate.vsr_images` finds and, on request, downloads them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ QUESTION = (
     'Please analyze the provided image. Does the statement "{caption}" accurately describes what you see? '
     "Choose from (A) True or (B) False."
 )
-"""Word for word the study's, grammar included."""
+"""The study's text, word for word."""
 OPTIONS = ("True", "False")
 
 
 def read(row: Mapping[str, Any], index: int) -> Example:
     label = row.get("label")
     if label not in (0, 1):
-        raise InvalidRow(f"label is {label!r}, and 0 or 1 is wanted")
-    name, link = row.get("image"), row.get("image_link")
+        raise InvalidRow(f"label is {label!r}, expected 0 or 1")
+    name, url = row.get("image"), row.get("image_link")
     if isinstance(name, str) and (name != Path(name).name or name == ".." or len(name) > 200):
-        raise InvalidRow(f"image is {name!r}, and a file name is wanted")
+        raise InvalidRow(f"image is {name!r}, expected a file name")
     return Example(
         index=index,
         task=text_of(row, "relation"),
@@ -36,7 +36,7 @@ def read(row: Mapping[str, Any], index: int) -> Example:
         options=OPTIONS,
         gold=0 if label == 1 else 1,
         images=(Path(name),) if isinstance(name, str) else (),
-        link=link if isinstance(link, str) else "",
+        image_url=url if isinstance(url, str) else "",
     )
 
 
