@@ -167,7 +167,7 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
         "--batch_size -2: must be at least 1",
         "--dtype float16: must be one of auto, float32, bfloat16",
         "--bench cvbnch: unknown; did you mean cvbench?",
-        "--data vsr: BENCH=PATH is wanted, such as --data vsr=FOLDER",
+        "--data vsr: expected BENCH=PATH, such as --data vsr=FOLDER",
         "--template r2-zero: unknown prompt template",
         "--min_pixels 9: must be at most --max_pixels 3",
         "--output_dir taken: is a file; name a folder",
@@ -184,7 +184,7 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
     [
         (["--model", "Qwen2-VL-2B"], "or a hub id such as Qwen/Qwen2-VL-2B"),
         (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not asked; add it with"),
-        (["--model", "m", "--fetch_images"], "--fetch_images: is for VSR's images"),
+        (["--model", "m", "--fetch_images"], "--fetch_images: has an effect only with --bench vsr"),
         (["--model", "m", "--bench", ","], "--bench: name at least one of cvbench"),
         (["--model", "m", "--output_dir", f"{__file__}/x"], f"{__file__} is a file; name a folder"),
         (["--model", "m", "--bench", "mmstar"], "--bench mmstar: unknown; there are cvbench, blink"),

@@ -129,20 +129,20 @@ def test_a_column_that_is_not_there(tmp_path, kind, columns, message):
 
 def test_parquet_reads_only_what_is_needed(tmp_path):
     table = pa.table({"question": ["?"], "answer": ["1"], "heavy": [b"x" * 100]})
-    assert Columns().wanted(table.column_names) == ["question", "answer"]
+    assert Columns().select(table.column_names) == ["question", "answer"]
     named = Columns(question="heavy")
-    assert named.wanted(table.column_names) == ["heavy", "answer"]
+    assert named.select(table.column_names) == ["heavy", "answer"]
 
 
 BAD = {
-    "no options: not a list but str": {"question": "?", "answer": "a", "options": "a, b"},
+    "the options are not a list but str": {"question": "?", "answer": "a", "options": "a, b"},
     "the answer '1' is not among the options": {"question": "?", "answer": 1, "options": ["a", "b"]},
     "the answer is not text but bool": {"question": "?", "answer": True},
     "the answer is nan": {"question": "?", "answer": float("nan")},
     "the answer is not text but list": {"question": "?", "answer": ["a"]},
-    "empty answer": {"question": "?", "answer": "<answer> </answer>"},
-    "empty question": {"question": "<image>\n", "answer": "a"},
-    "image 0: int is no image": {"question": "?", "answer": "a", "image": 7},
+    "the answer is empty": {"question": "?", "answer": "<answer> </answer>"},
+    "the question is empty": {"question": "<image>\n", "answer": "a"},
+    "image 0: int is not an image": {"question": "?", "answer": "a", "image": 7},
     "image 1: empty": {"question": "?", "answer": "a", "image": [PNG, None]},
     "is the answer": {"question": "?", "reply": "a"},
 }
@@ -173,7 +173,7 @@ def test_static_is_one_image(tmp_path, caplog):
     assert [sample.row for sample in samples] == [0, 3]
     assert samples.skipped == []
     assert caplog.messages == [
-        f"left out 2 of 4 rows, the first: {path}, row 1 (counted from 0): 2 images, and --static wants one"
+        f"filtered out 2 of 4 rows, the first: {path}, row 1 (counted from 0): 2 images, --static takes rows with one"
     ]
     text = {"question": "?", "answer": "a"}
     with pytest.raises(FilteredOut, match="0 images"):
@@ -192,7 +192,7 @@ def test_question_types(tmp_path):
         assert {sample.question_type for sample in samples} == set(wanted)
     with pytest.raises(UserError, match=r"no usable row among 4.*row 0 \(counted from 0\): question_type other"):
         load_samples(path, row_filter=RowFilter(question_types=("ego_movement",)))
-    with pytest.raises(InvalidRow, match="no question_type, which --question_types goes by"):
+    with pytest.raises(InvalidRow, match="no question_type, which --question_types needs"):
         parse_row({"question": "?", "answer": "a"}, row_filter=RowFilter(question_types=("other",)))
 
 

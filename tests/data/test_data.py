@@ -92,7 +92,7 @@ BAD = {
     "image 0: corrupt image (": {"image_bytes": [png_header(100, 100)]},
     "the answer '7' is not among the options": {"correct_answer": "7"},
     "the answer 'left' is not among": {"correct_answer": "left", "answers": ["Left", "right"]},
-    "empty question": {"question": " \n"},
+    "the question is empty": {"question": " \n"},
     "the question is not text but NoneType": {"question": None},
     "the answer is not text": {"correct_answer": None},
     "the option is not text": {"answers": ["3", None]},

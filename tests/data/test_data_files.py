@@ -13,7 +13,8 @@ from PIL import Image
 
 import vtfast.data.file_reader
 from vtfast.data import load_samples
-from vtfast.data.file_reader import find_files, read_rows
+from vtfast.data.data_files import find_files
+from vtfast.data.file_reader import read_rows
 from vtfast.utils.errors import UserError
 
 # ---------------------------------------------------------------------------------- folders
@@ -80,12 +81,12 @@ def test_unreadable_files(tmp_path):
         "torn.json": (b'[{"messages": ', "not a readable JSON file"),
         "deep.json": (b"[" * 200_000, "not a readable JSON file"),
         "binary.json": (b"\xff\xfe\x00\xd8", "not a readable JSON file"),
-        "object.json": (b"{}", "a JSON list of rows is wanted, not dict"),
+        "object.json": (b"{}", "must be a JSON list of rows, not dict"),
         "other.json": (b'[{"question": "?"}]', "columns question, and none of them is the answer"),
         "none.json": (b"[]", "it has no rows"),
         "none.jsonl": (b"\n\n", "it has no rows"),
         "torn.jsonl": (b'{"question": "?", "ans', "torn.jsonl, line 1: not JSON \\(Unterminated string"),
-        "list.jsonl": (b"[1]", "list.jsonl, line 1: not a row of named values but list"),
+        "list.jsonl": (b"[1]", "list.jsonl, line 1: must be a mapping of columns to values, not list"),
         "other.jsonl": (b'{"question": "?"}', "columns question, and none of them is the answer"),
         "x.csv": (b"question", "unknown kind of file"),
     }
@@ -287,7 +288,7 @@ def test_a_connection_that_fails_without_a_word(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", mute)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", mute)
-    with pytest.raises(UserError, match="no connection \\(TimeoutError: no reason given\\)"):
+    with pytest.raises(UserError, match="no connection \\(TimeoutError: TimeoutError\\)"):
         load_samples("nobody/no-such-set")
 
 

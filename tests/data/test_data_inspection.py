@@ -65,7 +65,7 @@ def test_what_a_selection_leaves_out(tmp_path, inspect):
     found = inspect(path, "--static", "true")
     assert (found["rows"], found["usable"]) == (8, 3)
     assert [(group["count"], group["reason"]) for group in found["left_out"]] == [
-        (1, "… images, and --static wants one")
+        (1, "… images, --static takes rows with one")
     ]
     assert inspect(path, "--question_types", "goal_aim")["usable"] == 1
     assert inspect(path, "--limit", 2)["rows"] == 2
@@ -106,7 +106,7 @@ def test_text_for_people(tmp_path, capsys):
     assert "rows            2, 1 of them usable\n" in text
     assert "options         open: 1\n" in text and "images          text only: 1\n" in text
     assert "image width" not in text  # there are none
-    assert f"bad rows: 1 x empty answer\n  {path}, line 2: empty answer\n" in text
+    assert f"bad rows: 1 x the answer is empty\n  {path}, line 2: the answer is empty\n" in text
     assert text.endswith("User: 1 + 1?\nAssistant: <think>\n")
 
 

@@ -87,5 +87,5 @@ def test_a_run_on_rows_of_ones_own(tmp_path):
         (step, row, answer) for step in (1, 2) for row, answer in enumerate(("3", "yes", "2"))
     }
     [skipped] = [json.loads(line) for line in (run / "skipped.jsonl").open()]
-    assert (skipped["row"], skipped["reason"]) == (3, "empty question")
+    assert (skipped["row"], skipped["reason"]) == (3, "the question is empty")
     assert skipped["where"] == "mine.jsonl, line 4"

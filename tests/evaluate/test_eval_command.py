@@ -133,7 +133,7 @@ def test_rescoring_needs_neither_model_nor_data(evaluated, tmp_path, capsys):
 
 def test_a_second_call_asks_nothing(evaluated, capsys, caplog, monkeypatch):
     run, command = evaluated
-    monkeypatch.setattr(run_benchmark._Asker, "answer", None)
+    monkeypatch.setattr(run_benchmark.BenchmarkRunner, "respond", None)
     before = {path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()}
     assert main(command) == 0
     assert before == {path.name: path.read_bytes() for path in (run / "evaluations" / "step-100").iterdir()}
@@ -141,7 +141,8 @@ def test_a_second_call_asks_nothing(evaluated, capsys, caplog, monkeypatch):
     assert "the template eval-r1-zero (the run trained with r1-zero)" in caplog.text
     assert main([*command, "--max_pixels", "1568"]) == 2
     assert (
-        "cvbench.jsonl: holds answers under other settings (max_pixels: 784 there, 1568 now)" in capsys.readouterr().err
+        "cvbench.jsonl: holds responses under other settings (max_pixels: 784 there, 1568 now)"
+        in capsys.readouterr().err
     )
 
 

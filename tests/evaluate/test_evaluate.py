@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 
 import pytest
 from hugging_face import inputs, plain
@@ -77,11 +78,12 @@ def test_sat_is_asked_as_in_training(files):
 def test_answers_are_hugging_faces(base, base_path, files):
     """Greedy, a batch of several lengths, pixel limits of the processor: token for token what `generate` says."""
     processor = Processor.from_pretrained(base_path, min_pixels=784, max_pixels=2352)
-    asker = run_benchmark._Asker(base, processor, "eval-r1-zero", False, 10)
+    runner = run_benchmark.BenchmarkRunner(BENCHMARKS["cvbench"], base, processor, "eval-r1-zero", False, 10)
     examples = list(load_examples(BENCHMARKS["cvbench"], files["cvbench"]))[:3]
-    batch = asker.encode(examples)
+    batch: Future = Future()
+    batch.set_result(runner.encode(examples))
     settings = GenerationConfig(do_sample=False, max_new_tokens=10, eos_token_id=processor.eos_ids, pad_token_id=0)
-    for (_, prompt), row in zip(batch, asker.answer(BENCHMARKS["cvbench"], batch, False), strict=True):
+    for (_, prompt), row in zip(batch.result(), runner.respond(batch, False), strict=True):
         with plain(base) as module:
             theirs = module.generate(**inputs(prompt), generation_config=settings)[0, len(prompt.ids) :]
         assert row["response"] == processor.decode(theirs.tolist()) and row["tokens"] == len(theirs)
@@ -117,15 +119,15 @@ def test_a_stopped_evaluation_goes_on(base, files, tmp_path, monkeypatch):
     whole = evaluate(base, **ask, output=tmp_path / "whole")
     expected = (tmp_path / "whole" / "cvbench.jsonl").read_bytes()
 
-    answer, batches = run_benchmark._Asker.answer, []
+    respond, batches = run_benchmark.BenchmarkRunner.respond, []
 
-    def stopping(self, benchmark, batch, progress):
-        batches.append([example.index for example, _ in batch])
+    def stopping(self, batch, progress):
+        batches.append([example.index for example, _ in batch.result()])
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return answer(self, benchmark, batch, progress)
+        return respond(self, batch, progress)
 
-    monkeypatch.setattr(run_benchmark._Asker, "answer", stopping)
+    monkeypatch.setattr(run_benchmark.BenchmarkRunner, "respond", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate(base, **ask, output=tmp_path / "part")
     file = tmp_path / "part" / "cvbench.jsonl"
@@ -160,7 +162,7 @@ def test_answers_under_other_settings_are_refused(oracle, base, base_path, files
         (base, {"max_completion_length": 7}, "max_completion_length"),
         (base, {"processor": Processor.from_pretrained(base_path, max_pixels=784, min_pixels=784)}, "min_pixels"),
     ):
-        with pytest.raises(UserError, match=rf"cvbench.jsonl: holds answers under other settings \({name}: "):
+        with pytest.raises(UserError, match=rf"cvbench.jsonl: holds responses under other settings \({name}: "):
             evaluate(policy, **ask, **changed)
     other_data = write_parquet(tmp_path / "other.parquet", [cvbench_row(0, prompt="Else?")], CVBENCH)
     with pytest.raises(UserError, match="row 0 of the data is another question"):

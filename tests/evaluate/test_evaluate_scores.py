@@ -1,12 +1,15 @@
 """`score`: the published totals out of published parts, the benchmarks' own formulas, and rows that cannot be read."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy
 import pytest
 from make_benchmarks import ROW, blink_row, cvbench_row, sample_rows, vsr_row
 from make_files import picture, sat_row
 
-from vtfast.cli.eval import BENCHES
-from vtfast.evaluate import BENCHMARKS, score
+from vtfast.evaluate import BENCHMARKS, benchmarks, score
 from vtfast.evaluate.score_table import PUBLISHED, score_table
 from vtfast.utils.errors import UserError
 
@@ -100,7 +103,7 @@ def test_both_scorers_stand_side_by_side():
 @pytest.mark.parametrize(
     ("bench", "row", "message"),
     [
-        ("cvbench", cvbench_row(1, answer="(F)"), r"row 1: answer is '\(F\)', and one of \(A\) to \(D\)"),
+        ("cvbench", cvbench_row(1, answer="(F)"), r"row 1: answer is '\(F\)', expected one of \(A\) to \(D\)"),
         ("cvbench", cvbench_row(1, answer="hidden"), "answer is 'hidden'"),
         ("cvbench", cvbench_row(1, answer="(AB)"), "answer is"),
         ("cvbench", cvbench_row(1, answer="()"), "answer is"),
@@ -148,14 +151,20 @@ def test_images_are_not_looked_at():
 def test_wrong_calls():
     with pytest.raises(UserError, match="1 responses for 2 rows"):
         score("vsr", [vsr_row(0)] * 2, ["A"])
-    with pytest.raises(UserError, match="no answers"):
+    with pytest.raises(UserError, match="no responses"):
         score("vsr", [], [])
     with pytest.raises(UserError, match=r"unknown benchmark 'vrs'.*cvbench, blink, vsr, sat"):
         score("vrs", [], [])
 
 
+def test_every_file_of_the_folder_is_a_benchmark():
+    files = sorted(path.stem for path in Path(benchmarks.__file__).parent.glob("[!_]*.py"))
+    assert sorted(BENCHMARKS) == files and list(BENCHMARKS) == ["cvbench", "blink", "vsr", "sat"]
+    code = "import sys, vtfast.cli.eval; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_the_table():
-    assert tuple(BENCHMARKS) == BENCHES
     rows = [cvbench_row(1), cvbench_row(1, "Depth")]
     scores = {
         "vsr": score("vsr", [vsr_row(1)], ["<answer>A</answer>"]),
@@ -182,5 +191,5 @@ def test_what_callers_may_hand_over():
     with pytest.raises(UserError, match="cvbench, response 0: not text but NoneType"):
         score("cvbench", [row], [None])
     seven = {**row, "choices": list("1234567"), "answer": "(G)"}
-    with pytest.raises(UserError, match="cvbench, row 0: 7 options, and letters go to F"):
+    with pytest.raises(UserError, match="cvbench, row 0: 7 options, letters go up to F"):
         score("cvbench", [seven], ["G"])

@@ -13,7 +13,7 @@ import torch
 from vtfast.config import Config, RunConfig, SFTConfig
 from vtfast.cost.memory import MemoryEstimate, ParameterCount, count_parameters, estimate_memory
 from vtfast.cost.workload import Workload, workload_of
-from vtfast.data.file_reader import find_files
+from vtfast.data.data_files import find_files
 from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
 from vtfast.model.loading import parse_dtype, read_model_config
 from vtfast.model.meta_model import meta_policy_for_run

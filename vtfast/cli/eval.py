@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vtfast.cli.arguments import Parser, WholeWords, one_of, whole_number
 from vtfast.config import SettingsError
 from vtfast.data.prompt_templates import load_template
+from vtfast.evaluate import BENCHMARKS
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import check_inside, expand
 from vtfast.utils.hub import model_path
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from vtfast.evaluate.evaluated_model import EvaluatedModel
 
 log = logging.getLogger("vtfast")
-BENCHES = ("cvbench", "blink", "vsr", "sat")
-"""Those of `vtfast.evaluate`, whose import takes seconds; a test compares the two."""
+DEFAULT = next(iter(BENCHMARKS))
 EXAMPLES = """examples:
   vtfast eval --model runs/x/checkpoints/last --bench cvbench,blink
   vtfast eval --model Qwen/Qwen2-VL-2B --bench vsr --data vsr=/data/test.jsonl --image_folder /data/coco
@@ -32,35 +32,35 @@ EXAMPLES = """examples:
 
 
 class _WithExamples(WholeWords, argparse.RawDescriptionHelpFormatter):
-    """Leaves the examples on their lines."""
+    """Keeps the line breaks of the examples."""
 
 
 def run(arguments: Sequence[str]) -> int:
     options, problems = _parser().parse_known(arguments)
-    benches, data = _named(options, problems)
+    benches, data = _benches_and_data(options, problems)
     problems += _problems(options, benches)
     if problems:
         raise SettingsError(problems)
 
     from vtfast.evaluate.evaluated_model import check_model, find_model
-    from vtfast.evaluate.response_file import write_scores
     from vtfast.evaluate.score_table import score_table
+    from vtfast.evaluate.scores import write_scores
 
     checkpoint = find_model(options.model)
     home = expand(options.output_dir) if options.output_dir else checkpoint.home
     folder = home / "evaluations" / checkpoint.name
-    check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHES))
+    check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHMARKS))
     if options.rescore:
-        done: Iterable[str] = _there(folder, benches)
+        done: Iterable[str] = _answered(folder, benches)
     else:
-        check_model(checkpoint)  # a moment; the data may be a download
-        done = _ask(options, checkpoint, folder, benches or ["cvbench"], data)
+        check_model(checkpoint)  # quick, while the data may be a download
+        done = _generate(options, checkpoint, folder, benches or [DEFAULT], data)
     scores = {}
     for bench in done:
         scores[bench] = write_scores(folder, bench, model=options.model, step=checkpoint.step)
     if scores:  # rank 0 alone has some
         show(score_table(scores))
-        show(f"answers and scores: {folder}")
+        show(f"responses and scores: {folder}")
     return 0
 
 
@@ -69,10 +69,10 @@ def _parser() -> Parser:
         prog="vtfast eval",
         usage="vtfast eval [-h] --model MODEL [--bench NAME,...] [--FLAG VALUE ...]",
         description="Ask a model the questions of spatial benchmarks, greedily, and score the answers.\n"
-        "What was answered before is kept: the same call goes on where it was stopped.",
+        "Responses are kept: the same call continues where it was stopped.",
         epilog=EXAMPLES,
         formatter_class=_WithExamples,
-        hints={bench: f"several benchmarks take commas, --bench {','.join(BENCHES)}" for bench in BENCHES},
+        hints={bench: f"several benchmarks take commas, --bench {','.join(BENCHMARKS)}" for bench in BENCHMARKS},
         checks={
             **dict.fromkeys(
                 ("limit", "max_completion_length", "batch_size", "min_pixels", "max_pixels"), whole_number(1)
@@ -82,23 +82,23 @@ def _parser() -> Parser:
             "device": one_of("auto", "cpu", "cuda"),
         },
     )
-    add = parser.add_argument_group("what is asked").add_argument
+    add = parser.add_argument_group("questions").add_argument
     add("--model", required=True, help="a run folder or its checkpoint, a model folder or a hub id")
-    add("--bench", metavar="NAME,...", help=f"any of {', '.join(BENCHES)} (default cvbench)")
+    add("--bench", metavar="NAME,...", help=f"any of {', '.join(BENCHMARKS)} (default {DEFAULT})")
     add(
         "--data",
         action="append",
         metavar="BENCH=PATH",
         help="a file, a folder or another hub id for a benchmark; several with commas (default: the hub)",
     )
-    add("--limit", metavar="N", help="the first N questions of each only (default: all)")
+    add("--limit", metavar="N", help="only the first N questions of each (default: all)")
     add("--image_folder", metavar="FOLDER", help="where VSR's images are (default: beside its file)")
-    add("--fetch_images", action="store_true", help="fetch VSR's missing images from COCO's links")
-    add = parser.add_argument_group("how it is asked").add_argument
+    add("--fetch_images", action="store_true", help="download VSR's missing images from COCO's links")
+    add = parser.add_argument_group("prompts and generation").add_argument
     add(
         "--template",
         metavar="NAME|FILE",
-        help="prompt: a name in vtfast/data/templates, or a text file (default: what fits how the model was trained:"
+        help="prompt: a name in vtfast/data/templates, or a text file (default: by how the model was trained:"
         " eval-r1-zero, eval-instruct, or these with -direct)",
     )
     add(
@@ -109,50 +109,51 @@ def _parser() -> Parser:
     add("--max_completion_length", default=1024, metavar="N", help="tokens (default 1024)")
     for name in ("--min_pixels", "--max_pixels"):
         add(name, metavar="N", help="of an image (default: the run's, else the checkpoint's)")
-    add = parser.add_argument_group("how it runs").add_argument
-    add("--batch_size", default=64, metavar="N", help="questions at once on a rank (default 64)")
+    add = parser.add_argument_group("execution").add_argument
+    add("--batch_size", default=64, metavar="N", help="questions that a rank generates for at once (default 64)")
     add("--dtype", default="auto", metavar="X", help="float32 or bfloat16 (default auto, by device)")
-    add("--device", default="auto", metavar="X", help="cpu or cuda (default auto: what is there)")
+    add("--device", default="auto", metavar="X", help="cpu or cuda (default auto: CUDA if there is any)")
     add(
         "--output_dir",
         metavar="FOLDER",
         help="results go to FOLDER/evaluations/NAME (default: the run, else the current folder)",
     )
-    add("--rescore", action="store_true", help="score the answers that are there again; needs no model and no data")
+    add("--rescore", action="store_true", help="score existing responses again; needs no model and no data")
     add("--local_rank", help=argparse.SUPPRESS)  # launchers pass it
     return parser
 
 
-def _named(options: argparse.Namespace, problems: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The benchmarks that `--bench` names, none where it is not given, and the path or hub id of those that `--data`
-    names. What is wrong with either goes to `problems`."""
+def _benches_and_data(options: argparse.Namespace, problems: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The benchmarks of `--bench` (none without the flag), and the path or hub id of each benchmark in `--data`.
+
+    Adds what is wrong with either to `problems`."""
     names = list(dict.fromkeys(filter(None, map(str.strip, (options.bench or "").split(",")))))
     if options.bench is not None and not names:
-        problems.append(f"--bench: name at least one of {', '.join(BENCHES)}")
+        problems.append(f"--bench: name at least one of {', '.join(BENCHMARKS)}")
     for name in names:
-        if name not in BENCHES:
-            close = difflib.get_close_matches(name, BENCHES, n=1)
+        if name not in BENCHMARKS:
+            close = difflib.get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {close[0]}? There" if close else "there"
-            problems.append(f"--bench {name}: unknown; {hint} are {', '.join(BENCHES)}")
-    benches, data = [name for name in names if name in BENCHES], {}
-    asked = benches or BENCHES[:1]
+            problems.append(f"--bench {name}: unknown; {hint} are {', '.join(BENCHMARKS)}")
+    benches, data = [name for name in names if name in BENCHMARKS], {}
+    asked = benches or [DEFAULT]
     for pair in [pair for text in options.data or [] for pair in text.split(",")]:
         bench, equals, path = pair.partition("=")
-        if not equals or not path or bench not in BENCHES:
-            such = f"{asked[0]}={'FOLDER' if equals or pair in BENCHES else pair}"
+        if not equals or not path or bench not in BENCHMARKS:
+            such = f"{asked[0]}={'FOLDER' if equals or pair in BENCHMARKS else pair}"
             problems.append(
-                f"--data {pair}: BENCH=PATH is wanted, such as --data {such}, with BENCH one of {', '.join(asked)}"
+                f"--data {pair}: expected BENCH=PATH, such as --data {such}, with BENCH one of {', '.join(asked)}"
             )
         elif bench not in asked and len(benches) == len(names):
             both = ",".join([*asked, bench])
-            problems.append(f"--data {pair}: {bench} is not asked; add it with --bench {both}")
+            problems.append(f"--data {pair}: {bench} is not among the benchmarks; add it with --bench {both}")
         else:
             data[bench] = path
     return benches, data
 
 
 def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[str]:
-    """What else is wrong with the command line, as far as this machine's files tell it without loading anything."""
+    """What else is wrong with the command line, without loading anything."""
     if options.template is not None:
         try:
             load_template(options.template)
@@ -171,7 +172,7 @@ def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[s
         return
     for flag in ("image_folder", "fetch_images"):
         if getattr(options, flag) and "vsr" not in benches:
-            yield f"--{flag}: is for VSR's images, which are not asked; add them with --bench vsr"
+            yield f"--{flag}: has an effect only with --bench vsr"
     if options.image_folder is not None and not expand(options.image_folder).is_dir():
         folder = options.image_folder
         yield f"--image_folder {folder}: no such folder; {did_you_mean(folder, 'name one')}"
@@ -183,42 +184,40 @@ def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[s
 
 
 def _may_be_checkpoint(path: Path) -> bool:
-    """Whether `find_model` can make something of it: RUN/checkpoints/last need not exist."""
+    """Whether `find_model` can resolve it: RUN/checkpoints/last need not exist."""
     return path.is_dir() or (path.name == "last" and path.parent.is_dir())
 
 
-def _there(folder: Path, benches: Sequence[str]) -> list[str]:
-    """The benchmarks whose answers are to be scored again."""
-    there = [bench for bench in BENCHES if (folder / f"{bench}.jsonl").is_file()]
-    missing = [bench for bench in benches if bench not in there]
-    if missing or not there:
-        raise UserError(
-            f"--rescore: there is no {(missing or ['BENCH'])[0]}.jsonl in {folder}; leave --rescore out to ask"
-        )
-    return list(benches) or there
+def _answered(folder: Path, benches: Sequence[str]) -> list[str]:
+    """The benchmarks whose responses are to be scored again."""
+    answered = [bench for bench in BENCHMARKS if (folder / f"{bench}.jsonl").is_file()]
+    missing = [bench for bench in benches if bench not in answered]
+    if missing or not answered:
+        raise UserError(f"--rescore: there is no {(missing or ['BENCH'])[0]}.jsonl in {folder}; run without --rescore")
+    return list(benches) or answered
 
 
-def _ask(
+def _generate(
     options: argparse.Namespace,
     checkpoint: EvaluatedModel,
     folder: Path,
     benches: Sequence[str],
     data: Mapping[str, str],
 ) -> Iterator[str]:
-    """Yields, on rank 0, each benchmark whose questions have been answered."""
+    """Generates the responses; yields each finished benchmark, on rank 0 only."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     from vtfast.config import Config
     from vtfast.data.processor import Processor
     from vtfast.distributed import launch
-    from vtfast.evaluate import BENCHMARKS, evaluate
+    from vtfast.evaluate import evaluate
     from vtfast.evaluate.benchmark_files import find_files
     from vtfast.evaluate.evaluated_model import default_template
     from vtfast.model.loading import load_model
 
     sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}
-    problems = []  # told before a model is loaded
+    problems = []  # all of them, before a model is loaded
     for bench in benches:
         try:
             find_files(BENCHMARKS[bench], sources[bench])
@@ -241,7 +240,7 @@ def _ask(
     literal, trained_with = config.get("literal_image", False), config.get("template")
     template = options.template or default_template(checkpoint, processor.tokenizer.chat_template)
     aside = f" (the run trained with {trained_with})" if trained_with not in (None, template) else ""
-    log.info("asked with the template %s%s", template, aside)
+    log.info("prompts use the template %s%s", template, aside)
     for bench in benches:
         evaluate(
             policy,

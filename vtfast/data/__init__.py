@@ -1,11 +1,12 @@
-"""Rows of data sets -> questions: where they lie, what their columns mean, which can be used."""
+"""Data: the rows of files become samples, samples become tokenized prompts, prompts become the batches of a step. Start
+reading in loading.py for rows -> samples and in processor.py for samples -> tensors."""
 
 from typing import TYPE_CHECKING, Any
 
-from vtfast.data.columns import AUTO_COLUMNS, Columns
+from vtfast.data.columns import AUTO_COLUMNS, Columns, InvalidRow
 from vtfast.data.loading import RowResult, Samples, iter_rows, load_samples, shuffle_options
-from vtfast.data.row_parser import FilteredOut, InvalidRow, RowFilter, Sample, parse_row
-from vtfast.data.sample import question_kind
+from vtfast.data.row_parser import FilteredOut, RowFilter, parse_row
+from vtfast.data.sample import Sample, question_kind
 
 if TYPE_CHECKING:
     from vtfast.data.processor import Processor
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Processor`, which imports torch: reward workers and `--help` do without."""
+    """`Processor`, which imports torch: reward workers and `--help` do not need it."""
     if name != "Processor":
         raise AttributeError(name)
     from vtfast.data.processor import Processor

@@ -1,4 +1,4 @@
-"""Which column of a data set holds what: by name where a flag says so, else by the names that published sets use.
+"""Which columns of a data set hold question, answer, options and images: from flags, or by the names of published sets.
 
 | set | question | answer | options | images |
 |---|---|---|---|---|
@@ -10,13 +10,13 @@
 | Geo170K before that | question | answer: `… Answer: B` | | image: a path |
 | MATH | problem | answer (its `solution` is the derivation) | | |
 
-Certain: the columns of each, from its card or from the code that reads or writes it. Assumed: that the rows of
-`multimodal-open-r1-8k-verified` all keep to the form that its authors' script writes; one that does not is read as its
-whole text. The columns `original_question` and `original_answer` of that set are not read.
+The columns are those of each set's card, or of the code that reads or writes it. The rows of
+`multimodal-open-r1-8k-verified` are assumed to have the form that its authors' script writes; the answer of any other
+row is its whole text. The columns `original_question` and `original_answer` of that set are not read.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from vtfast.utils.errors import UserError
 
@@ -30,80 +30,77 @@ QUESTION_TYPE = "question_type"
 MESSAGES = "messages"
 
 
+class InvalidRow(UserError):
+    """A row that cannot be used; the message says why."""
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns. None: not said, or behind `resolve` not there."""
+    """Names of columns. None: found by name, or, in the result of `resolve`, absent."""
 
     question: str | None = None
     answer: str | None = None
     options: str | None = None
     image: str | None = None
 
-    def resolve(self, there: Collection[str]) -> "Columns":
-        """These columns with the unsaid ones recognised among the names `there`.
+    def resolve(self, names: Collection[str]) -> "Columns":
+        """These columns, with None replaced by the known names among `names`.
 
-        A row may lack its options or image column, even one that was said: it asks an open or a text-only question.
-        `check` tells whether a whole file lacks it.
+        A row may lack its options or image column, even a given one: it is an open or a text-only question. `check`
+        finds a whole file that lacks it.
 
         Raises:
-            UserError: no column for the question or for the answer.
+            InvalidRow: no column for the question or for the answer.
         """
-        question = self.question or _first(QUESTION, there)
-        answer = self.answer or _first(ANSWER, there)
-        lacking = [
+        question = self.question or _first(QUESTION, names)
+        answer = self.answer or _first(ANSWER, names)
+        missing = [
             f"{name} (--{name}_column)"
             for name, column in (("question", question), ("answer", answer))
-            if column not in there
+            if column not in names
         ]
-        if lacking:
-            raise UserError(
-                f"columns {', '.join(sorted(map(str, there))) or 'none'}, and none of them is the "
-                f"{' or the '.join(lacking)}. Known names: {', '.join(QUESTION)}; "
+        if missing:
+            raise InvalidRow(
+                f"columns {', '.join(sorted(map(str, names))) or 'none'}, and none of them is the "
+                f"{' or the '.join(missing)}. Known names: {', '.join(QUESTION)}; "
                 f"{', '.join(ANSWER)}; or messages"
             )
         # `answers` are options in SAT alone; elsewhere they are several people's answers.
-        options = self.options or _first(("answers", *OPTIONS) if answer == SATS_ANSWER else OPTIONS, there)
-        return Columns(question, answer, options, self.image or _first(IMAGE, there))
+        options = self.options or _first(("answers", *OPTIONS) if answer == SATS_ANSWER else OPTIONS, names)
+        return Columns(question, answer, options, self.image or _first(IMAGE, names))
 
-    def check(self, there: Collection[str], where: str) -> None:
-        """Raises UserError, naming `where`, if a column that was said is not there or none fits."""
-        if MESSAGES in there and self == AUTO_COLUMNS:
+    def check(self, names: Collection[str], where: str) -> None:
+        """Raises UserError, naming `where`, if a given column is not among `names` or a needed one is not found."""
+        if MESSAGES in names and self == AUTO_COLUMNS:
             return
-        for entry in fields(self):
-            column = getattr(self, entry.name)
-            if column is not None and column not in there:
+        for name, column in vars(self).items():
+            if column is not None and column not in names:
                 raise UserError(
-                    f"{where}: no column {column!r}, which --{entry.name}_column names (there is: "
-                    f"{', '.join(sorted(map(str, there))) or 'nothing'})"
+                    f"{where}: no column {column!r}, which --{name}_column names (there is: "
+                    f"{', '.join(sorted(map(str, names))) or 'nothing'})"
                 )
         try:
-            self.resolve(there)
-        except UserError as error:
+            self.resolve(names)
+        except InvalidRow as error:
             raise UserError(f"{where}: {error}") from None
 
-    def wanted(self, there: Collection[str]) -> list[str]:
-        """The names among `there` that reading a row needs."""
-        if MESSAGES in there and self == AUTO_COLUMNS:
-            found = [MESSAGES, "images"]
+    def select(self, names: Collection[str]) -> list[str]:
+        """The columns among `names` that parsing a row needs."""
+        if MESSAGES in names and self == AUTO_COLUMNS:
+            needed = [MESSAGES, "images"]
         else:
-            resolved = self.resolve(there)
-            found = [getattr(resolved, entry.name) for entry in fields(resolved)] + [QUESTION_TYPE]
-        return [name for name in dict.fromkeys(found) if name in there]
+            needed = [*vars(self.resolve(names)).values(), QUESTION_TYPE]
+        return [name for name in dict.fromkeys(needed) if name in names]
 
 
 AUTO_COLUMNS = Columns()
-"""None said: all recognised by their names."""
+"""All columns are found by name."""
 
 
-def is_sat(said: Columns, found: Columns) -> bool:
-    """Whether columns were recognised as SAT's, where a row without options or without images is a broken one."""
-    return said.answer is None and found.answer == SATS_ANSWER
+def is_sat(given: Columns, resolved: Columns) -> bool:
+    """Whether the columns were recognised as SAT's, where a row without options or images is invalid."""
+    return given.answer is None and resolved.answer == SATS_ANSWER
 
 
-def keys(rows: Collection[object]) -> set[str]:
-    """All names in a batch of rows of a JSON file, where a row may leave out what it has not got."""
-    return {key for row in rows if isinstance(row, Mapping) for key in row}
-
-
-def _first(names: Collection[str], there: Collection[str]) -> str | None:
-    return next((name for name in names if name in there), None)
+def _first(candidates: Collection[str], names: Collection[str]) -> str | None:
+    return next((name for name in candidates if name in names), None)

@@ -3,9 +3,9 @@
 15,000 images of 512 x 512 are 12 GB as pixels and 0.5 GB as JPEG, so only the encoded form stays in
 memory.
 
-An image comes from anywhere, so little is taken on trust. Only FORMATS are looked at, whatever a file is called: every
-decoder more is one more to be attacked, and some start other programs. Sizes are checked by what the header says,
-before a pixel is decoded. A path must be that of a regular file: a device never ends, and a pipe waits for ever.
+Images are untrusted input. Only FORMATS are decoded, whatever a file's name is: every decoder can be attacked, and some
+start other programs. Sizes are checked from the header, before any pixel is decoded. A path must be that of a regular
+file: a device never ends, and a pipe blocks.
 """
 
 import io
@@ -29,7 +29,7 @@ ImageSource: TypeAlias = bytes | Path | Image.Image
 
 
 class ImageError(UserError):
-    """An image that cannot be used; the message says why, the caller adds which."""
+    """An image that cannot be used; the message says why, and the caller adds which image it is."""
 
 
 def open_image(source: ImageSource | str) -> Image.Image:
@@ -41,48 +41,54 @@ def open_image(source: ImageSource | str) -> Image.Image:
     if isinstance(source, Image.Image):
         image = source
     else:
-        check_file(source)
+        if problem := _file_problem(source):
+            raise ImageError(problem)
         try:
-            with warnings.catch_warnings():  # the size check below says it better
+            with warnings.catch_warnings():  # `_size_problem` has a better message
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 file = io.BytesIO(source) if isinstance(source, bytes) else source
                 image = Image.open(file, formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise ImageError(f"image of more than {MAX_PIXELS} pixels") from None
-        except UnidentifiedImageError:  # its message is the address of our buffer
-            raise ImageError("not an image of any known format") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-            raise ImageError(f"not a readable image ({first_line(error)})") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"image of {width} x {height} pixels, more than {MAX_PIXELS}")
-    if min(width, height) < 2:
-        raise ImageError(f"image of {width} x {height} pixels: a side of one pixel shows nothing")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ImageError(f"image of {width} x {height} pixels: aspect ratio above {MAX_RATIO}")
+            raise ImageError(_open_problem(error)) from error
+    if problem := _size_problem(*image.size):
+        raise ImageError(f"image of {image.width} x {image.height} pixels{problem}")
     return image
 
 
-def check_file(source: ImageSource | str) -> None:
-    """Raises ImageError for a path that is not that of a regular file with something in it, and for more encoded bytes
-    than any allowed image has."""
+def _file_problem(source: bytes | Path | str) -> str | None:
+    """Of a path that is not that of a regular file with content, or of more bytes than an allowed image has."""
     if isinstance(source, bytes):
         size = len(source)
     else:
         try:
             status = os.stat(source)  # follows links
         except FileNotFoundError:
-            raise ImageError(f"no such file: {shorten(source)}") from None
+            return f"no such file: {shorten(source)}"
         except (OSError, ValueError) as error:  # too long a name, a NUL byte in it, no permission
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ImageError(f"no usable path: {shorten(source)} ({reason})") from None
+            return f"no usable path: {shorten(source)} ({reason})"
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"not a regular file: {shorten(source)}")
+            return f"not a regular file: {shorten(source)}"
         size = status.st_size
-    if not size:  # what /proc holds calls itself empty too
-        raise ImageError("empty file")
-    if size > MAX_BYTES:
-        raise ImageError(f"{size} bytes, more than {MAX_BYTES}")
+    if not size:  # files in /proc have size 0 too
+        return "empty file"
+    return f"{size} bytes, more than {MAX_BYTES}" if size > MAX_BYTES else None
+
+
+def _open_problem(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"image of more than {MAX_PIXELS} pixels"
+    if isinstance(error, UnidentifiedImageError):  # its message is the address of our buffer
+        return "not an image of any known format"
+    return f"not a readable image ({first_line(error)})"
+
+
+def _size_problem(width: int, height: int) -> str | None:
+    if width * height > MAX_PIXELS:
+        return f", more than {MAX_PIXELS}"
+    if min(width, height) < 2:
+        return ": a side of one pixel shows nothing"
+    return f": aspect ratio above {MAX_RATIO}" if max(width, height) > MAX_RATIO * min(width, height) else None
 
 
 def load_image(source: ImageSource | str) -> Image.Image:

@@ -164,7 +164,7 @@ def _problem(found: dict[str, Problem], row: RowResult, reason: str) -> None:
     problem = found.setdefault(general, Problem())
     problem.count += 1
     if len(problem.first) < SHOWN:
-        problem.first.append(f"{row.file}, {row.place}: {reason}")
+        problem.first.append(f"{row.file}, {row.position}: {reason}")
 
 
 def _sorted(found: Mapping[str, Problem]) -> list[tuple[str, Problem]]:

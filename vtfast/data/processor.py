@@ -1,15 +1,15 @@
-"""Text and images -> `Prompt`, the tensors of one question.
+"""Encodes text and images as a `Prompt`, the tensors of one question.
 
-Composed of the checkpoint's tokenizer and Qwen2-VL's PIL image processor (Qwen2.5-VL's is the same): AutoProcessor
-would need torchvision, and its default image backend changes with torchvision being there. A text model has the
-tokenizer alone.
+Uses the checkpoint's tokenizer and Qwen2-VL's PIL image processor (Qwen2.5-VL's is the same). AutoProcessor would need
+torchvision, and its default image backend depends on whether torchvision is installed. A text model has only the
+tokenizer.
 
 Shapes: P prompt tokens (image tokens counted), I images, K patches of 14 x 14 pixels of all images.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from vtfast.data.resize import _resizer, resized_sides
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import read_json
 from vtfast.utils.hub import model_path
+from vtfast.utils.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,8 +59,8 @@ class Processor:
         """Reads a checkpoint folder or hub id.
 
         Args:
-            min_pixels: least area of an image behind resizing; the checkpoint's own where None.
-                `save_pretrained` writes the limits in use.
+            min_pixels: smallest area of a resized image; None: the checkpoint's own. `save_pretrained` writes the
+                limits in use.
             max_pixels: largest area, likewise.
 
         Raises:
@@ -74,14 +75,11 @@ class Processor:
             if is_text_model(path):
                 return cls(tokenizer, None, _eos_ids(path, tokenizer))
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # strangers' files meet libraries: anything may come, a panic of Rust too
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except BaseException as error:  # libraries raise anything for damaged files, a panic of Rust too
             raise UserError(
-                f"cannot read the tokenizer and image processor of {path}: {reason} A model folder "
+                f"cannot read the tokenizer and image processor of {path}: {first_line(error)} A model folder "
                 "holds tokenizer.json, tokenizer_config.json and preprocessor_config.json beside "
                 "its weights"
             ) from error
@@ -90,11 +88,11 @@ class Processor:
         low = size["shortest_edge"] if min_pixels is None else min_pixels
         high = size["longest_edge"] if max_pixels is None else max_pixels
         if not 0 < low <= high:
-            raise UserError(f"min_pixels {low} and max_pixels {high}: 0 < min <= max is needed")
+            raise UserError(f"min_pixels {low} and max_pixels {high}: 0 < min <= max required")
         if low > MAX_PIXELS:
-            raise UserError(f"min_pixels {low}: images would be enlarged beyond {MAX_PIXELS} pixels")
+            raise UserError(f"min_pixels {low}: would enlarge images beyond {MAX_PIXELS} pixels")
         image_processor.size = {"shortest_edge": low, "longest_edge": high}
-        _resizer()  # chosen, and said in the log, before any work starts
+        _resizer()  # chosen and logged before any work starts
         return cls(tokenizer, image_processor, _eos_ids(path, tokenizer))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -105,11 +103,16 @@ class Processor:
 
     @property
     def pixel_limits(self) -> tuple[int, int] | None:
-        """Least and largest area of an image, in pixels; None for a text model."""
+        """Smallest and largest area of an image, in pixels; None for a text model."""
         if self.image_processor is None:
             return None
         size = self.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
+
+    @property
+    def _images(self) -> "Qwen2VLImageProcessorPil":
+        assert self.image_processor is not None, "callers refuse images for a text model"
+        return self.image_processor
 
     def encode(self, text: str, images: Sequence[ImageSource | str]) -> Prompt:
         """Tokens, positions and pixels of one rendered prompt.
@@ -121,31 +124,30 @@ class Processor:
         Raises:
             UserError: another number of placeholders than images, or an unusable image.
         """
-        found = text.count(PLACEHOLDER)
-        if found != len(images) or text.count(IMAGE_PAD) != found:
+        count = text.count(PLACEHOLDER)
+        if count != len(images) or text.count(IMAGE_PAD) != count:
             raise UserError(
-                f"the prompt has {found} image placeholders ({text.count(IMAGE_PAD)} {IMAGE_PAD}) "
+                f"the prompt has {count} image placeholders ({text.count(IMAGE_PAD)} {IMAGE_PAD}) "
                 f"for {len(images)} images: write {PLACEHOLDER} once per image in {text[:80]!r}"
             )
-        if found and self.image_processor is None:
-            raise UserError(f"{found} images for a text model: it reads text-only questions")
+        self._check_accepts(count)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise UserError("the prompt is empty: there is nothing to continue")
+            raise UserError("the prompt is empty")
         pixels, grid, merge = None, None, 1
-        if found:
-            merge = self.image_processor.merge_size
+        if count:
+            merge = self._images.merge_size
             pixels, grid = self._pixels(images)
             counts = iter((grid.prod(-1) // merge**2).tolist())
             pad = self.image_pad_id
             ids = [t for i in ids for t in ([i] * next(counts) if i == pad else [i])]
         ids = torch.tensor(ids, dtype=torch.int64)
-        mask = ids == self.image_pad_id if found else torch.zeros_like(ids, dtype=torch.bool)
+        mask = ids == self.image_pad_id if count else torch.zeros_like(ids, dtype=torch.bool)
         positions = mrope_positions(mask, grid, merge)
         return Prompt(ids, positions, pixels, grid, _key(ids, pixels, grid), text, mask, images)
 
     def prompt_length(self, text: str, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens that `encode` would make, told from the images' (width, height) alone.
+        """Number of tokens that `encode` would return, from the images' (width, height) alone.
 
         Raises:
             UserError: an image that cannot be resized within the limits.
@@ -153,20 +155,24 @@ class Processor:
         text_tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not sizes:
             return text_tokens
-        if self.image_processor is None:
-            raise UserError(f"{len(sizes)} images for a text model: it reads text-only questions")
-        patch = self.image_processor.patch_size
-        limits = *self.pixel_limits, patch
+        self._check_accepts(len(sizes))
+        assert self.pixel_limits is not None
+        low, high = self.pixel_limits
+        patch = self._images.patch_size
         try:
-            sides = [resized_sides(*wide_high, *limits) for wide_high in sizes]
+            sides = [resized_sides(width, height, low, high, patch) for width, height in sizes]
         except ValueError as error:
             raise UserError(f"an image of the prompt: {error}") from error
-        unit = self.image_processor.merge_size * patch
+        unit = self._images.merge_size * patch
         image_tokens = sum(width * height // unit**2 for width, height in sides)
         return text_tokens - len(sizes) + image_tokens
 
+    def _check_accepts(self, images: int) -> None:
+        if images and self.image_processor is None:
+            raise UserError(f"{images} images for a text model: it takes text-only questions")
+
     def decode(self, ids: Sequence[int] | torch.Tensor, keep_special: bool = False) -> str:
-        """Text of token ids; end marks and other special tokens are left out unless asked for."""
+        """Text of token ids, without special tokens unless `keep_special`."""
         return self.tokenizer.decode(ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
 
     def resize(self, source: ImageSource | str) -> Image.Image:
@@ -176,7 +182,9 @@ class Processor:
             ImageError: an unusable image.
             ValueError: a shape that cannot be resized within the limits.
         """
-        return _resizer()(load_image(source), *self.pixel_limits, self.image_processor.patch_size)
+        assert self.pixel_limits is not None
+        low, high = self.pixel_limits
+        return _resizer()(load_image(source), low, high, self._images.patch_size)
 
     def _pixels(self, images: Sequence[ImageSource | str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> pixels [K, 1176] float32, grid [I, 3] int64."""
@@ -189,39 +197,38 @@ class Processor:
                 name: object = source if is_path else getattr(source, "filename", None)
                 which = f"image {number + 1} of {len(images)}" + (f" ({name})" if name else "")
                 raise UserError(f"{which}: {error}") from error
-        out = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
+        out = self._images(images=resized, do_resize=False, return_tensors="pt")
         return out["pixel_values"].float(), out["image_grid_thw"].long()
 
 
 def check_preprocessing(processor: "Qwen2VLImageProcessorPil", path: str | Path) -> None:
-    """Raises UserError for a preprocessor_config.json whose numbers an image cannot be made into patches with."""
+    """Raises UserError for a preprocessor_config.json with numbers that cannot make patches of an image."""
+    for name, value, valid in _preprocessing_values(processor):
+        if not valid:
+            raise UserError(f"{path}/preprocessor_config.json: {name}: {value!r:.80} cannot be used")
 
-    def wrong(name: str, value: object) -> UserError:
-        return UserError(f"{path}/preprocessor_config.json: {name}: {value!r:.80} cannot be used")
 
+def _preprocessing_values(processor: "Qwen2VLImageProcessorPil") -> Iterator[tuple[str, object, bool]]:
+    """(name, value, whether it can be used)"""
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
         value = getattr(processor, name, None)
-        if type(value) is not int or not 0 < value <= 64:
-            raise wrong(name, value)
+        yield name, value, type(value) is int and 0 < value <= 64
     for name in ("shortest_edge", "longest_edge"):
         value = processor.size[name] if name in (processor.size or ()) else None
-        if type(value) is not int:
-            raise wrong(f"size.{name}", value)
+        yield f"size.{name}", value, type(value) is int
     numbers = {
         "image_mean": processor.image_mean,
         "image_std": processor.image_std,
         "rescale_factor": [processor.rescale_factor],
     }
     for name, values in numbers.items():
-        known = isinstance(values, list | tuple) and len(values) == (3 if "image" in name else 1)
-        if not known or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
-            raise wrong(name, values)
-    if 0 in processor.image_std:
-        raise wrong("image_std", processor.image_std)
+        complete = isinstance(values, list | tuple) and len(values) == (3 if "image" in name else 1)
+        yield name, values, complete and all(type(x) in (int, float) and math.isfinite(x) for x in values)
+    yield "image_std", processor.image_std, 0 not in processor.image_std
 
 
 def is_text_model(path: str | Path) -> bool:
-    """Whether a checkpoint's configuration, where there is one, knows of no vision tower."""
+    """Whether a checkpoint's configuration, if it has one, has no vision encoder."""
     from transformers import PreTrainedConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -238,8 +245,8 @@ def _eos_ids(path: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if eos is None:
         eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError(f"{path} names no end token: set eos_token_id in generation_config.json")
+        raise UserError(f"{path} has no end token: set eos_token_id in generation_config.json")
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(token) is int and 0 <= token < len(tokenizer) for token in ids):
-        raise UserError(f"{path}/generation_config.json: eos_token_id: {eos!r:.80} is no token")
+        raise UserError(f"{path}/generation_config.json: eos_token_id: {eos!r:.80} is not a token id")
     return ids

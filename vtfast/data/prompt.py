@@ -1,4 +1,7 @@
-"""A tokenized prompt: ids, M-RoPE positions, image patches."""
+"""A tokenized prompt: ids, M-RoPE positions, image patches.
+
+Shapes: P prompt tokens (image tokens counted), I images, K patches of all images.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Prompt:
     image_mask: torch.Tensor | None = None
     """[P] bool: where image features replace embeddings. Completions never count as images."""
     images: Sequence[ImageSource | str] = ()
-    """What the pixels were made of."""
+    """The sources of the pixels."""
 
     @property
     def rope_delta(self) -> int:
@@ -39,16 +42,15 @@ class Prompt:
 
     @property
     def patches(self) -> list[int]:
-        """Of each image."""
+        """Number of patches of each image."""
         return [] if self.grid is None else self.grid.prod(-1).tolist()
 
 
 def mrope_positions(mask: torch.Tensor, grid: torch.Tensor | None, merge: int = 2) -> torch.Tensor:
-    """Multimodal rotary positions of one sequence, as the model's own `get_rope_index` has them.
+    """Multimodal rotary positions of one sequence, equal to the model's own `get_rope_index`.
 
-    A text token takes the next number on all three axes. An image's tokens share the time at which
-    it starts; height and width count its merged rows and columns from there. Text goes on behind
-    the longer side.
+    A text token takes the next number on all three axes. An image's tokens share the time at which it starts; height
+    and width count its merged rows and columns from there. Text continues after the longer side.
 
     Args:
         mask: [P] bool, true at image tokens.
@@ -73,6 +75,7 @@ def mrope_positions(mask: torch.Tensor, grid: torch.Tensor | None, merge: int = 
 def _key(ids: torch.Tensor, pixels: torch.Tensor | None, grid: torch.Tensor | None) -> int:
     digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8)
     if pixels is not None:
+        assert grid is not None
         digest.update(grid.numpy().tobytes())
         digest.update(pixels.contiguous().numpy().data)
     return int.from_bytes(digest.digest(), "little") >> 1

@@ -1,4 +1,4 @@
-"""The size that an image has for the model: `qwen_vl_utils`' rule, and a mirror of it where that cannot be imported."""
+"""Resizes images as `qwen_vl_utils` does: by that library, or by the same rule here if it cannot be imported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger("vtfast")
 
 
 def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, patch_size: int = 14) -> Image.Image:
-    """What `qwen_vl_utils` makes of an image, where that library cannot be imported.
+    """The result of `qwen_vl_utils` without that library.
 
-    Transparent RGBA goes on white, everything becomes RGB; sides become multiples of two patches
-    (bicubic) with an area within the limits.
+    RGBA is put on white, everything becomes RGB; sides become multiples of two patches (bicubic) with an area within
+    the limits.
 
     Raises:
         ValueError: aspect ratio above 200, or sides that would vanish.
@@ -29,11 +29,11 @@ def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, patch_siz
         image = opaque
     else:
         image = image.convert("RGB")
-    return image.resize(resized_sides(*image.size, min_pixels, max_pixels, patch_size))
+    return image.resize(resized_sides(image.width, image.height, min_pixels, max_pixels, patch_size))
 
 
 def resized_sides(width: int, height: int, min_pixels: int, max_pixels: int, patch_size: int = 14) -> tuple[int, int]:
-    """Width and height behind resizing: multiples of two patches, with an area within the limits.
+    """Width and height after resizing: multiples of two patches, with an area within the limits.
 
     Raises:
         ValueError: aspect ratio above 200, or a strip too thin for `max_pixels`.
@@ -54,7 +54,7 @@ def resized_sides(width: int, height: int, min_pixels: int, max_pixels: int, pat
     return sides[0], sides[1]
 
 
-def _utils_resize(image: Image.Image, min_pixels: int, max_pixels: int, patch_size: int = 14) -> Image.Image:
+def _qwen_resize(image: Image.Image, min_pixels: int, max_pixels: int, patch_size: int = 14) -> Image.Image:
     from qwen_vl_utils import process_vision_info
 
     item = {"type": "image", "image": image, "min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -64,11 +64,11 @@ def _utils_resize(image: Image.Image, min_pixels: int, max_pixels: int, patch_si
 
 @functools.cache
 def _resizer() -> Callable[[Image.Image, int, int, int], Image.Image]:
-    """qwen_vl_utils where it imports, the mirror above where not. Chosen once in a process."""
+    """qwen_vl_utils if it can be imported, else `resize_image`. Chosen once in a process."""
     try:
         import qwen_vl_utils  # noqa: F401
     except Exception as error:  # torchvision missing or broken: ImportError, RuntimeError, OSError
         log.info("images are resized by vtfast, to the same pixels: qwen_vl_utils does not import (%s)", error)
         return resize_image
     log.info("images are resized by qwen_vl_utils")
-    return _utils_resize
+    return _qwen_resize

@@ -122,9 +122,9 @@ def render(scene: Scene) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for row in range(GRID):
         for column in range(GRID):
-            x, y = column * CELL, row * CELL
-            draw.rectangle((x, y, x + CELL - 1, y + MARK - 1), fill=(MARK_GREYS[column],) * 3)
-            draw.rectangle((x, y + MARK, x + MARK - 1, y + CELL - 1), fill=(MARK_GREYS[row],) * 3)
+            left, top = column * CELL, row * CELL
+            draw.rectangle((left, top, left + CELL - 1, top + MARK - 1), fill=(MARK_GREYS[column],) * 3)
+            draw.rectangle((left, top + MARK, left + MARK - 1, top + CELL - 1), fill=(MARK_GREYS[row],) * 3)
     for thing in scene.things:
         x, y = thing.centre
         r, fill = RADIUS[thing.size], COLOURS[thing.colour]

@@ -17,6 +17,7 @@ from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import hub_files, is_hub_id, open_dataset_file
 from vtfast.utils.suggestions import did_you_mean
+from vtfast.utils.text import first_line
 
 
 def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Iterator[Example]:
@@ -40,9 +41,7 @@ def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Ite
             index += 1
 
 
-def _example(
-    benchmark: Benchmark, row: Mapping[str, Any], index: int, folder: Path | None, where: str
-) -> Example:
+def _example(benchmark: Benchmark, row: Mapping[str, Any], index: int, folder: Path | None, where: str) -> Example:
     example = benchmark.read(row, index)
     if not example.images:
         raise InvalidRow("it has no image")

@@ -1,4 +1,4 @@
-"""What `--model` means: a checkpoint of a run, or a model from elsewhere; and what the run says about it."""
+"""Resolves `vtfast eval --model`: a checkpoint of a run with the run's settings, or another model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class EvaluatedModel:
     path: str
     """Folder or hub id, for `load_model`."""
     name: str
-    """Of its folder among the evaluations."""
+    """Name of its folder in `evaluations/`."""
     home: Path
-    """Folder that holds `evaluations/`: the run's, else the current one."""
+    """Folder that holds `evaluations/`: the run's, or the current one."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the run; empty for a model from elsewhere."""
 
@@ -34,9 +34,9 @@ class EvaluatedModel:
 
 
 def find_model(model: str) -> EvaluatedModel:
-    """The checkpoint that a path, a run folder or a hub id stands for. It need not exist any more (`--rescore`).
+    """The model that a path, a run folder or a hub id refers to. It need not exist (`--rescore`).
 
-    `RUN` and `RUN/checkpoints/last` are the newest step in there; a name in vtfast/model/assets is what ships.
+    `RUN` and `RUN/checkpoints/last` are the newest step; a name in vtfast/model/assets is a model that vtfast ships.
 
     Raises:
         UserError: a run without checkpoints, or whose config.yaml cannot be read.
@@ -54,9 +54,9 @@ def find_model(model: str) -> EvaluatedModel:
     return EvaluatedModel(str(path) if path.exists() else model, path.absolute().name, Path())
 
 
-def check_model(checkpoint: EvaluatedModel) -> None:
-    """Raises UserError where there is no model of a family that is known: from names and config.json alone."""
-    folder = Path(checkpoint.path)
+def check_model(model: EvaluatedModel) -> None:
+    """Raises UserError unless it is a model of a known family. Looks at file names and config.json only."""
+    folder = Path(model.path)
     if folder.is_dir():
         if not _is_model(folder):
             if (folder / "config.yaml").is_file():
@@ -69,7 +69,7 @@ def check_model(checkpoint: EvaluatedModel) -> None:
             check_folder(folder)
         except UserError as error:
             raise UserError(f"--model {error}") from None
-    read_model_config(checkpoint.path)
+    read_model_config(model.path)
 
 
 def _newest(folder: Path) -> Path:
@@ -86,24 +86,24 @@ def _is_model(path: Path) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The settings of a run, which may be another person's: those that an evaluation goes by have their types."""
+    """The settings of a run, which may be another person's. Checks the types of those that an evaluation uses."""
     values = read_yaml(path)
     if not values:
-        raise UserError(f"{path}: is no run's config.yaml")
-    kinds = {"template": str, "literal_image": bool, "min_pixels": int, "max_pixels": int}
-    for name, kind in kinds.items():
-        if values.get(name) is not None and type(values[name]) is not kind:
-            raise UserError(f"{path}: {name}: {values[name]!r} is no {kind.__name__}")
+        raise UserError(f"{path}: is not a run's config.yaml")
+    types = {"template": str, "literal_image": bool, "min_pixels": int, "max_pixels": int}
+    for name, expected in types.items():
+        if values.get(name) is not None and type(values[name]) is not expected:
+            raise UserError(f"{path}: {name}: {values[name]!r} must be {expected.__name__}")
     return values
 
 
-def default_template(checkpoint: EvaluatedModel, chat_template: str | Mapping[str, str] | None) -> str:
-    """The evaluation prompt that fits how a model was trained.
+def default_template(model: EvaluatedModel, chat_template: str | Mapping[str, str] | None) -> str:
+    """Name of the evaluation template that fits how a model was trained.
 
-    A run's own template tells: chat marks or not, `<think>` or not. For a model from elsewhere, its tokenizer's chat
-    template tells an instruction-tuned model from a base model, and it is asked to reason.
+    For a run's checkpoint, the run's template decides: chat tokens or not, `<think>` or not. For another model, the
+    tokenizer's chat template distinguishes an instruction-tuned model from a base model, and it is asked to reason.
     """
-    trained_with = checkpoint.config.get("template")
+    trained_with = model.config.get("template")
     if trained_with is not None:
         text = load_template(trained_with)
         reasons = "<think>" in text

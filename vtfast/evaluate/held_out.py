@@ -1,4 +1,4 @@
-"""Accuracy and format on held-out questions by kind, sampled as in training and greedy beside it."""
+"""Accuracy and format on held-out questions by kind of question, sampled as in training and greedy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from vtfast.config import RunConfig
+from vtfast.data import Sample
 from vtfast.data.prompt_builder import PromptBuilder
 from vtfast.data.prompt_templates import response_prefix
 from vtfast.distributed.ranks import Ranks
@@ -17,7 +18,7 @@ from vtfast.rollout.engines import Engine
 
 BATCH = 32
 SEED = 2**31 - 1
-"""Seed of the sampled answers; no training step uses it."""
+"""Seed of the sampled completions; no training step uses it."""
 
 
 @dataclass(frozen=True)
@@ -36,35 +37,32 @@ class HeldOutScores:
 
 def evaluate_held_out(
     engine: Engine,
-    prompt_builder: PromptBuilder,
-    samples: Sequence,
+    builder: PromptBuilder,
+    samples: Sequence[Sample],
     config: RunConfig,
     ranks: Ranks,
     graded: Callable[[str], str] = str,
 ) -> HeldOutScores:
-    """Ask every sample once sampled and once greedily; the ranks share them out.
+    """Accuracy and format of one sampled and one greedy completion per sample; the ranks share the samples.
 
-    `graded`: a response -> what of it the rewards are shown."""
-    mine = samples[ranks.rank :: ranks.size]
-    prefix = response_prefix(prompt_builder.template)
+    `graded`: response -> the text that the rewards get."""
+    share = samples[ranks.rank :: ranks.size]
+    prefix = response_prefix(builder.template)
     results: dict[str, list[tuple[str, float, float]]] = {"sampled": [], "greedy": []}
-    bar = tqdm(total=len(mine), desc="held-out", unit="question", leave=False, disable=not ranks.is_main)
-    for start in range(0, len(mine), BATCH):
-        questions = [prompt_builder.build(sample) for sample in mine[start : start + BATCH]]
+    bar = tqdm(total=len(share), desc="held-out", unit="question", leave=False, disable=not ranks.is_main)
+    for start in range(0, len(share), BATCH):
+        questions = [builder.build(sample) for sample in share[start : start + BATCH]]
         for mode, rows in results.items():
             sampling = Sampling(config.temperature, config.max_completion_length, greedy=mode == "greedy")
-            answers = engine.generate([question.prompt for question in questions], 1, sampling, seed=SEED)
-            for question, (answer,) in zip(questions, answers, strict=True):
-                text = graded(prefix + prompt_builder.processor.decode(answer.tokens))
-                rows.append(
-                    (question.sample.kind, accuracy_reward(text, question.sample), format_reward(text, question.sample))
-                )
+            completions = engine.generate([question.prompt for question in questions], 1, sampling, seed=SEED)
+            for question, (completion,) in zip(questions, completions, strict=True):
+                text, sample = graded(prefix + builder.processor.decode(completion.tokens)), question.sample
+                rows.append((sample.kind, accuracy_reward(text, sample), format_reward(text, sample)))
         bar.update(len(questions))
     bar.close()
-    parts = ranks.gather(results)
-    return HeldOutScores(
-        {mode: _by_kind([row for part in parts for row in part[mode]]) for mode in results}, len(samples)
-    )
+    all_ranks = ranks.gather(results)
+    scores = {mode: _by_kind([row for part in all_ranks for row in part[mode]]) for mode in results}
+    return HeldOutScores(scores, len(samples))
 
 
 def _by_kind(rows: Sequence[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:

@@ -1,9 +1,11 @@
-"""What the study itself reports (VisualThinker-R1-Zero, arXiv 2503.05132): accuracies in per cent."""
+"""Accuracies that the study reports (VisualThinker-R1-Zero, arXiv 2503.05132), in percent."""
 
 from __future__ import annotations
 
-BENCHES = {"cvbench": "CV-Bench", "blink": "BLINK", "vsr": "VSR", "sat": "SAT"}
-"""Benchmarks by the name that `vtfast eval` gives them."""
+from vtfast.evaluate.benchmarks import BENCHMARKS
+
+TITLES = {name: benchmark.title for name, benchmark in BENCHMARKS.items()}
+"""Of the benchmarks, by name."""
 TABLE_3_COLUMNS = (
     ("CV-Bench Count", "cvbench", "Count"),
     ("Relation", "cvbench", "Relation"),
@@ -37,4 +39,4 @@ TABLE_5 = {
 QUESTIONS = {"cvbench": 2638, "blink": 267, "vsr": 2195}
 """Questions of each benchmark as the study uses it: BLINK's two spatial tasks (124 + 143), VSR's random test split."""
 RESULT = {"cvbench": 59.47, "blink": 53.18, "vsr": 62.32}
-"""VisualThinker-R1-Zero's totals, as marks in the charts."""
+"""VisualThinker-R1-Zero's totals, drawn as marks in the charts."""

@@ -147,7 +147,7 @@ def read_responses(path: Path) -> tuple[list[Row], int]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = dict(_FIELDS.validate_python(json.loads(line), strict=True))
+            row: Row = {**_FIELDS.validate_python(json.loads(line), strict=True)}
             if row["index"] in rows:
                 raise ValueError("a second response to the same question")
             if row["gold"] not in tuple(LETTERS[: len(row["options"])]):

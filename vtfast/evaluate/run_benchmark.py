@@ -1,4 +1,4 @@
-"""Ask a policy every question of a benchmark, greedily, and score what it says."""
+"""Ask a policy every question of a benchmark, greedily, and score its responses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,9 @@ from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate import vsr_images
 from vtfast.evaluate.benchmark import Benchmark, Example
 from vtfast.evaluate.benchmark_files import load_examples
-from vtfast.evaluate.response_file import ResponseFile, Row, make_row, scores_of
-from vtfast.evaluate.scores import get_benchmark
+from vtfast.evaluate.benchmarks import get_benchmark
+from vtfast.evaluate.response_file import ResponseFile, Row, make_row
+from vtfast.evaluate.scores import score_rows
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.utils.errors import UserError
@@ -57,15 +59,15 @@ def evaluate(
     """Scores of a policy on a benchmark, as `vtfast.evaluate.score` describes them.
 
     Args:
-        data: a file, a folder in the data set's layout, or a hub id; the benchmark's own hub id where None.
-        limit: ask the first so many examples only.
-        processor: for text and images; of the checkpoint that the policy was loaded from where None.
+        data: a file, a folder in the data set's layout, or a hub id; None: the benchmark's own hub id.
+        limit: ask only the first `limit` questions.
+        processor: for text and images; None: that of the checkpoint that the policy was loaded from.
         template: a name in vtfast/data/templates, or the path of a text file.
         literal_image: fill the template's slot for the text `<image>`, which the study's prompts have by an oversight.
-        batch_size: questions that a rank answers together.
-        output: folder that keeps the answers. What it already holds is not asked again, and is part of the scores.
-        image_folder: where VSR's images are; fetch_images: fetch those that are nowhere.
-        ranks: processes that share the questions; each must call this. Alone where None.
+        batch_size: questions that a rank generates for at once.
+        output: folder that keeps the responses. Those that it already holds are not generated again, and are scored.
+        image_folder: where VSR's images are; fetch_images: download the missing ones.
+        ranks: processes that share the questions; each must call this. None: this process alone.
 
     Raises:
         UserError: bad input, on all ranks.
@@ -76,7 +78,7 @@ def evaluate(
             raise UserError(f"--{name} {value}: must be at least 1")
     ranks = ranks or Ranks(0, 1, policy.device)
     processor = processor or Processor.from_pretrained(policy.module.name_or_path)
-    asker = _Asker(policy, processor, str(template), literal_image, max_completion_length)
+    runner = BenchmarkRunner(benchmark, policy, processor, str(template), literal_image, max_completion_length)
     examples = list(itertools.islice(load_examples(benchmark, data), limit))
     if not examples:
         raise UserError(f"{data or benchmark.hub_id}: has no questions of {benchmark.title}")
@@ -85,48 +87,43 @@ def evaluate(
         if fetch_images:
             ranks.on_main(lambda: vsr_images.fetch(examples, folder))
         examples = vsr_images.locate(examples, folder)
-    if output is None:
-        answers = ResponseFile()
-    else:
-        settings = asker.settings()
-        answers = ranks.on_main(lambda: ResponseFile.open(Path(output), bench, settings))
+    responses = ResponseFile()
+    if output is not None:
+        folder, settings = Path(output), runner.settings()
+        responses = ranks.on_main(lambda: ResponseFile.open(folder, bench, settings))
 
-    left = answers.left(examples)
-    ranks.gather_rows(lambda: _check_images(left[ranks.rank :: ranks.size]))
-    show = progress and ranks.is_main
-    bar = tqdm(total=len(examples), initial=len(examples) - len(left), desc=bench, unit="question", disable=not show)
+    unanswered = responses.unanswered(examples)
+    ranks.gather_rows(partial(_check_images, unanswered[ranks.rank :: ranks.size]))
+    show, done = progress and ranks.is_main, len(examples) - len(unanswered)
+    bar = tqdm(total=len(examples), initial=done, desc=bench, unit="question", disable=not show)
     watchdog.beat(bench)
     with bar:
-        for encoded in _batches(left, batch_size, ranks, asker.encode):
-            rows = ranks.gather_rows(lambda batch=encoded: asker.answer(benchmark, batch.result(), show))
-            answers.add(rows, write=ranks.is_main)
+        for batch in _batches(unanswered, batch_size, ranks, runner.encode):
+            rows = ranks.gather_rows(partial(runner.respond, batch, show))
+            responses.add(rows, write=ranks.is_main)
             bar.update(len(rows))
-    return scores_of(bench, answers.rows)
+    return score_rows(bench, responses.rows)
 
 
 def _check_images(examples: Sequence[Example]) -> list[Row]:
-    """No rows: raises UserError for an image that does not decode, before the first question is asked."""
+    """Raises UserError for an image that does not decode, before the first response is generated; returns no rows."""
 
     def problem(example: Example) -> str | None:
         try:
             for image in example.images:
                 check_image(image)
         except ImageError as error:
-            return str(error)
+            return f"{example.where}: {error}"
         return None
 
-    with ThreadPoolExecutor(max_workers=8) as pool:  # decoders leave the interpreter lock alone
-        for example, found in zip(examples, pool.map(problem, examples), strict=True):
-            if found:
-                raise UserError(f"{example.where}: {found}")
+    with ThreadPoolExecutor(max_workers=8) as pool:  # decoders release the interpreter lock
+        for message in filter(None, pool.map(problem, examples)):
+            raise UserError(message)
     return []
 
 
 def fingerprint(policy: Policy) -> str:
-    """Tells two sets of weights apart: a hash over every parameter's name, shape, dtype and the sum of its bits.
-
-    It is of the weights as they are in memory; where they were loaded from does not count.
-    """
+    """Hash of the weights in memory: of every parameter's name, shape, dtype and the sum of its bits."""
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(policy.module.named_parameters()):
         bits = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
@@ -135,12 +132,19 @@ def fingerprint(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-class _Asker:
-    """Items -> prompts -> rows with the policy's greedy answers."""
+class BenchmarkRunner:
+    """Examples -> prompts -> rows with the policy's greedy responses."""
 
     def __init__(
-        self, policy: Policy, processor: Processor, template: str, literal_image: bool, max_new_tokens: int
+        self,
+        benchmark: Benchmark,
+        policy: Policy,
+        processor: Processor,
+        template: str,
+        literal_image: bool,
+        max_new_tokens: int,
     ) -> None:
+        self.benchmark = benchmark
         self.processor, self.literal_image = processor, literal_image
         self.template, self.text = template, load_template(template)
         # The checkpoint's end tokens, or the tokenizer's where its generation_config names none.
@@ -149,7 +153,7 @@ class _Asker:
         self.sampling = Sampling(max_new_tokens=max_new_tokens, greedy=True)
 
     def settings(self) -> dict[str, Any]:
-        """What answers depend on besides the questions."""
+        """What the responses depend on besides the questions."""
         low, high = self.processor.pixel_limits or (None, None)
         return {
             "model": fingerprint(self.policy),
@@ -174,19 +178,15 @@ class _Asker:
         except UserError as error:
             raise UserError(f"{example.where}: {error}") from error
 
-    def answer(self, benchmark: Benchmark, batch: Sequence[tuple[Example, Prompt]], progress: bool) -> list[Row]:
-        prompts = [prompt for _, prompt in batch]
+    def respond(self, batch: Future[list[tuple[Example, Prompt]]], progress: bool) -> list[Row]:
+        examples = batch.result()
+        prompts = [prompt for _, prompt in examples]
         completions = self.engine.generate(prompts, 1, self.sampling, progress=progress)
-        return [
-            make_row(
-                benchmark,
-                example,
-                self.processor.decode(completion.tokens),
-                len(completion.tokens),
-                completion.finish_reason,
-            )
-            for (example, _), (completion,) in zip(batch, completions, strict=True)
-        ]
+        rows = []
+        for (example, _), (completion,) in zip(examples, completions, strict=True):
+            response = self.processor.decode(completion.tokens)
+            rows.append(make_row(self.benchmark, example, response, len(completion.tokens), completion.finish_reason))
+        return rows
 
 
 def _batches(
@@ -196,11 +196,11 @@ def _batches(
     size = per_rank * ranks.size
     shares = [examples[start : start + size][ranks.rank :: ranks.size] for start in range(0, len(examples), size)]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        upcoming = [pool.submit(encode, share) for share in shares[:1]]
-        for share in [*shares[1:], None]:
-            if not upcoming:
-                return
-            current = upcoming.pop()
-            if share is not None:
-                upcoming = [pool.submit(encode, share)]
+        current = pool.submit(encode, shares[0]) if shares else None
+        for share in shares[1:]:
+            upcoming = pool.submit(encode, share)
+            assert current is not None
+            yield current
+            current = upcoming
+        if current is not None:
             yield current

@@ -52,19 +52,19 @@ def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
         return [x for x, _ in points], [y for _, y in points]
 
     present = {bench for run in runs for scores in run.evaluations.values() for bench in scores}
-    benches = [bench for bench in paper.BENCHES if bench in present]
-    benches += sorted(present - set(paper.BENCHES))
+    benches = [bench for bench in paper.TITLES if bench in present]
+    benches += sorted(present - set(paper.TITLES))
     lines = {bench: [_line(run.name, *totals(run, bench), i) for i, run in enumerate(runs)] for bench in benches}
     if len(runs) == 1:
         one = [
-            line | {"label": paper.BENCHES.get(bench, bench), "colour": i}
+            line | {"label": paper.TITLES.get(bench, bench), "colour": i}
             for i, (bench, (line,)) in enumerate(lines.items())
         ]
         marks = [_mark(bench, i) for i, bench in enumerate(benches) if bench in paper.RESULT]
         return _charts([_chart("Benchmark accuracy", "%", one, marks)])
     return _charts(
         _chart(
-            f"{paper.BENCHES.get(bench, bench)} accuracy",
+            f"{paper.TITLES.get(bench, bench)} accuracy",
             "%",
             lines[bench],
             [_mark(bench, None)] if bench in paper.RESULT else [],
@@ -189,7 +189,7 @@ def _charts(charts: Iterable[Chart]) -> list[Chart]:
 
 
 def _mark(bench: str, colour: int | None) -> Line:
-    name = paper.BENCHES[bench]
+    name = paper.TITLES[bench]
     return {"y": paper.RESULT[bench] / 100, "label": f"{name}, paper", "colour": colour}
 
 

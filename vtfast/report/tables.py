@@ -142,7 +142,7 @@ def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[
     for bench in dict.fromkeys(bench for _, bench, _ in columns):
         count, full = number(scores.get(bench, {}).get("count")), paper.QUESTIONS[bench]
         if count is not None and count != full:
-            notes.append(f"{count:,} of {full:,} {paper.BENCHES[bench]} questions")
+            notes.append(f"{count:,} of {full:,} {paper.TITLES[bench]} questions")
     cells = [_accuracy(scores.get(bench), task) for _, bench, task in columns]
     return {"label": label, "note": "; ".join(notes), "cells": cells}
 

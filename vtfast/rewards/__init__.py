@@ -1,14 +1,14 @@
-"""Rewards: `(completion, sample) -> float`, one number per sampled response.
+"""Rewards: `(completion, sample) -> float`, one number per completion. Start reading in strict.py, the default rewards.
 
-    strict.py   what is right, and nothing that only looks right (the default)
-    recipe.py   the decisions of VisualThinker's code, its accidents included
-    calling.py  one call, with a score of 0 and a reason for whatever goes wrong in it
-    pool.py     processes that can be killed
-    scorer.py   all rewards of a step
+    strict.py   rewards for right answers only (the default)
+    recipe.py   the decisions of VisualThinker's code (`--reward_mode recipe`)
+    reward.py   the interface of a reward, and a call that turns errors into a score of 0
+    worker_pool.py  processes that can be killed
+    manager.py  all rewards of a step
 
-A reward is chosen by name, or as `module:function` for one's own; the trainer adds up what they return. One's own may
-also ask for `tokens`, the number of sampled tokens, and for `prefix`, the start of the completion that the prompt had
-already written (`<think>`, or nothing), by having a parameter of that name.
+A reward is named by its name here, or as `module:function` for the user's own; the trainer adds up their values. A
+user's reward may have a parameter `tokens`, the number of sampled tokens, and a parameter `prefix`, the start of the
+completion that the prompt had already written (`<think>`, or nothing).
 """
 
 import difflib

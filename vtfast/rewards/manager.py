@@ -1,10 +1,10 @@
-"""All rewards of a step: the quick and harmless ones beside the trainer, the others in a pool of processes."""
+"""Computes all rewards of a step: quick ones in this process, the others in a pool of worker processes."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward, recipe, strict
@@ -18,18 +18,19 @@ log = logging.getLogger("vtfast")
 
 
 class RewardManager:
-    """Scores responses with several rewards. Where a reward runs does not change what it gives.
+    """Scores responses with several rewards. A score does not depend on where its reward runs.
 
-    A job goes to the pool if its reward is the user's own, or if it may run math-verify on what a model wrote: accuracy
-    for open questions, and in recipe mode for golds that math-verify can read. The others are string comparisons,
-    quicker than their way to another process. So the demo and the static part of SAT in strict mode start no process.
+    A job goes to the pool if the reward is the user's own, or if it may run math-verify on a completion: accuracy for
+    open questions, and in recipe mode for answers that math-verify can parse. The others are string comparisons, which
+    take less time than sending them to another process. So the demo and SAT's static questions in strict mode start no
+    process.
 
-    Built-in rewards get the sample without its images; a user's function gets all of it, the images encoded as they
-    are kept and decoded when the function reads them.
+    In the pool, built-in rewards get the sample without its images; a user's function gets all of it, the images
+    encoded, and decoded when the function reads them.
     """
 
     def __init__(self, names: Sequence[str], mode: str = "strict", *, workers: int = 0, timeout: float = 10.0) -> None:
-        """`workers`: most processes; 0 scores everything in this one, where nothing limits its time.
+        """`workers`: the largest number of processes; 0 scores everything in this process, without a time limit.
 
         Raises UserError for a reward that cannot be found.
         """
@@ -40,18 +41,19 @@ class RewardManager:
     def score(self, responses: Sequence[RewardInput], progress: bool = False) -> list[list[Score]]:
         """result[reward][response], in the order of `names` and of `responses`."""
         table: list[list[Score]] = []
-        jobs, places = [], []
+        jobs, cells = [], []
         for row, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
             table.append([])
             for column, response in enumerate(responses):
                 watchdog.beat()
                 if self.pool and self._needs_pool(name, response.sample):
                     jobs.append((name, replace(response, sample=_portable(name, response.sample))))
-                    places.append((row, column))
+                    cells.append((row, column))
                     table[row].append(Score(0.0))
                 else:
                     table[row].append(call(reward, response))
-        for (row, column), score in zip(places, self.pool.run(jobs, progress) if jobs else [], strict=True):
+        scores = self.pool.run(jobs, progress) if self.pool and jobs else []
+        for (row, column), score in zip(cells, scores, strict=True):
             table[row][column] = score
         self._warn(table)
         return table
@@ -79,7 +81,7 @@ class RewardManager:
                 )
 
 
-def _portable(name: str, sample: "Sample") -> SimpleNamespace:
-    """The sample as an object that a worker can unpickle without importing what reads data sets (and torch with it)."""
+def _portable(name: str, sample: "Sample") -> "Sample":
+    """The sample as an object that a worker can unpickle without importing vtfast.data."""
     values = dict(vars(sample))
-    return SimpleNamespace(**values if ":" in name else values | {"images": []})
+    return cast("Sample", SimpleNamespace(**values if ":" in name else values | {"images": []}))

@@ -1,4 +1,4 @@
-"""One call of a reward: whatever goes wrong in it is a score of 0 with a reason, and never an exception."""
+"""The interface of a reward, and `call`, which turns any error in it into a score of 0 with a reason."""
 
 import functools
 import inspect
@@ -20,12 +20,12 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class RewardInput:
-    """What a reward judges."""
+    """The input of a reward."""
 
     completion: str
     """The whole response; where the prompt ended with `<think>`, it starts with that tag."""
     sample: "Sample"
-    """In a worker process it is an object with the same attributes."""
+    """In a worker process an object with the same attributes."""
     tokens: int
     """Number of tokens that were sampled."""
     prefix: str = ""
@@ -36,7 +36,7 @@ class RewardInput:
 class Score:
     value: float
     failure: str | None = None
-    """Why there is no value (then it is 0): one line."""
+    """Why the value is missing (then it is 0): one line."""
 
 
 def failed(reason: str | BaseException) -> Score:
@@ -48,7 +48,7 @@ def failed(reason: str | BaseException) -> Score:
 
 
 def call(reward: Reward, response: RewardInput) -> Score:
-    """What `reward` gives for `response`. A reward that raises or returns no finite number gives 0 and a reason."""
+    """The score of `response`; 0 and a reason if the reward raises or does not return a finite number."""
     given = {"tokens": response.tokens, "prefix": response.prefix}
     try:
         wanted = _options(reward)
@@ -64,7 +64,7 @@ def call(reward: Reward, response: RewardInput) -> Score:
 
 
 def zero_on_error(reward: Reward) -> Reward:
-    """For rewards that are called on their own too: no completion makes them raise; a broken one is worth 0."""
+    """Decorates a reward that is also called directly: it returns 0 instead of raising."""
 
     @functools.wraps(reward)
     def guarded(completion: str, sample: "Sample", **options: Any) -> float:
@@ -78,7 +78,7 @@ def zero_on_error(reward: Reward) -> Reward:
 
 
 def _options(reward: Reward) -> set[str]:
-    """Names that the reward takes behind completion and sample."""
+    """Names of the reward's parameters after completion and sample."""
     try:
         parameters = inspect.signature(reward).parameters.values()
     except ValueError:  # some callables written in C have none

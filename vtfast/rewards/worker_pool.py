@@ -1,9 +1,9 @@
-"""Rewards in processes of their own, so that one that hangs or dies costs one score and not the run.
+"""Runs rewards in worker processes, so that a reward that hangs or dies costs one score and not the run.
 
-A worker has one job at a time and the others wait here, so killing it loses nothing but that job. Workers are fresh
-interpreters (threads of torch and CUDA do not survive a fork) that import no more than the rewards need; the
-`__main__` of the trainer is not imported again. They live in sessions of their own: Ctrl-C does not reach them, and a
-kill takes what they started with them. Without a trainer they end, by the closed connection or by a timer.
+A worker has one job at a time, so killing it loses only that job. Workers are new interpreters (threads of torch and
+CUDA do not survive a fork) that import only what the rewards need, and not the trainer's `__main__`. Each has its own
+session: Ctrl-C does not reach it, and killing it kills its children too. When the trainer is gone, workers end by the
+closed connection or by a timer.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from vtfast.rewards import get_reward
 from vtfast.rewards.reward import Reward, RewardInput, Score, call, failed
 
 Job = tuple[str, RewardInput]
-"""Name of the reward, and what it judges."""
+"""Name of the reward, and its input."""
 START_LIMIT = 300.0
 """Seconds for a worker to import the rewards."""
 STARTS = 3
-"""Workers that may die one after the other before any has started."""
+"""Workers in a row that may die before they have started."""
 BAR_DELAY = 5.0
-"""Seconds before the scoring shows its progress bar."""
+"""Seconds before a progress bar is shown."""
 _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from vtfast.rewards.worker_pool import serve; serve(int(sys.argv[1]))"
 
 
@@ -56,30 +56,30 @@ class WorkerPool:
         bar = tqdm(total=len(jobs), desc="rewards", unit="score", delay=BAR_DELAY, leave=False, disable=not progress)
         try:
             while None in scores:
-                self._hand_out(jobs, waiting, scores)
+                self._assign_jobs(jobs, waiting, scores)
                 self._collect(waiting, scores)
                 watchdog.beat()
                 bar.update(len(jobs) - scores.count(None) - bar.n)
         except BaseException:
-            self.close()  # what is still running belongs to nobody
+            self.close()  # nobody will read the running jobs' scores
             raise
         finally:
             bar.close()
-        return scores
+        return [score for score in scores if score is not None]
 
     def close(self) -> None:
         """End the workers; a later `run` starts new ones."""
         _end(self.workers)
 
-    def _hand_out(self, jobs: Sequence[Job], waiting: deque[int], scores: list[Score | None]) -> None:
-        """A job to every worker that has none, with as many workers as there are jobs to do."""
+    def _assign_jobs(self, jobs: Sequence[Job], waiting: deque[int], scores: list[Score | None]) -> None:
+        """Give a job to every idle worker; start workers up to the number of jobs."""
         while len(self.workers) < min(self.size, scores.count(None)):
             self.workers.append(_Worker(self.settings))
         for worker in [worker for worker in self.workers if worker.idle]:
             if not waiting:
                 return
             try:
-                worker.take(waiting[0], jobs[waiting[0]], self.timeout)
+                worker.start_job(waiting[0], jobs[waiting[0]], self.timeout)
             except OSError:  # it died while it had nothing to do
                 self._discard(worker)
                 continue
@@ -88,7 +88,7 @@ class WorkerPool:
             waiting.popleft()
 
     def _collect(self, waiting: deque[int], scores: list[Score | None]) -> None:
-        """Wait for the next message, end or overrun time, and settle the jobs concerned."""
+        """Wait for the next message, exit or timeout, and store the scores."""
         busy = [worker for worker in self.workers if not worker.idle]
         first = min((worker.deadline for worker in busy), default=time.monotonic())
         ready = wait([worker.connection for worker in busy], max(0.0, first - time.monotonic()))
@@ -97,20 +97,22 @@ class WorkerPool:
                 try:
                     message = worker.connection.recv()
                 except (EOFError, OSError):
-                    self._bury(worker, worker.last_words(), waiting, scores)
+                    self._fail(worker, worker.exit_reason(), waiting, scores)
                     continue
                 if worker.started:
+                    assert worker.job is not None
                     scores[worker.job], worker.job = message, None
                 worker.started, self.failed_starts = True, 0
             elif time.monotonic() >= worker.deadline:
                 limit = f"{self.timeout:g} s (--reward_timeout)"
                 late = f"no score within {limit}" if worker.started else f"not within {START_LIMIT:g} s"
-                self._bury(worker, late, waiting, scores)
+                self._fail(worker, late, waiting, scores)
 
-    def _bury(self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[Score | None]) -> None:
-        """Its job fails. If workers do not even start, all that wait fail, so that the work comes to an end."""
+    def _fail(self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[Score | None]) -> None:
+        """Fail the worker's job. If workers do not even start, fail all waiting jobs, so that `run` ends."""
         self._discard(worker)
         if worker.started:
+            assert worker.job is not None
             scores[worker.job] = failed(reason)
             return
         self.failed_starts += 1
@@ -125,7 +127,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """A process, our end of its connection, and what it is doing."""
+    """A process, our end of its connection, and its current job."""
 
     def __init__(self, settings: tuple[tuple[str, ...], str, float]) -> None:
         self.connection, theirs = Pipe()
@@ -146,12 +148,12 @@ class _Worker:
     def idle(self) -> bool:
         return self.started and self.job is None
 
-    def take(self, number: int, job: Job, timeout: float) -> None:
+    def start_job(self, number: int, job: Job, timeout: float) -> None:
         self.connection.send(job)
         self.job, self.deadline = number, time.monotonic() + timeout
 
-    def last_words(self) -> str:
-        """How a process ended whose connection is closed."""
+    def exit_reason(self) -> str:
+        """Why a process closed its connection."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         code = self.process.poll()
@@ -172,7 +174,7 @@ def _end(workers: list[_Worker]) -> None:
 
 
 def serve(descriptor: int) -> None:
-    """What a worker does: load the rewards, then score one response after the other until the trainer is gone."""
+    """The worker's main loop: load the rewards, then score one input after the other until the trainer is gone."""
     connection = Connection(descriptor)
     names, mode, timeout = connection.recv()
     rewards = {name: _load(name, mode) for name in names}
@@ -180,7 +182,7 @@ def serve(descriptor: int) -> None:
         connection.send("started")
         while True:
             name, response = connection.recv()
-            # The trainer's clock decides. This one ends a worker that hangs when there is no trainer any more.
+            # The trainer enforces the timeout. This timer ends a hanging worker when the trainer is gone.
             faulthandler.dump_traceback_later(2 * timeout + 1, exit=True, file=nowhere)
             score = call(rewards[name], response)
             faulthandler.cancel_dump_traceback_later()

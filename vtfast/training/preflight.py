@@ -14,7 +14,7 @@ import torch
 from vtfast.config import Config, RunConfig, SettingsError
 from vtfast.config.rules import PIXELS_A_TOKEN
 from vtfast.data import Sample
-from vtfast.data.file_reader import find_files
+from vtfast.data.data_files import find_files
 from vtfast.data.processor import Processor
 from vtfast.data.prompt_templates import load_template, render
 from vtfast.data.splits import SYNTHETIC
