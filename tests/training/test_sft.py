@@ -400,7 +400,7 @@ def test_a_bare_answer_is_graded_as_the_answer(make):
     assert bare.completion_for_rewards("so <answer>left</answer>") == "so <answer>left</answer>"
     tagged, _ = make()
     assert tagged.completion_for_rewards("left") == "left"
-    bare.graded = lambda response: "<think></think><answer>nothing</answer>"
+    bare.completion_for_rewards = lambda response: "<think></think><answer>nothing</answer>"
     judged = bare.judge()
     assert (judged.accuracy("greedy"), judged.format("greedy")) == (0, 1)
 
