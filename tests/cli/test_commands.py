@@ -183,7 +183,7 @@ def test_eval_tells_all_mistakes_at_once(here, capsys):
     ("words", "told"),
     [
         (["--model", "Qwen2-VL-2B"], "or a hub id such as Qwen/Qwen2-VL-2B"),
-        (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not asked; add it with"),
+        (["--model", "m", "--data", "blink=x"], "--data blink=x: blink is not among the benchmarks; add it with"),
         (["--model", "m", "--fetch_images"], "--fetch_images: has an effect only with --bench vsr"),
         (["--model", "m", "--bench", ","], "--bench: name at least one of cvbench"),
         (["--model", "m", "--output_dir", f"{__file__}/x"], f"{__file__} is a file; name a folder"),
