@@ -159,7 +159,7 @@ def test_wrong_calls():
 
 def test_every_file_of_the_folder_is_a_benchmark():
     files = sorted(path.stem for path in Path(benchmarks.__file__).parent.glob("[!_]*.py"))
-    assert sorted(BENCHMARKS) == files and list(BENCHMARKS) == ["cvbench", "blink", "vsr", "sat"]
+    assert sorted(BENCHMARKS) == files and list(BENCHMARKS)[:4] == ["cvbench", "blink", "vsr", "sat"]
     code = "import sys, vtfast.cli.eval; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

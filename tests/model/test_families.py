@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 from hugging_face import inputs, logprobs
-from make_files import picture
+from make_files import picture, write_jsonl
+from safetensors.torch import load_file
 
 from vtfast.cli.main import main
 from vtfast.config import field_help
@@ -67,6 +68,8 @@ def with_random_weights(module):
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def folder(request, random_path, tmp_path_factory):
     """A checkpoint with random weights and the tiny model's tokenizer."""
+    if request.param == "qwen2_vl":
+        return random_path
     folder = tmp_path_factory.mktemp(request.param)
     module = with_random_weights(FAMILIES[request.param](CONFIGURATIONS[request.param]))
     module.generation_config.eos_token_id = [END]
@@ -167,11 +170,12 @@ def test_rollout_equals_hugging_faces_generate(model, questions):
         theirs = model.module.generate(**inputs(prompt), generation_config=config)
         assert row.tokens == theirs[0, len(prompt.ids) :].tolist()
     sampled = engine.generate(questions, 3, Sampling(max_new_tokens=10), seed=1)
-    with torch.no_grad():
-        scored = completion_logprobs(model, questions, [[c.tokens for c in g] for g in sampled])
-    for group, logps in zip(sampled, scored, strict=True):
-        for row, logp in zip(group, logps, strict=True):
-            assert row.logprobs == pytest.approx(logp.tolist(), abs=1e-5)
+    for groups in (greedy, sampled):
+        with torch.no_grad():
+            scored = completion_logprobs(model, questions, [[c.tokens for c in group] for group in groups])
+        for group, logps in zip(groups, scored, strict=True):
+            for row, logp in zip(group, logps, strict=True):
+                assert row.logprobs == pytest.approx(logp.tolist(), abs=1e-5)
 
 
 def test_flops_count_every_matmul(folder, model):
@@ -214,6 +218,50 @@ def test_a_short_run(folder, model, tmp_path, monkeypatch):
     changed = [n for n, p in again.module.named_parameters() if not torch.equal(p, model.module.get_parameter(n))]
     assert any("layers" in name for name in changed) and again.eos_ids == (END,)
     Processor.from_pretrained(run / "checkpoints" / "step-2")
+
+
+MISMATCH = 1e-5
+"""Largest difference between the sampler's and the trainer's log-prob of a token: nats, in float32 on the CPU."""
+
+
+@pytest.fixture(scope="module")
+def long_run(folder, tmp_path_factory):
+    """A run of 20 steps that moves the weights, on images if the family reads them: (its metrics, its checkpoint)."""
+    home = tmp_path_factory.mktemp("long_run")
+    has_vision = load_model(folder).vision is not None
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
+    for i, row in enumerate(rows if has_vision else []):
+        picture(56 + 28 * (i % 2), 56, seed=i).save(home / f"{i}.png")
+        row["image"] = f"{i}.png"
+    data = write_jsonl(home / "rows.jsonl", rows)
+    (home / "lengths.py").write_text("def count(completion, sample):\n    return len(completion)")
+    settings = {"max_steps": 20, "per_device_train_batch_size": 2, "num_generations": 4, "max_completion_length": 8}
+    settings |= {"learning_rate": 0.003, "template": "r1-zero" if has_vision else "r1-zero-text"}
+    settings |= {"device": "cpu", "cpu_threads": 1, "eval_data": "none", "save_steps": 0, "report_to": "none"}
+    settings |= {"reward_funcs": "lengths:count", "data": data, "model": folder, "output_dir": home / "run"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(home)
+        assert main(["train", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]) == 0
+    steps = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    return steps, home / "run" / "checkpoints" / "step-20"
+
+
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_sampler_and_trainer_agree_over_20_steps(long_run):
+    steps, _ = long_run
+    assert [step["step"] for step in steps] == list(range(1, 21))
+    assert max(step["sampler_drift_max"] for step in steps) < MISMATCH
+    assert min(step["grad_norm"] for step in steps) > 0
+
+
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_a_checkpoint_has_the_keys_of_the_original(folder, long_run):
+    """And its shapes and dtypes: code that loads the original loads a checkpoint."""
+    original, trained = (load_file(path / "model.safetensors") for path in (folder, long_run[1]))
+    assert {key: (x.shape, x.dtype) for key, x in trained.items()} == {
+        key: (x.shape, x.dtype) for key, x in original.items()
+    }
+    assert any(not trained[key].equal(x) for key, x in original.items())
 
 
 def test_images_for_a_text_model_are_refused(folder, model):

@@ -20,11 +20,8 @@ def score(bench: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str
 
     Returns:
         `total` (micro average by the paper's scorer, the number in its tables), `by_task`, `by_source`, `official`
-        (the benchmark's own formula on the same grades), `count`, `count_by_task`, and the strict scorer's `total`
-        and `by_task` under `strict`. All accuracies are in [0, 1].
-
-        `official` of CV-Bench is ((ADE20K + COCO) / 2 + Omni3D) / 2, where a source or a half that has no rows is left
-        out of its mean; of BLINK the mean over the tasks present; of VSR and SAT the plain accuracy.
+        (the benchmark's own formula on the same grades, from its module in `vtfast/evaluate/benchmarks/`), `count`,
+        `count_by_task`, and the strict scorer's `total` and `by_task` under `strict`. All accuracies are in [0, 1].
 
     Raises:
         UserError: another number of responses than rows, no rows, or a row that cannot be read.

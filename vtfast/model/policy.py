@@ -1,6 +1,6 @@
 """The policy: a Hugging Face model and the entry points that the trainer and the rollout use.
 
-Families: Qwen2-VL and Qwen2.5-VL, and the text models Qwen2, Qwen2.5 and Qwen3 (dense).
+`vtfast.model.loading.FAMILIES` lists the families.
 
 Token ids never decide what is an image: embeddings are built here from a prompt's own placeholders, so a completion
 that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it) is text like any other.
