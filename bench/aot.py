@@ -29,8 +29,8 @@ from vtfast_kernels import cases as registry
 from vtfast_kernels import checks
 from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
+from vtfast_kernels.page_table import Pages
 from vtfast_kernels.paged_attention import paged_attention
-from vtfast_kernels.pages import Pages
 from vtfast_kernels.rope_append import rope_append
 from vtfast_kernels.silu_mul import silu_mul
 

@@ -19,9 +19,9 @@ from .grpo_loss import GRPOLoss, grpo_loss
 from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
-from .loss_names import LOSS_TYPES, TOKEN_LEVEL
+from .loss_types import LOSS_TYPES, TOKEN_LEVEL
+from .page_table import Pages
 from .paged_attention import paged_attention
-from .pages import Pages
 from .rope_append import rope_append
 from .silu_mul import silu_mul
 

@@ -27,9 +27,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .checks import IGNORED, check_head, check_target, choose_impl, op_scope
-from .grpo_loss import empty_evaluation, evaluate_triton, load_mismatch, load_old
-from .linear_logprob import linear_logprob
-from .logit_rows import (
+from .chunked_logits import (
     Chunk,
     add_matmul,
     chunk_rows,
@@ -40,6 +38,8 @@ from .logit_rows import (
     row_statistics,
     write_dlogits,
 )
+from .grpo_loss import empty_evaluation, evaluate_triton, load_mismatch, load_old
+from .linear_logprob import linear_logprob
 from .objective import (
     GRPOLoss,
     GRPOLossOutput,

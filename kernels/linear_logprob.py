@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted, op_scope
-from .logit_rows import Chunk, add_matmul, chunk_rows, dlogits_triton, matmul_over_vocabulary, row_spans
+from .chunked_logits import Chunk, add_matmul, chunk_rows, dlogits_triton, matmul_over_vocabulary, row_spans
 
 SPLIT = 4096  # vocabulary columns of a work item
 GROUP = 48  # row blocks that go through all splits together: their 19 MB at D = 1,536 stay in Hopper's L2

@@ -23,8 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import check_head, check_rows, check_temperature, choose_impl, interpreted, op_scope
-from .logit_rows import LN_2
-from .noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
+from .chunked_logits import LN_2
+from .sampling_noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
 
@@ -197,7 +197,7 @@ def _sample_torch(
     hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Vocabulary tiles with a running winner and log-sum-exp; `state` None = greedy. Logits in bits and no
-    torch.log on a single tile, for the reasons given at `logit_rows.Chunk`."""
+    torch.log on a single tile, for the reasons given at `chunked_logits.Chunk`."""
     (R, _), V = hidden.shape, weight.shape[0]
     hidden = hidden.float() * (inv_temperature / LN_2)
     tile = max(1024, CPU_TILE_BYTES // (4 * max(R, 1))) & ~1

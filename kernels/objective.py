@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from .checks import REFERENCE_FLOATS, check_denominator, check_sequences, check_tensor, require
-from .loss_names import LOSS_TYPES, SAMPLER_MODES, TOKEN_LEVEL
+from .loss_types import LOSS_TYPES, SAMPLER_MODES, TOKEN_LEVEL
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from . import checks
 from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, interpreted, op_scope, require
-from .pages import GatherPlan, Pages, PrefixCache
+from .page_table import GatherPlan, Pages, PrefixCache
 
 MAX_QUERIES = 64  # queries (rows x heads) of a group in one program; wgmma's minimum
 BLOCK_TOKENS = 64

@@ -19,9 +19,9 @@ from .checks import (
     check_target,
     check_temperature,
 )
-from .noise import exponential_noise, seed_tensor
 from .objective import GRPOLoss, GRPOLossOutput, Tokens, check_loss_inputs, evaluate, make_output, prepare_tokens
-from .pages import Pages
+from .page_table import Pages
+from .sampling_noise import exponential_noise, seed_tensor
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hugging_face import COMPLETIONS, flat, logprobs
 from plain_attention import KEYS, LENGTHS, D, plain, rows
+from vtfast_kernels.page_table import Pages
 from vtfast_kernels.paged_attention import paged_attention
-from vtfast_kernels.pages import Pages
 
 from vtfast.model.attention import BACKENDS, AttentionLayout, _usable, packed_attention
 from vtfast.model.liger import use_liger

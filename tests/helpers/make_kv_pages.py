@@ -1,7 +1,7 @@
 """Inputs of attention over pages: rows of several groups, pages anywhere in the pool, unused memory poisoned."""
 
 import torch
-from vtfast_kernels.pages import Pages
+from vtfast_kernels.page_table import Pages
 
 H, K, D, PAGE = 6, 2, 8, 4
 

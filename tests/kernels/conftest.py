@@ -9,7 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 import pytest
 import torch
-from vtfast_kernels import checks, logit_rows
+from vtfast_kernels import checks, chunked_logits
 
 INTERPRETED = checks.interpreted()
 
@@ -45,5 +45,5 @@ def poisoned_buffers():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 32 tokens at most, so that small inputs cross chunk borders."""
-    monkeypatch.setattr(logit_rows, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(logit_rows, "CUDA_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked_logits, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked_logits, "CUDA_CHUNK_BYTES", 1)

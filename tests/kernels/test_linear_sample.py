@@ -5,7 +5,7 @@ import torch
 from compare import error, shapes
 from vtfast_kernels.cases import Shape, sample_inputs
 from vtfast_kernels.linear_sample import linear_sample
-from vtfast_kernels.noise import exponential_noise
+from vtfast_kernels.sampling_noise import exponential_noise
 
 
 @pytest.mark.parametrize("greedy", [False, True])

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from make_kv_pages import CASES, PAGE, D, H, K, case, exactly
+from vtfast_kernels.page_table import Pages
 from vtfast_kernels.paged_attention import paged_attention
-from vtfast_kernels.pages import Pages
 
 
 def on(device, inputs):

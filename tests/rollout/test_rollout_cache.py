@@ -13,9 +13,9 @@ from transformers.generation import logits_process as hf
 from vtfast.model.adapters import add_lora
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling, engine, scheduler
-from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder
-from vtfast.rollout.truncated_sampling import warped_sample
+from vtfast.rollout.kv_cache import PagedCache
+from vtfast.rollout.logits_processors import sample_with_processors
 from vtfast.scoring import completion_logprobs
 from vtfast.utils.errors import UserError
 
@@ -202,7 +202,7 @@ def test_warps_are_transformers(settings, processors):
     expected = LogitsProcessorList(processors)(history, hidden @ head.t()).log_softmax(-1)
     drawn = set()
     for position in range(20):
-        token, logp = warped_sample(
+        token, logp = sample_with_processors(
             hidden,
             head,
             Sampling(**settings),

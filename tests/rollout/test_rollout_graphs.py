@@ -17,8 +17,8 @@ from rollouts import everything_is_free, tokens
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.rollout.decode import Decoder
-from vtfast.rollout.decode_state import PADDING_GROUP, OutputBuffer, RowState
 from vtfast.rollout.graphs import BUCKETS, bucket
+from vtfast.rollout.row_state import PADDING_GROUP, OutputBuffer, RowState
 from vtfast.rollout.scheduler import Scheduler
 
 SAMPLING = Sampling(max_new_tokens=12)

@@ -13,7 +13,7 @@ from vtfast.data.processor import Processor
 from vtfast.model.adapters import add_lora
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling, vllm
-from vtfast.rollout.engines import build_engine
+from vtfast.rollout.engine_factory import build_engine
 from vtfast.rollout.vllm import checkpoint_weights
 from vtfast.scoring import completion_logprobs
 from vtfast.utils.errors import UserError

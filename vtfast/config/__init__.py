@@ -5,7 +5,7 @@ Names are TRL's where TRL has one. A recipe (`recipes/*.yaml`) maps these names 
 that it differs from. Those called `*-sft` are for `vtfast sft`.
 """
 
-from vtfast_kernels.loss_names import LOSS_TYPES
+from vtfast_kernels.loss_types import LOSS_TYPES
 
 from vtfast.config.describe import field_defaults, field_help, field_names, field_sections
 from vtfast.config.fields import FREEZABLE

@@ -7,7 +7,7 @@ import re
 from typing import Literal, get_args
 
 from pydantic import Field, field_validator
-from vtfast_kernels.loss_names import LossType, SamplerMode
+from vtfast_kernels.loss_types import LossType, SamplerMode
 
 from vtfast.config.section import Section
 from vtfast.config.values import BadValue

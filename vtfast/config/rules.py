@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vtfast_kernels.loss_names import TOKEN_LEVEL
+from vtfast_kernels.loss_types import TOKEN_LEVEL
 
 from vtfast.config.fields import GRPO, Optimizer, Rollout, Task
 from vtfast.config.problems import Problem

@@ -9,12 +9,12 @@ H d and K d width of queries and of keys, V vocabulary, E width of the vision en
 
 from __future__ import annotations
 
-from vtfast_kernels.logit_rows import chunk_rows
+from vtfast_kernels.chunked_logits import chunk_rows
 
 from vtfast.config import RunConfig
 from vtfast.cost.workload import PATCHES_PER_TOKEN, Workload
 from vtfast.model.policy import Policy
-from vtfast.model.shapes import text_shape
+from vtfast.model.text_shape import text_shape
 
 
 def activation_bytes(policy: Policy, config: RunConfig, load: Workload, device_type: str) -> int:

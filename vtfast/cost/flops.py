@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vtfast.model.policy import Policy
-from vtfast.model.shapes import text_shape
+from vtfast.model.text_shape import text_shape
 
 
 @dataclass(frozen=True)

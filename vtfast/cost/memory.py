@@ -17,9 +17,9 @@ from vtfast.cost.activations import activation_bytes, loss_bytes, vision_activat
 from vtfast.cost.workload import PATCHES_PER_TOKEN, Workload, workload_of
 from vtfast.evaluate.held_out import BATCH as HELD_OUT_BATCH
 from vtfast.model.policy import Policy
-from vtfast.model.shapes import text_shape
-from vtfast.rollout.cache import pages_needed
+from vtfast.model.text_shape import text_shape
 from vtfast.rollout.engine import CACHE_SHARE, PAGE_SIZE
+from vtfast.rollout.kv_cache import pages_needed
 from vtfast.rollout.scheduler import PREFILL_TOKENS
 
 BUCKET = 500_000_000

@@ -34,7 +34,7 @@ from vtfast.cost.devices import Rates
 from vtfast.cost.flops import forward_flops, part_update_flops
 from vtfast.cost.micro_batches import GroupPart, GroupSize, plan_micro_batches
 from vtfast.model.policy import Policy
-from vtfast.model.shapes import text_shape
+from vtfast.model.text_shape import text_shape
 from vtfast.rollout.scheduler import PREFILL_TOKENS
 
 log = logging.getLogger("vtfast")

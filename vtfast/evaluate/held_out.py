@@ -14,7 +14,7 @@ from vtfast.data.prompt_templates import response_prefix
 from vtfast.distributed.ranks import Ranks
 from vtfast.rewards import accuracy_reward, format_reward
 from vtfast.rollout import Sampling
-from vtfast.rollout.engines import Engine
+from vtfast.rollout.engine_factory import Engine
 
 BATCH = 32
 SEED = 2**31 - 1

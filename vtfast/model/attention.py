@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vtfast.distributed.determinism import flash_attn_kwargs
 from vtfast.model.attention_layout import AttentionLayout, VisionLayouts
-from vtfast.model.backends import select_backend
+from vtfast.model.select_backend import select_backend
 from vtfast.utils.errors import UserError
 
 log = logging.getLogger("vtfast")
@@ -180,7 +180,7 @@ def language_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     layout: AttentionLayout | None = None,
-    store_kv: Callable[[int, Tensor, Tensor], None] | None = None,
+    kv_callback: Callable[[int, Tensor, Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, d] -> [1, T, H, d].
@@ -201,9 +201,9 @@ def language_attention(
             **kwargs,
         )
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if store_kv is not None:
+    if kv_callback is not None:
         assert isinstance(module.layer_idx, int)
-        store_kv(module.layer_idx, key, value)
+        kv_callback(module.layer_idx, key, value)
     return packed_attention(query, key, value, layout, scaling, sliding_window)[None], None
 
 

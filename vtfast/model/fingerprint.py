@@ -11,7 +11,7 @@ SAMPLED = 64
 """Values of each weight that are hashed."""
 
 
-def fingerprint(module: nn.Module) -> str:
+def base_model_fingerprint(module: nn.Module) -> str:
     """SHA-256 of the names, the shapes and some bf16 values of each weight, so that the dtype makes no difference."""
     digest, values = hashlib.sha256(), []
     for name, weight in module.named_parameters():

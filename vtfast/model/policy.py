@@ -74,9 +74,9 @@ class Policy:
     def pack(self, prompts: Sequence[Prompt], completions: Completions) -> Pack:
         return Pack(prompts, completions, backend=self.backend, device=self.device)
 
-    def hidden_states(self, pack: Pack, store_kv: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """Output of the last norm [T, D]. `store_kv(layer, keys, values)` receives each layer's rotated keys and values
-        [T, K, d]."""
+    def hidden_states(self, pack: Pack, kv_callback: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """Output of the last norm [T, D]. `kv_callback(layer, keys, values)` receives each layer's rotated keys and
+        values [T, K, d]."""
         language_model = self.language_model
         # Any other implementation, set by `set_attn_implementation`, would let completions see each other.
         language_model.config._attn_implementation = LANGUAGE_ATTENTION
@@ -85,7 +85,7 @@ class Policy:
         if features:
             embedding = embedding.index_copy(0, pack.image_index, torch.cat(features).to(embedding.dtype))
         elif torch.is_grad_enabled() and self.vision is not None:
-            embedding = embedding + self.vision.zero_with_gradients()
+            embedding = embedding + self.vision.zero_through_encoder()
         # Families with several kinds of layers expect a mask for each kind; None means that the layout decides.
         kinds = getattr(language_model.config, "layer_types", None)
         output = language_model(
@@ -94,7 +94,7 @@ class Policy:
             attention_mask=dict.fromkeys(kinds) if kinds else None,
             use_cache=False,
             layout=pack.layout,
-            store_kv=store_kv,
+            kv_callback=kv_callback,
         )
         return output.last_hidden_state[0]
 

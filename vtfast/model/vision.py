@@ -97,7 +97,7 @@ class VisionEncoder:
         pixels = torch.cat([_pixels(prompt) for prompt in prompts])
         return self._forward(pixels, torch.cat([_grid(prompt) for prompt in prompts]))
 
-    def zero_with_gradients(self) -> Tensor:
+    def zero_through_encoder(self) -> Tensor:
         """A zero, 0-d, whose gradient for every trained weight of the encoder is zero.
 
         A row without images adds it where others put their image features: ranks reduce gradients as they arrive, so

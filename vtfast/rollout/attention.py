@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vtfast_kernels.page_table import Pages
 from vtfast_kernels.paged_attention import paged_attention
-from vtfast_kernels.pages import Pages
 
-from vtfast.model.backends import select_backend
+from vtfast.model.select_backend import select_backend
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200. A fixed number, so that how a context is split depends on the number of rows only."""

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from vtfast_kernels.add_rms_norm import add_rms_norm
-from vtfast_kernels.pages import Pages, PrefixCache
+from vtfast_kernels.page_table import Pages, PrefixCache
 from vtfast_kernels.rope_append import rope_append
 from vtfast_kernels.silu_mul import silu_mul
 
 from vtfast.model.policy import Policy
 from vtfast.rollout.attention import DecodeAttention
-from vtfast.rollout.cache import PagedCache
-from vtfast.rollout.decode_state import RowState
+from vtfast.rollout.kv_cache import PagedCache
+from vtfast.rollout.row_state import RowState
 
 
 class Decoder:

@@ -21,8 +21,8 @@ from vtfast.distributed import watchdog
 from vtfast.distributed.determinism import require_full_size
 from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout.attention import decode_attention
-from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.graphs import Capture, bucket
+from vtfast.rollout.kv_cache import pages_needed
 from vtfast.rollout.sampling import Completion, Sampling
 from vtfast.rollout.scheduler import Scheduler
 from vtfast.rollout.workspace import Workspace, WorkspaceSize, cache_shape, weight_addresses

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 import torch
 from vtfast_kernels.checks import skip_checks
 
-from vtfast.rollout.decode_state import RowState
+from vtfast.rollout.row_state import RowState
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WARM_UPS = 2

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from vtfast_kernels.checks import skip_checks
 from vtfast_kernels.linear_sample import linear_sample
-from vtfast_kernels.pages import PrefixCache
+from vtfast_kernels.page_table import PrefixCache
 
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.model.policy import Policy
-from vtfast.rollout.cache import GroupPages
-from vtfast.rollout.decode_state import RowState
 from vtfast.rollout.graphs import bucket
+from vtfast.rollout.kv_cache import GroupPages
+from vtfast.rollout.logits_processors import sample_with_processors
+from vtfast.rollout.row_state import RowState
 from vtfast.rollout.sampling import Completion, Sampling, row_key
-from vtfast.rollout.truncated_sampling import warped_sample
 from vtfast.rollout.workspace import Workspace
 
 PREFILL_TOKENS = 16384
@@ -149,12 +149,12 @@ class Scheduler:
             targets.append(into)
         source, slots = torch.cat(sources).to(device), torch.cat(targets).to(device)
 
-        def store_kv(layer: int, keys: Tensor, values: Tensor) -> None:
+        def kv_callback(layer: int, keys: Tensor, values: Tensor) -> None:
             for pool, new in ((cache.keys, keys), (cache.values, values)):
                 pool[layer].flatten(0, 1).index_copy_(0, slots, new[source])
 
         pack = self.policy.pack(prompts, [[]] * len(prompts))
-        hidden = self.policy.hidden_states(pack, store_kv)[(starts + lengths - 1).to(device)]
+        hidden = self.policy.hidden_states(pack, kv_callback)[(starts + lengths - 1).to(device)]
 
         output_rows = [p * G + g for p in members for g in range(G)]
         live = len(self.running)
@@ -208,7 +208,7 @@ class Scheduler:
         sampling, workspace, head = self.sampling, self.workspace, self.policy.head
         if sampling.warped:
             output_row = workspace.output.writable_row(rows)
-            token, logp = warped_sample(
+            token, logp = sample_with_processors(
                 hidden,
                 head,
                 sampling,

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from vtfast.model.policy import Policy
-from vtfast.model.shapes import text_shape
+from vtfast.model.text_shape import text_shape
 from vtfast.rollout.attention import DecodeAttention
-from vtfast.rollout.cache import PagedCache
 from vtfast.rollout.decode import Decoder
-from vtfast.rollout.decode_state import OutputBuffer, RowState
 from vtfast.rollout.graphs import Capture, Graphs
+from vtfast.rollout.kv_cache import PagedCache
+from vtfast.rollout.row_state import OutputBuffer, RowState
 
 
 @dataclass(frozen=True)

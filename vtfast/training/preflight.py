@@ -24,8 +24,8 @@ from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.report.tracking import check_trackers
 from vtfast.rewards import get_reward
 from vtfast.rollout.attention import decode_attention
-from vtfast.rollout.cache import pages_needed
 from vtfast.rollout.engine import PAGE_SIZE
+from vtfast.rollout.kv_cache import pages_needed
 from vtfast.rollout.vllm import check_installed
 from vtfast.training.checkpoint import check_output_dir
 from vtfast.training.sft_target import load_target

@@ -27,12 +27,12 @@ from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import zero2_engine
 from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.adapters import add_lora
-from vtfast.model.fingerprint import fingerprint
+from vtfast.model.fingerprint import base_model_fingerprint
 from vtfast.model.liger import use_liger
 from vtfast.model.loading import load_model
 from vtfast.model.packing import check_group
 from vtfast.model.policy import Policy
-from vtfast.rollout.engines import Engine, build_engine
+from vtfast.rollout.engine_factory import Engine, build_engine
 from vtfast.training.checkpoint import find_checkpoint, keep_data, prepare_run_folder
 from vtfast.training.checkpoint.checkpointer import Checkpointer
 from vtfast.training.checkpoint.find import Checkpoint
@@ -145,7 +145,7 @@ def load_policy(config: RunConfig) -> LoadedPolicy:
     processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
     prompt_builder = PromptBuilder(config, processor)
     policy = load_model(path, config.dtype, str(ranks.device), config.freeze, config.attn_implementation)
-    base_fingerprint = fingerprint(policy.module)
+    base_fingerprint = base_model_fingerprint(policy.module)
     if config.use_liger_kernel and ranks.device.type == "cuda":
         use_liger(policy)
     if config.use_peft:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vtfast_kernels.noise import exponential_noise
+from vtfast_kernels.sampling_noise import exponential_noise
 
 from vtfast.rollout.sampling import Sampling
 
@@ -16,7 +16,7 @@ UNIT = 1 << 52
 """Probability 1 as an integer."""
 
 
-def warped_sample(
+def sample_with_processors(
     hidden: Tensor,
     head: Tensor,
     sampling: Sampling,
