@@ -84,7 +84,7 @@ def test_a_part_that_the_sums_do_not_list_is_refused_by_name(wanted, copy, sft):
         build(**settings)
     assert contents(copy) == before
     stranger.unlink()
-    assert build(**settings).done == 2
+    assert build(**settings).session.step == 2
 
 
 # The rendered questions

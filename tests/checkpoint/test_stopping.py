@@ -18,7 +18,7 @@ def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questio
     settings = questions | {"eval_data": "none", "save_steps": 0}
     run(tmp_path / "whole", **settings)
     trainer = build(output_dir=str(tmp_path / "run"), **settings)
-    begin, calls = trainer.session.rollout_engine.begin, []
+    begin, calls = trainer.session.rollout_engine.start, []
 
     def signalled(*arguments):
         calls.append(arguments)
@@ -26,7 +26,7 @@ def test_a_signal_in_the_rollout_gives_it_up_and_saves(number, tmp_path, questio
             os.kill(os.getpid(), number)
         return begin(*arguments)
 
-    trainer.session.rollout_engine.begin = signalled
+    trainer.session.rollout_engine.start = signalled
     with pytest.raises(Stopped, match=rf"stopped by {number.name} after step 2; resume with .*last --output_dir"):
         trainer.run()
     assert signal.getsignal(number) not in (trainer.session.stop._notice,), "the handlers are put back"

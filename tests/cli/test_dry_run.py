@@ -1,7 +1,5 @@
 """`--dry-run`: settings, an estimate, and advice that fits."""
 
-import dataclasses
-
 import pytest
 import torch
 import yaml
@@ -24,12 +22,11 @@ def test_advice_fits(gigabytes, beta):
     ranks = int(words[1]) if words[2:3] == ["ranks"] else 4
     flags = [word for word in words if word not in ("try", "ranks", "with", words[1])] if ranks != 4 else words[1:]
     heeded = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
-    fixed = dataclasses.replace(
-        config, **{key: int(value) if value.isdecimal() else value == "true" for key, value in heeded.items()}
-    )
+    values = {key: int(value) if value.isdecimal() else value == "true" for key, value in heeded.items()}
+    fixed = config.model_copy(update=values)
     assert memory(fixed, ranks, gigabytes).peak <= device.bytes
     if list(heeded) == ["token_budget"]:
-        larger = dataclasses.replace(config, token_budget=fixed.token_budget * 11 // 10)
+        larger = config.model_copy(update={"token_budget": fixed.token_budget * 11 // 10})
         assert memory(larger, gigabytes=gigabytes).peak > device.bytes
 
 

@@ -132,10 +132,10 @@ def test_a_run_is_found_beside_folders_that_nobody_may_look_into(monkeypatch):
         ("data inspect rows.jsonl --model runs/tiny-spatial", "such as runs/tiny-spatial/checkpoints/step-10"),
         ("data inspect runs", "no .parquet, .jsonl or .json file (there is: nothing)"),
         ("migrate runs", "runs: is a folder; give a YAML file"),
-        ("data inspect rows.csv", "pandas turns a CSV into one"),
+        ("data inspect rows.csv", "pandas converts a CSV"),
         ("data inspect lfs.parquet", "run `git lfs pull`"),
         ("data inspect torn.parquet", "; download it again"),
-        ("data inspect one.json", "a file with a row a line is called .jsonl"),
+        ("data inspect one.json", "a file with one row per line is called .jsonl"),
     ],
 )
 def test_what_the_commands_tell(words, told, tmp_path, capsys):

@@ -87,15 +87,15 @@ def test_an_update_that_runs_out_of_memory_is_made_in_smaller_passes(
 
     with caplog.at_level("WARNING", logger="vtfast"):
         tight, work, result = updated(tmp_path / "tight", token_budget=260, dtype=dtype, spoilt=disturbed)
-    budget = tight.budget.tokens
+    budget = tight.session.budget.tokens
     assert 80 < budget <= 130
     (said,) = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
-    assert f"token budget 260 -> {budget}, the same batch again in {len(work.micro_batches)} passes" in said
+    assert f"token budget 260 -> {budget}, the same batch again in {len(work.micro_batches)} micro-batches" in said
     assert first_line(error) in said
     said = json.loads((tmp_path / "tight" / "memory.json").read_text())
-    assert said == {"token_budget": {"0": budget}}
+    assert said == {"token_budget": {"1": budget}}
 
-    assert tight.engine.optimizer._backward_active_depth == 0
+    assert tight.session.engine.optimizer._backward_active_depth == 0
 
     small, same, expected = updated(tmp_path / "small", token_budget=budget, dtype=dtype)
     assert [batch.parts for batch in work.micro_batches] == [batch.parts for batch in same.micro_batches]
@@ -129,11 +129,11 @@ def test_the_second_update_on_the_same_answers_keeps_the_old_log_probs(tmp_path,
         trainer = make(tmp_path / name, num_iterations=2, epsilon=0.05, token_budget=1000, **PROPORTIONAL)
         questions = next(asked(trainer, [1]))
         trainer.step(1, questions)
-        old = {id(g): torch.cat(g.scores["old"]).clone() for g in trainer.experience.groups}
+        old = {id(g): torch.cat(g.logprobs["old"]).clone() for g in trainer.experience.groups}
         if name == "tight":
             spoil(trainer, "backward", monkeypatch, call=1)
         metrics, _ = trainer.step(2, None)
-        assert all(torch.cat(g.scores["old"]).equal(old[id(g)]) for g in trainer.experience.groups)
+        assert all(torch.cat(g.logprobs["old"]).equal(old[id(g)]) for g in trainer.experience.groups)
         results.append(metrics)
     plain, tight = results
     assert (plain["passes"], plain["token_budget"]) == (1, 1000)
@@ -150,7 +150,7 @@ def test_one_completion_a_pass_is_the_least(tmp_path, monkeypatch, where):
     work = trainer.balance(groups, 1)
     least = max(len(g.prompt.ids) + n for g in groups for n in g.lengths)
     spoil(trainer, where, monkeypatch, call=None)
-    with pytest.raises(UserError, match=rf"one completion a pass, {least} tokens.*; lower --max_c"):
+    with pytest.raises(UserError, match=rf"one completion in a micro-batch, {least} tokens.*; lower --max_c"):
         trainer.update(work, 1)
     assert trainer.session.budget.tokens == least
     assert max(len(batch.pack.ids) for batch in work.micro_batches) <= least
@@ -175,14 +175,14 @@ def test_scoring_is_cut_again_too(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(trainer_module, "packed_logprobs", failing)
             trainer.step(1, next(asked(trainer, [1])))
-        scores.append(torch.cat([torch.cat(g.scores["reference"]) for g in trainer.experience.groups]))
+        scores.append(torch.cat([torch.cat(g.logprobs["reference"]) for g in trainer.experience.groups]))
         trainers.append(trainer)
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
-    budget = trainers[1].budget.tokens
-    assert trainers[0].budget.tokens == 260 and 80 < budget <= 130
+    budget = trainers[1].session.budget.tokens
+    assert trainers[0].session.budget.tokens == 260 and 80 < budget <= 130
     metrics, _ = trainers[1].step(2, next(asked(trainers[1], [2])))
     assert metrics["token_budget"] == budget
-    assert max(len(batch.pack.ids) for batch in trainers[1].work.micro_batches) <= budget
+    assert max(len(batch.pack.ids) for batch in trainers[1].experience.batches.micro_batches) <= budget
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_what_its_memory_did_for(tmp_path, caplog):
     file.write_text('{"token_budget": {"4": 350, "9": 175}}')
     with caplog.at_level("INFO", logger="vtfast"):
         budget = TokenBudget(700, tmp_path, ALONE)
-    assert f"token budget 350 from step 4 on, by {file}" in caplog.text
+    assert f"token budget 350 from step 4 on ({file})" in caplog.text
     assert [budget.at(step) for step in (1, 3, 4, 8, 9, 99)] == [700, 700, 350, 350, 175, 175]
     assert budget.tokens == 175
     lower = TokenBudget(200, tmp_path, ALONE)
@@ -260,7 +260,7 @@ def test_a_batch_of_answers_is_cut_for_all_of_its_uses(tmp_path):
     """Those of steps 3 and 4 are cut in step 3; memory was short in the second use, and several ranks would not survive
     that again."""
     trainer = make(tmp_path, num_iterations=2, token_budget=1000)
-    trainer.session.budget.known = {4: 120}
+    trainer.session.budget.by_first_step = {4: 120}
     budgets = []
     for step, questions in zip((1, 3), asked(trainer, (1, 3)), strict=True):
         budgets += [trainer.step(step, questions)[0], trainer.step(step + 1, None)[0]]
@@ -304,7 +304,7 @@ def test_a_batch_is_cut_into_equally_many_passes_on_all_ranks(tmp_path):
             assert len(batch.pack.ids) == sum(part.tokens for part in batch.parts)
             assert len(batch.pack.ids) <= budget or len(batch.sequences) == 1
         work.micro_batches[:] = cut  # what was split is split again
-    assert len(cut) == len(before), "one completion a pass"
+    assert len(cut) == len(before), "one completion in each"
     cut = resplit(work, 1000, Others(0, 2, torch.device("cpu")))
     assert [bool(batch.parts) for batch in cut] == [True, False, False, False, False]
 

@@ -401,7 +401,7 @@ def test_a_bare_answer_is_graded_as_the_answer(make):
     tagged, _ = make()
     assert tagged.completion_for_rewards("left") == "left"
     bare.completion_for_rewards = lambda response: "<think></think><answer>nothing</answer>"
-    judged = bare.judge()
+    judged = loop.evaluate(bare)
     assert (judged.accuracy("greedy"), judged.format("greedy")) == (0, 1)
 
 

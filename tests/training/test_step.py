@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_on_is_skipped_and_listed(make, spoil, monkeypatc
     listed = json.loads(line)
     reason = "placeholders for 0 image tokens" if spoil == "prompt" else "no tokens"
     assert (listed["step"], listed["row"]) == (1, bad) and reason in listed["reason"]
-    trainer.config.on_bad_sample = "error"
+    trainer.session.skip_log.is_strict = True
     with pytest.raises(UserError, match=rf"step 2, .*row {bad} \(counted from 0\): .*{reason}"):
         trainer.step(2, questions)
 

@@ -103,9 +103,9 @@ def test_a_runs_settings_import_nothing_and_name_no_data(evaluated, tmp_path, mo
     ("settings", "reason"),
     [
         ({"template": "/dev/zero"}, "not a regular file"),
-        ({"template": ["r1-zero"]}, r"template: \['r1-zero'\] is no str"),
-        ({"max_pixels": "many"}, "max_pixels: 'many' is no int"),
-        ({"min_pixels": 10**12, "max_pixels": 10**13}, "enlarged beyond"),
+        ({"template": ["r1-zero"]}, r"template: \['r1-zero'\] must be str"),
+        ({"max_pixels": "many"}, "max_pixels: 'many' must be int"),
+        ({"min_pixels": 10**12, "max_pixels": 10**13}, "enlarge images beyond"),
     ],
 )
 def test_a_runs_settings_are_checked_like_others(evaluated, settings, reason, capsys):
@@ -118,7 +118,7 @@ def test_a_runs_settings_are_checked_like_others(evaluated, settings, reason, ca
 def test_an_image_that_is_fetched_has_a_plain_name(name, tmp_path):
     from vtfast.evaluate.benchmarks.vsr import read
 
-    with pytest.raises(UserError, match="a file name is wanted"):
+    with pytest.raises(UserError, match="expected a file name"):
         read(vsr_row(0, image=name), 0)
 
 
