@@ -102,7 +102,7 @@ def decode_steps(shape: Shape, device: str, rounds: int, attention: str) -> bool
         work = Workload(replace(shape, text=shape.text[:1] * prompts, grids=shape.grids[:1] * prompts, G=G), device)
         policy = Policy(work.module.eval(), (), choose_backend("auto", device, work.dtype))
         for mode in ("graph", "eager") if device == "cuda" else ("eager",):
-            engine = RolloutEngine(policy, graphs=mode == "graph", attention=attention, poll=STEPS)
+            engine = RolloutEngine(policy, graphs=mode == "graph", attention=attention, steps_per_sync=STEPS)
             run = start(engine, work, rounds)
             times = [seconds(run.decode, device) / STEPS * 1e3 for _ in range(rounds)]
             p20, p50, p80 = quantiles(times)

@@ -116,7 +116,7 @@ def test_rows_in_flight_are_the_engines(policy, prompts, monkeypatch, max_rows, 
         return real(self, rows)
 
     monkeypatch.setattr(Scheduler, "decode_step", step)
-    engine = RolloutEngine(policy, max_rows=max_rows, poll=1, cache_tokens=4096)
+    engine = RolloutEngine(policy, max_rows=max_rows, steps_per_sync=1, cache_tokens=4096)
     monkeypatch.setattr(policy, "eos_ids", tuple(range(0, policy.head.shape[0], 8)))  # many lengths
     groups = engine.generate(prompts, 2, Sampling(max_new_tokens=12, min_new_tokens=2), seed=seed)
     sizes = [

@@ -28,7 +28,7 @@ def main(path: str) -> None:
 
     for module in (add_rms_norm, linear_sample, paged_attention, rope_append, silu_mul):
         module.choose_impl = triton_for_auto
-    engine = RolloutEngine(hasty, graphs=True, capture=lambda step, rows: lambda: step(rows), poll=3)
+    engine = RolloutEngine(hasty, graphs=True, capture=lambda step, rows: lambda: step(rows), steps_per_sync=3)
     found = engine.generate(prompts, 3, sampling, seed=1)
     assert {"x", "hidden", "query", "qkv", "gate_up"} <= set(calls), set(calls)
     for mine, theirs in zip(found, expected, strict=True):

@@ -71,7 +71,7 @@ def losses(device, spec, dtype):
 def rollouts(path, device, dtype, prompts, **options):
     policy = load_model(path, dtype, device)
     hasty = type(policy)(policy.module, tuple(range(0, policy.head.shape[0], 9)), policy.backend)
-    engine = RolloutEngine(hasty, poll=2, **options)
+    engine = RolloutEngine(hasty, steps_per_sync=2, **options)
     sampling = Sampling(max_new_tokens=3)
     found = [chain(*engine.generate(prompts, 2, sampling, seed)) for seed in (1, 2)]
     return list(chain(*found)), engine

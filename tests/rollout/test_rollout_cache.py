@@ -289,4 +289,4 @@ def test_a_long_rollout_shows_rows_alive(policy, prompts, monkeypatch, capsys):
     monkeypatch.setattr(engine, "tqdm", functools.partial(engine.tqdm, mininterval=0))
     RolloutEngine(policy).generate(prompts, 4, SAMPLING, progress=True)
     shown = capsys.readouterr().err
-    assert "rows alive" in shown and "token/s" in shown
+    assert "rows running" in shown and "token/s" in shown

@@ -43,13 +43,13 @@ def hasty(policy):
     return type(policy)(policy.module, tuple(range(0, policy.head.shape[0], 5)))
 
 
-@pytest.mark.parametrize("poll", [1, 3, 16])
+@pytest.mark.parametrize("steps_per_sync", [1, 3, 16])
 @pytest.mark.parametrize("limits", [{}, {"max_rows": 7}])
-def test_replayed_steps_equal_plain_ones(hasty, prompts, poll, limits):
+def test_replayed_steps_equal_plain_ones(hasty, prompts, steps_per_sync, limits):
     many = [*prompts, *prompts[::-1]]
     plain = RolloutEngine(hasty)
     recorder = Recorder()
-    graphs = RolloutEngine(hasty, graphs=True, capture=recorder, poll=poll, **limits)
+    graphs = RolloutEngine(hasty, graphs=True, capture=recorder, steps_per_sync=steps_per_sync, **limits)
     for seed in (1, 2):
         expected = plain.generate(many, 3, SAMPLING, seed=seed)
         found = graphs.generate(many, 3, SAMPLING, seed=seed)
@@ -65,7 +65,7 @@ def test_replayed_steps_equal_plain_ones(hasty, prompts, poll, limits):
 
 def test_each_setting_has_graphs_of_its_own(policy, prompts):
     recorder = Recorder()
-    engine = RolloutEngine(policy, graphs=True, capture=recorder, poll=4)
+    engine = RolloutEngine(policy, graphs=True, capture=recorder, steps_per_sync=4)
     settings = [
         SAMPLING,
         Sampling(max_new_tokens=12, temperature=0.5),
@@ -112,7 +112,7 @@ def test_the_workspace_grows_and_is_freed_on_request(policy, prompts):
 
 def test_calls_of_different_shapes_settle_in_one_workspace(policy, prompts):
     recorder = Recorder()
-    engine = RolloutEngine(policy, graphs=True, capture=recorder, poll=4)
+    engine = RolloutEngine(policy, graphs=True, capture=recorder, steps_per_sync=4)
     shapes = [(prompts[:1], 4, 30), (prompts * 3, 1, 4), (prompts[1:3], 2, 12)]
     seen = []
     for _ in range(3):
@@ -148,7 +148,7 @@ def test_no_more_steps_than_tokens_are_asked_for(policy, prompts, monkeypatch):
     steps, step = [], Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *a: steps.append(1) or step(*a))
     endless = type(policy)(policy.module, ())
-    RolloutEngine(endless, poll=16).generate(prompts, 2, Sampling(max_new_tokens=20))
+    RolloutEngine(endless, steps_per_sync=16).generate(prompts, 2, Sampling(max_new_tokens=20))
     assert len(steps) == 19, "the first token is the prefill's"
 
 
@@ -160,7 +160,7 @@ def test_an_interrupted_call_leaves_no_numbers(random_path, prompts, monkeypatch
     saved = weight.detach().clone()
     weight.data.fill_(torch.nan)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Scheduler, "retire", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Scheduler, "finish_rows", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         engine.generate(prompts, 3, SAMPLING, seed=1)
     weight.data.copy_(saved)
     assert tokens(engine.generate(prompts, 3, SAMPLING, seed=1)) == expected
@@ -189,12 +189,12 @@ def test_commit_writes_live_rows_only():
     rows, output = RowState.empty(4, 2, "cpu"), OutputBuffer.empty(3, 2, "cpu")
     rows.output_row.copy_(torch.tensor([2, 0, 1, 0]))
     rows.active.copy_(torch.tensor([True, True, False, False]))
-    rows.emitted.copy_(torch.tensor([0, 1, 2, 0]))
+    rows.num_generated.copy_(torch.tensor([0, 1, 2, 0]))
     token, logp = torch.tensor([7, 8, 9, 5]), -torch.arange(1.0, 5.0)
     output.append(rows, token, logp, torch.tensor(2), torch.tensor([7]))
     assert output.tokens[:3].tolist() == [[0, 8, 0], [0, 0, 0], [7, 0, 0]]
     assert output.logps[2, 0] == -1 and output.logps[0, 1] == -2
-    assert rows.emitted.tolist() == [1, 2, 2, 0]
+    assert rows.num_generated.tolist() == [1, 2, 2, 0]
     assert not rows.active.any(), "one ended by its token, one by the limit"
 
 

@@ -333,8 +333,8 @@ def test_a_rollout_that_runs_out_of_memory_admits_fewer_rows(policy, prompts, mo
     with caplog.at_level("WARNING", logger="vtfast"):
         got = engine.generate(prompts, 3, SAMPLING, seed=1)
     assert tokens(got) == tokens(expected)
-    assert engine.max_rows == 3 and "rows in flight 12 -> 6" in caplog.text
-    assert "rows in flight 6 -> 3, cache pages" in caplog.text and len(caplog.records) == 2
+    assert engine.max_rows == 3 and "running rows 12 -> 6" in caplog.text
+    assert "running rows 6 -> 3, cache pages" in caplog.text and len(caplog.records) == 2
     held = engine.workspace.cache
     assert held.pages == engine.max_pages and len(held.free) == held.pages
     assert tokens(engine.generate(prompts, 3, SAMPLING, seed=1)) == tokens(expected)
@@ -363,7 +363,7 @@ def test_a_cache_that_was_halved_grows_for_a_larger_group(policy, monkeypatch):
 def test_one_group_is_the_least_of_a_rollout(policy, prompts, monkeypatch):
     engine = RolloutEngine(policy)
     monkeypatch.setattr(scheduler.Scheduler, "prefill", fails_at(None, ON_CPU, None))
-    with pytest.raises(RankError, match=r"the 3 completions of one prompt in flight; lower --num"):
+    with pytest.raises(RankError, match=r"the 3 completions of one prompt running; lower --num"):
         engine.generate(prompts, 3, SAMPLING)
     assert engine.workspace is None
 

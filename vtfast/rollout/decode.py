@@ -1,7 +1,7 @@
 """One token for every row: the language model's layers over the paged cache, with Hugging Face's own weights.
 
-M-RoPE in decode: all three axes stand at the cache length + the row's own delta (a prompt with images ends at a smaller
-angle than its number of tokens), while the slot in the cache is the cache length. The two are never mixed.
+RoPE position = cache length + rope_delta on all three axes; cache slot = cache length. They differ because a prompt
+with images ends at a smaller position than its number of tokens.
 
 A layer is eight kernels and its attention: add + norm, qkv, rope + append, attention, o, add + norm, gate and up,
 silu * up, down. Nothing is read on the host, so that a step can be captured in a CUDA graph.
@@ -31,7 +31,7 @@ class Decoder:
     """`step(rows)` returns hidden states [R, D], with the weights as they were at the last `refresh`."""
 
     def __init__(self, policy: Policy, cache: PagedCache, max_positions: int, attention: DecodeAttention) -> None:
-        """`max_positions`: longest sequence of a row; the rotations of so many positions are tabulated."""
+        """`max_positions`: longest sequence of a row; length of the RoPE tables."""
         self.policy, self.cache, self.attend = policy, cache, attention.attend
         model: Any = policy.language_model
         self.model = model
@@ -42,32 +42,34 @@ class Decoder:
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()  # [positions, d]
 
     def refresh(self) -> None:
-        """Copy the fused weights again. All others are the trainer's own tensors."""
+        """Copy the trainer's q/k/v and gate/up weights into the fused matmuls; other layers use the trainer's
+        tensors."""
         for layer in self.layers:
             layer.refresh()
 
     def step(self, rows: RowState, prefix_cache: PrefixCache | None = None) -> Tensor:
         """Feed each row's newest token. `prefix_cache`: see `Pages`; the caller drops it when rows come or go."""
         page_size = self.cache.page_size
-        angle = rows.length + rows.delta
-        cos, sin = self.cos[angle], self.sin[angle]
-        newest_page = rows.table.gather(1, (rows.length // page_size)[:, None])[:, 0]
+        position = rows.length + rows.rope_delta
+        cos, sin = self.cos[position], self.sin[position]
+        newest_page = rows.block_table.gather(1, (rows.length // page_size)[:, None])[:, 0]
         slot = newest_page.long() * page_size + rows.length % page_size
         lengths = (rows.length + 1).to(torch.int32)
-        pages = Pages(rows.table, lengths, rows.group, rows.shared, page_size, prefix_cache)
-        x, delta = self.policy.embed(rows.token), None
+        pages = Pages(rows.block_table, lengths, rows.group, rows.num_shared_pages, page_size, prefix_cache)
+        residual, mlp_output = self.policy.embed(rows.token), None
         for number, layer in enumerate(self.layers):
             keys, values = self.cache.keys[number], self.cache.values[number]
-            x, h = _rms_norm(layer.module.input_layernorm, x, delta)
+            residual, h = _rms_norm(layer.module.input_layernorm, residual, mlp_output)
             q = rope_append(layer.qkv(h), cos, sin, slot, keys, values)
             attended = self.attend(q, keys, values, pages, layer.scale)
-            x, h = _rms_norm(layer.module.post_attention_layernorm, x, layer.output(attended))
-            delta = layer.mlp(h)
-        return _rms_norm(self.model.norm, x, delta)[1]
+            residual, h = _rms_norm(layer.module.post_attention_layernorm, residual, layer.output(attended))
+            mlp_output = layer.mlp(h)
+        return _rms_norm(self.model.norm, residual, mlp_output)[1]
 
 
-def _rms_norm(module: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, delta, module.weight, eps=module.variance_epsilon)
+def _rms_norm(module: Any, residual: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return residual + output [R, D], and its norm."""
+    return add_rms_norm(residual, output, module.weight, eps=module.variance_epsilon)
 
 
 class _Layer:

@@ -37,8 +37,8 @@ PAGE_SIZE = {"cpu": 16, "cuda": 256}
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.6}
 """Share of the free memory that the cache may take."""
 MAX_ROWS = 512
-"""Rows in flight."""
-POLL = {"cpu": 1, "cuda": 16}
+"""Rows that run at once."""
+DECODE_STEPS_PER_SYNC = {"cpu": 1, "cuda": 16}
 """Decode steps between two checks for finished rows."""
 DEFAULT = Sampling()
 BAR_DELAY = 5.0
@@ -50,7 +50,7 @@ class RolloutCancelled(Exception):
 
 
 class RolloutEngine:
-    """Samples from `policy.module` as it is at each call: edit a weight, and the next call uses it."""
+    """Samples completions from a policy. Each call uses the current weights of `policy.module`."""
 
     def __init__(
         self,
@@ -63,18 +63,19 @@ class RolloutEngine:
         attention: str = "auto",
         graphs: bool | None = None,
         capture: Capture | None = None,
-        poll: int | None = None,
+        steps_per_sync: int | None = None,
     ) -> None:
         """
         Args:
             processor: needed for stop strings.
             cache_tokens: size of the key-value cache; None: what the prompts of a call need, up to a share of the
                 free memory.
-            max_rows: rows in flight (a whole group, if that is more).
+            max_rows: rows that run at once (a whole group, if that is more).
             keep_cache: False frees cache, fused weights and graphs after every call.
             attention: one of `vtfast.rollout.attention.BACKENDS`, or auto.
             graphs: replay the step from CUDA graphs; None: on CUDA. `capture` stands in for CUDA's in tests.
-            poll: decode steps between two checks for finished rows; None: POLL of the device.
+            steps_per_sync: decode steps between two checks for finished rows; None: `DECODE_STEPS_PER_SYNC` of the
+                device.
 
         Raises UserError for a model with sliding windows.
         """
@@ -85,11 +86,11 @@ class RolloutEngine:
         self.cache_tokens, self.max_rows, self.keep_cache = cache_tokens, max_rows, keep_cache
         self.attention = decode_attention(attention, policy.device, policy.head.dtype)
         self.graphs = (device == "cuda" and self.attention.capturable) if graphs is None else graphs
-        self.capture, self.poll = capture, poll or POLL[device]
+        self.capture, self.steps_per_sync = capture, steps_per_sync or DECODE_STEPS_PER_SYNC[device]
         self.page_size = PAGE_SIZE[device]
         self.workspace: Workspace | None = None
         self.should_cancel: Callable[[], object] | None = None
-        """If set, called every `poll` steps; a true result ends `generate` with RolloutCancelled."""
+        """If set, called every `steps_per_sync` steps; a true result ends `generate` with RolloutCancelled."""
         self.last_timings: dict[str, float] = {}
         """Seconds of the last finished call, by phase: "prefill" and "decode". Empty while a call runs."""
         self.max_pages: int | None = None
@@ -105,8 +106,8 @@ class RolloutEngine:
     ) -> list[list[Completion]]:
         """Return `num_generations` completions of each prompt: `result[p][g]`. Sets `last_timings`.
 
-        `progress`: show a bar with tokens/s and rows alive, once the rollout takes a few seconds. If it runs out of
-        memory, this and later calls keep fewer rows in flight, and the call starts again: its result is the same.
+        `progress`: show a bar with tokens/s and running rows, once the rollout takes a few seconds. If it runs out of
+        memory, this and later calls run fewer rows at once, and the call starts again: its result is the same.
         Raises UserError for a prompt that does not fit in the cache, RankError if one group alone does not fit in
         memory, and RolloutCancelled when `should_cancel` says so.
         """
@@ -140,8 +141,8 @@ class RolloutEngine:
                     watchdog.beat()
                     if self.should_cancel and self.should_cancel():
                         raise RolloutCancelled
-                    bar.set_postfix_str(f"{len(scheduler.running)} rows alive", refresh=False)
-                    bar.update(scheduler.written - bar.n)
+                    bar.set_postfix_str(f"{len(scheduler.running)} rows running", refresh=False)
+                    bar.update(scheduler.num_tokens - bar.n)
                 self.last_timings = scheduler.timings
                 return scheduler.collect()
             finally:
@@ -153,7 +154,8 @@ class RolloutEngine:
     def start(
         self, prompts: Sequence[Prompt], num_generations: int = 1, sampling: Sampling = DEFAULT, seed: int = 0
     ) -> Scheduler:
-        """Return a rollout whose steps the caller runs. One at a time: it uses the engine's workspace."""
+        """Return a scheduler; the caller calls `step()`. Only one may be active, because it uses the engine's
+        workspace."""
         if num_generations < 1:
             raise UserError(f"num_generations {num_generations}: must be at least 1")
         if sampling.stop and self.processor is None:
@@ -168,7 +170,7 @@ class RolloutEngine:
                 sampling,
                 seed,
                 max_rows=self.max_rows,
-                poll=self.poll,
+                steps_per_sync=self.steps_per_sync,
                 processor=self.processor,
             )
 
@@ -181,7 +183,7 @@ class RolloutEngine:
             yield
 
     def _shrink(self, prompts: Sequence[Prompt], group: int, new_tokens: int, reason: str) -> None:
-        """Free the workspace, and halve rows in flight and cache, down to one group."""
+        """Free the workspace, and halve running rows and cache, down to one group."""
         pages = None if self.workspace is None else self.workspace.cache.pages
         self.workspace = None
         free_memory()
@@ -191,12 +193,12 @@ class RolloutEngine:
         rows = min(len(prompts) * group, max(self.max_rows, group))
         if rows <= group and pages <= least:
             raise RankError(
-                f"rollout: out of memory ({reason}) with the {group} completions of one prompt in flight; lower"
+                f"rollout: out of memory ({reason}) with the {group} completions of one prompt running; lower"
                 " --num_generations, --max_completion_length, --max_prompt_length or --max_pixels"
             )
         self.max_rows, self.max_pages = max(rows // 2, group), max(pages // 2, least)
         log.warning(
-            "rollout: out of memory (%s); rows in flight %d -> %d, cache pages %d -> %d, the same prompts again",
+            "rollout: out of memory (%s); running rows %d -> %d, cache pages %d -> %d, the same prompts again",
             reason,
             rows,
             self.max_rows,
@@ -205,13 +207,13 @@ class RolloutEngine:
         )
 
     def _prepare_workspace(self, prompts: Sequence[Prompt], group: int, new_tokens: int) -> Workspace:
-        """Return the workspace, with the current weights. A new one if it is too small (large enough for both calls, so
-        that calls of different shapes end up sharing one), or if the weights have moved."""
+        """Return the workspace, with the current weights. Reallocates it if it is too small or the weights were
+        reallocated. The new one fits both the old and the new request."""
         policy, workspace = self.policy, self.workspace
         if workspace is not None and (
             workspace.weight_addresses != weight_addresses(policy) or workspace.dtype != policy.head.dtype
         ):
-            log.info("rollout: the weights have moved; cache and graphs are made anew")
+            log.info("rollout: weights were reallocated; rebuilding the KV cache and CUDA graphs")
             self.workspace = workspace = None
         size = self._required_size(prompts, group, new_tokens)
         least = max(self._pages_per_prompt(prompts, group, new_tokens))
@@ -230,13 +232,13 @@ class RolloutEngine:
         return workspace
 
     def _required_size(self, prompts: Sequence[Prompt], group: int, new_tokens: int) -> WorkspaceSize:
-        """Return what these prompts need, with as many groups in flight as `max_rows` allows."""
+        """Return what these prompts need, with as many running groups as `max_rows` allows."""
         pages = sorted(self._pages_per_prompt(prompts, group, new_tokens), reverse=True)
         pages_per_row = -(-(max(len(prompt.ids) for prompt in prompts) + new_tokens) // self.page_size)
-        in_flight = min(len(prompts) * group, max(self.max_rows, group))
+        running = min(len(prompts) * group, max(self.max_rows, group))
         return WorkspaceSize(
             cache_pages=sum(pages[: max(1, self.max_rows // group)]) if self.cache_tokens is None else 0,
-            rows=bucket(in_flight) if self.graphs else in_flight,
+            rows=bucket(running) if self.graphs else running,
             pages_per_row=pages_per_row + 1,
             outputs=len(prompts) * group,
             max_new_tokens=new_tokens,
@@ -249,7 +251,7 @@ class RolloutEngine:
         return [shared + group * own for shared, own in pages]
 
     def _num_cache_pages(self, needed: int, least: int) -> int:
-        """Return the pages of a new cache: `needed`, or as `cache_tokens`, `max_pages` and the free memory bound it.
+        """Return the pages of a new cache: `needed`, limited by `cache_tokens`, `max_pages` and free memory.
         `least`: what the largest group needs; `max_pages` does not go below it."""
         if self.cache_tokens is not None:
             return self._at_most_max_pages(-(-self.cache_tokens // self.page_size), least)

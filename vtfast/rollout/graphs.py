@@ -42,7 +42,7 @@ class Graphs:
         key = len(rows.token), setting
         if key not in self.replays:
             saved = rows.clone()
-            rows.clear()  # the warm-up steps of a capture run for real: not over live rows
+            rows.clear()  # the warm-up steps of a capture run for real: not over running rows
             self.replays[key] = self.capture(step, rows)
             rows.copy_from(saved)
         self.replays[key]()

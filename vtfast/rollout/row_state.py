@@ -1,9 +1,9 @@
-"""State of the rows in flight: tensors that keep their addresses while rows come, go and are captured in graphs.
+"""State of the running rows: tensors that keep their addresses while rows come, go and are captured in graphs.
 
-Row r is row r of every tensor. Live rows come first. The rows behind them are padding: a step may run over them too,
+Row r is row r of every tensor. Running rows come first. The rows behind them are padding: a step may run over them too,
 since they write to the scratch page of the cache and the scratch row of the output.
 
-Shapes: R rows in flight, S rows of the whole call, L longest completion.
+Shapes: R running rows, S rows of the whole call, L longest completion.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ class RowState:
     """[R] the newest token, not in the cache yet."""
     length: Tensor
     """[R] tokens in the cache."""
-    delta: Tensor
+    rope_delta: Tensor
     """[R] M-RoPE angle of the next token minus its place in the sequence."""
-    table: Tensor
+    block_table: Tensor
     """[R, pages] int32, pages in order, padded with 0."""
     group: Tensor
     """[R] rows of a prompt share a number; non-decreasing."""
-    shared: Tensor
+    num_shared_pages: Tensor
     """[R] leading pages that belong to the whole group."""
-    key: Tensor
+    row_key: Tensor
     """[R] key of the row's randomness."""
-    emitted: Tensor
-    """[R] tokens written so far."""
+    num_generated: Tensor
+    """[R] tokens generated so far."""
     output_row: Tensor
     """[R] row of the output."""
     active: Tensor
-    """[R] bool; a finished row stays in the batch, changing nothing, until it is retired."""
+    """[R] bool; a finished row stays in the batch, changing nothing, until `finish_rows`."""
 
     @staticmethod
     def empty(rows: int, pages: int, device: torch.device | str) -> RowState:
         numbers = torch.zeros(8, rows, dtype=torch.int64, device=device)
-        names = ("token", "length", "delta", "group", "shared", "key", "emitted", "output_row")
-        table = torch.zeros(rows, pages, dtype=torch.int32, device=device)
+        names = ("token", "length", "rope_delta", "group", "num_shared_pages", "row_key", "num_generated", "output_row")
+        block_table = torch.zeros(rows, pages, dtype=torch.int32, device=device)
         active = torch.zeros(rows, dtype=torch.bool, device=device)
-        state = RowState(**dict(zip(names, numbers, strict=True)), table=table, active=active)
+        state = RowState(**dict(zip(names, numbers, strict=True)), block_table=block_table, active=active)
         state.clear()
         return state
 
@@ -70,11 +70,11 @@ class RowState:
         for name, value in vars(rows).items():
             vars(self)[name].copy_(value)
 
-    def compact(self, live: Tensor) -> None:
-        """Move the rows `live` to the front, in order; the others become padding."""
-        kept = RowState(**{name: value[live] for name, value in vars(self).items()})
-        self.slice(0, len(live)).copy_from(kept)
-        self.slice(len(live), len(self.token)).clear()
+    def compact(self, running: Tensor) -> None:
+        """Move the rows `running` to the front, in order; the others become padding."""
+        kept = RowState(**{name: value[running] for name, value in vars(self).items()})
+        self.slice(0, len(running)).copy_from(kept)
+        self.slice(len(running), len(self.token)).clear()
 
 
 @dataclass
@@ -97,14 +97,14 @@ class OutputBuffer:
         return torch.where(rows.active, rows.output_row, len(self.tokens) - 1)
 
     def append(self, rows: RowState, token: Tensor, logp: Tensor, limit: Tensor, eos: Tensor) -> None:
-        """Write each live row's new token, and deactivate the rows that this finishes. Reads nothing on the host.
+        """Write each active row's new token, and deactivate the rows that this finishes. Reads nothing on the host.
 
         `limit`: [], longest completion. `eos`: [n], tokens that end one.
         """
-        where = self.writable_row(rows), rows.emitted
+        where = self.writable_row(rows), rows.num_generated
         self.tokens.index_put_(where, token)
         self.logps.index_put_(where, logp)
         rows.token.copy_(token)
-        rows.emitted.add_(rows.active)
-        ended = (token[:, None] == eos).any(-1).logical_or_(rows.emitted >= limit)
+        rows.num_generated.add_(rows.active)
+        ended = (token[:, None] == eos).any(-1).logical_or_(rows.num_generated >= limit)
         rows.active.logical_and_(ended.logical_not_())

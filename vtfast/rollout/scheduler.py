@@ -1,10 +1,10 @@
 """One rollout from its first prompt to its last token: which rows run, where their pages are, when they leave.
 
     schedule  waiting groups get pages while there are enough; their prompts run once, packed, as in training
-    decode    every row's newest token is fed, the next one is drawn, `poll` times in a row; on CUDA from a graph
-    retire    finished rows return their pages and leave the batch; waiting groups take their place
+    decode    feed each row's newest token and sample the next, `steps_per_sync` times; on CUDA from a graph
+    finish    finished rows return their pages and leave the batch; waiting groups take their place
 
-Shapes: R rows in flight, G completions per prompt, D hidden size, V vocabulary.
+Shapes: R running rows, G completions per prompt, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PREFILL_TOKENS = 16384
 
 @dataclass
 class RunningGroup:
-    """A prompt whose rows are in flight."""
+    """A prompt whose rows are running."""
 
     pages: GroupPages
     unfinished: int
@@ -58,11 +58,11 @@ class Scheduler:
         seed: int,
         *,
         max_rows: int,
-        poll: int,
+        steps_per_sync: int,
         processor: Processor | None = None,
     ) -> None:
         self.policy, self.processor, self.sampling, self.workspace = policy, processor, sampling, workspace
-        self.max_rows, self.poll = max_rows, 1 if sampling.stop else poll
+        self.max_rows, self.steps_per_sync = max_rows, 1 if sampling.stop else steps_per_sync
         self.prompts, self.G = prompts, num_generations
         self.count = len(prompts) * num_generations
         workspace.seed.fill_((seed + 2**63) % 2**64 - 2**63)
@@ -71,17 +71,17 @@ class Scheduler:
         self.waiting = deque(range(len(prompts)))
         """Prompts that are not admitted yet."""
         self.groups: dict[int, RunningGroup] = {}
-        """By prompt."""
+        """Running groups by prompt number."""
         self.running: list[int] = []
-        """Output row of each row in flight, on the host."""
+        """Output row of each running row, on the host."""
         self.lengths = [0] * self.count
         self.stopped = [False] * self.count
-        self.written = 0
-        """Tokens so far, as of the last `retire`."""
+        self.num_tokens = 0
+        """Tokens generated so far, as of the last `finish_rows`."""
         self.timings = {"prefill": 0.0, "decode": 0.0}
-        """Seconds so far."""
-        self.checked = False
-        """Whether the ops have checked their arguments since the rows changed."""
+        """Seconds spent in each phase so far."""
+        self.inputs_validated = False
+        """Whether the kernels have validated their arguments since the rows changed."""
         self.prefix_cache: PrefixCache | None = {} if workspace.graphs is None else None
         self.seen_tokens: Tensor | None = None  # [output rows, V] bool, for the repetition penalty
         if sampling.repetition_penalty != 1:
@@ -95,22 +95,22 @@ class Scheduler:
         return seen
 
     def step(self) -> bool:
-        """Decode some tokens for every live row, then admit new rows. Return False when all are done."""
+        """Decode some tokens for every running row, then admit new rows. Return False when all are done."""
         if self.running:
             with self.timer("decode"):
                 self.decode()
-                self.retire()
+                self.finish_rows()
         parts = self.schedule()
         if parts:
             with self.timer("prefill"):
                 for part in parts:
                     self.prefill(part)
-                self.retire()
+                self.finish_rows()
         return bool(self.running or self.waiting)
 
     @contextlib.contextmanager
     def timer(self, phase: str) -> Iterator[None]:
-        """Add to `timings`. `retire`, at the end of each phase, has waited for the device anyway."""
+        """Add to `timings`. `finish_rows`, at the end of each phase, has waited for the device anyway."""
         start = time.perf_counter()
         yield
         self.timings[phase] += time.perf_counter() - start
@@ -118,15 +118,15 @@ class Scheduler:
     def schedule(self) -> list[list[int]]:
         """Admit the prompts that have room now. Return them in parts that are prefilled together."""
         admitted: list[int] = []
-        live = len(self.running)
-        while self.waiting and (live == 0 or live + self.G <= self.max_rows):
+        running = len(self.running)
+        while self.waiting and (running == 0 or running + self.G <= self.max_rows):
             p = self.waiting[0]
             pages = self.workspace.cache.allocate(len(self.prompts[p].ids), self.G, self.sampling.max_new_tokens)
             if pages is None:
                 break
             self.groups[p] = RunningGroup(pages, self.G)
             admitted.append(self.waiting.popleft())
-            live += self.G
+            running += self.G
         parts: list[list[int]] = []
         for p in admitted:
             filled = sum(len(self.prompts[i].ids) for i in parts[-1]) if parts else 0
@@ -157,18 +157,18 @@ class Scheduler:
         hidden = self.policy.hidden_states(pack, kv_callback)[(starts + lengths - 1).to(device)]
 
         output_rows = [p * G + g for p in members for g in range(G)]
-        live = len(self.running)
-        rows = self.workspace.rows.slice(live, live + len(output_rows))
+        running = len(self.running)
+        rows = self.workspace.rows.slice(running, running + len(output_rows))
         rows.copy_from(
             RowState(
                 token=torch.zeros(len(output_rows), dtype=torch.int64),
                 length=lengths.repeat_interleave(G),
-                delta=torch.tensor([p.rope_delta for p in prompts]).repeat_interleave(G),
-                table=self._block_table(members),
+                rope_delta=torch.tensor([p.rope_delta for p in prompts]).repeat_interleave(G),
+                block_table=self._block_table(members),
                 group=torch.tensor(members).repeat_interleave(G),
-                shared=(lengths // cache.page_size).repeat_interleave(G),
-                key=torch.tensor([row_key(p.key, g) for p in prompts for g in range(G)]),
-                emitted=torch.zeros(len(output_rows), dtype=torch.int64),
+                num_shared_pages=(lengths // cache.page_size).repeat_interleave(G),
+                row_key=torch.tensor([row_key(p.key, g) for p in prompts for g in range(G)]),
+                num_generated=torch.zeros(len(output_rows), dtype=torch.int64),
                 output_row=torch.tensor(output_rows),
                 active=torch.ones(len(output_rows), dtype=torch.bool),
             )
@@ -180,25 +180,25 @@ class Scheduler:
     def _block_table(self, members: Sequence[int]) -> Tensor:
         """[rows of the prompts `members`, pages per row] int32, on the host."""
         rows = [self.groups[p].pages.shared + own for p in members for own in self.groups[p].pages.own]
-        table = torch.zeros(len(rows), self.workspace.rows.table.shape[1], dtype=torch.int32)
+        table = torch.zeros(len(rows), self.workspace.rows.block_table.shape[1], dtype=torch.int32)
         for row, pages in zip(table, rows, strict=True):
             row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
         return table
 
     def decode(self) -> None:
-        live, graphs = len(self.running), None if self.sampling.warped else self.workspace.graphs
-        rows = self.workspace.rows.slice(0, live if graphs is None else bucket(live))
+        running, graphs = len(self.running), None if self.sampling.warped else self.workspace.graphs
+        rows = self.workspace.rows.slice(0, running if graphs is None else bucket(running))
         most_left = self.sampling.max_new_tokens - min(self.lengths[row] for row in self.running)
-        with skip_checks() if self.checked else contextlib.nullcontext():
-            for _ in range(min(self.poll, most_left)):
+        with skip_checks() if self.inputs_validated else contextlib.nullcontext():
+            for _ in range(min(self.steps_per_sync, most_left)):
                 if graphs is None:
                     self.decode_step(rows)
                 else:
                     graphs.run(self.decode_step, rows, (self.sampling.temperature, self.sampling.greedy))
-        self.checked = True
+        self.inputs_validated = True
 
     def decode_step(self, rows: RowState) -> None:
-        """Feed every row's newest token, draw the next one. All on the device."""
+        """Feed each row's newest token and sample the next one, all on the device."""
         hidden = self.workspace.decoder.step(rows, self.prefix_cache)
         rows.length.add_(rows.active)
         self.sample(rows, hidden)
@@ -213,8 +213,8 @@ class Scheduler:
                 head,
                 sampling,
                 seed=workspace.seed,
-                row_key=rows.key,
-                position=rows.emitted,
+                row_key=rows.row_key,
+                position=rows.num_generated,
                 eos_ids=workspace.eos,
                 seen=None if self.seen_tokens is None else self.seen_tokens[output_row],
             )
@@ -227,30 +227,30 @@ class Scheduler:
                 temperature=sampling.temperature,
                 greedy=sampling.greedy,
                 seed=workspace.seed,
-                row_key=rows.key,
-                position=rows.emitted,
+                row_key=rows.row_key,
+                position=rows.num_generated,
             )
         workspace.output.append(rows, token, logp, workspace.limit, workspace.eos)
 
-    def retire(self) -> None:
+    def finish_rows(self) -> None:
         """Take finished rows out of the batch and return their pages. The only place that reads the device."""
         rows = self.workspace.rows.slice(0, len(self.running))
-        emitted, active = torch.stack([rows.emitted, rows.active.long()]).tolist()
-        for output_row, n in zip(self.running, emitted, strict=True):
-            self.written += n - self.lengths[output_row]
+        num_generated, active = torch.stack([rows.num_generated, rows.active.long()]).tolist()
+        for output_row, n in zip(self.running, num_generated, strict=True):
+            self.num_tokens += n - self.lengths[output_row]
             self.lengths[output_row] = n
         if self.sampling.stop:
             for row, stopped in enumerate(self.find_stop_strings()):
                 if stopped:
                     self.stopped[self.running[row]], active[row] = True, 0
-        live = [row for row, is_live in enumerate(active) if is_live]
-        if len(live) == len(active):
+        running = [row for row, is_active in enumerate(active) if is_active]
+        if len(running) == len(active):
             return
         for row, output_row in enumerate(self.running):
             if not active[row]:
                 self.release_row(output_row)
-        rows.compact(torch.tensor(live, dtype=torch.int64, device=self.workspace.device))
-        self.running = [self.running[row] for row in live]
+        rows.compact(torch.tensor(running, dtype=torch.int64, device=self.workspace.device))
+        self.running = [self.running[row] for row in running]
         self.invalidate()
 
     def release_row(self, output_row: int) -> None:
@@ -265,13 +265,13 @@ class Scheduler:
             del self.groups[p]
 
     def invalidate(self) -> None:
-        """The rows changed: drop attention's gathered prefixes, and let the next step check its arguments."""
-        self.checked = False
+        """The rows changed: drop attention's gathered prefixes, and validate kernel arguments at the next step."""
+        self.inputs_validated = False
         if self.prefix_cache is not None:
             self.prefix_cache = {}
 
     def find_stop_strings(self) -> list[bool]:
-        """Return for each row in flight whether its text holds a stop string. Searched on the host."""
+        """Return for each running row whether its text holds a stop string. Searched on the host."""
         assert self.processor is not None, "RolloutEngine.start refuses stop strings without a processor"
         output_rows = torch.tensor(self.running, device=self.workspace.device)
         longest = max(self.lengths[row] for row in self.running)
@@ -280,7 +280,7 @@ class Scheduler:
         return [any(stop in text for stop in self.sampling.stop) for text in texts]
 
     def release(self) -> None:
-        """Return every page that is still held: none after a whole run, all after a failure."""
+        """After a failed call, release the pages still allocated. After a finished one, none are."""
         if self.groups:
             self.workspace.cache.clear()  # what was written may hold NaN
         for group in self.groups.values():

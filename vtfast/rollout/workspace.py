@@ -21,10 +21,10 @@ class WorkspaceSize:
 
     cache_pages: int
     rows: int
-    """In flight at once."""
+    """Rows that run at once."""
     pages_per_row: int
     outputs: int
-    """Rows of the whole call."""
+    """Output rows of the whole call."""
     max_new_tokens: int
     """Longest completion."""
     max_positions: int
