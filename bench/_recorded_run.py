@@ -15,7 +15,7 @@ from vtfast.cost.roofline import ModelSize
 from vtfast.model.adapters import add_lora
 from vtfast.model.loading import read_model_config
 from vtfast.model.meta_model import meta_policy
-from vtfast.report.run_folder import JsonLinesReader, read_runs
+from vtfast.report.read_run import JsonLinesReader, read_runs
 from vtfast.utils.errors import UserError
 from vtfast.utils.hub import model_path
 

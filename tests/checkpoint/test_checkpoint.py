@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from whole_runs import assert_same_run, build, rows, run, step, steps, truncate, unequal, weights
 
-from vtfast.cli.settings import read_settings
+from vtfast.cli.config_flags import read_settings
 from vtfast.config import Config, SFTConfig
 from vtfast.training.checkpoint import checksums as files
 from vtfast.training.checkpoint import save, settings_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtfast.cli.base_model import base_training, make_base
+from vtfast.cli.demo_model import recipe, training
 from vtfast.data.prompt_templates import IMAGE
 from vtfast.data.synthetic import Scene, Thing, encode_jpeg, render, sample_questions
 from vtfast.model import tiny_model
@@ -153,7 +153,7 @@ def test_folders_and_kinds_of_weights_are_checked(folder, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         build_tiny_model(folder, weights="random")
     with pytest.raises(ValueError, match="not an empty folder"):
-        make_base.make_base(folder)
+        recipe.make_base(folder)
     assert not (tmp_path / "x").exists()
 
 
@@ -197,15 +197,15 @@ def test_asset_answers_in_stock_code_as_in_ours_and_as_its_recipe_says():
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
     questions = sample_questions(200, split="val", seed=5)
     rng = random.Random(5)
-    prompts = [make_base.prompt_ids(tokenizer.backend_tokenizer, prompt_text(q, rng)) for q in questions]
-    ours = base_training.complete(model, [q.scene for q in questions], prompts, eos=END)
+    prompts = [recipe.prompt_ids(tokenizer.backend_tokenizer, prompt_text(q, rng)) for q in questions]
+    ours = training.complete(model, [q.scene for q in questions], prompts, eos=END)
     stock = []
     for inputs in stock_inputs(ASSET, questions[:24], prompts[:24]):
         output = model.generate(**inputs, do_sample=False, max_new_tokens=32)
         completion = output[0, inputs["input_ids"].shape[1] :].tolist()
         stock.append(completion[: completion.index(END)] if END in completion else completion)
     assert stock == ours[:24]
-    found = base_training.scores(questions, tokenizer.batch_decode(ours))
+    found = training.scores(questions, tokenizer.batch_decode(ours))
     assert 0.5 < found["accuracy"]["all"] < 0.7
     assert found["trace"]["all"] > 0.9
     measured = json.loads((ASSET / "recipe.json").read_text())["measured"]
@@ -222,7 +222,7 @@ def test_training_sees_what_stock_code_sees(folder):
     tokenizer = tiny_model.build_tokenizer()
     questions = sample_questions(4, split="train", seed=1)
     rng = random.Random(1)
-    examples = [make_base.question_example(tokenizer, q, rng) for q in questions]
+    examples = [recipe.question_example(tokenizer, q, rng) for q in questions]
     losses, tokens = [], []
     for inputs, example in zip(
         stock_inputs(folder, questions, [e.prompt + e.completion for e in examples]), examples, strict=True
@@ -231,13 +231,13 @@ def test_training_sees_what_stock_code_sees(folder):
         labels[:, : len(example.prompt)] = -100
         losses.append(model(**inputs, labels=labels).loss.item() * len(example.completion))
         tokens.append(len(example.completion))
-    ours = base_training.completion_loss(model, examples, END).item()
+    ours = training.completion_loss(model, examples, END).item()
     assert ours == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
 
 
 def test_cell_contents_are_the_scene():
     things = (Thing("red", "circle", "small", row=0, column=2), Thing("yellow", "triangle", "large", row=2, column=1))
-    (contents,) = base_training.cell_contents([Scene(things)]).tolist()
+    (contents,) = training.cell_contents([Scene(things)]).tolist()
     assert contents[2] == [1, 1, 1, 2, 0]
     assert contents[7] == [4, 3, 2, 1, 2]
     empty = [cell for i, cell in enumerate(contents) if i not in (2, 7)]
@@ -259,16 +259,16 @@ def test_weak_examples_keep_the_trace_and_break_the_rest_as_often_as_said():
     questions = sample_questions(600, split="train", seed=2)
     texts = []
     for question in questions:
-        example = make_base.question_example(tokenizer, question, rng, weak=True)
+        example = recipe.question_example(tokenizer, question, rng, weak=True)
         assert example.completion[-1] == END and len(example.completion) <= 28
         texts.append(tokenizer.decode(example.completion[:-1], skip_special_tokens=False))
         assert texts[-1].startswith(question.trace)
-    found = base_training.scores(questions, texts)
+    found = training.scores(questions, texts)
     assert found["trace"]["all"] == 1.0
-    assert found["format"]["all"] == pytest.approx(make_base.KEEPS_FORMAT, abs=0.06)
+    assert found["format"]["all"] == pytest.approx(recipe.KEEPS_FORMAT, abs=0.06)
     assert 0.2 < found["accuracy"]["all"] < 0.4
-    clean = [make_base.question_example(tokenizer, q, rng).completion[:-1] for q in questions]
-    found = base_training.scores(questions, [tokenizer.decode(c) for c in clean])
+    clean = [recipe.question_example(tokenizer, q, rng).completion[:-1] for q in questions]
+    found = training.scores(questions, [tokenizer.decode(c) for c in clean])
     assert {s["all"] for s in found.values()} == {1.0}
 
 
@@ -276,7 +276,7 @@ def test_three_steps_are_the_same_bit_for_bit(tmp_path):
     options = {"warmup_steps": 2, "weak_steps": 1, "questions": 0, "progress": False}
     before = torch.get_num_threads()
     one, same, other = (
-        make_base.make_base(tmp_path / name, seed=seed, **options) / "model.safetensors"
+        recipe.make_base(tmp_path / name, seed=seed, **options) / "model.safetensors"
         for name, seed in (("one", 0), ("same", 0), ("other", 1))
     )
     assert torch.get_num_threads() == before
@@ -302,5 +302,5 @@ def test_scores_tell_the_ways_to_fail_apart():
         "": (0, 0, 0),
     }
     for text, expected in cases.items():
-        found = base_training.scores([question], [text])
+        found = training.scores([question], [text])
         assert tuple(found[k]["all"] for k in ("accuracy", "format", "trace")) == expected, text

@@ -9,9 +9,9 @@ import pytest
 from vtfast.cli.main import main
 from vtfast.config import SettingsError, load_config
 from vtfast.data.data_files import find_files
+from vtfast.utils.did_you_mean import did_you_mean, near_run
 from vtfast.utils.errors import UserError
 from vtfast.utils.hub import DATASETS, model_path
-from vtfast.utils.suggestions import did_you_mean, near_run
 
 
 @pytest.fixture(autouse=True)

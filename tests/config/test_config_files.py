@@ -57,7 +57,7 @@ def write(tmp_path):
         ("beta: 1e400\n", "--beta 1e400: must be a finite number"),
         ("beta: .nan\n", "--beta .nan: must be a finite number"),
         ("reward_weights: [1, ~]\n", "--reward_weights None: must be a finite number"),
-        ("model: ''\n", "--model '': must be text that says something"),
+        ("model: ''\n", "--model '': must not be empty"),
         ('model: "a\\0b"\n', "text without null characters"),
         ("lerning_rate: 1\n", "mine.yaml:1: --lerning_rate: unknown; did you mean --learning_rate?"),
     ],

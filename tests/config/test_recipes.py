@@ -139,7 +139,7 @@ def test_a_base_that_is_not_there(shipped):
 
 def test_bases_that_lead_back(shipped):
     shipped(one={"base": "two"}, two={"base": "three"}, three={"base": "one"}, self={"base": "self"})
-    with pytest.raises(UserError, match=r"three\.yaml: base: one: leads back to itself"):
+    with pytest.raises(UserError, match=r"three\.yaml: base: one: circular base"):
         load_config("one")
-    with pytest.raises(UserError, match=r"self\.yaml: base: self: leads back to itself"):
+    with pytest.raises(UserError, match=r"self\.yaml: base: self: circular base"):
         load_config("self")

@@ -8,7 +8,7 @@ from make_files import encoded, picture, sat_row, write_jsonl, write_sat
 from vtfast.config import load_config
 from vtfast.data import AUTO_COLUMNS, RowFilter
 from vtfast.data.prompt_builder import PromptBuilder
-from vtfast.data.skipped import SkipLog
+from vtfast.data.skip_log import SkipLog
 from vtfast.data.splits import columns, load_splits, row_filter
 from vtfast.trainer import Trainer
 

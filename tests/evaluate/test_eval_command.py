@@ -10,7 +10,7 @@ from make_benchmarks import COUNTS, flags, rows_of
 
 from vtfast.cli.main import main
 from vtfast.evaluate import BENCHMARKS, run_benchmark
-from vtfast.evaluate.evaluated_model import default_template, find_model
+from vtfast.evaluate.resolve_model import default_template, find_model
 from vtfast.utils.errors import UserError
 
 
@@ -21,17 +21,17 @@ def test_what_a_model_stands_for(run_folder, base_path, monkeypatch, tmp_path):
     (run_folder / "checkpoints" / ".step-300.partial").mkdir()
     for name in (step, run_folder / "checkpoints" / "last", run_folder):
         found = find_model(str(name))
-        assert (found.path, found.name, found.home, found.step) == (str(step), "step-100", run_folder, 100)
+        assert (found.path, found.name, found.output_root, found.step) == (str(step), "step-100", run_folder, 100)
         assert found.config["max_pixels"] == 784
     (run_folder / "checkpoints" / "last").symlink_to("step-20")
     assert find_model(str(run_folder)).step == 20
     gone = find_model(str(run_folder / "checkpoints" / "step-7"))
-    assert (gone.step, gone.home) == (7, run_folder)
+    assert (gone.step, gone.output_root) == (7, run_folder)
 
     monkeypatch.chdir(tmp_path)
     elsewhere = shutil.copytree(base_path, tmp_path / "step-5")
     assert (find_model("step-5").name, find_model("step-5").step) == ("step-5", None)
-    assert find_model(str(elsewhere)).home == Path()
+    assert find_model(str(elsewhere)).output_root == Path()
     hub = find_model("Qwen/Qwen2-VL-2B")
     assert (hub.path, hub.name, hub.step) == ("Qwen/Qwen2-VL-2B", "Qwen2-VL-2B", None)
     assert find_model("tiny-spatial-base").path == str(base_path)

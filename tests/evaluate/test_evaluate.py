@@ -21,7 +21,7 @@ from vtfast.data.prompt_templates import IMAGE, load_template, render
 from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate import BENCHMARKS, evaluate, run_benchmark
 from vtfast.evaluate.benchmark_files import load_examples
-from vtfast.evaluate.run_benchmark import fingerprint
+from vtfast.evaluate.run_benchmark import exact_weights_digest
 from vtfast.model.loading import load_model
 from vtfast.utils.errors import UserError
 
@@ -193,8 +193,8 @@ def test_a_damaged_file_is_refused(oracle, base, files, tmp_path, damage):
 
 
 def test_fingerprints(base, base_path, policy):
-    assert fingerprint(base) == fingerprint(load_model(base_path))
-    assert len({fingerprint(base), fingerprint(policy), fingerprint(load_model(base_path, "bfloat16"))}) == 3
+    assert exact_weights_digest(base) == exact_weights_digest(load_model(base_path))
+    assert len({exact_weights_digest(each) for each in (base, policy, load_model(base_path, "bfloat16"))}) == 3
 
 
 @pytest.mark.parametrize(("name", "value"), [("limit", 0), ("batch_size", 0), ("max_completion_length", 0)])

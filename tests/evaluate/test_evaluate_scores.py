@@ -132,12 +132,12 @@ def test_the_right_option_scores_and_another_does_not(bench):
     for turn in (0, 1):
         places = [(example.gold + turn) % len(example.options) for example in examples]
         said = [
-            "ABCDEF"[place] if benchmark.letters else example.options[place]
+            "ABCDEF"[place] if benchmark.has_lettered_options else example.options[place]
             for example, place in zip(examples, places, strict=True)
         ]
         result = score(bench, rows, [f"<answer>{text}</answer>" for text in said])
         assert result["total"] == result["official"] == result["strict"]["total"] == 1 - turn
-        shown = [f"({text})" if benchmark.letters else text for text in said]
+        shown = [f"({text})" if benchmark.has_lettered_options else text for text in said]
         assert all(text in example.question for text, example in zip(shown, examples, strict=True))
 
 

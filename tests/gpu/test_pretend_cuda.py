@@ -16,7 +16,7 @@ from torch import nn
 from vtfast_kernels import checks
 
 from vtfast import trainer
-from vtfast.distributed import launch as distributed
+from vtfast.distributed import init as distributed
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.loading import load_model
 from vtfast.model.reference_model import ReferenceModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from vtfast.report.run_folder import Run, read_runs
+from vtfast.report.read_run import Run, read_runs
 
 
 def metrics_row(step: int, **changes: Any) -> dict[str, Any]:

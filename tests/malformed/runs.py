@@ -88,7 +88,7 @@ ANSWERS = st.one_of(
 
 def checkpoint(text: str | bytes, folder: Path) -> str:
     """What an evaluation takes from the config.yaml of a run."""
-    from vtfast.evaluate.evaluated_model import default_template, find_model
+    from vtfast.evaluate.resolve_model import default_template, find_model
 
     (folder / "checkpoints" / "step-1").mkdir(parents=True)
     (folder / "checkpoints" / "step-1" / "config.json").write_text("{}")

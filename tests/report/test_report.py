@@ -7,8 +7,8 @@ import pytest
 from make_runs import completion_row, metrics_row, read, write_run
 
 from vtfast.report.completions import LineSummary, evenly, pick, read_completions
+from vtfast.report.read_run import read_runs
 from vtfast.report.reflection import PATTERN, count_words, first_step, in_words
-from vtfast.report.run_folder import read_runs
 from vtfast.utils.errors import UserError
 
 # ---- reading a run folder

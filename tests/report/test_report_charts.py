@@ -3,10 +3,10 @@
 import pytest
 from make_runs import completion_row, metrics_row, read, write_run
 
-from vtfast.evaluate import paper
+from vtfast.evaluate import published_scores
 from vtfast.report import charts, tables
 from vtfast.report.completions import read_completions
-from vtfast.report.run_folder import read_runs, save_held_out
+from vtfast.report.read_run import read_runs, save_held_out
 
 
 def titles(found: list) -> list[str]:
@@ -103,8 +103,8 @@ def by_task(row, columns):
 
 @pytest.mark.parametrize(
     ("row", "columns"),
-    [(row, paper.TABLE_3_COLUMNS) for row in paper.TABLE_3.values()]
-    + [(row, paper.TABLE_5_COLUMNS) for row in paper.TABLE_5.values()],
+    [(row, published_scores.TABLE_3_COLUMNS) for row in published_scores.TABLE_3.values()]
+    + [(row, published_scores.TABLE_5_COLUMNS) for row in published_scores.TABLE_5.values()],
 )
 def test_the_papers_totals_follow_from_its_tasks(row, columns):
     computed, printed = by_task(row, columns)
@@ -120,7 +120,7 @@ def test_table_3_places_each_score_under_its_heading(tmp_path):
     }
     folder = write_run(tmp_path / "run", evaluations={"step-0": first, "step-30": last, "a": first})
     table = tables.table_3([read(folder)])
-    assert [row["label"] for row in table["rows"] if row.get("paper")] == list(paper.TABLE_3)
+    assert [row["label"] for row in table["rows"] if row.get("paper")] == list(published_scores.TABLE_3)
     assert table["rows"][0]["cells"][2] == "10.16"
     before, after = table["rows"][3:]
     assert before["cells"] == ["54.69", "", "10.16", "", "31.38", "", "", "", ""]

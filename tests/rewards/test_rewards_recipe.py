@@ -1,7 +1,7 @@
 """The recipe mode decides as VisualThinker's code does, accidents included.
 
-The expected values follow from the rules in `vtfast/rewards/recipe.py`, by hand; math-verify 0.5.2 agrees with every
-row.
+The expected values follow from the rules in `vtfast/rewards/visualthinker.py`, by hand; math-verify 0.5.2 agrees with
+every row.
 """
 
 import threading
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vtfast.data import Sample
 from vtfast.rewards import get_reward, strict
-from vtfast.rewards.recipe import accuracy_reward, format_reward, may_use_math_verify
+from vtfast.rewards.visualthinker import accuracy_reward, format_reward, may_use_math_verify
 
 # gold, completion behind a prompt that ends with <think>, accuracy, format
 DECISIONS = [

@@ -13,7 +13,7 @@ from make_trainer import asked, assert_same, make, state
 from steps import scored
 
 from vtfast.config import load_config
-from vtfast.data.batches import order
+from vtfast.data.batches import batch_indices
 from vtfast.training.gradients import drop_gradients, nonfinite_gradients
 from vtfast.training.health import Health, warn_out_of_bounds
 from vtfast.utils.errors import UserError
@@ -93,7 +93,7 @@ def test_a_poisoned_step_is_left_out_to_the_bit(tmp_path, monkeypatch, where, dt
     assert len(line["passes"]) == lines[2]["passes"] > 1
     rows = {row for one in line["passes"] for row in one["rows"]}
     samples = poisoned.session.train_samples
-    assert rows <= {samples[i].row for i in order(len(samples), 3, 4, poisoned.config.seed)}
+    assert rows <= {samples[i].row for i in batch_indices(len(samples), 3, 4, poisoned.config.seed)}
     assert all(len(one["prompts"]) == len(one["rows"]) for one in line["passes"])
     if where == "loss":
         assert [one["loss"] == "inf" for one in line["passes"]].index(True) == 1

@@ -13,7 +13,7 @@ from make_files import mixed_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from vtfast.data.batches import batches, order
+from vtfast.data.batches import batch_indices, batches
 from vtfast.model.loading import load_model
 
 METRICS = [
@@ -193,6 +193,6 @@ def test_an_error_of_one_rank_is_everyones(tmp_path):
 
 
 def test_order_visits_everything_once_an_epoch():
-    seen = [i for step in range(1, 8) for i in order(10, step, 4, seed=1)]
+    seen = [i for step in range(1, 8) for i in batch_indices(10, step, 4, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
-    assert order(10, 3, 4, seed=1) == seen[8:12] and order(10, 3, 4, seed=2) != seen[8:12]
+    assert batch_indices(10, 3, 4, seed=1) == seen[8:12] and batch_indices(10, 3, 4, seed=2) != seen[8:12]

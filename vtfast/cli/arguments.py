@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vtfast.config.problems import SettingsError
-from vtfast.config.values import BadValue, convert
+from vtfast.config.values import BadValue, parse_value
+from vtfast.utils.did_you_mean import question
 from vtfast.utils.errors import UserError
-from vtfast.utils.suggestions import question
 
 Check = Callable[[str], Any]
 """The text behind a flag -> its value. Raises BadValue."""
@@ -129,7 +129,7 @@ def whole_number(least: int) -> Check:
     """For `checks`: a whole number of at least `least`."""
 
     def check(text: str) -> int:
-        number = convert(text, int)
+        number = parse_value(text, int)
         if number < least:
             raise BadValue(text, f"must be at least {least}")
         return number

@@ -13,14 +13,14 @@ from vtfast.cli.arguments import Parser, WholeWords, one_of, whole_number
 from vtfast.config import SettingsError
 from vtfast.data.prompt_templates import load_template
 from vtfast.evaluate import BENCHMARKS
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import check_inside, expand
 from vtfast.utils.hub import model_path
-from vtfast.utils.suggestions import did_you_mean
 from vtfast.utils.terminal import show
 
 if TYPE_CHECKING:
-    from vtfast.evaluate.evaluated_model import EvaluatedModel
+    from vtfast.evaluate.resolve_model import EvaluatedModel
 
 log = logging.getLogger("vtfast")
 DEFAULT = next(iter(BENCHMARKS))
@@ -42,12 +42,12 @@ def run(arguments: Sequence[str]) -> int:
     if problems:
         raise SettingsError(problems)
 
-    from vtfast.evaluate.evaluated_model import check_model, find_model
+    from vtfast.evaluate.resolve_model import check_model, find_model
     from vtfast.evaluate.score_table import score_table
     from vtfast.evaluate.scores import write_scores
 
     checkpoint = find_model(options.model)
-    home = expand(options.output_dir) if options.output_dir else checkpoint.home
+    home = expand(options.output_dir) if options.output_dir else checkpoint.output_root
     folder = home / "evaluations" / checkpoint.name
     check_inside(home, *(folder / f"{bench}.jsonl" for bench in BENCHMARKS))
     if options.rescore:
@@ -210,17 +210,17 @@ def _generate(
 
     from vtfast.config import Config
     from vtfast.data.processor import Processor
-    from vtfast.distributed import launch
+    from vtfast.distributed import init
     from vtfast.evaluate import evaluate
-    from vtfast.evaluate.benchmark_files import find_files
-    from vtfast.evaluate.evaluated_model import default_template
+    from vtfast.evaluate.benchmark_files import find_benchmark_files
+    from vtfast.evaluate.resolve_model import default_template
     from vtfast.model.loading import load_model
 
     sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}
     problems = []  # all of them, before a model is loaded
     for bench in benches:
         try:
-            find_files(BENCHMARKS[bench], sources[bench])
+            find_benchmark_files(BENCHMARKS[bench], sources[bench])
         except UserError as error:
             flag = f"--data {bench}={data[bench]}: " if bench in data else ""
             problems.append(f"{flag}{error}")
@@ -229,7 +229,7 @@ def _generate(
     if problems:
         raise SettingsError(problems)
     transformers_logging.disable_progress_bar()
-    ranks = launch.init_distributed(Config(device=options.device))
+    ranks = init.init_distributed(Config(device=options.device))
     config = checkpoint.config
     limits = {
         name: config.get(name) if getattr(options, name) is None else getattr(options, name)

@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     if problems or path is None:
         raise SettingsError(problems)
 
-    from vtfast.cli.base_model.make_base import make_base
+    from vtfast.cli.demo_model.recipe import make_base
 
     make_base(path, seed=options.seed)
     return 0

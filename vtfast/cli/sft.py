@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vtfast.cli.settings import read_settings
+from vtfast.cli.config_flags import read_settings
 from vtfast.config import SFTConfig
 
 

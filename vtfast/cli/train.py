@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtfast.cli.settings import read_settings
+from vtfast.cli.config_flags import read_settings
 from vtfast.config import Config
 
 

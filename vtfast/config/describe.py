@@ -5,7 +5,7 @@ from __future__ import annotations
 from vtfast.config.fields import GRPO, SFT, Optimizer, Output, Rollout, Task
 from vtfast.config.runs import Config, RunConfig
 from vtfast.config.section import Section, choices
-from vtfast.config.values import written
+from vtfast.config.values import to_flag
 
 SECTIONS: tuple[type[Section], ...] = (Task, GRPO, SFT, Rollout, Optimizer, Output)
 
@@ -29,4 +29,4 @@ def field_sections(kind: type[RunConfig] = Config) -> dict[type[Section], tuple[
 
 def field_defaults(kind: type[RunConfig] = Config) -> dict[str, str]:
     """The default of each setting, as a flag would write it."""
-    return {name: written(field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()}
+    return {name: to_flag(field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()}

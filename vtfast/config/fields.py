@@ -171,7 +171,7 @@ class GRPO(Section):
     reward_weights: list[float] | None = None
     """One weight per reward; none means 1 each."""
     reward_mode: Literal["strict", "recipe"] = "strict"
-    """strict, or recipe: the decisions of VisualThinker's code, mistakes included (vtfast/rewards/recipe.py)."""
+    """strict, or recipe: the decisions of VisualThinker's code, mistakes included (vtfast/rewards/visualthinker.py)."""
     reward_timeout: float = Field(default=10.0, gt=0)
     """Seconds for one call of a reward in a process of its own; one that takes longer scores 0."""
     reward_workers: int = Field(default=4, ge=0)

@@ -9,10 +9,10 @@ from typing import Any, TypeVar, overload
 
 from vtfast.config.problems import SettingsError
 from vtfast.config.runs import Config, RunConfig, SFTConfig
-from vtfast.config.values import show
+from vtfast.config.values import format_value
+from vtfast.utils.did_you_mean import nearest
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
-from vtfast.utils.suggestions import nearest
 from vtfast.utils.yaml_file import read_yaml_texts
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -20,7 +20,7 @@ Kind = TypeVar("Kind", Config, SFTConfig)
 
 
 @dataclass(frozen=True)
-class Given:
+class SourcedValue:
     """A value as a file or a flag gives it."""
 
     value: Any
@@ -59,24 +59,24 @@ def load_config(
     file, unknown keys (each with the nearest valid one), values of the wrong type, impossible values and combinations.
     """
     problems: list[str] = []
-    flags = {show(name): Given(value) for name, value in (overrides or {}).items()}
+    flags = {format_value(name): SourcedValue(value) for name, value in (overrides or {}).items()}
     recipe = recipe or kind.model_fields["recipe"].default
-    below: dict[str, Given] | None = None
+    base: dict[str, SourcedValue] | None = None
     if file is not None:
         name = Path(file).stem
-        below = _read_recipe(file, kind, problems)
+        base = _read_recipe(file, kind, problems)
     elif recipe in recipe_names(kind):
         name = recipe
-        below = _read_recipe(RECIPES / f"{recipe}.yaml", kind, problems)
+        base = _read_recipe(RECIPES / f"{recipe}.yaml", kind, problems)
     else:
-        problems.append(f"--recipe {show(recipe)}: unknown; {nearest(recipe, recipe_names(kind))}")
-    given = flags if below is None else {"recipe": Given(name), **below, **flags}
+        problems.append(f"--recipe {format_value(recipe)}: unknown; {nearest(recipe, recipe_names(kind))}")
+    given = flags if base is None else {"recipe": SourcedValue(name), **base, **flags}
     try:
         config = kind(**{name: setting.value for name, setting in given.items()})
     except SettingsError as error:
         for problem in error.details:
             # Without the recipe, a rule would judge defaults that nobody chose.
-            if below is not None or given.keys() >= set(problem.fields):
+            if base is not None or given.keys() >= set(problem.fields):
                 where = next((given[name].where for name in problem.fields if name in given), "")
                 problems.append(where + problem.message)
     if problems:
@@ -85,8 +85,8 @@ def load_config(
 
 
 def _read_recipe(
-    path: str | Path, kind: type[RunConfig], problems: list[str], above: tuple[Path, ...] = ()
-) -> dict[str, Given] | None:
+    path: str | Path, kind: type[RunConfig], problems: list[str], ancestors: tuple[Path, ...] = ()
+) -> dict[str, SourcedValue] | None:
     """The settings in a file, on top of those of the shipped recipe that its `base:` names, if it names one. None if
     they cannot be read; `problems` says why then."""
     try:
@@ -95,16 +95,18 @@ def _read_recipe(
     except UserError as error:
         problems.append(f"--config {error}")
         return None
-    values = {show(name): Given(entry.value, f"{path}:{entry.line}: ") for name, entry in entries.items()}
+    values = {
+        format_value(name): SourcedValue(entry.value, f"{path}:{entry.line}: ") for name, entry in entries.items()
+    }
     if "base" not in values:
         return values
-    base, names = str(values.pop("base").value), recipe_names(kind)
-    below = RECIPES / f"{base}.yaml"
-    if base not in names:
-        problems.append(f"{path}: base: {show(base)}: unknown; {nearest(base, names)}")
+    base_name, names = str(values.pop("base").value), recipe_names(kind)
+    base_path = RECIPES / f"{base_name}.yaml"
+    if base_name not in names:
+        problems.append(f"{path}: base: {format_value(base_name)}: unknown; {nearest(base_name, names)}")
         return None
-    if below in (path, *above):
-        problems.append(f"{path}: base: {base}: leads back to itself")
+    if base_path in (path, *ancestors):
+        problems.append(f"{path}: base: {base_name}: circular base")
         return None
-    lower = _read_recipe(below, kind, problems, (path, *above))
-    return None if lower is None else {**lower, **values}
+    base = _read_recipe(base_path, kind, problems, (path, *ancestors))
+    return None if base is None else {**base, **values}

@@ -16,7 +16,7 @@ from vtfast.config.section import Section
 
 PIXELS_A_TOKEN = 28 * 28
 """Of an image, in every family: 2 x 2 patches of 14 x 14 pixels are merged into a token."""
-MARKS = 2
+VISION_MARKER_TOKENS = 2
 """Tokens around an image."""
 UNUSED_BY_LOSS = {
     "cispo": ("delta",),
@@ -26,16 +26,16 @@ UNUSED_BY_LOSS = {
 """By loss type: the bounds of the ratio that it has no use for (`vtfast_kernels.objective`)."""
 
 
-def needs_switch(section: Section, switch: str, *names: str) -> Iterator[Problem]:
+def no_effect_without(section: Section, switch: str, *names: str) -> Iterator[Problem]:
     """For a `switch` that is off: the settings `names` have no effect, so they must keep their defaults."""
     for name in names:
         if name in section.changed():
             yield Problem(f"--{name}: has no effect without --{switch} true; leave it out, or add that", (name, switch))
 
 
-def adapters(task: Task) -> Iterator[Problem]:
+def check_lora(task: Task) -> Iterator[Problem]:
     if not task.use_peft:
-        yield from needs_switch(task, "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
+        yield from no_effect_without(task, "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
         return
     if not task.lora_target_modules:
         yield Problem("--lora_target_modules: name at least one linear layer", ("lora_target_modules", "use_peft"))
@@ -46,14 +46,14 @@ def adapters(task: Task) -> Iterator[Problem]:
         )
 
 
-def image_size(task: Task) -> Iterator[Problem]:
+def check_image_size(task: Task) -> Iterator[Problem]:
     if task.max_pixels < task.min_pixels:
         yield Problem(
             f"--max_pixels {task.max_pixels}: smaller than --min_pixels {task.min_pixels}", ("max_pixels", "min_pixels")
         )
-    smallest = -(-task.min_pixels // PIXELS_A_TOKEN) + MARKS
+    smallest = -(-task.min_pixels // PIXELS_A_TOKEN) + VISION_MARKER_TOKENS
     if smallest >= task.max_prompt_length:
-        most = max(1, task.max_prompt_length - MARKS - 1) * PIXELS_A_TOKEN
+        most = max(1, task.max_prompt_length - VISION_MARKER_TOKENS - 1) * PIXELS_A_TOKEN
         yield Problem(
             f"--max_prompt_length {task.max_prompt_length}: the smallest image takes {smallest} tokens"
             f" (--min_pixels {task.min_pixels}); raise it, or lower --min_pixels below {most}",
@@ -61,16 +61,16 @@ def image_size(task: Task) -> Iterator[Problem]:
         )
 
 
-def sampler(rollout: Rollout) -> Iterator[Problem]:
+def check_sampler(rollout: Rollout) -> Iterator[Problem]:
     if not rollout.use_vllm:
-        yield from needs_switch(rollout, "use_vllm", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
+        yield from no_effect_without(rollout, "use_vllm", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
         return
     for name in ("rollout_max_rows", "rollout_cache_tokens", "rollout_keep_cache", "rollout_attention"):
         if name in rollout.changed():
             yield Problem(f"--{name}: has no effect with --use_vllm true; leave one of them out", (name, "use_vllm"))
 
 
-def reproducibility(optimizer: Optimizer, rollout: Rollout) -> Iterator[Problem]:
+def check_reproducibility(optimizer: Optimizer, rollout: Rollout) -> Iterator[Problem]:
     if optimizer.deterministic and rollout.use_vllm:
         yield Problem(
             "--deterministic true: vLLM does not promise the same bits twice; leave out --use_vllm",
@@ -78,7 +78,7 @@ def reproducibility(optimizer: Optimizer, rollout: Rollout) -> Iterator[Problem]
         )
 
 
-def reward_time(task: Task, grpo: GRPO) -> Iterator[Problem]:
+def check_reward_timeout(task: Task, grpo: GRPO) -> Iterator[Problem]:
     if 0 < task.rank_timeout <= grpo.reward_timeout:
         yield Problem(
             f"--rank_timeout {task.rank_timeout:g}: must be above --reward_timeout {grpo.reward_timeout:g}",
@@ -86,7 +86,7 @@ def reward_time(task: Task, grpo: GRPO) -> Iterator[Problem]:
         )
 
 
-def rewards(grpo: GRPO) -> Iterator[Problem]:
+def check_reward_weights(grpo: GRPO) -> Iterator[Problem]:
     if grpo.reward_weights is not None and len(grpo.reward_weights) != len(grpo.reward_funcs):
         yield Problem(
             f"--reward_weights: {len(grpo.reward_weights)} weights for {len(grpo.reward_funcs)} rewards"
@@ -95,7 +95,7 @@ def rewards(grpo: GRPO) -> Iterator[Problem]:
         )
 
 
-def reference(task: Task, grpo: GRPO) -> Iterator[Problem]:
+def check_reference(task: Task, grpo: GRPO) -> Iterator[Problem]:
     if grpo.offload_reference and (grpo.beta == 0 or task.use_peft):
         yield Problem(
             "--offload_reference: there is no copy to move with --beta 0 or --use_peft; leave it out",
@@ -103,7 +103,7 @@ def reference(task: Task, grpo: GRPO) -> Iterator[Problem]:
         )
 
 
-def loss(grpo: GRPO) -> Iterator[Problem]:
+def check_loss(grpo: GRPO) -> Iterator[Problem]:
     if grpo.importance_sampling_level == "sequence" and grpo.loss_type in TOKEN_LEVEL:
         yield Problem(
             f"--importance_sampling_level sequence: not defined for --loss_type {grpo.loss_type}; use token",
@@ -116,7 +116,7 @@ def loss(grpo: GRPO) -> Iterator[Problem]:
             )
 
 
-def sampler_correction(grpo: GRPO) -> Iterator[Problem]:
+def check_sampler_correction(grpo: GRPO) -> Iterator[Problem]:
     low, high = grpo.vllm_importance_sampling_clip_min, grpo.vllm_importance_sampling_clip_max
     if low is not None and high is not None and low > high:
         yield Problem(
@@ -124,7 +124,7 @@ def sampler_correction(grpo: GRPO) -> Iterator[Problem]:
             ("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
         )
     if not grpo.vllm_importance_sampling_correction:
-        yield from needs_switch(
+        yield from no_effect_without(
             grpo,
             "vllm_importance_sampling_correction",
             "vllm_importance_sampling_mode",
@@ -133,7 +133,7 @@ def sampler_correction(grpo: GRPO) -> Iterator[Problem]:
         )
 
 
-def warnings(task: Task, optimizer: Optimizer) -> Iterator[str]:
+def find_warnings(task: Task, optimizer: Optimizer) -> Iterator[str]:
     """Settings that a run accepts and that are probably not meant."""
     if optimizer.max_steps is not None and optimizer.max_steps <= optimizer.warmup_steps:
         yield (

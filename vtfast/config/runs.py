@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from vtfast.config import rules
 from vtfast.config.fields import GRPO, SFT, Optimizer, Output, Rollout, Task
 from vtfast.config.problems import Problem, SettingsError
-from vtfast.config.section import describe
+from vtfast.config.section import problem_from_pydantic
 
 
 class Settings(Output, Optimizer, Rollout, Task):
@@ -25,7 +25,7 @@ class Settings(Output, Optimizer, Rollout, Task):
         except ValidationError as error:
             order = list(values)
             errors = sorted(error.errors(include_url=False), key=lambda one: order.index(str(one["loc"][0])))
-            problems = [describe(one, type(self)) for one in errors]
+            problems = [problem_from_pydantic(one, type(self)) for one in errors]
             refused = {name for problem in problems for name in problem.fields}
             super().__init__(**{name: value for name, value in values.items() if name not in refused})
         refused = {name for problem in problems for name in problem.fields}
@@ -35,10 +35,10 @@ class Settings(Output, Optimizer, Rollout, Task):
             raise SettingsError(problems)
 
     def _broken_rules(self) -> Iterator[Problem]:
-        yield from rules.adapters(self)
-        yield from rules.image_size(self)
-        yield from rules.sampler(self)
-        yield from rules.reproducibility(self, self)
+        yield from rules.check_lora(self)
+        yield from rules.check_image_size(self)
+        yield from rules.check_sampler(self)
+        yield from rules.check_reproducibility(self, self)
 
     @property
     def prompts_per_rank(self) -> int:
@@ -47,7 +47,7 @@ class Settings(Output, Optimizer, Rollout, Task):
 
     def warnings(self) -> list[str]:
         """Settings that are accepted and probably not meant."""
-        return list(rules.warnings(self, self))
+        return list(rules.find_warnings(self, self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -61,11 +61,11 @@ class Config(Settings, GRPO, Task):
 
     def _broken_rules(self) -> Iterator[Problem]:
         yield from super()._broken_rules()
-        yield from rules.reward_time(self, self)
-        yield from rules.rewards(self)
-        yield from rules.reference(self, self)
-        yield from rules.loss(self)
-        yield from rules.sampler_correction(self)
+        yield from rules.check_reward_timeout(self, self)
+        yield from rules.check_reward_weights(self)
+        yield from rules.check_reference(self, self)
+        yield from rules.check_loss(self)
+        yield from rules.check_sampler_correction(self)
 
     @property
     def tokens_per_micro_batch(self) -> int:

@@ -10,8 +10,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vtfast.config.problems import Problem
-from vtfast.config.values import BadValue, convert, show
-from vtfast.utils.suggestions import nearest
+from vtfast.config.values import BadValue, format_value, parse_value
+from vtfast.utils.did_you_mean import nearest
 
 
 class Section(BaseModel):
@@ -21,7 +21,7 @@ class Section(BaseModel):
     @classmethod
     def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
-        return convert(value, cls.model_fields[info.field_name].annotation)
+        return parse_value(value, cls.model_fields[info.field_name].annotation)
 
     def changed(self) -> set[str]:
         """Names of the settings that differ from their defaults."""
@@ -29,16 +29,16 @@ class Section(BaseModel):
         return {name for name, value in self if value != fields[name].get_default(call_default_factory=True)}
 
 
-def describe(error: ErrorDetails, kind: type[Section]) -> Problem:
+def problem_from_pydantic(error: ErrorDetails, kind: type[Section]) -> Problem:
     """What pydantic found wrong with one setting."""
     name, value = str(error["loc"][0]), error["input"]
     if error["type"] == "extra_forbidden":
         hint = nearest(f"--{name}", [f"--{known}" for known in kind.model_fields])
         return Problem(f"--{name}: unknown; {hint}", (name,))
-    if error["type"] == "value_error":  # raised by `convert` or by a field's own validator
+    if error["type"] == "value_error":  # raised by `parse_value` or by a field's own validator
         reason = error["ctx"]["error"]
         return Problem(f"--{name} {reason}" if isinstance(reason, BadValue) else f"--{name}: {reason}", (name,))
-    return Problem(f"--{name} {show(value)}: {allowed(kind.model_fields[name])}", (name,))
+    return Problem(f"--{name} {format_value(value)}: {allowed(kind.model_fields[name])}", (name,))
 
 
 def choices(annotation: Any) -> tuple[str, ...]:

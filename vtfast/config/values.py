@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from vtfast.utils.text import shorten
 
-WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 LARGEST = 2**32 - 1
 """Of a whole number: seeds go up to here, and nothing that is counted comes near it."""
 
@@ -23,10 +23,10 @@ class BadValue(ValueError):
     """A value that a setting cannot take; its text is the value and what is wrong with it."""
 
     def __init__(self, value: Any, problem: str) -> None:
-        super().__init__(f"{show(value)}: {problem}")
+        super().__init__(f"{format_value(value)}: {problem}")
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value for a message: on one line, shortened."""
     if isinstance(value, bytes) or not isinstance(value, str | Number | os.PathLike | None):
         return f"({type(value).__name__})"
@@ -39,14 +39,14 @@ def show(value: Any) -> str:
     return shorten(text, LONGEST_SHOWN)
 
 
-def convert(value: Any, hint: Any) -> Any:
+def parse_value(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`: bool, int, float, str, a Literal of words, a list of these, or one of them or None.
     Text is read as on the command line: "none", "true", "a,b". Raises BadValue."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        return convert(value, next(part for part in arguments if part is not NoneType))
+        return parse_value(value, next(part for part in arguments if part is not NoneType))
     if origin is list:
         return _list(value, arguments[0])
     if origin is Literal:
@@ -54,14 +54,14 @@ def convert(value: Any, hint: Any) -> Any:
     return {bool: _bool, int: _int, float: _float, str: _str}[hint](value)
 
 
-def written(value: Any) -> str:
-    """A field's value as the command line writes it: `convert` reads it back."""
+def to_flag(value: Any) -> str:
+    """A field's value as the command line writes it: `parse_value` reads it back."""
     if value is None or value == []:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return ",".join(map(written, value))
+        return ",".join(map(to_flag, value))
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
@@ -73,16 +73,16 @@ def _list(value: Any, hint: type) -> list:
         raise BadValue(value, "must be a list, such as a,b")
     if any(isinstance(item, list | tuple | dict | set) for item in items):
         raise BadValue(value, "must be a flat list, such as a,b")
-    return [convert(item, hint) for item in items if item != ""]
+    return [parse_value(item, hint) for item in items if item != ""]
 
 
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    word = show(value).lower()
-    if word not in WORDS:
+    word = format_value(value).lower()
+    if word not in BOOL_WORDS:
         raise BadValue(value, "must be true or false")
-    return WORDS[word]
+    return BOOL_WORDS[word]
 
 
 def _int(value: Any) -> int:
@@ -122,9 +122,9 @@ def _str(value: Any) -> str:
         value = os.fspath(value)
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise BadValue(value, "must be text")
-    text = show(value) if isinstance(value, Real) else str(value)
+    text = format_value(value) if isinstance(value, Real) else str(value)
     if not text.strip():
-        raise BadValue(value, "must be text that says something; leave the setting out for its default")
+        raise BadValue(value, "must not be empty; omit the setting to use its default")
     if "\0" in text:
         raise BadValue(value, "must be text without null characters")
     return text

@@ -9,11 +9,11 @@ import torch
 
 from vtfast.data import Sample
 from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
-from vtfast.data.skipped import SkipLog
+from vtfast.data.skip_log import SkipLog
 from vtfast.utils.errors import UserError
 
 
-def order(samples: int, step: int, prompts: int, seed: int) -> list[int]:
+def batch_indices(samples: int, step: int, prompts: int, seed: int) -> list[int]:
     """Indices of the `prompts` samples of batch `step` (from 1): epoch after epoch, each shuffled anew.
 
     A function of its arguments alone, so that ranks agree and a resumed run continues in the same order.
@@ -47,7 +47,7 @@ def batches(
     """
 
     def encode(step: int) -> list[EncodedSample]:
-        indices = order(len(samples), (step - 1) // steps_per_batch + 1, per_rank * ranks, seed)
+        indices = batch_indices(len(samples), (step - 1) // steps_per_batch + 1, per_rank * ranks, seed)
         batch = []
         for i in indices[rank * per_rank : (rank + 1) * per_rank]:
             try:

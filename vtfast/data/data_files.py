@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import DATASETS, hub_files, is_hub_id, open_dataset_file
-from vtfast.utils.suggestions import did_you_mean
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 """A folder is read by the first of these that it holds."""

@@ -25,7 +25,7 @@ SHOWN = 3  # rows that are named for each reason
 
 
 @dataclass
-class Problem:
+class DataProblem:
     """Rows with the same thing about them."""
 
     count: int = 0
@@ -44,9 +44,9 @@ class DataReport:
     max_prompt_length: int
     rows: int = 0
     usable: int = 0
-    left_out: dict[str, Problem] = field(default_factory=dict)
+    left_out: dict[str, DataProblem] = field(default_factory=dict)
     """Sound rows that `--static` and `--question_types` leave out, by reason."""
-    bad: dict[str, Problem] = field(default_factory=dict)
+    bad: dict[str, DataProblem] = field(default_factory=dict)
     """Rows that a run would skip, or stop at, by reason."""
     kinds: Counter[str] = field(default_factory=Counter)
     """Questions by what they ask for, as a run's tables call it."""
@@ -158,16 +158,16 @@ def _add(report: DataReport, row: RowResult, sample: Sample, asker: PromptBuilde
     report.heights += [height for _, height in sizes]
 
 
-def _problem(found: dict[str, Problem], row: RowResult, reason: str) -> None:
+def _problem(found: dict[str, DataProblem], row: RowResult, reason: str) -> None:
     # What differs from row to row, quoted text, lists, paths and numbers, does not make another reason.
     general = re.sub(r"\[.*\]|'[^']*'|\"[^\"]*\"|\S*/\S*|\d+", "…", reason, flags=re.DOTALL)
-    problem = found.setdefault(general, Problem())
+    problem = found.setdefault(general, DataProblem())
     problem.count += 1
     if len(problem.first) < SHOWN:
         problem.first.append(f"{row.file}, {row.position}: {reason}")
 
 
-def _sorted(found: Mapping[str, Problem]) -> list[tuple[str, Problem]]:
+def _sorted(found: Mapping[str, DataProblem]) -> list[tuple[str, DataProblem]]:
     return sorted(found.items(), key=lambda item: -item[1].count)
 
 

@@ -11,7 +11,7 @@ from vtfast.data.images import image_sizes
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.data.prompt_templates import load_template, render
-from vtfast.data.skipped import SkipLog
+from vtfast.data.skip_log import SkipLog
 from vtfast.utils.errors import UserError
 
 

@@ -31,9 +31,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, read_text
-from vtfast.utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from vtfast.data import Sample

@@ -10,7 +10,7 @@ from pathlib import Path
 from vtfast.config import RunConfig
 from vtfast.data import AUTO_COLUMNS, Columns, RowFilter, Sample, load_samples, shuffle_options, synthetic
 from vtfast.data.prompt_builder import PromptBuilder
-from vtfast.data.skipped import SkipLog
+from vtfast.data.skip_log import SkipLog
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TRAIN = 2048

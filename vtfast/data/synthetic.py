@@ -86,7 +86,7 @@ class Question:
 
     `options[0]` is the right answer, as in SAT's generator: shuffle before showing. `trace` says
     what has to be seen to answer. `hasty` is what a careless reader answers, right only by luck;
-    `hasty_rate` is how often the weak base model does (see `vtfast.cli.base_model.make_base`).
+    `hasty_rate` is how often the weak base model does (see `vtfast.cli.demo_model.recipe`).
     """
 
     scene: Scene

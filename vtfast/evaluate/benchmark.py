@@ -55,15 +55,15 @@ class Benchmark:
     """Columns that a file must have."""
     read: Callable[[Mapping[str, Any], int], Example]
     """(row, its index) -> example. Raises InvalidRow. Rows without images are read too: scoring needs none."""
-    official: Callable[[Sequence[Grade]], float]
+    official_score: Callable[[Sequence[Grade]], float]
     """The benchmark's own formula over a non-empty sequence."""
     sizes: tuple[int, ...]
     """Number of questions of the whole benchmark, and of its other splits."""
     tasks: tuple[str, ...] = ()
     """Tasks in the order of tables; others follow in the order of the data."""
-    letters: bool = True
+    has_lettered_options: bool = True
     """Whether its questions show options with letters."""
-    keeps: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    include_row: Callable[[Mapping[str, Any]], bool] = lambda row: True
     """Whether a row belongs to the benchmark."""
 
 

@@ -13,10 +13,10 @@ from vtfast.data import InvalidRow
 from vtfast.data.data_files import DataFile, local_file
 from vtfast.data.file_reader import RawRow, jsonl_rows, parquet_batches
 from vtfast.evaluate.benchmark import Benchmark, Example
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import hub_files, is_hub_id, open_dataset_file
-from vtfast.utils.suggestions import did_you_mean
 from vtfast.utils.text import first_line
 
 
@@ -28,13 +28,13 @@ def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Ite
             benchmark without some of its rows is another benchmark.
     """
     index = 0
-    for file in find_files(benchmark, str(source or benchmark.hub_id)):
+    for file in find_benchmark_files(benchmark, str(source or benchmark.hub_id)):
         for raw in read_rows(file, benchmark.columns):
             row, where = raw.value, f"{file.name}, {raw.position}"
             try:
                 if isinstance(row, InvalidRow):
                     raise row
-                if benchmark.keeps(row):
+                if benchmark.include_row(row):
                     yield _example(benchmark, row, index, file.folder, where)
             except InvalidRow as error:
                 raise UserError(f"{where}: {error}") from error
@@ -56,7 +56,7 @@ def _resolve(image: bytes | Path, folder: Path | None) -> bytes | Path:
     return next((p for p in (folder / image, folder / "images" / image) if p.is_file()), folder / image)
 
 
-def find_files(benchmark: Benchmark, source: str) -> list[DataFile]:
+def find_benchmark_files(benchmark: Benchmark, source: str) -> list[DataFile]:
     """The benchmark's files in a source, sorted by name."""
     hint = f"--data {benchmark.name}=PATH gives a local file or folder"
     path = expand(source)

@@ -27,7 +27,7 @@ from vtfast.rewards.strict import AROUND
 
 def grade(benchmark: Benchmark, example: Example, response: str) -> Grade:
     """The grade of one response by both rules."""
-    question = example.options, example.gold, benchmark.letters
+    question = example.options, example.gold, benchmark.has_lettered_options
     return Grade(example.task, example.source, paper_correct(response, *question), strict_correct(response, *question))
 
 
@@ -65,7 +65,7 @@ def paper_correct(response: str, options: Sequence[str], gold: int, letters: boo
         letters: whether options were shown with letters; where they were not, only their texts count.
     """
     tagged = _FIRST_ANSWER.search(response)
-    texts = _read(tagged[1] if tagged else response, tuple(options), letters)
+    texts = _math_verify_answer(tagged[1] if tagged else response, tuple(options), letters)
     right = {options[gold], options[gold].lower()}
     if letters:
         letter = LETTERS[gold]
@@ -73,7 +73,7 @@ def paper_correct(response: str, options: Sequence[str], gold: int, letters: boo
     return any(text.strip() in right for text in texts if text.strip())
 
 
-def _read(text: str, options: tuple[str, ...], letters: bool) -> set[str]:
+def _math_verify_answer(text: str, options: tuple[str, ...], letters: bool) -> set[str]:
     """What math-verify takes for the answer: the last match of the highest priority, as written and as parsed."""
     texts: list[str] = []
     for patterns in _patterns_by_priority(options, letters):

@@ -41,11 +41,11 @@ def evaluate_held_out(
     samples: Sequence[Sample],
     config: RunConfig,
     ranks: Ranks,
-    graded: Callable[[str], str] = str,
+    to_reward_text: Callable[[str], str] = str,
 ) -> HeldOutScores:
     """Accuracy and format of one sampled and one greedy completion per sample; the ranks share the samples.
 
-    `graded`: response -> the text that the rewards get."""
+    `to_reward_text`: response -> the text that the rewards get."""
     share = samples[ranks.rank :: ranks.size]
     prefix = response_prefix(builder.template)
     results: dict[str, list[tuple[str, float, float]]] = {"sampled": [], "greedy": []}
@@ -56,7 +56,7 @@ def evaluate_held_out(
             sampling = Sampling(config.temperature, config.max_completion_length, greedy=mode == "greedy")
             completions = engine.generate([question.prompt for question in questions], 1, sampling, seed=SEED)
             for question, (completion,) in zip(questions, completions, strict=True):
-                text, sample = graded(prefix + builder.processor.decode(completion.tokens)), question.sample
+                text, sample = to_reward_text(prefix + builder.processor.decode(completion.tokens)), question.sample
                 rows.append((sample.kind, accuracy_reward(text, sample), format_reward(text, sample)))
         bar.update(len(questions))
     bar.close()

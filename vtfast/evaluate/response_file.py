@@ -100,7 +100,7 @@ class ResponseFile:
         path = folder / f"{bench}.jsonl"
         rows, complete_bytes = read_responses(path)
         if rows:
-            _check_same(path, settings_of(folder, bench), settings)
+            _check_same(path, generation_settings(folder, bench), settings)
         else:
             write_json(folder / "settings.json", _read_settings(folder) | {bench: dict(settings)})
         if path.exists() and complete_bytes < path.stat().st_size:
@@ -176,7 +176,7 @@ def update_grades(path: Path, benchmark: Benchmark, rows: Sequence[Row]) -> None
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in now))
 
 
-def settings_of(folder: Path, bench: str) -> dict[str, Any]:
+def generation_settings(folder: Path, bench: str) -> dict[str, Any]:
     """The settings that the responses to a benchmark were generated under; empty if unknown."""
     settings = _read_settings(folder).get(bench, {})
     if not isinstance(settings, dict):

@@ -122,7 +122,7 @@ def _check_images(examples: Sequence[Example]) -> list[Row]:
     return []
 
 
-def fingerprint(policy: Policy) -> str:
+def exact_weights_digest(policy: Policy) -> str:
     """Hash of the weights in memory: of every parameter's name, shape, dtype and the sum of its bits."""
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(policy.module.named_parameters()):
@@ -156,7 +156,7 @@ class BenchmarkRunner:
         """What the responses depend on besides the questions."""
         low, high = self.processor.pixel_limits or (None, None)
         return {
-            "model": fingerprint(self.policy),
+            "model": exact_weights_digest(self.policy),
             "template": self.template,
             "prompt": self.text,
             "literal_image": self.literal_image,

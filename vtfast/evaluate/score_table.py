@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtfast.evaluate.benchmarks import BENCHMARKS
-from vtfast.evaluate.paper import QUESTIONS, TABLE_3, TABLE_3_COLUMNS
+from vtfast.evaluate.published_scores import QUESTIONS, TABLE_3, TABLE_3_COLUMNS
 
 PUBLISHED = {
     bench: {

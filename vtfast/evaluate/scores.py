@@ -10,7 +10,7 @@ from vtfast.data import InvalidRow
 from vtfast.evaluate.benchmark import Benchmark, Grade, accuracy
 from vtfast.evaluate.benchmarks import get_benchmark
 from vtfast.evaluate.grading import grade
-from vtfast.evaluate.response_file import Row, read_responses, regrade, settings_of, update_grades
+from vtfast.evaluate.response_file import Row, generation_settings, read_responses, regrade, update_grades
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import read_json, write_json
 
@@ -51,7 +51,7 @@ def summarise(benchmark: Benchmark, grades: Sequence[Grade]) -> dict[str, Any]:
     sources = sorted({grade.source for grade in grades})
     return {
         "total": accuracy(grades),
-        "official": benchmark.official(grades),
+        "official": benchmark.official_score(grades),
         "count": len(grades),
         "by_task": {task: accuracy(part) for task, part in by_task.items()},
         "by_source": {name: accuracy([grade for grade in grades if grade.source == name]) for name in sources},
@@ -86,7 +86,7 @@ def write_scores(folder: Path, bench: str, *, model: str, step: int | None) -> d
     """
     responses = folder / f"{bench}.jsonl"
     rows, _ = read_responses(responses)
-    settings = settings_of(folder, bench)
+    settings = generation_settings(folder, bench)
     scores = (
         score_rows(bench, rows)
         | {"model": model, "step": step}

@@ -2,7 +2,7 @@
 
 Half a million parameters in the architecture of Qwen2-VL, a byte-level BPE tokenizer of 400 ids with all of Qwen2-VL's
 special tokens, its two chat templates and its image processor: code that loads Qwen/Qwen2-VL-2B loads this.
-The shipped weights were made by `vtfast.cli.base_model.make_base`.
+The shipped weights were made by `vtfast.cli.demo_model.recipe`.
 """
 
 import json

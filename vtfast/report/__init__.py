@@ -5,6 +5,6 @@ Start reading at `page.py`, which builds the page from a run folder; `tracking.p
 
 from vtfast.report.curves import draw_curves, held_out_table
 from vtfast.report.page import write_report
-from vtfast.report.run_folder import save_held_out
+from vtfast.report.read_run import save_held_out
 
 __all__ = ["draw_curves", "held_out_table", "save_held_out", "write_report"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vtfast.evaluate import paper
+from vtfast.evaluate import published_scores
 from vtfast.report.completions import Completions
+from vtfast.report.read_run import Run, number
 from vtfast.report.reflection import THRESHOLD, WORDS
-from vtfast.report.run_folder import Run, number
 from vtfast.utils.files import step_of
 
 POINTS = 4000
@@ -52,22 +52,22 @@ def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
         return [x for x, _ in points], [y for _, y in points]
 
     present = {bench for run in runs for scores in run.evaluations.values() for bench in scores}
-    benches = [bench for bench in paper.TITLES if bench in present]
-    benches += sorted(present - set(paper.TITLES))
+    benches = [bench for bench in published_scores.TITLES if bench in present]
+    benches += sorted(present - set(published_scores.TITLES))
     lines = {bench: [_line(run.name, *totals(run, bench), i) for i, run in enumerate(runs)] for bench in benches}
     if len(runs) == 1:
         one = [
-            line | {"label": paper.TITLES.get(bench, bench), "colour": i}
+            line | {"label": published_scores.TITLES.get(bench, bench), "colour": i}
             for i, (bench, (line,)) in enumerate(lines.items())
         ]
-        marks = [_mark(bench, i) for i, bench in enumerate(benches) if bench in paper.RESULT]
+        marks = [_mark(bench, i) for i, bench in enumerate(benches) if bench in published_scores.RESULT]
         return _charts([_chart("Benchmark accuracy", "%", one, marks)])
     return _charts(
         _chart(
-            f"{paper.TITLES.get(bench, bench)} accuracy",
+            f"{published_scores.TITLES.get(bench, bench)} accuracy",
             "%",
             lines[bench],
-            [_mark(bench, None)] if bench in paper.RESULT else [],
+            [_mark(bench, None)] if bench in published_scores.RESULT else [],
         )
         for bench in benches
     )
@@ -189,8 +189,8 @@ def _charts(charts: Iterable[Chart]) -> list[Chart]:
 
 
 def _mark(bench: str, colour: int | None) -> Line:
-    name = paper.TITLES[bench]
-    return {"y": paper.RESULT[bench] / 100, "label": f"{name}, paper", "colour": colour}
+    name = published_scores.TITLES[bench]
+    return {"y": published_scores.RESULT[bench] / 100, "label": f"{name}, paper", "colour": colour}
 
 
 def _metric(run: Run, key: str, missing: float | None = None) -> tuple[list[int], list[Any]]:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from vtfast.report.read_run import JsonLinesReader, is_step, number
 from vtfast.report.reflection import count_words, first_step
-from vtfast.report.run_folder import JsonLinesReader, is_step, number
 
 SHOWN = 2000
 """Most completions on the page, over all runs."""

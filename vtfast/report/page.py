@@ -17,8 +17,8 @@ from typing import Any
 
 from vtfast.report import charts, tables
 from vtfast.report.completions import CHARACTERS, SHOWN, Completions, read_completions
+from vtfast.report.read_run import Run, read_runs
 from vtfast.report.reflection import PATTERN, THRESHOLD, WORDS, first_step, in_words
-from vtfast.report.run_folder import Run, read_runs
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import write_atomically
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vtfast.evaluate import paper
-from vtfast.report.run_folder import Run, number
+from vtfast.evaluate import published_scores
+from vtfast.report.read_run import Run, number
 from vtfast.utils.files import step_of
 
 Table = dict[str, Any]
@@ -91,34 +91,34 @@ def settings(run: Run) -> Table:
 
 def table_3(runs: Sequence[Run]) -> Table:
     """The study's main results, and below them the newest evaluation of each run; for a single run also the first."""
-    rows = [_paper_row(name, cells) for name, cells in paper.TABLE_3.items()]
+    rows = [_paper_row(name, cells) for name, cells in published_scores.TABLE_3.items()]
     for run in runs:
         first = list(run.evaluations)[:1] if len(runs) == 1 else []
         for name in dict.fromkeys([*first, *_newest(run)]):
-            rows.append(_run_row(run, name, run.name, paper.TABLE_3_COLUMNS))
+            rows.append(_run_row(run, name, run.name, published_scores.TABLE_3_COLUMNS))
         if not run.evaluations:
             rows.append({"label": run.name, "note": "not evaluated", "cells": [""] * 9})
     return {
         "caption": "Spatial benchmarks (layout of Table 3)",
         "note": "Accuracy in %. Totals are shares of all questions, as the study counts them.",
-        "columns": [heading for heading, _, _ in paper.TABLE_3_COLUMNS],
+        "columns": [heading for heading, _, _ in published_scores.TABLE_3_COLUMNS],
         "rows": rows,
     }
 
 
 def table_5(runs: Sequence[Run]) -> Table:
     """The study's results by frozen parts, and below them the newest evaluation of each run."""
-    rows = [_paper_row(name, cells) for name, cells in paper.TABLE_5.items()]
+    rows = [_paper_row(name, cells) for name, cells in published_scores.TABLE_5.items()]
     for run in runs:
         label = f"{frozen(run)}: {run.name}"
         newest = _newest(run)
-        rows += [_run_row(run, name, label, paper.TABLE_5_COLUMNS) for name in newest]
+        rows += [_run_row(run, name, label, published_scores.TABLE_5_COLUMNS) for name in newest]
         if not newest:
             rows.append({"label": label, "note": "not evaluated", "cells": [""] * 5})
     return {
         "caption": "Frozen parts (layout of Table 5)",
         "note": "Accuracy on CV-Bench in %.",
-        "columns": [heading for heading, _, _ in paper.TABLE_5_COLUMNS],
+        "columns": [heading for heading, _, _ in published_scores.TABLE_5_COLUMNS],
         "rows": rows,
     }
 
@@ -140,9 +140,9 @@ def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[
     step = step_of(name)
     notes = [name if step is None else f"step {step:,}"]
     for bench in dict.fromkeys(bench for _, bench, _ in columns):
-        count, full = number(scores.get(bench, {}).get("count")), paper.QUESTIONS[bench]
+        count, full = number(scores.get(bench, {}).get("count")), published_scores.QUESTIONS[bench]
         if count is not None and count != full:
-            notes.append(f"{count:,} of {full:,} {paper.TITLES[bench]} questions")
+            notes.append(f"{count:,} of {full:,} {published_scores.TITLES[bench]} questions")
     cells = [_accuracy(scores.get(bench), task) for _, bench, task in columns]
     return {"label": label, "note": "; ".join(notes), "cells": cells}
 

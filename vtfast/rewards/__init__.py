@@ -1,7 +1,7 @@
 """Rewards: `(completion, sample) -> float`, one number per completion. Start reading in strict.py, the default rewards.
 
     strict.py   rewards for right answers only (the default)
-    recipe.py   the decisions of VisualThinker's code (`--reward_mode recipe`)
+    visualthinker.py  the same decisions as VisualThinker's code (`--reward_mode recipe`)
     reward.py   the interface of a reward, and a call that turns errors into a score of 0
     worker_pool.py  processes that can be killed
     manager.py  all rewards of a step
@@ -16,8 +16,8 @@ import importlib
 import os
 import sys
 
-from vtfast.rewards import recipe, strict
-from vtfast.rewards.reward import Reward, RewardInput, Score, call
+from vtfast.rewards import strict, visualthinker
+from vtfast.rewards.reward import Reward, RewardInput, RewardResult, call_reward
 from vtfast.rewards.strict import accuracy_reward, format_reward, length_reward
 from vtfast.utils.errors import UserError
 
@@ -26,9 +26,9 @@ __all__ = [
     "REWARDS",
     "Reward",
     "RewardInput",
-    "Score",
+    "RewardResult",
     "accuracy_reward",
-    "call",
+    "call_reward",
     "format_reward",
     "get_reward",
     "length_reward",
@@ -42,7 +42,7 @@ REWARDS: dict[str, Reward] = {
 """Rewards by name."""
 MODES: dict[str, dict[str, Reward]] = {
     "strict": REWARDS,
-    "recipe": REWARDS | {"accuracy": recipe.accuracy_reward, "format": recipe.format_reward},
+    "recipe": REWARDS | {"accuracy": visualthinker.accuracy_reward, "format": visualthinker.format_reward},
 }
 """The same by `--reward_mode`."""
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from vtfast.distributed import watchdog
-from vtfast.rewards import get_reward, recipe, strict
-from vtfast.rewards.reward import RewardInput, Score, call
+from vtfast.rewards import get_reward, strict, visualthinker
+from vtfast.rewards.reward import RewardInput, RewardResult, call_reward
 from vtfast.rewards.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -38,20 +38,20 @@ class RewardManager:
         self.rewards = [get_reward(name, mode) for name in names]
         self.pool = WorkerPool(names, mode, workers, timeout) if workers else None
 
-    def score(self, responses: Sequence[RewardInput], progress: bool = False) -> list[list[Score]]:
+    def score(self, responses: Sequence[RewardInput], progress: bool = False) -> list[list[RewardResult]]:
         """result[reward][response], in the order of `names` and of `responses`."""
-        table: list[list[Score]] = []
+        table: list[list[RewardResult]] = []
         jobs, cells = [], []
         for row, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
             table.append([])
             for column, response in enumerate(responses):
                 watchdog.beat()
                 if self.pool and self._needs_pool(name, response.sample):
-                    jobs.append((name, replace(response, sample=_portable(name, response.sample))))
+                    jobs.append((name, replace(response, sample=_picklable_sample(name, response.sample))))
                     cells.append((row, column))
-                    table[row].append(Score(0.0))
+                    table[row].append(RewardResult(0.0))
                 else:
-                    table[row].append(call(reward, response))
+                    table[row].append(call_reward(reward, response))
         scores = self.pool.run(jobs, progress) if self.pool and jobs else []
         for (row, column), score in zip(cells, scores, strict=True):
             table[row][column] = score
@@ -67,10 +67,10 @@ class RewardManager:
         if name != "accuracy":
             return ":" in name
         if self.mode == "recipe":
-            return recipe.may_use_math_verify(sample)
+            return visualthinker.may_use_math_verify(sample)
         return strict.has_math_answer(sample)
 
-    def _warn(self, table: list[list[Score]]) -> None:
+    def _warn(self, table: list[list[RewardResult]]) -> None:
         for name, scores in zip(self.names, table, strict=True):
             if scores and all(score.failure for score in scores):
                 log.warning(
@@ -81,7 +81,7 @@ class RewardManager:
                 )
 
 
-def _portable(name: str, sample: "Sample") -> "Sample":
+def _picklable_sample(name: str, sample: "Sample") -> "Sample":
     """The sample as an object that a worker can unpickle without importing vtfast.data."""
     values = dict(vars(sample))
     return cast("Sample", SimpleNamespace(**values if ":" in name else values | {"images": []}))

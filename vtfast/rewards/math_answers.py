@@ -33,7 +33,7 @@ UNITS = {
     }.items()
     for name in names.split()
 }
-HEDGE = re.compile(
+AMBIGUOUS_WORDS = re.compile(
     r"\b(?:or|and|not|no|to|than|least|most|between|about|around|maybe|either|neither|more|less"
     r"|fewer|over|under)\b"
 )
@@ -74,7 +74,7 @@ _LITTERED = re.compile(r"\d\s+\d|\d_|\^\s*$|\\\\|[#&@!~\"'?;$]")
 
 def is_math(text: str) -> bool:
     """Whether a gold is to be compared as mathematics: it has a digit or a LaTeX command and no words but a unit."""
-    return _core(text) is not None
+    return _normalize_math(text) is not None
 
 
 def math_equal(answer: str, gold: str) -> bool:
@@ -83,7 +83,7 @@ def math_equal(answer: str, gold: str) -> bool:
     A unit may be missing on either side; where both have one they must agree. `x = 3` is `3`, other equations are only
     equal to equations.
     """
-    wanted, given = _core(gold), _core(answer)
+    wanted, given = _normalize_math(gold), _normalize_math(answer)
     if wanted is None or given is None:
         return False
     if "".join(_unwrapped(answer).split()) == "".join(_unwrapped(gold).split()):
@@ -98,7 +98,7 @@ def math_equal(answer: str, gold: str) -> bool:
     return _equal(formula, gold_formula)
 
 
-def _core(text: str) -> tuple[str, str] | None:
+def _normalize_math(text: str) -> tuple[str, str] | None:
     """(LaTeX without wrapping and unit, the unit or ""); None for what is no harmless mathematics."""
     text = " ".join(text.split())
     if len(text) > LONGEST:
@@ -143,7 +143,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     apart = bool(match["gap"])
     for word, unit in zip(words, known, strict=True):
         spelled = apart and len(word) > 2 and word not in MATH_WORDS
-        if HEDGE.fullmatch(word) or not (spelled or (unit and (apart or len(word) > 1))):
+        if AMBIGUOUS_WORDS.fullmatch(word) or not (spelled or (unit and (apart or len(word) > 1))):
             return text, ""
     power = re.sub(r"\D", "", match["power"] or "")
     unit = "/".join(unit or word.removesuffix("s") for word, unit in zip(words, known, strict=True))

@@ -1,4 +1,4 @@
-"""The interface of a reward, and `call`, which turns any error in it into a score of 0 with a reason."""
+"""The interface of a reward, and `call_reward`, which turns any error in it into a score of 0 with a reason."""
 
 import functools
 import inspect
@@ -33,21 +33,21 @@ class RewardInput:
 
 
 @dataclass(frozen=True)
-class Score:
+class RewardResult:
     value: float
     failure: str | None = None
     """Why the value is missing (then it is 0): one line."""
 
 
-def failed(reason: str | BaseException) -> Score:
+def failed_result(reason: str | BaseException) -> RewardResult:
     """A score of 0; of an exception, the reason is its type and first line."""
     if isinstance(reason, BaseException):
         lines = str(reason).strip().splitlines()
         reason = type(reason).__name__ + (f": {lines[0]}" if lines else "")
-    return Score(0.0, reason[:LONGEST_REASON])
+    return RewardResult(0.0, reason[:LONGEST_REASON])
 
 
-def call(reward: Reward, response: RewardInput) -> Score:
+def call_reward(reward: Reward, response: RewardInput) -> RewardResult:
     """The score of `response`; 0 and a reason if the reward raises or does not return a finite number."""
     given = {"tokens": response.tokens, "prefix": response.prefix}
     try:
@@ -55,12 +55,12 @@ def call(reward: Reward, response: RewardInput) -> Score:
         options = {name: value for name, value in given.items() if name in wanted}
         value: Any = reward(response.completion, response.sample, **options)
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
-            return failed(f"returned {shorten(repr(value), 60)} and not a finite number")
-        return Score(float(value))
+            return failed_result(f"returned {shorten(repr(value), 60)} and not a finite number")
+        return RewardResult(float(value))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also sys.exit and math-verify's time limit, which are no Exception
-        return failed(error)
+        return failed_result(error)
 
 
 def zero_on_error(reward: Reward) -> Reward:

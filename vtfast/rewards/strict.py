@@ -1,6 +1,6 @@
 """The strict rewards: what is right is paid for, and nothing that only looks right.
 
-Each difference from the original's rewards (`recipe.py`) is a decision:
+Each difference from the original's rewards (`visualthinker.py`) is a decision:
 
     the last `<answer>…</answer>` counts        the original reads the first one, and without any the whole response
     an answer may span lines                    the original does not see such a tag
@@ -11,7 +11,7 @@ Each difference from the original's rewards (`recipe.py`) is a decision:
     white space around the format is free       a line feed at the end costs the original's reward
 
 A sample without options asks an open question: its answer is compared as mathematics where the right one is a number,
-a quantity or a formula (`expressions.py`), else as text.
+a quantity or a formula (`math_answers.py`), else as text.
 """
 
 import logging
@@ -19,7 +19,7 @@ import re
 import string
 from typing import TYPE_CHECKING
 
-from vtfast.rewards.math_answers import HEDGE, is_math, math_equal
+from vtfast.rewards.math_answers import AMBIGUOUS_WORDS, is_math, math_equal
 from vtfast.rewards.reward import zero_on_error
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _same_number(inside: str, sample: "Sample") -> bool:
         return False
     if text == gold:
         return True
-    if text in {_normalise(option) for option in sample.options} or HEDGE.search(text):
+    if text in {_normalise(option) for option in sample.options} or AMBIGUOUS_WORDS.search(text):
         return False  # another option, or several
     if len(numerals) > 1 or "\\" in text:
         if not _ARITHMETIC.fullmatch(text) or _TWO_NUMBERS.search(text):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward
-from vtfast.rewards.reward import Reward, RewardInput, Score, call, failed
+from vtfast.rewards.reward import Reward, RewardInput, RewardResult, call_reward, failed_result
 
 Job = tuple[str, RewardInput]
 """Name of the reward, and its input."""
@@ -49,9 +49,9 @@ class WorkerPool:
         self.workers: list[_Worker] = []
         weakref.finalize(self, _end, self.workers)  # at the interpreter's exit too
 
-    def run(self, jobs: Sequence[Job], progress: bool = False) -> list[Score]:
+    def run(self, jobs: Sequence[Job], progress: bool = False) -> list[RewardResult]:
         """The jobs' scores, in their order."""
-        scores: list[Score | None] = [None] * len(jobs)
+        scores: list[RewardResult | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
         bar = tqdm(total=len(jobs), desc="rewards", unit="score", delay=BAR_DELAY, leave=False, disable=not progress)
         try:
@@ -71,7 +71,7 @@ class WorkerPool:
         """End the workers; a later `run` starts new ones."""
         _end(self.workers)
 
-    def _assign_jobs(self, jobs: Sequence[Job], waiting: deque[int], scores: list[Score | None]) -> None:
+    def _assign_jobs(self, jobs: Sequence[Job], waiting: deque[int], scores: list[RewardResult | None]) -> None:
         """Give a job to every idle worker; start workers up to the number of jobs."""
         while len(self.workers) < min(self.size, scores.count(None)):
             self.workers.append(_Worker(self.settings))
@@ -84,10 +84,10 @@ class WorkerPool:
                 self._discard(worker)
                 continue
             except Exception as error:  # the job cannot be pickled
-                scores[waiting[0]] = failed(error)
+                scores[waiting[0]] = failed_result(error)
             waiting.popleft()
 
-    def _collect(self, waiting: deque[int], scores: list[Score | None]) -> None:
+    def _collect(self, waiting: deque[int], scores: list[RewardResult | None]) -> None:
         """Wait for the next message, exit or timeout, and store the scores."""
         busy = [worker for worker in self.workers if not worker.idle]
         first = min((worker.deadline for worker in busy), default=time.monotonic())
@@ -108,17 +108,17 @@ class WorkerPool:
                 late = f"no score within {limit}" if worker.started else f"not within {START_LIMIT:g} s"
                 self._fail(worker, late, waiting, scores)
 
-    def _fail(self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[Score | None]) -> None:
+    def _fail(self, worker: "_Worker", reason: str, waiting: deque[int], scores: list[RewardResult | None]) -> None:
         """Fail the worker's job. If workers do not even start, fail all waiting jobs, so that `run` ends."""
         self._discard(worker)
         if worker.started:
             assert worker.job is not None
-            scores[worker.job] = failed(reason)
+            scores[worker.job] = failed_result(reason)
             return
         self.failed_starts += 1
         if self.failed_starts >= STARTS:
             for number in waiting:
-                scores[number] = failed(f"no worker started: {reason}")
+                scores[number] = failed_result(f"no worker started: {reason}")
             waiting.clear()
 
     def _discard(self, worker: "_Worker") -> None:
@@ -184,7 +184,7 @@ def serve(descriptor: int) -> None:
             name, response = connection.recv()
             # The trainer enforces the timeout. This timer ends a hanging worker when the trainer is gone.
             faulthandler.dump_traceback_later(2 * timeout + 1, exit=True, file=nowhere)
-            score = call(rewards[name], response)
+            score = call_reward(rewards[name], response)
             faulthandler.cancel_dump_traceback_later()
             connection.send(score)
 

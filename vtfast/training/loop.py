@@ -166,7 +166,7 @@ def evaluate(trainer: Trainer) -> HeldOutScores | None:
         session.held_out_samples,
         session.config,
         session.ranks,
-        graded=trainer.completion_for_rewards,
+        to_reward_text=trainer.completion_for_rewards,
     )
 
 

@@ -19,9 +19,9 @@ from vtfast.config import RunConfig, SFTConfig
 from vtfast.data import Sample
 from vtfast.data.processor import Processor
 from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
-from vtfast.data.skipped import SkipLog
+from vtfast.data.skip_log import SkipLog
 from vtfast.data.splits import load_splits, render_synthetic, samples_digest
-from vtfast.distributed import launch
+from vtfast.distributed import init
 from vtfast.distributed.determinism import seed_all
 from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import zero2_engine
@@ -138,7 +138,7 @@ class Session:
 
 def load_policy(config: RunConfig) -> LoadedPolicy:
     """Start the ranks and load the model. Collective. Raises UserError for bad input."""
-    ranks = launch.init_distributed(config)
+    ranks = init.init_distributed(config)
     seed_all(config.seed)
     checkpoint = ranks.on_main(lambda: find_checkpoint(config))
     path = model_path(config.model)

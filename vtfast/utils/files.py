@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
-from vtfast.utils.suggestions import did_you_mean
 from vtfast.utils.text import shorten
 
 LARGEST_JSON = 50_000_000

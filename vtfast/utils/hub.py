@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from vtfast.utils.did_you_mean import closest, did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, step_of
-from vtfast.utils.suggestions import closest, did_you_mean
 from vtfast.utils.text import first_line
 
 Kind = Literal["dataset", "model"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vtfast.cli.migration.reading import Source, read
+from vtfast.cli.migration.parse_source import Source, read
 from vtfast.cli.migration.rules import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL, Drop
 from vtfast.config import Config, load_config
 from vtfast.utils.errors import UserError

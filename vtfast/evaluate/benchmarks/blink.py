@@ -27,7 +27,7 @@ def has_one_image(row: Mapping[str, Any]) -> bool:
     return row.get("image_2") is None
 
 
-def official(grades: Sequence[Grade]) -> float:
+def official_score(grades: Sequence[Grade]) -> float:
     """Unweighted mean over the tasks present."""
     tasks = sorted({grade.task for grade in grades})
     scores = [accuracy([grade for grade in grades if grade.task == task]) for task in tasks]
@@ -41,8 +41,8 @@ BENCHMARK = Benchmark(
     files=(rf"(?:{'|'.join(TASKS)})/val-.*\.parquet", r"val(?:-.*)?\.parquet"),
     columns=("sub_task", "prompt", "choices", "answer", "image_1", "image_2"),
     read=read,
-    official=official,
+    official_score=official_score,
     sizes=(124 + 143,),
     tasks=TASKS,
-    keeps=has_one_image,
+    include_row=has_one_image,
 )

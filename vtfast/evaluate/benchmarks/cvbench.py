@@ -23,7 +23,7 @@ def read(row: Mapping[str, Any], index: int) -> Example:
     )
 
 
-def official(grades: Sequence[Grade]) -> float:
+def official_score(grades: Sequence[Grade]) -> float:
     """((ADE20K + COCO) / 2 + Omni3D) / 2. Each mean is over the sources, and then the halves, that are present."""
     halves = []
     for sources in SOURCES.values():
@@ -41,7 +41,7 @@ BENCHMARK = Benchmark(
     files=(r"test_[23]d\.parquet", r"(?:data/)?test(?:-\d+-of-\d+)?\.parquet"),
     columns=("task", "source", "prompt", "choices", "answer", "image"),
     read=read,
-    official=official,
+    official_score=official_score,
     sizes=(2638,),
     tasks=("Count", "Relation", "Depth", "Distance"),
 )

@@ -42,7 +42,7 @@ BENCHMARK = Benchmark(
     files=(r"(?:data/)?(?:SAT_)?test(?:-\d+-of-\d+)?\.parquet", r"(?:data/)?(?:SAT_)?val(?:-\d+-of-\d+)?\.parquet"),
     columns=("question", "answers", "correct_answer", "question_type"),
     read=read,
-    official=accuracy,
+    official_score=accuracy,
     sizes=(150, 4001),
-    letters=False,
+    has_lettered_options=False,
 )

@@ -47,6 +47,6 @@ BENCHMARK = Benchmark(
     files=(r"(?:.*/)?test\.jsonl",),
     columns=("image", "caption", "label", "relation"),
     read=read,
-    official=accuracy,
+    official_score=accuracy,
     sizes=(2195, 1222),
 )

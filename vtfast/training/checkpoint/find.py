@@ -10,9 +10,9 @@ from vtfast.config import RunConfig
 from vtfast.training.checkpoint.checksums import CHECKSUMS, SETTINGS, find_damage, unlisted
 from vtfast.training.checkpoint.save import checkpoints
 from vtfast.training.checkpoint.state import State, read_state
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, step_of
-from vtfast.utils.suggestions import did_you_mean
 
 log = logging.getLogger("vtfast")
 LAST = "last"

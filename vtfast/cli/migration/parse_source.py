@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import read_text
-from vtfast.utils.suggestions import did_you_mean
 from vtfast.utils.yaml_file import parse_yaml_value, read_yaml
 
 SEPARATORS = ("&&", "||", "|", "&", ";")

@@ -10,10 +10,10 @@ from typing import Any
 from vtfast.data.prompt_templates import load_template
 from vtfast.model.folder_checks import check_folder
 from vtfast.model.loading import read_model_config
+from vtfast.utils.did_you_mean import near_run, question
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, step_of
 from vtfast.utils.hub import ASSETS
-from vtfast.utils.suggestions import near_run, question
 from vtfast.utils.yaml_file import read_yaml
 
 
@@ -23,7 +23,7 @@ class EvaluatedModel:
     """Folder or hub id, for `load_model`."""
     name: str
     """Name of its folder in `evaluations/`."""
-    home: Path
+    output_root: Path
     """Folder that holds `evaluations/`: the run's, or the current one."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the run; empty for a model from elsewhere."""

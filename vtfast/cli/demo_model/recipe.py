@@ -17,15 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import Qwen2VLForConditionalGeneration
 
-from vtfast.cli.base_model.base_training import (
-    IMAGE_TOKENS,
-    CellReader,
-    Example,
-    Muon,
-    complete,
-    completion_loss,
-    scores,
-)
+from vtfast.cli.demo_model.training import IMAGE_TOKENS, CellReader, Example, Muon, complete, completion_loss, scores
 from vtfast.data.prompt_templates import IMAGE
 from vtfast.data.synthetic import COLUMNS, ROWS, Question, Scene, sample_question, sample_questions, sample_scene
 from vtfast.model.tiny_model import (

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from vtfast.utils.did_you_mean import did_you_mean, near_run, question
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import step_of, write_json
-from vtfast.utils.suggestions import did_you_mean, near_run, question
 from vtfast.utils.yaml_file import read_yaml
 
 if TYPE_CHECKING:  # it imports torch, which a report does not need

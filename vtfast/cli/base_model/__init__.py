@@ -1,1 +1,0 @@
-"""`vtfast make-base`: trains the demo's base model from random weights. Start with `make_base.py`."""
