@@ -18,7 +18,8 @@ IMPLS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_FLOATS = (*FLOATS, torch.float64)  # float64 is the oracle's dtype
 CHECK_VALUES = os.environ.get("VTFAST_CHECK", "0") == "1"
-IGNORED = -100
+IGNORE_INDEX = -100
+"""Target of a token that is not scored."""
 P = ParamSpec("P")
 R = TypeVar("R")
 _checks_skipped = False
@@ -144,8 +145,8 @@ def check_target(target: torch.Tensor, hidden: torch.Tensor, vocab: int) -> None
     check_tensor("target", target, (hidden.shape[0],), (torch.int64,), hidden)
     if target.numel() and check_values(target):
         low, high = (int(v) for v in target.aminmax())
-        in_range = high < vocab and (low >= 0 or bool(((target >= 0) | (target == IGNORED)).all()))
-        require(in_range, "target", f"ids must be {IGNORED} or in [0, {vocab}), got {low} .. {high}")
+        in_range = high < vocab and (low >= 0 or bool(((target >= 0) | (target == IGNORE_INDEX)).all()))
+        require(in_range, "target", f"ids must be {IGNORE_INDEX} or in [0, {vocab}), got {low} .. {high}")
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .checks import IGNORED, check_head, check_target, choose_impl, op_scope
+from .checks import IGNORE_INDEX, check_head, check_target, choose_impl, op_scope
 from .chunked_logits import (
     Chunk,
     add_matmul,
@@ -377,7 +377,7 @@ def linear_grpo_loss(
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
-    scored = target != IGNORED
+    scored = target != IGNORE_INDEX
     tokens = prepare_tokens(
         spec, sequence_id, advantage, scored, torch.float32, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )

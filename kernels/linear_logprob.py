@@ -27,12 +27,12 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import IGNORED, check_head, check_target, check_temperature, choose_impl, interpreted, op_scope
+from .checks import IGNORE_INDEX, check_head, check_target, check_temperature, choose_impl, interpreted, op_scope
 from .chunked_logits import Chunk, add_matmul, chunk_rows, dlogits_triton, matmul_over_vocabulary, row_spans
 
 SPLIT = 4096  # vocabulary columns of a work item
 GROUP = 48  # row blocks that go through all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
-IGNORED_TARGET: tl.constexpr = tl.constexpr(IGNORED)
+IGNORED_TARGET: tl.constexpr = tl.constexpr(IGNORE_INDEX)
 
 # BLOCK_N, BLOCK_V, BLOCK_D, warps, stages. Two programs fit on a Hopper SM (128 registers, 98 KB each), so
 # that the exponentials of one run under the other's matmul; 128 x 256 tiles would leave room for one.
@@ -244,7 +244,7 @@ def _forward_torch(hidden, weight, target, inv_temperature, entropy, logp, ent) 
         if entropy:
             ent[a:b] = h
     for out in (logp, ent) if entropy else (logp,):
-        out.masked_fill_(target == IGNORED, 0.0)
+        out.masked_fill_(target == IGNORE_INDEX, 0.0)
 
 
 def _backward_chunks(ctx, g, h, d_hidden: torch.Tensor | None, d_weight: torch.Tensor | None):
@@ -292,7 +292,7 @@ class _LinearLogprob(torch.autograd.Function):
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        scored = target != IGNORED
+        scored = target != IGNORE_INDEX
         g = torch.zeros_like(scored, dtype=torch.float32) if grad_logp is None else grad_logp * scored
         h = None if grad_entropy is None else grad_entropy * scored
         d_hidden = torch.empty_like(hidden) if need_hidden else None

@@ -313,7 +313,7 @@ class Tokens:
     scored: torch.Tensor
     """bool; False = ignored"""
     advantage: torch.Tensor
-    """Of the token's sequence."""
+    """Advantage of the token's sequence."""
     scale: torch.Tensor
     """c_t, 0 where ignored."""
     scored_count: torch.Tensor

@@ -74,7 +74,7 @@ class GatherPlan:
         group_shared = pages.shared[first_row].long()
         self.num_groups = len(counts)
         self.rows_per_group = int(counts.max())
-        """In the largest group."""
+        """Number of rows in the largest group."""
         self.shared_pages = int(group_shared.max())
         """Shared pages that are gathered per group: those of the group that has most."""
         self.shared = table[first_row, : self.shared_pages].flatten()

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import silu
 
 from .checks import (
-    IGNORED,
+    IGNORE_INDEX,
     check_head,
     check_norm,
     check_reward,
@@ -36,7 +36,7 @@ def linear_logprob(
     check_head(hidden, weight, "reference")
     check_target(target, hidden, weight.shape[0])
     check_temperature(temperature)
-    scored = target != IGNORED
+    scored = target != IGNORE_INDEX
     log_p = torch.log_softmax(_logits(hidden, weight, temperature), dim=-1)
     logp = log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
     logp = torch.where(scored, logp, 0.0)
@@ -103,7 +103,7 @@ def linear_grpo_loss(
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
     logp, entropy = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True)
-    scored = target != IGNORED
+    scored = target != IGNORE_INDEX
     tokens = prepare_tokens(
         spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )

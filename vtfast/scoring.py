@@ -22,7 +22,7 @@ from vtfast.utils.errors import UserError
 
 def packed_logprobs(policy: Policy, pack: Pack, temperature: float = 1.0) -> list[Tensor]:
     """log p of the tokens of each sequence: fp32 [tokens]. Differentiable."""
-    hidden = pack.select(policy.hidden_states(pack))
+    hidden = pack.gather_predictors(policy.hidden_states(pack))
     logp = linear_logprob(hidden, policy.head, pack.target, temperature=temperature)
     assert isinstance(logp, Tensor)  # a tuple only with the entropy
     return list(logp.split(pack.lengths))

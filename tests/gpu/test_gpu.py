@@ -110,7 +110,7 @@ def test_decode_attention_backends(backend):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_graphs_equal_eager_to_the_bit(random_path, prompts, dtype):
     policy = load_model(random_path, dtype, "cuda")
-    hasty = type(policy)(policy.module, tuple(range(0, 400, 9)), policy.backend)
+    hasty = type(policy)(policy.module, tuple(range(0, 400, 9)), policy.attention_backend)
     sampling = Sampling(max_new_tokens=40)
     graphs, eager = RolloutEngine(hasty), RolloutEngine(hasty, capture=EAGER)
     for seed in (1, 2):

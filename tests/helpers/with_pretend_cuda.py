@@ -70,7 +70,7 @@ def losses(device, spec, dtype):
 
 def rollouts(path, device, dtype, prompts, **options):
     policy = load_model(path, dtype, device)
-    hasty = type(policy)(policy.module, tuple(range(0, policy.head.shape[0], 9)), policy.backend)
+    hasty = type(policy)(policy.module, tuple(range(0, policy.head.shape[0], 9)), policy.attention_backend)
     engine = RolloutEngine(hasty, steps_per_sync=2, **options)
     sampling = Sampling(max_new_tokens=3)
     found = [chain(*engine.generate(prompts, 2, sampling, seed)) for seed in (1, 2)]
@@ -91,7 +91,7 @@ def main(path: str) -> None:
         expected = scores(load_model(path, dtype), prompts)
         with pretend_cuda():
             policy = load_model(path, dtype, "cuda")
-            assert policy.backend == ("sdpa" if dtype == "float32" else "varlen")
+            assert policy.attention_backend == ("sdpa" if dtype == "float32" else "varlen")
             assert_near(scores(policy, prompts), expected, dtype)
         for kind in LOSS_TYPES if dtype == "float32" else LOSS_TYPES[:1]:
             for level in ("token", "sequence")[: 1 if kind in TOKEN_LEVEL else 2]:

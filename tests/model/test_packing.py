@@ -33,7 +33,7 @@ def image_prompt():
 def test_a_row_by_hand():
     pack = Pack([text_prompt(1, 2, 3), image_prompt()], [[[4, 5], [6]], [[8, 9]]])
     assert pack.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, *[99] * 6, 7, 8, 9]
-    assert pack.tokens == len(pack.ids) == 16
+    assert pack.num_tokens == len(pack.ids) == 16
     place, *mrope = pack.positions[:, 0].tolist()
     assert place == [0, 1, 2, 3, 4, 3, *range(8), 8, 9]
     # The image spans 2 x 3 merged tokens at position 1, text goes on at 1 + 3, completions behind that.
@@ -42,7 +42,7 @@ def test_a_row_by_hand():
     assert mrope[2] == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 1, 2, 3, 4, 5, 6]
     assert pack.image_index.tolist() == [7, 8, 9, 10, 11, 12]
     row = torch.arange(16.0)
-    assert pack.select(row).tolist() == [2, 3, 2, 13, 14], "each state predicts the token behind it"
+    assert pack.gather_predictors(row).tolist() == [2, 3, 2, 13, 14], "each state predicts the token behind it"
     assert pack.target.tolist() == [4, 5, 6, 8, 9]
     assert pack.sequence_id.tolist() == [0, 0, 1, 2, 2] and pack.lengths == [2, 1, 2]
     layout = pack.layout

@@ -131,7 +131,7 @@ class VisionLayouts:
     def __init__(self, backend: str, device: torch.device | str) -> None:
         self.backend, self.device = backend, device
         self._layouts: dict[int, tuple[Tensor, AttentionLayout]] = {}
-        """By id of `cu_seqlens`; keeping the tensor keeps its id unique."""
+        """Layouts by id of `cu_seqlens`; keeping the tensor keeps its id unique."""
 
     def layout_of(self, cu_seqlens: Tensor) -> AttentionLayout:
         """`cu_seqlens`: [segments + 1], the start of each segment and the end of the last."""

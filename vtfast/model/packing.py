@@ -2,7 +2,7 @@
 
 The row is cut into attention segments (`AttentionLayout`): a prompt sees itself, a completion sees its prompt and
 itself. The M-RoPE position of completion token j is the prompt's largest position + 1 + j. The hidden state before a
-token predicts it, so a prompt's last hidden state is selected once for each of its completions.
+token predicts it, so a prompt's last hidden state is gathered once for each of its completions.
 
 Shapes: T tokens of a row, N scored tokens, S sequences (completions), P prompt tokens.
 """
@@ -21,17 +21,16 @@ from vtfast.utils.errors import UserError
 
 Completions = Sequence[Sequence[Sequence[int]]]
 """Token ids: completions[p][g] are those of sample g of prompt p."""
-IGNORED = -100
-"""Target of a token that is not scored, as in the kernels."""
+MERGE = 2
+"""Side of the square of patches that becomes one image token, in every supported family."""
 
 
 def check_group(
-    prompt: Prompt, completions: Sequence[Sequence[int]], vocabulary: int, limit: int | None = None, merge: int = 2
+    prompt: Prompt, completions: Sequence[Sequence[int]], vocabulary: int, limit: int | None = None
 ) -> None:
     """Raises UserError for what cannot be scored: a prompt longer than `limit`, images that do not match their
-    placeholders, a completion without tokens or with an id outside the vocabulary. `merge`: side of the square of
-    patches that becomes one image token."""
-    features = [] if prompt.grid is None else (prompt.grid.prod(-1) // merge**2).tolist()
+    placeholders, a completion without tokens or with an id outside the vocabulary."""
+    features = [] if prompt.grid is None else (prompt.grid.prod(-1) // MERGE**2).tolist()
     patches = 0 if prompt.pixels is None else len(prompt.pixels)
     placeholders = _run_lengths(prompt.image_mask)
     problem = None
@@ -45,8 +44,8 @@ def check_group(
         problem = (
             f"the prompt has placeholders for {_joined(placeholders)} image tokens, its images make {_joined(features)}"
         )
-    elif patches != sum(features) * merge**2:
-        problem = f"the images have {patches} patches, their sizes require {sum(features) * merge**2}"
+    elif patches != sum(features) * MERGE**2:
+        problem = f"the images have {patches} patches, their sizes require {sum(features) * MERGE**2}"
     elif not all(map(len, completions)):
         problem = "a completion has no tokens"
     elif not all(_in_vocabulary(torch.as_tensor(tokens), vocabulary) for tokens in completions):
@@ -84,7 +83,7 @@ class Pack:
     ) -> None:
         """`completions[p]`: those of prompt p, maybe none. The groups have passed `check_group`."""
         self.prompts = list(prompts)
-        ids, positions, text_positions, images, select, targets = [], [], [], [], [], []
+        ids, positions, text_positions, images, predictors, targets = [], [], [], [], [], []
         lengths: list[int] = []
         keys: list[list[tuple[int, int]]] = []
         row = 0
@@ -107,22 +106,22 @@ class Pack:
                 positions.append((first_position + steps).expand(3, -1))
                 text_positions.append(P + steps)
                 # The prompt's last token predicts the first one, every token its successor.
-                select.append(torch.cat([torch.tensor([prompt_span[1] - 1]), row + steps[:-1]]))
+                predictors.append(torch.cat([torch.tensor([prompt_span[1] - 1]), row + steps[:-1]]))
                 targets.append(target)
                 lengths.append(len(target))
                 keys.append([prompt_span, (row, row + len(target))])
                 row += len(target)
-        self.tokens = row
+        self.num_tokens = row
         self.ids = torch.cat(ids).to(device)
         """[T]; image tokens have the placeholder's id, whose embedding is overwritten."""
         self.image_index = _cat(images).to(device)
         """Rows that receive image features, in the order of prompts and images."""
         self.positions = torch.cat([torch.cat(text_positions)[None], torch.cat(positions, dim=1)]).to(device)[:, None]
         """[4, 1, T]: position in its own sequence, then M-RoPE's time, height and width."""
-        self.select = RowGather(_cat(select), row, device)
-        """Hidden states [T, D] -> those that predict the scored tokens [N, D]."""
+        self.gather_predictors = RowGather(_cat(predictors), row, device)
+        """Maps hidden states [T, D] to those that predict the scored tokens [N, D]."""
         self.lengths = [len(target) for target in targets]
-        """Tokens of each sequence."""
+        """Number of tokens of each sequence."""
         self.target = _cat(targets).to(device)
         """[N]: ids of the scored tokens."""
         self.sequence_id = torch.repeat_interleave(
@@ -133,5 +132,5 @@ class Pack:
 
 
 def _cat(indices: Sequence[Tensor]) -> Tensor:
-    """int64, also where there are none."""
+    """Concatenate; an empty list gives an empty int64 tensor."""
     return torch.cat([torch.empty(0, dtype=torch.int64), *indices])

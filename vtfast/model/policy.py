@@ -2,8 +2,8 @@
 
 `vtfast.model.loading.FAMILIES` lists the families.
 
-Token ids never decide what is an image: embeddings are built here from a prompt's own placeholders, so a completion
-that happens to contain `<|image_pad|>` (a model at temperature 1 can sample it) is text like any other.
+Image positions come from the prompt's `image_mask`, not from token ids, so a completion that happens to contain
+`<|image_pad|>` (a model at temperature 1 can sample it) is text like any other.
 
 Shapes: T packed tokens, D hidden size, V vocabulary, K key-value heads, d head size.
 """
@@ -38,16 +38,16 @@ class Policy:
 
     module: PreTrainedModel
     eos_ids: tuple[int, ...]
-    backend: str = "sdpa"
+    attention_backend: str = "sdpa"
     """Attention kernel of packed rows (`vtfast.model.attention.BACKENDS`)."""
     feature_cache: FeatureCache = field(default_factory=FeatureCache)
-    """Shared with the reference model."""
+    """Image features, shared with the reference model."""
     vision: VisionEncoder | None = field(init=False)
-    """None for a text model."""
+    """Vision encoder; None for a text model."""
 
     def __post_init__(self) -> None:
         visual = getattr(self.module.model, "visual", None)
-        self.vision = None if visual is None else VisionEncoder(visual, self.backend, self.feature_cache)
+        self.vision = None if visual is None else VisionEncoder(visual, self.attention_backend, self.feature_cache)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +64,7 @@ class Policy:
 
     @property
     def vision_is_frozen(self) -> bool:
-        """True for a text model, too."""
+        """Whether the vision encoder is frozen; True for a text model, too."""
         return self.vision is None or self.vision.is_frozen
 
     def cache_image_features(self) -> contextlib.AbstractContextManager[None]:
@@ -72,7 +72,7 @@ class Policy:
         return self.feature_cache.open()
 
     def pack(self, prompts: Sequence[Prompt], completions: Completions) -> Pack:
-        return Pack(prompts, completions, backend=self.backend, device=self.device)
+        return Pack(prompts, completions, backend=self.attention_backend, device=self.device)
 
     def hidden_states(self, pack: Pack, kv_callback: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
         """Output of the last norm [T, D]. `kv_callback(layer, keys, values)` receives each layer's rotated keys and
@@ -126,6 +126,6 @@ def freeze_parts(policy: Policy, parts: Sequence[str]) -> None:
         if part not in FREEZABLE:
             raise UserError(f"--freeze {part}: must be among {', '.join(FREEZABLE)}")
         if part not in members:
-            raise UserError(f"--freeze {part}: a text model has none")
+            raise UserError(f"--freeze {part}: this text model has no {part} part")
         for member in members[part]:
             member.requires_grad_(False)

@@ -25,7 +25,7 @@ class ReferenceModel:
         module = copy.deepcopy(policy.module, memo=shared).eval().requires_grad_(False)
         # A frozen vision encoder is the same in both, and so are its features; of a trained one, only the copy's
         # features are cached.
-        self.copy = Policy(module, policy.eos_ids, policy.backend, policy.feature_cache)
+        self.copy = Policy(module, policy.eos_ids, policy.attention_backend, policy.feature_cache)
         self._own = [p for p in module.parameters() if id(p) not in shared]
         if offload:
             # The copy's weights never change, so they stay on the host, and the fetched ones are simply dropped.
@@ -64,5 +64,5 @@ class ReferenceModel:
 
 
 def _to_host(weight: Tensor) -> Tensor:
-    """In pinned memory, from which a CUDA device copies asynchronously."""
+    """Return the weight in host memory: pinned if it is on a CUDA device, which then copies asynchronously."""
     return weight.data.cpu().pin_memory() if weight.is_cuda else weight.data

@@ -28,7 +28,7 @@ class FeatureCache:
 
     def __init__(self) -> None:
         self.patches: dict[Prompt, Tensor] | None = None
-        """None outside `open()`."""
+        """Encoded patches of each prompt; None outside `open()`."""
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -100,8 +100,8 @@ class VisionEncoder:
     def zero_through_encoder(self) -> Tensor:
         """A zero, 0-d, whose gradient for every trained weight of the encoder is zero.
 
-        A row without images adds it where others put their image features: ranks reduce gradients as they arrive, so
-        all ranks need the same gradients in the same order."""
+        Added on rows without images, so that every rank produces the same gradients in the same order; ZeRO-2 reduces
+        them during the backward pass."""
         module = self.module
         if not any(p.requires_grad for p in module.parameters()):
             return torch.zeros((), device=self.device, dtype=module.dtype)

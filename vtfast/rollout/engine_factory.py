@@ -56,5 +56,6 @@ def build_engine(config: RunConfig, policy: Policy, processor: Processor, path: 
         max_model_len=config.max_prompt_length + config.max_completion_length,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         enable_sleep_mode=config.vllm_enable_sleep_mode,
+        # 0 turns images off in vLLM, which may then leave out the vision encoder; the weights pushed to it include it.
         images_per_prompt=max(1, images_per_prompt),
     )

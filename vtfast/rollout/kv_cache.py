@@ -25,7 +25,7 @@ class GroupPages:
     shared: list[int]
     """Full pages of the prompt, read by every row."""
     own: list[list[int]]
-    """Per row: first the prompt's last, partial page (its own copy), then its tokens'."""
+    """Pages of each row: first the prompt's last, partial page (its own copy), then its tokens'."""
 
     @property
     def all(self) -> list[int]:

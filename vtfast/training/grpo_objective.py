@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from vtfast_kernels.checks import IGNORE_INDEX
 from vtfast_kernels.grpo_loss import GRPOLoss
 from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
 
 from vtfast.config import Config
 from vtfast.data.prompt import Prompt
-from vtfast.model.packing import IGNORED, Pack
+from vtfast.model.packing import Pack
 from vtfast.model.policy import Policy
 from vtfast.training.groups import MicroBatch
 
@@ -35,7 +36,7 @@ class GRPOObjective(nn.Module):
         old = micro_batch.logprobs("old")
         sampled = micro_batch.sampler_logprobs().to(device)
         out = linear_grpo_loss(
-            pack.select(self.policy.hidden_states(pack)),
+            pack.gather_predictors(self.policy.hidden_states(pack)),
             self.policy.head,
             pack.target,
             pack.sequence_id,
@@ -66,9 +67,9 @@ class GRPOObjective(nn.Module):
         """A rank without sequences in this micro-batch: zero gradients, and the same collectives as the others."""
         device, pack = self.policy.device, shortest_pack(self.policy)
         out = linear_grpo_loss(
-            pack.select(self.policy.hidden_states(pack)),
+            pack.gather_predictors(self.policy.hidden_states(pack)),
             self.policy.head,
-            torch.full_like(pack.target, IGNORED),
+            torch.full_like(pack.target, IGNORE_INDEX),
             pack.sequence_id,
             torch.zeros(1, device=device),
             spec=self.spec,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from vtfast_kernels.checks import IGNORE_INDEX
 from vtfast_kernels.linear_logprob import linear_logprob
 from vtfast_kernels.linear_sample import linear_sample
 
@@ -27,7 +28,7 @@ from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.evaluate.held_out import HeldOutScores
-from vtfast.model.packing import IGNORED, Pack
+from vtfast.model.packing import Pack
 from vtfast.model.policy import Policy
 from vtfast.model.row_gather import RowGather
 from vtfast.rollout import Completion
@@ -63,12 +64,12 @@ class SFTObjective(nn.Module):
         zeros, so that it has the same collectives as the others."""
         pack = micro_batch.pack if micro_batch.parts else shortest_pack(self.policy)
         hidden_states = self.policy.hidden_states(pack)
-        hidden, target = pack.select(hidden_states), pack.target
+        hidden, target = pack.gather_predictors(hidden_states), pack.target
         if self.not_text is not None:
             rows, ids = prompt_targets(pack, self.not_text)
             hidden, target = torch.cat([hidden, rows(hidden_states)]), torch.cat([target, ids])
         if not micro_batch.parts:
-            target = torch.full_like(target, IGNORED)
+            target = torch.full_like(target, IGNORE_INDEX)
         logp, entropy = linear_logprob(hidden, self.policy.head, target, entropy=True)
         sums = torch.stack([(self._most_likely(hidden) == target).sum(), entropy.sum()])
         return -logp.sum() / num_targets, sums.detach()
@@ -98,7 +99,7 @@ def prompt_targets(pack: Pack, not_text: Tensor) -> tuple[RowGather, Tensor]:
         targets.append(ids)
         start += len(prompt.ids) + completion
     device = pack.target.device
-    return RowGather(torch.cat(rows), pack.tokens, device), torch.cat(targets).to(device)
+    return RowGather(torch.cat(rows), pack.num_tokens, device), torch.cat(targets).to(device)
 
 
 class SFTTrainer:
