@@ -36,7 +36,7 @@ class Work:
     token_budget: int
     """Tokens of a micro-batch."""
     max_rows: int = 512
-    """Rows in flight."""
+    """Rows that run at once."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_attention import KEYS, LENGTHS, D, H, K, plain, rows
 
-from vtfast.model import attention, attention_layout, backends
+from vtfast.model import attention, attention_layout, select_backend
 from vtfast.model.attention import (
     AttentionLayout,
     choose_backend,
@@ -228,7 +228,7 @@ def test_the_installed_varlen_has_a_signature_that_we_know():
 
 
 def test_the_choice(monkeypatch, caplog):
-    backends._log_once.cache_clear()
+    select_backend._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="vtfast"):
         assert choose_backend() == choose_backend("sdpa", "cpu") == "sdpa"
     assert [record.message for record in caplog.records] == ["packed attention (cpu, float32): sdpa"]

@@ -165,7 +165,7 @@ def gradient_bytes(parts: list[ParameterCount], ranks: int, device_type: str) ->
 
 
 def cache_bytes(policy: Policy, config: RunConfig, load: Workload, device_type: str, available: int | None) -> int:
-    """The rollout's key-value pool (`RolloutEngine`): for each group in flight the prompt's full pages once and
+    """The rollout's key-value pool (`RolloutEngine`): for each running group the prompt's full pages once and
     each row's own pages; for held-out questions the same with one row. At most `available`, or
     `rollout_cache_tokens`."""
     page = PAGE_SIZE[device_type]

@@ -6,7 +6,7 @@ read once for everything that can share them; keys and values read once, a promp
 stay in caches and count nothing, nor do rewards and other work of the host: no program quite reaches its floor.
 
     prefill    prompts and images once: FLOPs of `forward_flops`, one draw's head a prompt; weights once a packed row
-    decode     a step: weights and head once, keys and values of the rows alive; 2 FLOPs a weight and row
+    decode     a step: weights and head once, keys and values of the running rows; 2 FLOPs a weight and row
     score      a micro-batch and a scorer (reference, old policy): a forward; weights once
     update     a micro-batch: FLOPs of `part_update_flops`; weights in forward and backward, a gradient written
     optimizer  AdamW on this rank's share of the states: 28 bytes a trained weight, 30 for bf16 ones
@@ -122,7 +122,7 @@ class ModelSize:
 
 
 def admission_steps(lengths: Sequence[Sequence[int]], max_rows: int) -> list[int]:
-    """Decode steps before each group starts: in order, as soon as at most `max_rows` rows are in flight with it.
+    """Decode steps before each group starts: in order, as soon as at most `max_rows` rows run with it.
 
     A completion of n tokens has its first from the prefill and takes n - 1 decode steps. The cache is no limit here."""
     starts: list[int] = []
@@ -158,7 +158,7 @@ def in_flight(groups: Sequence[GroupSize], max_rows: int) -> tuple[np.ndarray, n
 
 
 def decode_floor(weights: ModelSize, rates: Rates, groups: Sequence[GroupSize], max_rows: int = 512) -> Floor:
-    """All decode steps of a rollout, each with the rows that are alive in it."""
+    """All decode steps of a rollout, each with the rows that run in it."""
     rows, cached, pairs = in_flight(groups, max_rows)
     token = forward_flops(weights.policy.module.config, 0, [1])  # and its one pair of positions
     compute = (rows * (token.decoder + token.head) + pairs * token.attention) / rates.flops
