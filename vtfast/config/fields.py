@@ -48,9 +48,9 @@ class Task(Section):
     ddp_timeout: int = Field(default=1800, ge=1)
     """Seconds that a rank waits for the others in a collective before the run fails."""
     rank_timeout: float = Field(default=600.0, ge=0)
-    """Seconds without progress after which a rank counts as hung: the run ends and names it; 0 watches for neither hung
-    nor dead ranks. Progress is a decode step, a reward's score or a micro-batch of the update; loading, saving and
-    vLLM's rollouts have no limit. Lower it to what your slowest reward needs."""
+    """Seconds without progress after which a rank counts as hung: the run ends and names it. 0 disables the watchdog
+    for hung and dead ranks. Progress is a decode step, a reward's score or a micro-batch of the update; loading, saving
+    and vLLM's rollouts have no limit. Lower it to what your slowest reward needs."""
     cpu_threads: int | None = Field(default=None, ge=1)
     """Threads of each rank on the CPU; none divides the cores among the ranks."""
     gradient_checkpointing: bool = False
@@ -96,7 +96,7 @@ class Task(Section):
         return names
 
     question_column: str | None = None
-    """Column of the question, in `data` and `eval_data`; none recognises published data sets. So for the next three."""
+    """Column of the question, in `data` and `eval_data`. none (here and below) recognises published data sets."""
     answer_column: str | None = None
     """Column of the right answer: text or a number, bare or inside `<answer> </answer>`."""
     options_column: str | None = None
@@ -138,8 +138,8 @@ class GRPO(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the loss uses the same one."""
     top_k: int = Field(default=0, ge=0)
-    """Sample among the k most probable tokens; 0 means all. This and the next three take a slower path that keeps the
-    logits, and change what is sampled but not the loss. The original sampled with 50, transformers' default then."""
+    """Sample among the k most probable tokens; 0 means all. This and the next three settings use a slower path that
+    keeps the logits. They change the sampling, not the loss. The original used 50, transformers' default then."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample among the most probable tokens that together reach this probability."""
     min_p: float = Field(default=0.0, ge=0, le=1)
@@ -171,9 +171,10 @@ class GRPO(Section):
     reward_weights: list[float] | None = None
     """One weight per reward; none means 1 each."""
     reward_mode: Literal["strict", "recipe"] = "strict"
-    """strict, or recipe: the decisions of VisualThinker's code, mistakes included (vtfast/rewards/visualthinker.py)."""
+    """strict, or recipe: the same decisions as VisualThinker's code, including its mistakes
+    (vtfast/rewards/visualthinker.py)."""
     reward_timeout: float = Field(default=10.0, gt=0)
-    """Seconds for one call of a reward in a process of its own; one that takes longer scores 0."""
+    """Time limit in seconds for one call of a reward in a worker process; a call that takes longer scores 0."""
     reward_workers: int = Field(default=4, ge=0)
     """Maximum number of these processes per rank, for user functions and math-verify; 0 runs them in the trainer,
     without a time limit."""
@@ -218,8 +219,8 @@ class Rollout(Section):
     """The engine that samples completions."""
 
     rollout_max_rows: int = Field(default=512, ge=1)
-    """Maximum number of completions decoded at once on a rank; the others wait. It changes memory and speed, never the
-    result."""
+    """Maximum number of completions decoded at once on a rank; the others wait. Another value changes memory and
+    speed; the result is the same up to floating-point rounding."""
     rollout_cache_tokens: int | None = Field(default=None, ge=1)
     """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
     rollout_keep_cache: bool = True
@@ -272,20 +273,20 @@ class Optimizer(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm is clipped to this; 0 switches it off."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; none: as many as num_train_epochs asks for."""
+    """Optimizer steps; none computes them from num_train_epochs."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Stop after this many skipped steps in a row: a loss or gradient was not finite, or no sample could be used.
-    nonfinite.jsonl lists them; fewer are counted, and training continues as if they had not happened."""
+    nonfinite.jsonl lists them; after fewer, training continues without their updates."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
-    """Prompts of one rank in a micro-batch (with their G completions)."""
+    """Prompts per rank per accumulation step. Prompts per step = ranks x this x gradient_accumulation_steps."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Multiplies the batch. Prompts per step = ranks x per_device_train_batch_size x this."""
     token_budget: int | None = Field(default=None, ge=1)
-    """Maximum number of tokens in a packed micro-batch (a longer prompt with one completion gets its own). It changes
-    memory and speed, never the result. none: the most that per_device_train_batch_size prompts with their completions
-    can have."""
+    """Maximum number of tokens in a packed micro-batch (a longer prompt with one completion gets its own). Another
+    value changes memory and speed; the result is the same up to floating-point rounding. none: the most that
+    per_device_train_batch_size prompts with their completions can have."""
     num_processes: int | None = Field(default=None, ge=1)
-    """Number of ranks that the recipe was written for. Another number runs, with a warning that the batch differs."""
+    """Number of ranks that the recipe was written for. With another number the run warns that the batch differs."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the order of options, the rendered questions, the sampling (with the step, the prompt and
     the number of the completion) and LoRA's adapters. Nothing else is random: models are never initialised here."""
@@ -311,11 +312,11 @@ class Output(Section):
     async_save: bool = False
     """Write checkpoints while training continues, from a copy in CPU memory."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What a checkpoint or a log that cannot be written (disk full) does: stop the run, or continue it with a warning.
+    """What to do if a checkpoint or a log cannot be written (disk full): stop the run, or continue with a warning.
     The last complete checkpoint is kept either way."""
     resume_from_checkpoint: str | None = None
-    """Resume from a checkpoint: `last`, the newest complete one in output_dir (if there is none, start), or a path;
-    with a new output_dir the run forks. Unless a recipe or config is given, the checkpoint's settings are used, and
-    flags change them."""
+    """Resume from a checkpoint: a path, or `last`, the newest complete one in output_dir (without one, the run starts
+    anew). With a new output_dir the run forks. Without a recipe or config, the checkpoint's settings apply, and flags
+    change them."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "none"]] = Field(default=["tensorboard"])
     """Trackers: any of {choices}."""

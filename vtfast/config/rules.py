@@ -1,7 +1,7 @@
-"""Rules between settings: values that are fine alone and make no sense together.
+"""Rules between settings: they refuse values that are valid alone and contradict each other.
 
-A setting that another one switches off is refused rather than ignored: whoever sets it believes that it does something.
-Each rule takes the sections that it reads. `runs.py` calls those that a kind of run has.
+They refuse a setting that another one switches off, because a user who sets it expects an effect. Each rule takes the
+sections that it reads. `runs.py` calls the rules that apply to a kind of run.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from vtfast.config.problems import Problem
 from vtfast.config.section import Section
 
 PIXELS_A_TOKEN = 28 * 28
-"""Of an image, in every family: 2 x 2 patches of 14 x 14 pixels are merged into a token."""
+"""Pixels of an image per token, in every family: 2 x 2 patches of 14 x 14 pixels are merged into a token."""
 VISION_MARKER_TOKENS = 2
-"""Tokens around an image."""
+"""The `<|vision_start|>` and `<|vision_end|>` tokens around an image."""
 UNUSED_BY_LOSS = {
     "cispo": ("delta",),
     "sapo": ("delta", "epsilon", "epsilon_high"),
     "vespo": ("delta", "epsilon", "epsilon_high"),
 }
-"""By loss type: the bounds of the ratio that it has no use for (`vtfast_kernels.objective`)."""
+"""By loss type: the bounds of the ratio that it does not use (`vtfast_kernels.objective`)."""
 
 
 def no_effect_without(section: Section, switch: str, *names: str) -> Iterator[Problem]:
-    """For a `switch` that is off: the settings `names` have no effect, so they must keep their defaults."""
+    """Yields a problem for each of `names` that was changed, because `switch` is off and they have no effect."""
     for name in names:
         if name in section.changed():
             yield Problem(f"--{name}: has no effect without --{switch} true; leave it out, or add that", (name, switch))
@@ -142,6 +142,6 @@ def find_warnings(task: Task, optimizer: Optimizer) -> Iterator[str]:
         )
     if task.eval_data == "synthetic" != task.data:
         yield (
-            "--eval_data synthetic: the held-out questions are the demo's, and not of the kind of --data; give rows of"
-            " your own, or none"
+            "--eval_data synthetic: the held-out questions are the demo's and unlike those of --data; name your own"
+            " held-out data, or none"
         )

@@ -15,10 +15,10 @@ from vtfast.config.section import problem_from_pydantic
 
 
 class Settings(Output, Optimizer, Rollout, Task):
-    """The sections that both kinds of run have, last one first: this orders the fields from Task to Output."""
+    """The sections that both kinds of run share. pydantic orders fields from the last base, Task, to the first."""
 
     def __init__(self, **values: Any) -> None:
-        """`values` may be text, as on the command line. Raises SettingsError, which names all that is wrong."""
+        """`values` may be text, as on the command line. Raises SettingsError, which names every problem."""
         problems: list[Problem] = []
         try:
             super().__init__(**values)

@@ -1,4 +1,4 @@
-"""The pydantic model that every section of the settings inherits from, and pydantic's errors in our words."""
+"""The pydantic model that every section of the settings inherits from, and its error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 
 def problem_from_pydantic(error: ErrorDetails, kind: type[Section]) -> Problem:
-    """What pydantic found wrong with one setting."""
+    """Turns pydantic's error about one setting into a Problem."""
     name, value = str(error["loc"][0]), error["input"]
     if error["type"] == "extra_forbidden":
         hint = nearest(f"--{name}", [f"--{known}" for known in kind.model_fields])

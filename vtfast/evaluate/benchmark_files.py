@@ -24,8 +24,8 @@ def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Ite
     """The examples of a benchmark in file order, read lazily.
 
     Raises:
-        UserError: no such source, an unreadable file, or a row that cannot be used. No row is skipped, because a
-            benchmark without some of its rows is another benchmark.
+        UserError: no such source, an unreadable file, or a row that cannot be used. No row is skipped: a score
+            over fewer rows would not be comparable.
     """
     index = 0
     for file in find_benchmark_files(benchmark, str(source or benchmark.hub_id)):

@@ -1,14 +1,14 @@
 """Decides whether a response is right: by the paper's rule, and by a strict one.
 
-The paper's rule is that of VisualThinker's evaluation scripts: the text in the first `<answer>` (else the whole
-response) goes through math-verify 0.5.2, configured with the letters A to F and the option texts; its result is
-compared with the right option's letter and text. math-verify turns numbers and LaTeX into sympy objects, and a sympy
-object never equals a string, so only the text of the chosen match can make a response right. This file finds that text
-without sympy: the decision depends on no library's version, and a response like `9^9^9^9` cannot stall a run.
+The paper's rule is that of VisualThinker's evaluation scripts. They pass the text in the first `<answer>` (without one,
+the whole response) to math-verify 0.5.2, configured with the letters A to F and the option texts, and compare the
+result with the right option's letter and text. math-verify turns numbers and LaTeX into sympy objects. A sympy object
+never equals a string, so only the text of the chosen match can make a response right. This file finds that text without
+sympy. The decision therefore depends on no library's version, and a response such as `9^9^9^9` cannot stall a run.
 
-Quirks that are kept because the published numbers have them: without tags, the article in "I see a dog" answers A;
-`Left` is not `left`, and `A)` is nothing; numbers are compared as written, so "about 3.00" is not `3`; an option that
-opens the response wins over all later ones, unless the word "answer" stands before one of those.
+The rule keeps these quirks because the published numbers include them: without tags, the article in "I see a dog"
+answers A; `Left` does not match `left`; `A)` matches nothing; numbers are compared as written, so "about 3.00" does not
+match `3`; an option at the start of the response wins over later ones, unless the word "answer" precedes one of those.
 
 On 80,000 random responses made of options, letters, numbers, formulas and these quirks, 6 decisions differed from
 math-verify 0.5.2; each of the 6 held broken formulas, or several in a row.
@@ -37,7 +37,8 @@ _FIRST_ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>")  # no DOTALL: one li
 _FINAL, _HOPE = r"(?i:final answer is):?\s*", r"\.?\s?I hope"
 _FINAL_IS = r"(?i:final answer.{0,100}?)\s+is:?"
 
-# A number stands behind a blank or "="; a term is numbers joined by signs. Neither is cut out of a word.
+# A number follows the start of the text, white space or "=". A term is numbers joined by signs. Neither
+# may start inside a word.
 _BEFORE = r"(?:^|\s|=)(?:\*\*)?"
 _SIGN = r"[+\-*×/^()÷]"
 _OF_TERM = r"[\d.\s+\-*×/^()÷]"

@@ -1,4 +1,5 @@
-"""Accuracy and format on held-out questions by kind of question, sampled as in training and greedy."""
+"""Accuracy and format on held-out questions by kind of question: sampled at the training temperature, without top-k,
+top-p, min-p or repetition penalty, and greedily."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def evaluate_held_out(
 ) -> HeldOutScores:
     """Accuracy and format of one sampled and one greedy completion per sample; the ranks share the samples.
 
-    `to_reward_text`: response -> the text that the rewards get."""
+    `to_reward_text` turns a response into the text that the rewards read."""
     share = samples[ranks.rank :: ranks.size]
     prefix = response_prefix(builder.template)
     results: dict[str, list[tuple[str, float, float]]] = {"sampled": [], "greedy": []}

@@ -109,7 +109,7 @@ class ResponseFile:
         return cls(path, rows)
 
     def unanswered(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples without a response. Raises UserError if the data changed under an answered one."""
+        """The examples without a response. Raises UserError if the question of an answered example has changed."""
         rows = {row["index"]: row for row in self.rows}
         for example in examples:
             row = rows.get(example.index)

@@ -1,7 +1,7 @@
 """Open answers that are numbers, quantities or formulas: `3/4`, `\\frac{3}{4}`, `12 cm`, `x^2 + 1`.
 
-An answer counts as a whole: nothing is searched for in it, so `3 or 4` and `the answer is 3` are not `3`. math-verify
-compares; the text is checked before, since sympy would compute 9^9^9, and no time limit stops it there.
+The whole answer must be the number, quantity or formula: `3 or 4` and `the answer is 3` do not equal `3`. math-verify
+compares the two. This file checks the text first, because sympy would compute 9^9^9, and no time limit would stop it.
 """
 
 import logging
@@ -37,11 +37,11 @@ AMBIGUOUS_WORDS = re.compile(
     r"\b(?:or|and|not|no|to|than|least|most|between|about|around|maybe|either|neither|more|less"
     r"|fewer|over|under)\b"
 )
-"""Words that turn one number into several, or into another one."""
+"""Words that make an answer ambiguous: it names several numbers, or not an exact one."""
 LONGEST = 200
 LARGEST_POWER = 300
 SECONDS = 5
-"""math-verify's own limit for one text or comparison; it needs the main thread."""
+"""math-verify's time limit for one text or comparison. It works in the main thread only."""
 
 _WRAPPED = re.compile(r"\\boxed\{(?P<box>.*)\}|\\\((?P<round>.*)\\\)|\\\[(?P<square>.*)\\\]|\$+(?P<dollar>[^$]+)\$+")
 _AROUND = " .,;:!?*_`\"'“”‘’"
@@ -99,7 +99,8 @@ def math_equal(answer: str, gold: str) -> bool:
 
 
 def _normalize_math(text: str) -> tuple[str, str] | None:
-    """(LaTeX without wrapping and unit, the unit or ""); None for what is no harmless mathematics."""
+    """Returns (LaTeX without wrapping and unit, the unit or ""), or None if the text is not mathematics that sympy can
+    safely compute."""
     text = " ".join(text.split())
     if len(text) > LONGEST:
         return None
@@ -123,7 +124,7 @@ def _normalize_math(text: str) -> tuple[str, str] | None:
 
 
 def _unwrapped(text: str) -> str:
-    """Without what is put around an answer: bold, quotes, a full stop, dollars, a box."""
+    """Strips what surrounds an answer: bold, quotes, a full stop, dollars, a box."""
     while True:
         bare = text.strip(" ").lstrip(_AROUND.replace(".", "")).rstrip(_AROUND)
         match = _WRAPPED.fullmatch(bare)
@@ -133,7 +134,8 @@ def _unwrapped(text: str) -> str:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    """`12 cm` -> ("12", "cm"). A unit is a known one, or words of three letters and more; single letters want a gap."""
+    """`12 cm` -> ("12", "cm"). A unit is a known one, or words of three letters or more. A one-letter unit
+    needs a space before it."""
     match = _UNIT.search(text)
     if match is None:
         return text, ""

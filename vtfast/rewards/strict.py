@@ -1,17 +1,17 @@
-"""The strict rewards: what is right is paid for, and nothing that only looks right.
+"""The strict rewards: they reward only right answers, and no answer that merely resembles one.
 
-Each difference from the original's rewards (`visualthinker.py`) is a decision:
+They differ from VisualThinker's rewards (`visualthinker.py`) on purpose, as follows:
 
-    the last `<answer>…</answer>` counts        the original reads the first one, and without any the whole response
+    the last `<answer>…</answer>` counts        the original reads the first one, or without tags the whole response
     an answer may span lines                    the original does not see such a tag
     case, white space, outer punctuation        do not count; the original compares letter by letter
     numbers are read inside the tag alone       the original looks for them in the thinking too
-    naming several options earns nothing        the original takes the last letter or number
+    an answer with several options scores 0     the original takes the last letter or number
     the format's tags occur once each           the original accepts any number of them inside
-    white space around the format is free       a line feed at the end costs the original's reward
+    white space around the format is allowed    the original gives 0 for a line feed at the end
 
-A sample without options asks an open question: its answer is compared as mathematics where the right one is a number,
-a quantity or a formula (`math_answers.py`), else as text.
+A sample without options asks an open question. If the right answer is a number, a quantity or a formula, the answer is
+compared as mathematics (`math_answers.py`), else as text.
 """
 
 import logging

@@ -1,24 +1,26 @@
-"""VisualThinker's rewards, decision by decision: what `src/open_r1/grpo.py` of VisualThinker-R1-Zero pays for.
+"""VisualThinker's rewards: the same decisions as `src/open_r1/grpo.py` of VisualThinker-R1-Zero makes.
 
-accuracy  1. math-verify reads the whole completion, thinking included, and `<answer>GOLD</answer>` as the solution; its
-             arguments are swapped: the completion stands in for the gold. The anchors that math-verify wants around a
-             number are not there in `<answer>3</answer>`, so for a gold that is one word or one number (all of SAT's
-             static questions) this step never pays. It can pay where the gold has white space before a number
-             (`turned by 30 degrees`) or is LaTeX (`$3$`, `\\frac{3}{4}`): for the completion's rightmost match.
-          2. Otherwise the inside of the *first* `<answer>…</answer>` that lies on one line, or without one the whole
-             completion, both stripped, must equal the gold letter for letter,
-          3. or the last of A to H that stands alone in it must. Without any, the original raises and catches an
-             IndexError: no reward.
-format    `<think>…</think>`, white space, `<answer>…</answer>` from the first character to the last: not even a line
-          feed may follow. What is inside does not matter, further tags included.
-length    shared with the strict mode. The original tokenized the text again; here the sampled tokens are counted, the
-          end token among them.
+accuracy  1. math-verify reads the whole completion, thinking included, and `<answer>GOLD</answer>` as the solution. The
+             original swaps the arguments: it passes the completion as the gold. math-verify finds a number only between
+             certain characters, which `<answer>3</answer>` lacks. So this step never gives a reward if the gold is one
+             word or one number (all of SAT's static questions). It can give one if the gold has white space before a
+             number (`turned by 30 degrees`) or is LaTeX (`$3$`, `\\frac{3}{4}`): math-verify then compares the
+             completion's rightmost match.
+          2. Otherwise the original reads the inside of the *first* `<answer>…</answer>` on one line, or without one the
+             whole completion. Stripped, it must equal the stripped gold letter for letter,
+          3. or the last single letter A to H in it must equal the gold. Without such a letter, the original raises and
+             catches an IndexError, and gives no reward.
+format    `<think>…</think>`, white space, `<answer>…</answer>` from the first character to the last; not even a line
+          feed may follow. The contents do not matter and may hold further tags.
+length    the same as in strict mode. The original tokenized the text again; this code counts the sampled tokens,
+          including the end token.
 
-Not bit for bit: the original ran math-verify 0.5.2, and 0.9 runs here. On 16,000 completions made up of 70 fragments,
-for 66 golds, words and counts as in SAT among them, both decide alike but in three cases: `0,750` was 750 and is 0.75;
-`$\\pm 3$` as a gold was equal to `3`; `$a = b = 3$` was cut to `3` and is now the equation `a = 3`. What else differs
-between the two (lists with `, and`, units, percentages, inequalities) can only matter for a gold that is LaTeX itself.
-The original's time limits, three seconds for each expression, were machine time too. Steps 2 and 3 cannot differ.
+Step 1 can differ from the original, which ran math-verify 0.5.2; this code runs 0.9. On 16,000 completions made
+up of 70 fragments, for 66 golds that include words and counts as in SAT, they disagree in three cases. 0.5.2 reads
+`0,750` as 750, 0.9 reads 0.75. 0.5.2 takes the gold `$\\pm 3$` for equal to `3`. 0.5.2 cuts `$a = b = 3$` to `3`, 0.9
+reads the equation `a = 3`. Other differences (lists with `, and`, units, percentages, inequalities) can only matter
+for a gold in LaTeX. The original's time limits of three seconds for each expression also depended on the machine.
+Steps 2 and 3 cannot differ.
 """
 
 import logging
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
     from vtfast.data import Sample
 
 PREFIX = "<think>"
-"""What the study's prompt for a base model ends with."""
+"""The end of the study's prompt for a base model."""
 SECONDS = 3
-"""math-verify's own limit for one text or comparison, the original's. It needs the main thread."""
+"""math-verify's time limit for one text or comparison, as in the original. It works in the main thread only."""
 _SHAPE = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>")
 _LETTER = re.compile(r"(?:^|\s|\[|\()([A-H])(?:\s|\]|\)|$)")
@@ -46,8 +48,8 @@ def accuracy_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) 
     """1.0 or 0.0, by the three steps above.
 
     Args:
-        prefix: what the prompt had already written of the response; it is no part of what the original reads, whether
-            `completion` starts with it or leaves it out.
+        prefix: the start of the response that the prompt had already written. The original does not read it.
+            `completion` may start with it or leave it out.
     """
     content = completion.removeprefix(prefix)
     solution = f"<answer>{sample.answer}</answer>"
@@ -65,7 +67,7 @@ def format_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) ->
 
 
 def may_use_math_verify(sample: "Sample") -> bool:
-    """Whether math-verify can find anything in the gold: all its patterns want one of these characters."""
+    """Whether math-verify can find anything in the gold: each of its patterns needs one of these characters."""
     return _MATHEMATICAL.search(sample.answer) is not None
 
 
@@ -80,6 +82,6 @@ def _verify(content: str, solution: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
     target = parse(solution, parsing_timeout=seconds)
-    if not target:  # nothing is equal to nothing; most golds end here
+    if not target:  # then `verify` returns False; most golds end here
         return False
     return bool(verify(parse(content, parsing_timeout=seconds), target, timeout_seconds=seconds))

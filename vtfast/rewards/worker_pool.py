@@ -190,9 +190,9 @@ def serve(descriptor: int) -> None:
 
 
 def _load(name: str, mode: str) -> Reward:
-    """The reward; one that cannot be loaded here, though it could in the trainer, fails at every call."""
+    """Load a reward. If that fails, though the trainer could load it, return a reward that raises the error."""
     if name == "accuracy":
-        importlib.import_module("math_verify")  # brings sympy; not on the time of the first call
+        importlib.import_module("math_verify")  # imports sympy, outside the first call's timeout
     try:
         return get_reward(name, mode)
     except Exception as error:

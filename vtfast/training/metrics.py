@@ -1,4 +1,4 @@
-"""The metrics of a step, over all ranks: a line of metrics.jsonl. Names are TRL's where TRL has one.
+"""The metrics of a step, over all ranks: a line of metrics.jsonl. The names are TRL-style.
 
 `METRICS` lists every key; the documentation's table of metrics is made from it.
 """

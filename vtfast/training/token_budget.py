@@ -1,5 +1,5 @@
 """The token budget of a micro-batch. Out of memory halves it, and the same step runs again in smaller micro-batches:
-how a step is cut changes memory and speed, never the result.
+how a step is cut changes memory and speed; the result is the same up to floating-point rounding.
 
 All ranks need the same number of micro-batches, because ZeRO-2 reduces gradients inside each backward pass. So they
 agree after each forward pass, where no collective is running. A rank that runs out of memory in a backward pass has
