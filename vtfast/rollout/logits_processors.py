@@ -1,7 +1,7 @@
-"""Sampling with logits warpers (top-k, top-p, penalties ...): the slow path, which holds the logits [R, V].
+"""Sampling with logits processors (top-k, top-p, penalties ...): the slow path, which holds the logits [R, V].
 
 The order and the meaning of the settings are transformers': penalty, minimum length, temperature, top-k, top-p, min-p.
-The randomness is `linear_sample`'s, so a warper that changes nothing draws the same tokens.
+The randomness is `linear_sample`'s, so a processor that changes nothing samples the same tokens.
 """
 
 from __future__ import annotations
