@@ -165,7 +165,7 @@ def test_answers_under_other_settings_are_refused(oracle, base, base_path, files
         with pytest.raises(UserError, match=rf"cvbench.jsonl: holds responses under other settings \({name}: "):
             evaluate(policy, **ask, **changed)
     other_data = write_parquet(tmp_path / "other.parquet", [cvbench_row(0, prompt="Else?")], CVBENCH)
-    with pytest.raises(UserError, match="row 0 of the data is another question"):
+    with pytest.raises(UserError, match="row 0 of the data is not the question"):
         evaluate(base, **ask | {"data": other_data})
     assert (tmp_path / "cvbench.jsonl").read_bytes() == before
     (tmp_path / "settings.json").unlink()
@@ -303,7 +303,7 @@ def test_answers_to_other_gold_or_other_images_are_not_taken(base, base_path, tm
     evaluate(base, "blink", tmp_path / "data", **settings)  # the same again: nothing to ask
     shutil.rmtree(tmp_path / "data")
     write_blink(tmp_path / "data", [rows[0], rows[1] | change])
-    with pytest.raises(UserError, match="row 1 of the data is another question"):
+    with pytest.raises(UserError, match="row 1 of the data is not the question"):
         evaluate(base, "blink", tmp_path / "data", **settings)
 
 

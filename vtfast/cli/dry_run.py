@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -255,7 +255,8 @@ def count_rows(config: RunConfig) -> int | None:
     return min(rows, config.first_rows or rows, config.first_n or rows)
 
 
-def _rows_in(path: str) -> int | None:
+def _rows_in(path: str | BinaryIO) -> int | None:
+    assert isinstance(path, str), "only local files are counted"
     if path.endswith(".parquet"):
         from pyarrow.parquet import read_metadata
 

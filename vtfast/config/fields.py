@@ -130,7 +130,7 @@ class GRPO(Section):
     @classmethod
     def _is_a_group(cls, number: int) -> int:
         if number == 1:
-            raise BadValue(number, "a group of one has no advantage over itself; use 2 or more")
+            raise BadValue(number, "a group of one completion has no advantage; use 2 or more")
         return number
 
     max_completion_length: int = Field(default=256, ge=1)
@@ -179,7 +179,7 @@ class GRPO(Section):
     """Maximum number of these processes per rank, for user functions and math-verify; 0 runs them in the trainer,
     without a time limit."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: group (standard deviation of the G), batch, or none."""
+    """Divide advantages by the standard deviation of the group's rewards, of the batch's rewards, or not (none)."""
 
     # The loss
     loss_type: LossType = "grpo"
@@ -243,7 +243,8 @@ class SFT(Section):
     end-of-sequence token is added: `<|im_end|>` after a chat template, else the tokenizer's own; not if the text has
     one."""
     completion_only_loss: bool = True
-    """Train on the target only. false: on the prompt's text as well, except image tokens and their two marks."""
+    """Train on the target only. false: also on the prompt's text, without the image tokens and the vision
+    tokens around them."""
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Epochs, if max_steps is none. The last step is filled up from the next epoch."""
     max_completion_length: int = Field(default=256, ge=1)
@@ -280,7 +281,7 @@ class Optimizer(Section):
     per_device_train_batch_size: int = Field(default=1, ge=1)
     """Prompts per rank per accumulation step. Prompts per step = ranks x this x gradient_accumulation_steps."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Multiplies the batch. Prompts per step = ranks x per_device_train_batch_size x this."""
+    """Accumulation steps per optimizer step. They multiply the batch."""
     token_budget: int | None = Field(default=None, ge=1)
     """Maximum number of tokens in a packed micro-batch (a longer prompt with one completion gets its own). Another
     value changes memory and speed; the result is the same up to floating-point rounding. none: the most that

@@ -73,7 +73,7 @@ def check_sampler(rollout: Rollout) -> Iterator[Problem]:
 def check_reproducibility(optimizer: Optimizer, rollout: Rollout) -> Iterator[Problem]:
     if optimizer.deterministic and rollout.use_vllm:
         yield Problem(
-            "--deterministic true: vLLM does not promise the same bits twice; leave out --use_vllm",
+            "--deterministic true: vLLM does not guarantee bitwise equal results; leave out --use_vllm",
             ("deterministic", "use_vllm"),
         )
 

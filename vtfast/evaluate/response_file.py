@@ -120,7 +120,7 @@ class ResponseFile:
                 image_digest(example),
             ):
                 raise UserError(
-                    f"{self.path}: row {example.index} of the data is another question than the one answered there."
+                    f"{self.path}: row {example.index} of the data is not the question that was answered."
                     " Remove the file, or choose another --output_dir"
                 )
         return [example for example in examples if example.index not in rows]
