@@ -73,7 +73,7 @@ class Trainer:
         self.session = build_session(loaded, objective, method=self.method, steps_per_batch=config.num_iterations)
         self.roofline = Roofline(config, loaded.policy, loaded.ranks)
         self.experience: Experience | None = None
-        """Of the newest batch."""
+        """Completions of the newest batch."""
 
     def run(self) -> Path:
         """Train to the end; returns the run folder."""
@@ -85,7 +85,7 @@ class Trainer:
     def step(self, step: int, batch: Sequence[EncodedSample] | None) -> StepResult:
         """One optimizer step. Collective.
 
-        `batch`: this rank's prompts; None trains on the completions of the step before again (`num_iterations`)."""
+        `batch`: this rank's prompts; None: reuse the completions of the step before (`num_iterations` > 1)."""
         session, config, skipped = self.session, self.config, 0
         timer, start = Timer("time/rollout", "time/score", "time/update"), time.perf_counter()
         with session.policy.cache_image_features():
@@ -129,7 +129,7 @@ class Trainer:
                 seed=_step_seed(config.seed, step),
                 progress=session.ranks.is_main,
             )
-        except RolloutCancelled:  # the run was asked to stop, and will after this
+        except RolloutCancelled:  # `check_stop_requested` in `step` raises next
             return []
         prefix = response_prefix(session.prompt_builder.template)
         groups = []
@@ -144,7 +144,8 @@ class Trainer:
         return groups
 
     def balance(self, groups: Sequence[ScoredGroup], step: int) -> StepBatches:
-        """What this rank trains on. Groups without signal are skipped if there is no KL term, a signal of its own."""
+        """What this rank trains on. With beta = 0, groups whose advantages are all 0 are skipped: their gradient is
+        0."""
         return self.session.balance(groups, step, skip_without_signal=self.config.beta == 0)
 
     def score_logprobs(self, batches: StepBatches, step: int) -> None:
@@ -193,6 +194,6 @@ class Trainer:
 
 
 def _step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed for the sampling of a step; neighbouring steps and seeds have nothing in common."""
+    """A 63-bit seed for the sampling of a step; different steps and seeds give independent ones."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -252,7 +252,7 @@ def test_a_completed_run_says_so(copy, sft, caplog):
     report = (copy / "report.html").stat()
     with caplog.at_level(logging.INFO, "vtfast"):
         run(copy, resume_from_checkpoint="last", **sft)
-    assert "is complete" in caplog.text and (copy / "report.html").stat() == report
+    assert "already complete" in caplog.text and (copy / "report.html").stat() == report
     run(copy, resume_from_checkpoint="last", max_steps=5, **sft)
     assert [row["step"] for row in rows(copy)] == [1, 2, 3, 4, 5]
 

@@ -195,7 +195,7 @@ def test_a_run_goes_on_with_what_its_memory_did_for(tmp_path, caplog):
     with caplog.at_level("INFO", logger="vtfast"):
         budget = TokenBudget(700, tmp_path, ALONE)
     assert f"token budget 350 from step 4 on ({file})" in caplog.text
-    assert [budget.at(step) for step in (1, 3, 4, 8, 9, 99)] == [700, 700, 350, 350, 175, 175]
+    assert [budget.set_for_step(step) for step in (1, 3, 4, 8, 9, 99)] == [700, 700, 350, 350, 175, 175]
     assert budget.tokens == 175
     lower = TokenBudget(200, tmp_path, ALONE)
     assert [lower.at(4), lower.at(9)] == [200, 175], "lower settings are obeyed"

@@ -46,19 +46,21 @@ def batches(
     `steps`: the optimizer steps that start with a new batch. `steps_per_batch`: optimizer steps that use one batch.
     """
 
-    def encode(step: int) -> list[EncodedSample]:
+    def encode(step: int) -> tuple[list[EncodedSample], list[tuple[Sample, UserError]]]:
         indices = batch_indices(len(samples), (step - 1) // steps_per_batch + 1, per_rank * ranks, seed)
-        batch = []
+        batch, failed = [], []
         for i in indices[rank * per_rank : (rank + 1) * per_rank]:
             try:
                 batch.append(prompt_builder.build(samples[i], i))
             except UserError as error:
-                skip_log.add(samples[i], error, step)
-        return batch
+                failed.append((samples[i], error))
+        return batch, failed
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = None
         for number, step in enumerate(steps):
-            batch = upcoming.result() if upcoming else encode(step)
+            batch, failed = upcoming.result() if upcoming else encode(step)
             upcoming = pool.submit(encode, steps[number + 1]) if number + 1 < len(steps) else None
+            for sample, error in failed:  # not in the thread: a skip counts in the step that it belongs to
+                skip_log.add(sample, error, step)
             yield batch

@@ -36,7 +36,7 @@ class SampledGroup:
     encoded: EncodedSample
     completions: list[Completion]
     texts: list[str] = field(default_factory=list)
-    """Decoded completions, behind what the prompt already wrote of them."""
+    """Decoded completions, with the prompt's response prefix (`<think>`) prepended."""
 
     @property
     def sample(self) -> Sample:
@@ -62,7 +62,7 @@ class Group(SampledGroup):
     advantage: Tensor
     """[G] fp32"""
     logprobs: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Log-probs of each completion, by model: "reference", and "old" (the policy that sampled)."""
+    """Log-probs of each completion by model: "reference", and "old" (the policy that sampled)."""
 
 
 @dataclass(kw_only=True)

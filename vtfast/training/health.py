@@ -40,7 +40,7 @@ class Health:
     empty_steps: int = 0
     """Steps skipped because none of their samples could be used."""
     left_out_in_a_row: int = 0
-    """Steps skipped for either reason, without a break, up to now."""
+    """Consecutive skipped steps."""
     alarms: list[str] = field(default_factory=list)
     """Metrics that are out of their bounds and have been warned about."""
 
@@ -76,7 +76,7 @@ def warn_out_of_bounds(health: Health, step: int, metrics: Mapping[str, float | 
         "kl": (config.kl_warning, "the policy is {:.3g} nats a token from the reference model"),
         "entropy": (
             config.entropy_warning,
-            "the entropy of a token is down to {:.3g} nats: completions are nearly all alike",
+            "the entropy of a token is {:.3g} nats: the completions of a prompt are nearly identical",
         ),
         "sampler_drift": (
             config.sampler_drift_warning,
@@ -145,9 +145,8 @@ class GuardedOptimizer:
         log.warning("step %d: skipped, %s (%d in a row; %s)", step, reason, row, self.file)
         if row >= self.most_in_a_row:
             raise SharedError(
-                f"step {step}: skipped, {reason}; {row} steps in a row (--max_nonfinite_steps"
-                f" {self.most_in_a_row}). {self.file} names their rows and tensors; checkpoints hold the weights from"
-                " before"
+                f"step {step}: skipped, {reason}; {row} steps in a row (--max_nonfinite_steps {self.most_in_a_row})."
+                f" {self.file} lists their rows and tensors. The skipped steps changed no weights"
             )
 
     def _describe(self, micro_batches: Sequence[MicroBatch], losses: Tensor) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Which rank trains on which groups: they are distributed anew over the ranks, so that no rank waits for another.
+"""Redistributes the groups of a step over the ranks, so that every rank has about the same FLOPs.
 
 Ranks exchange sizes first. A group that moves to another rank is sent as its tokens and advantages; the other rank
 builds its prompt from the data again, images included.
@@ -23,9 +23,9 @@ class StepBatches:
     micro_batches: list[MicroBatch]
     """All ranks have equally many; some may be empty."""
     num_sequences: int
-    """Completions of all ranks, skipped groups included. A denominator of the loss, like the next."""
+    """Completions on all ranks, skipped groups included. A loss denominator."""
     num_tokens: int
-    """Their tokens."""
+    """Tokens of those completions. A loss denominator."""
     skipped: float
     """Fraction of the groups that no rank trains on, because their advantages are all 0."""
 
@@ -68,7 +68,7 @@ def balance(
 
 def assign_to_ranks(bins: Sequence[list[GroupPart]], owners: Sequence[int]) -> list[list[GroupPart]]:
     """The bins of one micro-batch in rank order. As many tokens as possible stay on the rank that sampled them."""
-    by_kept_tokens = sorted(
+    candidates = sorted(
         (
             (-sum(part.tokens for part in bin if owners[part.group] == rank), b, rank)
             for b, bin in enumerate(bins)
@@ -76,7 +76,7 @@ def assign_to_ranks(bins: Sequence[list[GroupPart]], owners: Sequence[int]) -> l
         )
     )
     assigned: dict[int, int] = {}
-    for _, b, rank in by_kept_tokens:
+    for _, b, rank in candidates:
         if b not in assigned.values() and rank not in assigned:
             assigned[rank] = b
     return [bins[assigned[rank]] for rank in range(len(bins))]

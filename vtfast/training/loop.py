@@ -33,8 +33,8 @@ class StepResult(NamedTuple):
     """Rows of completions.jsonl, of all ranks."""
 
 
-class Trainer(Protocol):
-    """What the loop needs of a kind of training."""
+class TrainerProtocol(Protocol):
+    """Interface of a trainer."""
 
     session: Session
     method: str
@@ -53,14 +53,14 @@ class Trainer(Protocol):
         """A held-out completion in the form that the rewards expect."""
 
 
-def run(trainer: Trainer) -> Path:
+def run(trainer: TrainerProtocol) -> Path:
     """Train up to `max_steps`, with held-out evaluations before and after; returns the run folder.
 
     Raises Stopped when a signal ended the run early, after saving."""
     session = trainer.session
     config, ranks, folder = session.config, session.ranks, session.folder
     if completed_step(folder) >= session.max_steps:
-        log.info("%s: is complete (%d steps)", folder, session.step)
+        log.info("%s: already complete (%d steps)", folder, session.step)
         watchdog.stop()
         return folder
     log.info(
@@ -106,7 +106,7 @@ def run(trainer: Trainer) -> Path:
     return folder
 
 
-def train(trainer: Trainer, tracker: Tracker | None) -> None:
+def train(trainer: TrainerProtocol, tracker: Tracker | None) -> None:
     """The steps that are left. `tracker`: on rank 0. Raises Stopped on all ranks when any of them was asked to stop."""
     session = trainer.session
     steps = range(session.step + 1, session.max_steps + 1)
@@ -154,7 +154,7 @@ def batches_of(session: Session, steps: range) -> Iterator[list[EncodedSample]]:
     )
 
 
-def evaluate(trainer: Trainer) -> HeldOutScores | None:
+def evaluate(trainer: TrainerProtocol) -> HeldOutScores | None:
     """Accuracy and format on the held-out samples; None if there are none. Collective."""
     session = trainer.session
     if not session.held_out_samples:

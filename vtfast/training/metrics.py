@@ -107,7 +107,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def process_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory, and what must not grow from step to step in a long run."""
+    """Peak memory, and resident memory and open files, which show leaks."""
     import psutil  # a late import, so that importing vtfast works without it
 
     process = psutil.Process()

@@ -57,7 +57,7 @@ class LoadedPolicy:
     config: RunConfig
     ranks: Ranks
     path: str
-    """Of the model folder."""
+    """Path of the model folder."""
     processor: Processor
     prompt_builder: PromptBuilder
     policy: Policy
@@ -131,7 +131,7 @@ class Session:
             self.ranks,
             self.policy,
             lambda index: self.prompt_builder.build(self.train_samples[index], index),
-            self.budget.at(step + self.steps_per_batch - 1),
+            self.budget.set_for_step(step + self.steps_per_batch - 1),
             skip_without_signal,
         )
 
@@ -166,7 +166,7 @@ def build_session(
     Args:
         objective: (micro-batch, counts) -> (loss, tensors that `Updater` collects), around `loaded.policy`.
         method: GRPO or SFT; a checkpoint of one cannot be resumed by the other.
-        problem_of: why a training sample cannot be used, beside a prompt that is too long; None for a good one.
+        problem_of: returns why a training sample cannot be used, or None. Prompt length is checked separately.
 
     Raises UserError for bad input.
     """

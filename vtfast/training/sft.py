@@ -83,8 +83,8 @@ class SFTObjective(nn.Module):
 
 
 def text_targets(prompt: Prompt, not_text: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets among a prompt's tokens: the positions [n] that predict them, and their ids [n]. Nothing predicts the
-    first token."""
+    """Targets among a prompt's tokens: the positions [n] that predict them, and their ids [n]. The first token is
+    never a target."""
     positions = torch.nonzero(~torch.isin(prompt.ids[1:], not_text)).squeeze(1)
     return positions, prompt.ids[positions + 1]
 

@@ -46,7 +46,7 @@ class OtherRankOutOfMemory(MemoryError):
 
 
 class TokenBudget:
-    """Most tokens of a packed micro-batch. (A prompt that is longer with one completion runs alone.)"""
+    """Maximum number of tokens of a packed micro-batch. A prompt that exceeds it with one completion gets its own."""
 
     def __init__(self, tokens: int, folder: Path, ranks: Ranks, timeout: timedelta | None = None) -> None:
         """`tokens`: of the settings; a run that is resumed in `folder` starts with the budget that fit its memory.
@@ -63,8 +63,8 @@ class TokenBudget:
             # The hosts agree without waiting for their devices.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def at(self, step: int) -> int:
-        """The budget of micro-batches that are used up to `step`."""
+    def set_for_step(self, step: int) -> int:
+        """Make the budget that of micro-batches which are used up to `step`, and return it."""
         fitting = (tokens for first, tokens in self.by_first_step.items() if first <= step)
         self.tokens = min((self.limit, *fitting))
         return self.tokens
@@ -83,7 +83,7 @@ class TokenBudget:
         return known
 
     def _lower(self, tokens: int, step: int) -> None:
-        """From `step` on."""
+        """Use `tokens` from `step` on."""
         self.tokens = self.by_first_step[step] = tokens
 
     def _write(self) -> None:
@@ -177,7 +177,7 @@ class TokenBudget:
         )
 
     def _next(self, largest: int, least: int) -> int:
-        """Half of the largest micro-batch: half of a budget that none fills would change nothing."""
+        """Half of the largest micro-batch, because the budget may be larger than every micro-batch."""
         return max(1, least, min(self.tokens, largest) // 2)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class Update(NamedTuple):
+class UpdateResult(NamedTuple):
     """What came out of an update."""
 
     outputs: list[Tensor]
@@ -27,7 +27,7 @@ class Update(NamedTuple):
     grad_norm: float
     """Over all ranks; nan if the step was skipped."""
     learning_rate: float
-    """Of this step."""
+    """The learning rate of this step."""
 
 
 class Updater:
@@ -36,21 +36,24 @@ class Updater:
     def __init__(self, engine: DeepSpeedEngine, ranks: Ranks, budget: TokenBudget, optimizer: GuardedOptimizer) -> None:
         self.engine, self.ranks, self.budget, self.optimizer = engine, ranks, budget, optimizer
 
-    def update(self, step: int, batches: StepBatches, *counts: int) -> Update:
+    def update(self, step: int, batches: StepBatches, *loss_denominators: int) -> UpdateResult:
         """One optimizer step. Collective. Out of memory cuts `batches` again, in place.
 
-        `counts`: what the objective gets beside a micro-batch, the denominators of its loss."""
+        `loss_denominators`: what the objective gets beside a micro-batch."""
         learning_rate = self.engine.get_lr()[0]
         self.engine.train()  # gradient checkpointing needs training mode; the models have no dropout
         results = self.budget.fit(
-            batches, step, lambda: self.accumulate(step, batches, counts), undo=lambda: drop_gradients(self.engine)
+            batches,
+            step,
+            lambda: self.accumulate(step, batches, loss_denominators),
+            undo=lambda: drop_gradients(self.engine),
         )
         self.engine.eval()
         outputs = [torch.stack(values) for values in zip(*results, strict=True)]
         grad_norm = self.optimizer.step(step, batches.micro_batches, losses=outputs[0])
-        return Update(outputs, grad_norm, learning_rate)
+        return UpdateResult(outputs, grad_norm, learning_rate)
 
-    def accumulate(self, step: int, batches: StepBatches, counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    def accumulate(self, step: int, batches: StepBatches, loss_denominators: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """Forward and backward of every micro-batch; what the objective returned for each, the loss detached."""
         results = []
         last = batches.micro_batches[-1]
@@ -58,7 +61,7 @@ class Updater:
             watchdog.beat()
             self.engine.set_gradient_accumulation_boundary(micro_batch is last)
             with self.budget.agree_on_oom():
-                loss, *rest = self.engine(micro_batch, *counts)
+                loss, *rest = self.engine(micro_batch, *loss_denominators)
             with self.budget.oom_is_fatal(micro_batch, step):
                 # ZeRO averages gradients over the ranks. The loss is a share of the global mean, so they are to be
                 # summed.
