@@ -45,7 +45,7 @@ def test_rows_are_appended_and_another_schema_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="speed"):
         _harness.append("a.csv", [{"speed": 1}])
     (tmp_path / "old.csv").write_text("op,peer\n")
-    with pytest.raises(ValueError, match=r"old\.csv: its columns are op, peer"):
+    with pytest.raises(ValueError, match=r"old\.csv: has the columns op, peer"):
         _harness.append("old.csv", [{"op": "x"}])
 
 
@@ -124,7 +124,7 @@ def test_after_a_red_test_nothing_is_measured(tmp_path, monkeypatch, capsys):
     assert gpu.main(arguments) == 1
     assert "nothing is measured" in capsys.readouterr().out
     assert not (tmp_path / "first.log").exists()
-    assert "no number below is fit" in (tmp_path / "summary.md").read_text()
+    assert "no number below may be quoted" in (tmp_path / "summary.md").read_text()
     assert gpu.main([*arguments, "--anyway"]) == 1
     assert (tmp_path / "first.log").read_text() == "did first\n"
 

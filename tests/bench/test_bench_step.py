@@ -106,7 +106,7 @@ def test_a_second_encoding_of_the_image_and_a_slow_update_show_where_they_are(ta
     }
 
     clock.slow(policies["rollout"].vision, "encode")  # every image encoded twice by the policy, once by the reference
-    clock.slow(player.trainer, "optimize", 3 * TICK)
+    clock.slow(player.trainer.session.updater, "update", 3 * TICK)
     player.step()
     player.close()
     slowed = phases.steps[-1]

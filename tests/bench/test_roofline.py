@@ -179,7 +179,9 @@ def test_prefill(two_b):
 
 def test_an_update_bound_by_compute_has_mfu_as_its_share(policy, prompts):
     groups = {
-        p: Group(EncodedSample(None, prompt), [Completion([1] * n, [], "stop") for n in (3, 5)])
+        p: Group(
+            EncodedSample(None, prompt), [Completion([1] * n, [], "stop") for n in (3, 5)], advantage=torch.zeros(2)
+        )
         for p, prompt in enumerate(prompts)
     }
     batch = MicroBatch([GroupPart(p, (0, 1), 0, 0.0) for p in groups], groups, policy)
@@ -348,7 +350,7 @@ def test_a_planted_slowdown_lowers_its_phase_alone(train, monkeypatch):
 
     names = ("rollout", "prefill", "decode", "score", "update", "step")
     plain = last()
-    for phase, planted in (("update", "update"), ("score", "score_old")):
+    for phase, planted in (("update", "update"), ("score", "score_logprobs")):
         slow = last(slow=(planted, 50.0))
         ratio = {name: slow[f"roofline/{name}"] / plain[f"roofline/{name}"] for name in names}
         expected = {phase: plain[f"time/{phase}"] / (plain[f"time/{phase}"] + 50.0)}
@@ -385,7 +387,7 @@ def test_damaged_run_folders(train, tmp_path, capsys):
     assert bench.main([str(folder)]) == 2
     assert "rows lack row, prompt_length, patches, advantage, rank" in capsys.readouterr().err
     path.write_text("")
-    with pytest.raises(UserError, match=r"no step is in metrics\.jsonl and completions\.jsonl alike"):
+    with pytest.raises(UserError, match=r"no step is in both metrics\.jsonl and completions\.jsonl"):
         read_recorded(folder)
     with pytest.raises(UserError, match="--device V100: not listed"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -170,7 +170,7 @@ class Party:
             rank.kill()
             rank.communicate()
 
-    def assign_to_ranks(self, seconds: float = 1.5) -> None:
+    def settle(self, seconds: float = 1.5) -> None:
         """Long enough for every rank to have reported."""
         time.sleep(seconds)
 

@@ -16,13 +16,14 @@ from torch import nn
 from vtfast_kernels import checks
 
 from vtfast import trainer
-from vtfast.distributed import init as distributed
+from vtfast.distributed import init
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.loading import load_model
 from vtfast.model.reference_model import ReferenceModel
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
-from vtfast.training import loop
+from vtfast.training import setup
+from vtfast.training.groups import Rewards
 
 OPS = (
     "add_rms_norm",
@@ -186,24 +187,22 @@ class PlainEngine:
 
 
 def by_place(groups, scorer, *_, **__):
-    """Rewards that differ, whatever the answers."""
-    for group in groups:
-        values = [float(place % 3) for place in range(len(group.tokens))]
-        group.rewards = torch.tensor([values] * len(scorer.names))
-        group.failures = [{}] * len(values)
+    """Rewards that differ, whatever the completions."""
+    values = [[float(place % 3) for place in range(len(group.tokens))] for group in groups]
+    return [Rewards(torch.tensor([row] * len(scorer.names)), [{}] * len(row)) for row in values]
 
 
 def stepped(folder, where, monkeypatch, **settings):
     """-> metrics of two steps, the weights behind them, and what came of scores and random numbers."""
     place = DEVICE if where == "cuda" else torch.device("cpu")
-    monkeypatch.setattr(distributed, "start", lambda config: Ranks(0, 1, place))
-    monkeypatch.setattr(loop, "zero2_engine", PlainEngine)
-    monkeypatch.setattr(trainer, "reward", by_place)
+    monkeypatch.setattr(init, "init_distributed", lambda config: Ranks(0, 1, place))
+    monkeypatch.setattr(setup, "zero2_engine", PlainEngine)
+    monkeypatch.setattr(trainer, "score_completions", by_place)
     small = {"per_device_train_batch_size": 2, "max_completion_length": 6, "dtype": "float32"}
     small |= {"use_liger_kernel": False, "rollout_attention": "torch", "learning_rate": 0.1}
     made = make(folder, **small | settings)
     with contextlib.closing(made.scorer):
-        metrics = [made.step(step, next(asked(made, [step])))[0] for step in (1, 2)]
+        metrics = [made.step(step, next(asked(made, [step]))).metrics for step in (1, 2)]
     return metrics, {name: p.detach().cpu() for name, p in made.session.policy.module.named_parameters()}
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtfast.data.prompt import Prompt
 from vtfast.model.attention import VISION_ATTENTION
@@ -91,7 +92,7 @@ class VisionEncoder:
         tokens = hidden.unflatten(0, (-1, module.spatial_merge_unit))
         return torch.empty_like(tokens).index_copy_(0, index.to(hidden.device), tokens).flatten(0, 1)
 
-    def encode(self, prompts: Sequence[Prompt]):
+    def encode(self, prompts: Sequence[Prompt]) -> BaseModelOutputWithPooling:
         """transformers' output for the images of `prompts` in one call: `last_hidden_state` [K, E] before the merger,
         `pooler_output` [M, D] behind it."""
         pixels = torch.cat([_pixels(prompt) for prompt in prompts])
@@ -110,7 +111,7 @@ class VisionEncoder:
         output = self._forward(pixels, torch.tensor([[1, side, side]]))
         return 0.0 * output.pooler_output.sum()
 
-    def _forward(self, pixels: Tensor, grid: Tensor):
+    def _forward(self, pixels: Tensor, grid: Tensor) -> BaseModelOutputWithPooling:
         """pixels [K, values of a patch], grid [images, 3] of frames, rows and columns of patches; both on the CPU."""
         self.module.config._attn_implementation = VISION_ATTENTION
         return self.module(
