@@ -63,8 +63,8 @@ class Updater:
             with self.budget.agree_on_oom():
                 loss, *rest = self.engine(micro_batch, *loss_denominators)
             with self.budget.oom_is_fatal(micro_batch, step):
-                # ZeRO averages gradients over the ranks. The loss is divided by the global count already, so its gradients
-                # must be summed.
+                # ZeRO averages gradients over the ranks. The loss is divided by the global count already, so its
+                # gradients must be summed.
                 self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
             results.append((loss.detach(), *rest))
         return results
