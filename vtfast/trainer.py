@@ -171,7 +171,7 @@ class Trainer:
         budget.fit(batches, step, score)
 
     def update(self, batches: StepBatches, step: int) -> UpdateSums:
-        """Forward, backward and optimizer step. Collective."""
+        """Forward (`GRPOObjective.forward`), backward and optimizer step. Collective."""
         updater = self.session.updater
         if batches.num_sequences == 0:
             nothing = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)

@@ -5,7 +5,7 @@ import yaml
 
 from vtfast.cli.main import main
 from vtfast.cli.migration import migrate
-from vtfast.cli.migration.rules import COUNTED, DEFAULTS, EASYR1, TRL
+from vtfast.cli.migration.name_tables import COUNTED, DEFAULTS, EASYR1, TRL
 from vtfast.config import Config, field_names, load_config
 from vtfast.utils.errors import UserError
 

@@ -14,8 +14,8 @@ from vtfast.cost.activations import (
     saved_per_token,
     vision_activation_bytes,
 )
+from vtfast.cost.largest_step import workload_of
 from vtfast.cost.memory import cache_bytes, count_parameters, fused_weight_bytes, gradient_bytes, optimizer_bytes
-from vtfast.cost.workload import workload_of
 from vtfast.model.loading import load_model, read_model_config
 from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import torch
 
 from vtfast.config import Config, RunConfig, SFTConfig
+from vtfast.cost.largest_step import Workload, workload_of
 from vtfast.cost.memory import MemoryEstimate, ParameterCount, count_parameters, estimate_memory
-from vtfast.cost.workload import Workload, workload_of
 from vtfast.data.data_files import find_files
 from vtfast.data.splits import SYNTHETIC, SYNTHETIC_TRAIN
 from vtfast.model.loading import parse_dtype, read_model_config

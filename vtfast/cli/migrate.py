@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vtfast.cli.arguments import Parser, one_of, whole_number
 from vtfast.cli.migration import Outcome, migrate
-from vtfast.cli.migration.mapping import SYSTEMS
+from vtfast.cli.migration.convert import SYSTEMS
 from vtfast.config import SettingsError
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, write_atomically

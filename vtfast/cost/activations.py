@@ -12,7 +12,7 @@ from __future__ import annotations
 from vtfast_kernels.chunked_logits import chunk_rows
 
 from vtfast.config import RunConfig
-from vtfast.cost.workload import PATCHES_PER_TOKEN, Workload
+from vtfast.cost.largest_step import PATCHES_PER_TOKEN, Workload
 from vtfast.model.policy import Policy
 from vtfast.model.text_shape import text_shape
 

@@ -1,5 +1,5 @@
 """How much memory a rank of a run takes, from settings and shapes alone, at the largest step that the settings allow
-(`workload.py`).
+(`largest_step.py`).
 
 An estimate: what the engine, the rollout and the loss allocate is counted as they do it; what PyTorch's allocator, NCCL
 and CUDA graphs add is a flat guess. All sizes are in bytes.
@@ -14,7 +14,7 @@ from torch import nn
 
 from vtfast.config import Config, RunConfig
 from vtfast.cost.activations import activation_bytes, loss_bytes, vision_activation_bytes
-from vtfast.cost.workload import PATCHES_PER_TOKEN, Workload, workload_of
+from vtfast.cost.largest_step import PATCHES_PER_TOKEN, Workload, workload_of
 from vtfast.evaluate.held_out import BATCH as HELD_OUT_BATCH
 from vtfast.model.policy import Policy
 from vtfast.model.text_shape import text_shape

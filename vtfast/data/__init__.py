@@ -1,5 +1,5 @@
 """Data: the rows of files become samples, samples become tokenized prompts, prompts become the batches of a step. Start
-reading in loading.py for rows -> samples and in processor.py for samples -> tensors."""
+reading in loading.py for rows -> samples, and in prompt_builder.py for samples -> prompts."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -4,6 +4,6 @@ Start reading at `engine.py`, then `scheduler.py` (who runs when) and `decode.py
 """
 
 from vtfast.rollout.engine import RolloutEngine
-from vtfast.rollout.sampling import Completion, Sampling
+from vtfast.rollout.sampling_params import Completion, Sampling
 
 __all__ = ["Completion", "RolloutEngine", "Sampling"]

@@ -23,7 +23,7 @@ from vtfast.model.policy import Policy, layer_types
 from vtfast.rollout.attention import decode_attention
 from vtfast.rollout.graphs import Capture, bucket
 from vtfast.rollout.kv_cache import pages_needed
-from vtfast.rollout.sampling import Completion, Sampling
+from vtfast.rollout.sampling_params import Completion, Sampling
 from vtfast.rollout.scheduler import Scheduler
 from vtfast.rollout.workspace import Workspace, WorkspaceSize, cache_shape, weight_addresses
 from vtfast.utils.errors import RankError, UserError

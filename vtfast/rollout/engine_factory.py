@@ -10,7 +10,7 @@ from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.model.policy import Policy
 from vtfast.rollout.engine import RolloutEngine
-from vtfast.rollout.sampling import Completion, Sampling
+from vtfast.rollout.sampling_params import Completion, Sampling
 
 
 class Engine(Protocol):

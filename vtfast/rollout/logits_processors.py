@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from vtfast_kernels.sampling_noise import exponential_noise
 
-from vtfast.rollout.sampling import Sampling
+from vtfast.rollout.sampling_params import Sampling
 
 UNIT = 1 << 52
 """Probability 1 as an integer."""

@@ -29,7 +29,7 @@ from vtfast.rollout.graphs import bucket
 from vtfast.rollout.kv_cache import GroupPages
 from vtfast.rollout.logits_processors import sample_with_processors
 from vtfast.rollout.row_state import RowState
-from vtfast.rollout.sampling import Completion, Sampling, row_key
+from vtfast.rollout.sampling_params import Completion, Sampling, row_key
 from vtfast.rollout.workspace import Workspace
 
 PREFILL_TOKENS = 16384

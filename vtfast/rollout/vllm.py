@@ -28,7 +28,7 @@ from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.distributed import watchdog
 from vtfast.model.policy import Policy
-from vtfast.rollout.sampling import Completion, Sampling, row_key
+from vtfast.rollout.sampling_params import Completion, Sampling, row_key
 from vtfast.utils.errors import UserError
 
 

@@ -1,4 +1,9 @@
-"""The training loop, the same for GRPO and SFT: evaluate, run the steps, log, save, evaluate again."""
+"""The training loop, the same for GRPO and SFT: evaluate, run the steps, log, save, evaluate again.
+
+A request to stop (`session.stop`) cancels the rollout that is running. The step then returns to
+`Session.check_stop_requested`, which raises Stopped on all ranks before anything has changed; `run` saves and raises
+it again with the command that resumes the run.
+"""
 
 from __future__ import annotations
 

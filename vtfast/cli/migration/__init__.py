@@ -1,6 +1,6 @@
-"""Settings of R1-V, VisualThinker-R1-Zero, TRL and EasyR1 -> settings of vtfast. Start with `mapping.py`; the
-tables are in `rules.py`."""
+"""Settings of R1-V, VisualThinker-R1-Zero, TRL and EasyR1 -> settings of vtfast. Start with `convert.py`; the
+tables are in `name_tables.py`."""
 
-from vtfast.cli.migration.mapping import Migration, Outcome, migrate
+from vtfast.cli.migration.convert import Migration, Outcome, migrate
 
 __all__ = ["Migration", "Outcome", "migrate"]

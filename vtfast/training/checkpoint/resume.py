@@ -5,22 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import safe_open
 
 from vtfast.config import RunConfig
-from vtfast.data.processor import Processor
 from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
-from vtfast.training.checkpoint.checksums import SETTINGS, STATE
+from vtfast.training.checkpoint.checksums import SETTINGS
 from vtfast.training.checkpoint.find import Checkpoint
-from vtfast.training.checkpoint.optimizer import restore_optimizer, scalars
+from vtfast.training.checkpoint.optimizer import restore_optimizer
 from vtfast.training.checkpoint.rng import set_rng_state
-from vtfast.training.checkpoint.run_folder import settings
-from vtfast.training.checkpoint.state import FORMAT, Counters, State, code_versions
+from vtfast.training.checkpoint.state import State
 from vtfast.utils.errors import UserError
 from vtfast.utils.yaml_file import read_yaml
 
@@ -110,58 +107,9 @@ def restore(
         ) from error
 
 
-def snapshot(
-    step: int,
-    *,
-    engine: DeepSpeedEngine,
-    ranks: Ranks,
-    identity: Identity,
-    before: HeldOutScores | None,
-    trackers: dict[str, str],
-    parts: Mapping[str, Stateful],
-) -> State:
-    """The run after `step` steps, without its tensors.
-
-    Args:
-        before: held-out result from before training.
-        trackers: ids of the run at Weights & Biases and the like, by tracker."""
-    return State(
-        step=step,
-        method=identity.method,
-        ranks=ranks.size,
-        prompts_per_step=identity.prompts_per_step,
-        samples=identity.num_samples,
-        samples_digest=identity.samples_digest,
-        base=identity.base_fingerprint,
-        schedule=engine.lr_scheduler.state_dict(),
-        optimizer=scalars(engine.optimizer),
-        counters=Counters(
-            global_steps=int(engine.global_steps),
-            global_samples=int(engine.global_samples),
-            micro_steps=int(engine.micro_steps),
-            skipped_steps=int(engine.skipped_steps),
-        ),
-        before={"scores": before.scores, "count": before.count} if before else None,
-        trackers=trackers,
-        carried={name: part.state_dict() for name, part in parts.items()},
-        code=code_versions(),
-        format=FORMAT,
-    )
-
-
 def held_out_before(state: State) -> HeldOutScores | None:
     """The held-out result from before training, if the run had held-out questions."""
     return HeldOutScores(**state.before) if state.before else None
-
-
-def write_files(
-    folder: Path, weights: dict[str, Any], *, policy: Policy, processor: Processor, config: RunConfig, state: State
-) -> None:
-    """Write the files of a checkpoint that are not one rank's own: model folder, settings and state."""
-    policy.module.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
-    (folder / SETTINGS).write_text(settings(config), encoding="utf-8")
-    (folder / STATE).write_text(state.to_json(), encoding="utf-8")
 
 
 def _restore_schedule(engine: DeepSpeedEngine, state: State) -> None:

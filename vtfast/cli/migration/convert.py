@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from vtfast.cli.migration.name_tables import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL, Drop
 from vtfast.cli.migration.parse_source import Source, read
-from vtfast.cli.migration.rules import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL, Drop
 from vtfast.config import Config, load_config
 from vtfast.utils.errors import UserError
 
