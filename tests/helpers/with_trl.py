@@ -93,7 +93,8 @@ def result(trainer, batch):
 
 
 def check_alike(one, other):
-    assert one[0] == pytest.approx(other[0], rel=1e-5, abs=2e-6)
+    # Two fp32 sums in different orders: vespo's exponents make 1.3e-5 of it on some CPUs.
+    assert one[0] == pytest.approx(other[0], rel=2e-5, abs=2e-6)
     for name, gradient in other[1].items():
         assert torch.allclose(one[1][name], gradient, rtol=1e-3, atol=2e-6), name
     assert one[2] == pytest.approx(other[2], rel=1e-4, abs=1e-6)
