@@ -38,7 +38,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].size}-{case[0].mode}")
 def test_our_resizing_is_qwen_vl_utils(case):
-    ours, theirs = resize_image(*case), resize._utils_resize(*case)
+    ours, theirs = resize_image(*case), resize._qwen_resize(*case)
     assert ours.size == theirs.size
     assert ours.mode == theirs.mode == "RGB"
     assert ours.tobytes() == theirs.tobytes()
@@ -47,7 +47,7 @@ def test_our_resizing_is_qwen_vl_utils(case):
 def test_a_strip_that_would_vanish(folder):
     """Shrunk to the limit, its short side rounds to nothing: both ways must refuse it."""
     image = picture(6000, 40)
-    for shrink in (resize_image, resize._utils_resize):
+    for shrink in (resize_image, resize._qwen_resize):
         with pytest.raises(ValueError, match=r"short side|must be > 0"):
             shrink(image, 3136, 6272)
     processor = Processor.from_pretrained(folder, max_pixels=6272)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from vtfast.data.batches import batch_indices, batches
+from vtfast.data.skip_log import SkipLog
 from vtfast.model.loading import load_model
 
 METRICS = [
@@ -161,8 +162,8 @@ def test_lora_and_an_offloaded_reference(tmp_path, base_path):
 
 def test_iterations_skip_no_data():
     """Rollouts count the data, and not the optimizer steps that live on them."""
-    asker = SimpleNamespace(ask=lambda sample, index: index)
-    seen = batches(asker, list(range(10)), range(1, 11, 2), per_rank=2, steps_per_batch=2)
+    builder = SimpleNamespace(build=lambda sample, index: index)
+    seen = batches(builder, SkipLog(), list(range(10)), range(1, 11, 2), per_rank=2, steps_per_batch=2)
     assert sorted(i for step in seen for i in step) == list(range(10))
 
 
