@@ -92,7 +92,7 @@ class Checkpointed(Ours):
 
 class HuggingFace:
     def __init__(self, work: Workload) -> None:
-        self.module, self.batches = work.clone(), work.micro_batches()
+        self.module, self.batches = work.clone(), work.batches()
 
     def losses(self) -> Iterator[Tensor]:
         for batch in self.batches:
@@ -145,7 +145,7 @@ class TRL:
                 tokenizer_object=build_tokenizer(), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
             ),
         )
-        self.module, self.batches = self.trainer.model.train(), work.micro_batches()
+        self.module, self.batches = self.trainer.model.train(), work.batches()
         self.trainer.current_gradient_accumulation_steps = len(self.batches)
 
     def losses(self) -> Iterator[Tensor]:

@@ -281,9 +281,9 @@ def test_three_steps_are_the_same_bit_for_bit(tmp_path):
     )
     assert torch.get_num_threads() == before
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
-    recipe = json.loads((one.parent / "recipe.json").read_text())
-    assert recipe["sha256"] == tiny_model.sha256(one)
-    assert (recipe["seed"], recipe["warmup_steps"], recipe["weak_steps"]) == (0, 2, 1)
+    made = json.loads((one.parent / "recipe.json").read_text())
+    assert made["sha256"] == tiny_model.sha256(one)
+    assert (made["seed"], made["warmup_steps"], made["weak_steps"]) == (0, 2, 1)
     untrained = build_tiny_model(tmp_path / "random", weights="random") / "model.safetensors"
     assert one.read_bytes() != untrained.read_bytes()
 
