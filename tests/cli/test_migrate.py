@@ -233,7 +233,7 @@ def test_the_command_writes_a_file_that_train_takes(tmp_path, capsys):
     ("text", "message"),
     [
         ("nothing.yaml", "no such file"),
-        ("", "nothing is named"),
+        ("", "is a folder"),
         ("python grpo.py --beta two", "beta"),
         ("python grpo.py --max_steps many", "'many' is not a valid value"),
         ("python grpo.py --per_device_train_batch_size x", "'x' is not a number"),

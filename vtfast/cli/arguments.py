@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vtfast.config.problems import SettingsError
@@ -43,9 +43,12 @@ class Parser(argparse.ArgumentParser):
         self.hints = hints or {}
         self.checks = checks or {}
 
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Raises SettingsError, which names everything that is wrong."""
+    def parse(
+        self, arguments: Sequence[str], find_problems: Callable[[argparse.Namespace], Iterable[str]] = lambda _: ()
+    ) -> argparse.Namespace:
+        """Raises SettingsError, which names everything that is wrong, with what `find_problems` finds besides."""
         options, problems = self.parse_known(arguments)
+        problems += find_problems(options)
         if problems:
             raise SettingsError(problems)
         return options

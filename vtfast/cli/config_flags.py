@@ -10,7 +10,6 @@ from vtfast.cli.arguments import Parser, setting_help
 from vtfast.config import (
     Config,
     RunConfig,
-    SettingsError,
     SFTConfig,
     field_defaults,
     field_help,
@@ -87,12 +86,7 @@ def read_settings(arguments: Sequence[str], kind: type[Kind], *, prog: str, desc
             given = {"output_dir": None} | given
     if flags["gpu_memory_gb"] and not flags["dry_run"]:
         problems.append("--gpu_memory_gb: has no effect without --dry-run; leave it out, or add that")
-    try:
-        config = load_config(flags["recipe"], file, given, kind=kind)
-    except SettingsError as error:
-        raise SettingsError(problems + error.problems) from None
-    if problems:
-        raise SettingsError(problems)
+    config = load_config(flags["recipe"], file, given, kind=kind, known_problems=problems)
     if flags["dry_run"]:
         estimate = _estimate(config, flags["gpu_memory_gb"])  # first: it may refuse the GPU's name
         print(config.to_yaml() + estimate)

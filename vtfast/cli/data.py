@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from vtfast.cli.arguments import Parser, setting_help, whole_number
-from vtfast.config import SettingsError, field_defaults, field_help, load_config
+from vtfast.config import Config, field_defaults, field_help, load_config
 from vtfast.utils.errors import UserError
 from vtfast.utils.terminal import show
 
@@ -41,19 +41,13 @@ def run(arguments: Sequence[str]) -> int:
     given = {name: flags[name] for name in names if flags[name] is not None}
     given |= {"data": flags["path"]} if flags["path"] is not None else {}
     given |= {"first_rows": flags["limit"]} if flags["limit"] is not None else {}
-    unnamed = flags["path"] is None and flags["recipe"] is None
-    if unnamed:
+    if flags["path"] is None and flags["recipe"] is None:
         problems.append("vtfast data inspect: give a PATH (a file, a folder or a hub id)")
     if flags["recipe"] is None:
         given = {"template": TEMPLATE, **given}
-    try:
-        config = load_config(flags["recipe"] or RECIPE, None, given)
-    except SettingsError as error:
-        raise SettingsError(problems + error.problems) from None
-    if config.data == "synthetic" and not unnamed:
-        problems.append("vtfast data inspect: `synthetic` data are rendered by a run; give the PATH of others")
-    if problems:
-        raise SettingsError(problems)
+    config = load_config(flags["recipe"] or RECIPE, None, given, kind=Config, known_problems=problems)
+    if config.data == "synthetic":
+        raise UserError("vtfast data inspect: `synthetic` data are rendered by a run; give the PATH of others")
 
     from vtfast.data.inspection import inspect_data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -51,20 +52,15 @@ class Device:
 
 def find_device(config: RunConfig, gpu_memory_gb: str | None = None) -> Device:
     """The device of a rank, or a GPU that this machine need not have: `gpu_memory_gb`, a number or a name of
-    GPU_MEMORY_GB.
-
-    Raises UserError for any other value."""
+    GPU_MEMORY_GB. Raises UserError for any other value."""
     if gpu_memory_gb is not None:
-        size = GPU_MEMORY_GB.get(gpu_memory_gb.upper(), gpu_memory_gb)
-        try:
-            gigabytes = float(size)
-        except ValueError:
-            gigabytes = math.nan
-        if not 0 < gigabytes < math.inf:
+        name = gpu_memory_gb.upper()
+        is_number = re.fullmatch(r"\d+(\.\d*)?", name, re.ASCII)
+        gigabytes = float(name) if is_number else GPU_MEMORY_GB.get(name, 0)
+        if not gigabytes:
             names = ", ".join(GPU_MEMORY_GB)
             raise UserError(f"--gpu_memory_gb {gpu_memory_gb}: must be a number or one of {names}")
-        name = gpu_memory_gb.upper() if gpu_memory_gb.upper() in GPU_MEMORY_GB else "a GPU"
-        return Device("cuda", int(gigabytes * GB), f"{name} of {gigabytes:g} GB")
+        return Device("cuda", int(gigabytes * GB), f"{'a GPU' if is_number else name} of {gigabytes:g} GB")
     if config.device != "cpu" and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return Device("cuda", free, f"{torch.cuda.get_device_name()}, {free / total:.0%} of it free")
@@ -75,14 +71,10 @@ def find_device(config: RunConfig, gpu_memory_gb: str | None = None) -> Device:
     return Device("cpu", psutil.virtual_memory().available // local_ranks, f"the CPU's memory{shared}")
 
 
-def ranks_of(config: RunConfig) -> int:
-    """The launcher's number of ranks, else the recipe's, else one."""
-    return int(os.environ.get("WORLD_SIZE") or config.num_processes or 1)
-
-
 def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[str]:
     """Lines of text. If the model cannot be read, a line says why, and the rest follows."""
-    device, ranks = find_device(config, gpu_memory_gb), ranks_of(config)
+    device = find_device(config, gpu_memory_gb)
+    ranks = int(os.environ.get("WORLD_SIZE") or config.num_processes or 1)
     try:
         policy = meta_policy_for_run(read_model_config(config.model), config, parse_dtype(config.dtype, device.kind))
     except UserError as error:
@@ -108,10 +100,9 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
 
 def _parameters(parts: list[ParameterCount]) -> Iterator[str]:
     yield f"{'parameters':<34}{'all':>10}{'trained':>10}"
-    total = (sum(part.parameters for part in parts), sum(part.trained for part in parts))
-    rows = [(part.name, part.parameters, part.trained) for part in parts]
-    for name, size, trained in [*rows, ("together", *total)]:
-        yield f"  {name:<32}{_count(size):>10}{_count(trained) if trained else 'frozen':>10}"
+    total = ParameterCount("together", sum(part.parameters for part in parts), sum(part.trained for part in parts))
+    for part in [*parts, total]:
+        yield f"  {part.name:<32}{_count(part.parameters):>10}{_count(part.trained) if part.trained else 'frozen':>10}"
 
 
 def _memory(memory: MemoryEstimate, load: Workload, config: RunConfig) -> Iterator[str]:

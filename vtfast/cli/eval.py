@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,8 @@ class _WithExamples(WholeWords, argparse.RawDescriptionHelpFormatter):
 
 
 def run(arguments: Sequence[str]) -> int:
-    options, problems = _parser().parse_known(arguments)
-    benches, data = _benches_and_data(options, problems)
-    problems += _problems(options, benches)
-    if problems:
-        raise SettingsError(problems)
+    options = _parser().parse(arguments, _problems)
+    benches, data = _names(options.bench), dict(pair.split("=", 1) for pair in _pairs(options.data))
 
     from vtfast.evaluate.resolve_model import check_model, find_model
     from vtfast.evaluate.score_table import score_table
@@ -55,9 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         check_model(checkpoint)  # quick, while the data may be a download
         done = _generate(options, checkpoint, folder, benches or [DEFAULT], data)
-    scores = {}
-    for bench in done:
-        scores[bench] = write_scores(folder, bench, model=options.model, step=checkpoint.step)
+    scores = {bench: write_scores(folder, bench, model=options.model, step=checkpoint.step) for bench in done}
     if scores:  # rank 0 alone has some
         show(score_table(scores))
         show(f"responses and scores: {folder}")
@@ -123,50 +119,45 @@ def _parser() -> Parser:
     return parser
 
 
-def _benches_and_data(options: argparse.Namespace, problems: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The benchmarks of `--bench` (none without the flag), and the path or hub id of each benchmark in `--data`.
+def _names(bench: str | None) -> list[str]:
+    """The benchmarks of `--bench`; none without the flag."""
+    return list(dict.fromkeys(filter(None, map(str.strip, (bench or "").split(",")))))
 
-    Adds what is wrong with either to `problems`."""
-    names = list(dict.fromkeys(filter(None, map(str.strip, (options.bench or "").split(",")))))
-    if options.bench is not None and not names:
-        problems.append(f"--bench: name at least one of {', '.join(BENCHMARKS)}")
-    for name in names:
-        if name not in BENCHMARKS:
-            close = difflib.get_close_matches(name, BENCHMARKS, n=1)
-            hint = f"did you mean {close[0]}? There" if close else "there"
-            problems.append(f"--bench {name}: unknown; {hint} are {', '.join(BENCHMARKS)}")
-    benches, data = [name for name in names if name in BENCHMARKS], {}
+
+def _pairs(data: Sequence[str] | None) -> list[str]:
+    """The BENCH=PATH of `--data`."""
+    return [pair for text in data or [] for pair in text.split(",")]
+
+
+def _problems(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the command line, without loading anything."""
+    names = _names(options.bench)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    benches = [name for name in names if name in BENCHMARKS]
     asked = benches or [DEFAULT]
-    for pair in [pair for text in options.data or [] for pair in text.split(",")]:
+    if options.bench is not None and not names:
+        yield f"--bench: name at least one of {', '.join(BENCHMARKS)}"
+    for name in unknown:
+        close = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        hint = f"did you mean {close[0]}? There" if close else "there"
+        yield f"--bench {name}: unknown; {hint} are {', '.join(BENCHMARKS)}"
+    for pair in _pairs(options.data):
         bench, equals, path = pair.partition("=")
-        if not equals or not path or bench not in BENCHMARKS:
+        if not path or bench not in BENCHMARKS:
             such = f"{asked[0]}={'FOLDER' if equals or pair in BENCHMARKS else pair}"
-            problems.append(
-                f"--data {pair}: expected BENCH=PATH, such as --data {such}, with BENCH one of {', '.join(asked)}"
-            )
-        elif bench not in asked and len(benches) == len(names):
-            both = ",".join([*asked, bench])
-            problems.append(f"--data {pair}: {bench} is not among the benchmarks; add it with --bench {both}")
-        else:
-            data[bench] = path
-    return benches, data
-
-
-def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[str]:
-    """What else is wrong with the command line, without loading anything."""
+            yield f"--data {pair}: expected BENCH=PATH, such as --data {such}, with BENCH one of {', '.join(asked)}"
+        elif bench not in asked and not unknown:
+            yield f"--data {pair}: {bench} is not among the benchmarks; add it with --bench {','.join([*asked, bench])}"
     if options.template is not None:
-        try:
-            load_template(options.template)
-        except UserError as error:
-            yield f"--template {options.template}: {error}"
+        yield from _message_of(load_template, options.template, f"--template {options.template}: ")
     low, high = options.min_pixels, options.max_pixels
     if low and high and low > high:
         yield f"--min_pixels {low}: must be at most --max_pixels {high}"
     if options.output_dir is not None:
         home = expand(options.output_dir)
-        for path in (home, *home.parents):
-            if path.is_file():
-                what = "" if path == home else f"{path} "
+        for folder in (home, *home.parents):
+            if folder.is_file():
+                what = "" if folder == home else f"{folder} "
                 yield f"--output_dir {options.output_dir}: {what}is a file; name a folder"
     if options.rescore:
         return
@@ -176,16 +167,18 @@ def _problems(options: argparse.Namespace, benches: Sequence[str]) -> Iterator[s
     if options.image_folder is not None and not expand(options.image_folder).is_dir():
         folder = options.image_folder
         yield f"--image_folder {folder}: no such folder; {did_you_mean(folder, 'name one')}"
-    if options.model and not _may_be_checkpoint(expand(options.model)):
-        try:
-            model_path(options.model)
-        except UserError as error:
-            yield f"--model {options.model}: {error}"
+    if options.model:
+        model = expand(options.model)
+        if not model.is_dir() and not (model.name == "last" and model.parent.is_dir()):  # `find_model` resolves `last`
+            yield from _message_of(model_path, options.model, f"--model {options.model}: ")
 
 
-def _may_be_checkpoint(path: Path) -> bool:
-    """Whether `find_model` can resolve it: RUN/checkpoints/last need not exist."""
-    return path.is_dir() or (path.name == "last" and path.parent.is_dir())
+def _message_of(function: Callable[..., object], argument: str, flag: str) -> Iterator[str]:
+    """The flag with the UserError of `function(argument)`, if it raises one."""
+    try:
+        function(argument)
+    except UserError as error:
+        yield f"{flag}{error}"
 
 
 def _answered(folder: Path, benches: Sequence[str]) -> list[str]:
@@ -217,13 +210,10 @@ def _generate(
     from vtfast.model.loading import load_model
 
     sources = {bench: data.get(bench, BENCHMARKS[bench].hub_id) for bench in benches}
-    problems = []  # all of them, before a model is loaded
+    problems: list[str] = []  # all of them, before a model is loaded
     for bench in benches:
-        try:
-            find_benchmark_files(BENCHMARKS[bench], sources[bench])
-        except UserError as error:
-            flag = f"--data {bench}={data[bench]}: " if bench in data else ""
-            problems.append(f"{flag}{error}")
+        flag = f"--data {bench}={data[bench]}: " if bench in data else ""
+        problems += _message_of(partial(find_benchmark_files, BENCHMARKS[bench]), sources[bench], flag)
     if options.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
     if problems:
@@ -231,13 +221,14 @@ def _generate(
     transformers_logging.disable_progress_bar()
     ranks = init.init_distributed(Config(device=options.device))
     config = checkpoint.config
-    limits = {
-        name: config.get(name) if getattr(options, name) is None else getattr(options, name)
-        for name in ("min_pixels", "max_pixels")
-    }
-    processor = Processor.from_pretrained(checkpoint.path, **limits)
+    processor = Processor.from_pretrained(
+        checkpoint.path,
+        min_pixels=options.min_pixels or config.get("min_pixels"),
+        max_pixels=options.max_pixels or config.get("max_pixels"),
+    )
     policy = load_model(checkpoint.path, options.dtype, str(ranks.device))
-    literal, trained_with = config.get("literal_image", False), config.get("template")
+    literal = options.literal_image or str(config.get("literal_image", False)).lower()
+    trained_with = config.get("template")
     template = options.template or default_template(checkpoint, processor.tokenizer.chat_template)
     aside = f" (the run trained with {trained_with})" if trained_with not in (None, template) else ""
     log.info("prompts use the template %s%s", template, aside)
@@ -249,7 +240,7 @@ def _generate(
             options.limit,
             processor=processor,
             template=template,
-            literal_image=literal if options.literal_image is None else options.literal_image == "true",
+            literal_image=literal == "true",
             max_completion_length=options.max_completion_length,
             batch_size=options.batch_size,
             output=folder,

@@ -41,8 +41,16 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 CLOSED_OUTPUT = 141
 """Exit code if standard output was closed, as `| head` does (128 + SIGPIPE)."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DENIED = (errno.EACCES, errno.EPERM)
+MAKE_ROOM, NAME_ANOTHER = "make room, and start it again", "name another path, or let this user use it"
+REMEDIES = {
+    errno.ENOSPC: MAKE_ROOM,
+    errno.EDQUOT: MAKE_ROOM,
+    errno.EFBIG: MAKE_ROOM,
+    errno.EACCES: NAME_ANOTHER,
+    errno.EPERM: NAME_ANOTHER,
+    errno.EROFS: NAME_ANOTHER,
+}
+"""What a user does about an error of the file system."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,11 +91,9 @@ def _as_user_error(error: Exception) -> UserError | None:
     """The error if it is the user's to solve, like a full disk; None for a bug."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if isinstance(error, OSError) and error.errno in REMEDIES:
         file = f"{error.filename}: " if error.filename else ""
-        return RankError(f"{file}{error.strerror}; make room, and start it again")
-    if isinstance(error, OSError) and error.errno in DENIED and error.filename:
-        return RankError(f"{error.filename}: {error.strerror}; name another path, or let this user use it")
+        return RankError(f"{file}{error.strerror}; {REMEDIES[error.errno]}")
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         return UserError(
             f"{error.name} is not installed for {sys.executable}; `make setup` installs everything into .venv, and"

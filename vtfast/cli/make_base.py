@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from vtfast.cli.arguments import Parser, whole_number
-from vtfast.config import SettingsError
 from vtfast.utils.files import expand
 
 
@@ -20,22 +19,21 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("path", metavar="OUT", help="new folder for the checkpoint")
     parser.add_argument("--seed", default=0, metavar="N", help="seed of weights and scenes (default 0)")
-    options, problems = parser.parse_known(arguments)
-    path = None if options.path is None else expand(options.path)
-    if path is not None and path.exists():
-        problems.append(f"{path}: exists already; name a new folder")
-    elif path is not None and not _can_be_made(path):
-        problems.append(f"{path}: cannot be made in {path.parent}; name a folder that can")
-    if problems or path is None:
-        raise SettingsError(problems)
+    options = parser.parse(arguments, _find_problems)
 
     from vtfast.cli.demo_model.recipe import make_base
 
-    make_base(path, seed=options.seed)
+    make_base(expand(options.path), seed=options.seed)
     return 0
 
 
-def _can_be_made(folder: Path) -> bool:
-    """Checked before ten minutes of training."""
-    parent = next(p for p in folder.absolute().parents if p.exists())
-    return parent.is_dir() and os.access(parent, os.W_OK)
+def _find_problems(options: argparse.Namespace) -> Iterator[str]:
+    """Before ten minutes of training: whether the folder is new and can be made."""
+    if options.path is None:
+        return
+    path = expand(options.path)
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if path.exists():
+        yield f"{path}: exists already; name a new folder"
+    elif not parent.is_dir() or not os.access(parent, os.W_OK):
+        yield f"{path}: cannot be made in {path.parent}; name a folder that can"

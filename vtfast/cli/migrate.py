@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vtfast.cli.arguments import Parser, one_of, whole_number
 from vtfast.cli.migration import Outcome, migrate
 from vtfast.cli.migration.convert import SYSTEMS
-from vtfast.config import SettingsError
-from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand, write_atomically
 from vtfast.utils.terminal import printable, show
 
@@ -32,23 +31,14 @@ def run(arguments: Sequence[str]) -> int:
     )
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="FILE", help="a new YAML file (default: printed)")
-    options, problems = parser.parse_known(arguments)
-    output = None if options.output is None else expand(options.output)
-    if output is not None and output.exists():
-        problems.append(f"--output {output}: exists already; name a new file")
-    elif output is not None and not output.absolute().parent.is_dir():
-        problems.append(f"--output {output}: {output.parent} is not a folder; make it, or name another")
-    if problems:
-        raise SettingsError(problems)
+    options = parser.parse(arguments, _find_problems)
     result = migrate(options.source, getattr(options, "from"), options.rows)
     head = f"read as settings of {SYSTEMS[result.system]} (--from names another)"
     report = "\n".join([head, *map(_line, result.outcomes)])
     warnings = "".join(f"\nwarning: {warning}" for warning in result.warnings)
-    if output is not None:
-        try:
-            write_atomically(output, result.to_yaml())
-        except OSError as error:
-            raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    if options.output is not None:
+        output = expand(options.output)
+        write_atomically(output, result.to_yaml())
         show(report)
         show(f"written: {output}; next: python train.py --config {output} --dry-run{warnings}")
     else:  # so that `> mine.yaml` holds the settings alone
@@ -58,6 +48,15 @@ def run(arguments: Sequence[str]) -> int:
         if warnings:
             print(printable(warnings.strip()), file=sys.stderr)
     return 0
+
+
+def _find_problems(options: argparse.Namespace) -> Iterator[str]:
+    if options.output is not None:
+        output = expand(options.output)
+        if output.exists():
+            yield f"--output {output}: exists already; name a new file"
+        elif not output.absolute().parent.is_dir():
+            yield f"--output {output}: {output.parent} is not a folder; make it, or name another"
 
 
 def _line(outcome: Outcome) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -45,20 +45,23 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     kind: type[Kind],
+    known_problems: Sequence[str] = (),
 ) -> Kind: ...
 def load_config(
     recipe: str | None = None,
     file: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    *,
     kind: type[Any] = Config,
+    known_problems: Sequence[str] = (),
 ) -> RunConfig:
     """Settings of `kind`: a recipe of this package (the embedded default where None), or a YAML `file` instead of it,
-    with `overrides` (flags, as text or values) on top.
+    with `overrides` (flags, as text or values) on top. `known_problems`: of the command line, raised with the others.
 
     Raises SettingsError, a UserError that names at once everything that is wrong: an unknown recipe, an unreadable
     file, unknown keys (each with the nearest valid one), values of the wrong type, impossible values and combinations.
     """
-    problems: list[str] = []
+    problems = list(known_problems)
     flags = {format_value(name): SourcedValue(value) for name, value in (overrides or {}).items()}
     recipe = recipe or kind.model_fields["recipe"].default
     base: dict[str, SourcedValue] | None = None

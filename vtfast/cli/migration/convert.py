@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vtfast.cli.migration.name_tables import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL, Drop
+from vtfast.cli.migration.name_tables import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL
 from vtfast.cli.migration.parse_source import Source, read
 from vtfast.config import Config, load_config
 from vtfast.utils.errors import UserError
@@ -121,8 +121,6 @@ def _apply_rule(name: str, value: Any, system: str) -> tuple[dict[str, Any], str
             close = difflib.get_close_matches(name, table, n=1, cutoff=0.8)
             note = "unknown here" + (f"; is {close[0]} meant?" if close else "")
         return {}, note
-    if isinstance(rule, Drop):
-        return {}, rule.reason
     if system == "r1-v" and name == "temperature":
         return {"temperature": 1.0}, "ignored there: its sampling is at 1, among the 50 likeliest tokens (--top_k 50)"
     if isinstance(rule, str):

@@ -1,30 +1,23 @@
 """What each name of the others means here. Sources: their code and launch scripts, TRL 1.16's `GRPOConfig`.
 
-A rule is a name of ours (the value carries over), `Drop(reason)`, or a function of the value -> ({ours: value}, note).
+A rule is a name of ours (the value carries over), or a function of the value -> ({ours: value}, note).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, get_args
 
+from vtfast.config import Config
 from vtfast.config.fields import Schedule
 
 SCHEDULES = get_args(Schedule)
+REWARDS = ("accuracy", "accuracy_reward", "format", "format_reward", "think_format_reward", "length")
 Mapped = tuple[dict[str, Any], str]
 
 
-AS_FUNCTION = "give a function of (completion, sample) as --reward_funcs module:function"
-
-
-@dataclass(frozen=True)
-class Drop:
-    reason: str
-
-
-Rule = str | Drop | Callable[[Any], Mapped]
+Rule = str | Callable[[Any], Mapped]
 
 
 def _is_true(value: Any) -> bool:
@@ -40,22 +33,22 @@ def _to(note: str, **settings: Any) -> Rule:
     return lambda value: (settings if _is_true(value) else {}, note if _is_true(value) else "off, as here")
 
 
+def _no_setting(reason: str) -> Rule:
+    return lambda value: ({}, reason)
+
+
+def _note_unless(same: str, otherwise: str, note: str = "") -> Rule:
+    """No setting: `note` if the value is `same` as here, else `otherwise`, with the value in place of {}."""
+    return lambda value: ({}, note if value == same else otherwise.format(value))
+
+
 def _rewards(value: Any) -> Mapped:
     names = value if isinstance(value, list) else str(value).replace(",", " ").split()
-    known = {
-        "accuracy": "accuracy",
-        "accuracy_reward": "accuracy",
-        "format": "format",
-        "format_reward": "format",
-        "think_format_reward": "format",
-        "length": "length",
-    }
-    ours = [known[name] for name in names if name in known]
-    others = [name for name in names if name not in known]
-    note = (
-        f"not here: {', '.join(others)}; give a function of (completion, sample) as module:function" if others else ""
-    )
-    return ({"reward_funcs": ours} if ours else {}), note
+    ours_by_name = {name: name.removeprefix("think_").removesuffix("_reward") for name in REWARDS}
+    ours = [ours_by_name[name] for name in names if name in ours_by_name]
+    others = [name for name in names if name not in ours_by_name]
+    hint = f"not here: {', '.join(others)}; give a function of (completion, sample) as module:function"
+    return ({"reward_funcs": ours} if ours else {}), hint if others else ""
 
 
 def _fp16(value: Any) -> Mapped:
@@ -113,124 +106,76 @@ def _positive(ours: str) -> Rule:
     return lambda value: ({ours: value}, "") if int(value) > 0 else ({}, "off there")
 
 
-COLOCATED = Drop("vLLM runs colocated on each rank's GPU")
-AUTOMATIC = Drop("chosen automatically, and logged")
-ALWAYS = Drop("ZeRO-2 always, through DeepSpeed; there is no file to write")
-BEFORE_AND_AFTER = Drop("--eval_data is evaluated before and after training")
-EVERY_STEP = Drop("every step is logged")
-WITH_FILES = Drop("checkpoints are whole; nothing to choose")
-SHUFFLED = Drop("every epoch is shuffled again")
-OURS_DIFFERS = Drop("has no counterpart: prompts are packed without padding, and workers are not needed")
-RUN_FOLDER = Drop("a run is named after its folder: --output_dir")
-WITHIN = Drop("give the file itself: vtfast migrate FILE")
-NO_REMOTE_CODE = Drop("code of a checkpoint is never run")
-NO_HUB = Drop("nothing is uploaded; checkpoints are ordinary Hugging Face folders, `hf upload` takes them")
+ALWAYS = "ZeRO-2 always, through DeepSpeed; there is no file to write"
+NO_HUB = "nothing is uploaded; checkpoints are ordinary Hugging Face folders, `hf upload` takes them"
+NO_COUNTERPART = "has no counterpart: prompts are packed without padding, and workers are not needed"
+AS_FUNCTION = "give a function of (completion, sample) as --reward_funcs module:function"
+NO_REMOTE_CODE = "code of a checkpoint is never run"
+BEFORE_AND_AFTER = "--eval_data is evaluated before and after training"
+EVERY_STEP = "every step is logged"
+SHUFFLED = "every epoch is shuffled again"
+RUN_FOLDER = "a run is named after its folder: --output_dir"
+AUTOMATIC = "chosen automatically, and logged"
+WITHIN = "give the file itself: vtfast migrate FILE"
+
+
+def _dropped(reason_of: Mapping[str, str]) -> dict[str, Rule]:
+    """`reason_of`: names, with blanks between them -> why they are dropped."""
+    return {name: _no_setting(reason) for names, reason in reason_of.items() for name in names.split()}
+
 
 TRL: Mapping[str, Rule] = {
+    **{name: _switch(name) if field.annotation is bool else name for name, field in Config.model_fields.items()},
     "model_name_or_path": "model",
-    "model": "model",
-    "output_dir": "output_dir",
     "dataset_name": "data",
     "dataset_train_split": "split",
-    "max_prompt_length": "max_prompt_length",
-    "max_completion_length": "max_completion_length",
-    "num_generations": "num_generations",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "beta": "beta",
-    "epsilon": "epsilon",
-    "epsilon_high": "epsilon_high",
-    "delta": "delta",
-    "loss_type": "loss_type",
-    "importance_sampling_level": "importance_sampling_level",
-    "num_iterations": "num_iterations",
-    "reward_weights": "reward_weights",
     "scale_rewards": _per_question,
     "reward_funcs": _rewards,
-    "learning_rate": "learning_rate",
     "lr_scheduler_type": _schedule,
-    "warmup_steps": "warmup_steps",
-    "weight_decay": "weight_decay",
-    "adam_beta1": "adam_beta1",
-    "adam_beta2": "adam_beta2",
-    "adam_epsilon": "adam_epsilon",
-    "max_grad_norm": "max_grad_norm",
     "max_steps": _max_steps,
-    "seed": "seed",
-    "save_steps": "save_steps",
-    "save_total_limit": "save_total_limit",
     "report_to": _loggers,
-    "min_pixels": "min_pixels",
-    "max_pixels": "max_pixels",
-    "use_peft": _switch("use_peft"),
-    "lora_r": "lora_r",
-    "lora_alpha": "lora_alpha",
     "lora_target_modules": _modules,
-    "gradient_checkpointing": _switch("gradient_checkpointing"),
     "bf16": _bf16,
     "fp16": _fp16,
     "torch_dtype": "dtype",
-    "dtype": "dtype",
-    "use_liger_kernel": _switch("use_liger_kernel"),
-    "use_vllm": _switch("use_vllm"),
-    "vllm_gpu_memory_utilization": "vllm_gpu_memory_utilization",
-    "vllm_enable_sleep_mode": _switch("vllm_enable_sleep_mode"),
-    "vllm_importance_sampling_correction": _switch("vllm_importance_sampling_correction"),
-    "vllm_importance_sampling_mode": "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max": "vllm_importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min": "vllm_importance_sampling_clip_min",
     "freeze_vision": _to("there the flag did nothing; here it freezes", freeze=["vision"]),
     "freeze_vision_modules": _to("", freeze=["vision"]),
     "freeze_language": _to("", freeze=["language"]),
-    "resume_from_checkpoint": Drop("give it at launch: --resume_from_checkpoint last"),
-    "attn_implementation": AUTOMATIC,
-    "deepspeed": ALWAYS,
-    "fsdp": ALWAYS,
-    "ddp_find_unused_parameters": ALWAYS,
-    "zero_stage": ALWAYS,
-    "logging_steps": EVERY_STEP,
-    "logging_strategy": EVERY_STEP,
-    "logging_first_step": EVERY_STEP,
-    "log_completions": Drop("completions.jsonl always holds them, and report.html shows them"),
-    "save_only_model": WITH_FILES,
-    "save_strategy": WITH_FILES,
-    "overwrite_output_dir": Drop("a run is never written over"),
-    "run_name": RUN_FOLDER,
-    "push_to_hub": NO_HUB,
-    "hub_model_id": NO_HUB,
-    "hub_strategy": NO_HUB,
-    "hub_private_repo": NO_HUB,
-    "remove_unused_columns": OURS_DIFFERS,
-    "dataloader_num_workers": OURS_DIFFERS,
-    "dataloader_pin_memory": OURS_DIFFERS,
-    "pad_to_multiple_of": OURS_DIFFERS,
-    "torch_empty_cache_steps": OURS_DIFFERS,
-    "len_control": Drop("the length reward is `length` in --reward_funcs"),
-    "eval_strategy": BEFORE_AND_AFTER,
-    "eval_steps": BEFORE_AND_AFTER,
-    "do_train": Drop("that is what train does"),
-    "do_eval": BEFORE_AND_AFTER,
-    "trust_remote_code": NO_REMOTE_CODE,
-    "lora_dropout": Drop("adapters have no dropout here: sampler and trainer would not agree"),
-    "disable_dropout": Drop("there is no dropout"),
-    "optim": Drop("fused AdamW always"),
-    "data_seed": Drop("--seed orders the data too"),
-    "shuffle_dataset": SHUFFLED,
-    "ds3_gather_for_generation": ALWAYS,
-    "vllm_mode": COLOCATED,
-    "vllm_device": COLOCATED,
-    "sync_ref_model": Drop("the reference is always the starting model"),
-    "mask_truncated_completions": Drop("not here: truncated completions are trained on, with their rewards"),
-    "use_bias_correction_kl": Drop("the trainer's KL is uncorrected (the kernels have it: GRPOLoss)"),
-    "top_entropy_quantile": Drop("not here: all tokens are trained on"),
-    "config": WITHIN,
-    "dataset_config": Drop("name the file or folder in --data"),
-    "local_rank": Drop("the launcher's"),
+    **_dropped(
+        {
+            "resume_from_checkpoint": "give it at launch: --resume_from_checkpoint last",
+            "deepspeed fsdp ddp_find_unused_parameters zero_stage ds3_gather_for_generation": ALWAYS,
+            "logging_steps logging_strategy logging_first_step": EVERY_STEP,
+            "log_completions": "completions.jsonl always holds them, and report.html shows them",
+            "save_only_model save_strategy": "checkpoints are whole; nothing to choose",
+            "overwrite_output_dir": "a run is never written over",
+            "run_name": RUN_FOLDER,
+            "push_to_hub hub_model_id hub_strategy hub_private_repo": NO_HUB,
+            "remove_unused_columns dataloader_num_workers dataloader_pin_memory": NO_COUNTERPART,
+            "pad_to_multiple_of torch_empty_cache_steps": NO_COUNTERPART,
+            "len_control": "the length reward is `length` in --reward_funcs",
+            "eval_strategy eval_steps do_eval": BEFORE_AND_AFTER,
+            "do_train": "that is what train does",
+            "trust_remote_code": NO_REMOTE_CODE,
+            "lora_dropout": "adapters have no dropout here: sampler and trainer would not agree",
+            "disable_dropout": "there is no dropout",
+            "optim": "fused AdamW always",
+            "data_seed": "--seed orders the data too",
+            "shuffle_dataset": SHUFFLED,
+            "attn_implementation": AUTOMATIC,
+            "vllm_mode vllm_device": "vLLM runs colocated on each rank's GPU",
+            "sync_ref_model": "the reference is always the starting model",
+            "mask_truncated_completions": "not here: truncated completions are trained on, with their rewards",
+            "use_bias_correction_kl": "the trainer's KL is uncorrected (the kernels have it: GRPOLoss)",
+            "top_entropy_quantile": "not here: all tokens are trained on",
+            "config": WITHIN,
+            "dataset_config": "name the file or folder in --data",
+            "local_rank": "the launcher's",
+        }
+    ),
 }
-"""Flags of TRL's GRPOTrainer and, through its forks of TRL 0.14, of R1-V and VisualThinker-R1-Zero."""
+"""Flags of TRL's GRPOTrainer and, through its forks of TRL 0.14, of R1-V and VisualThinker-R1-Zero. A name that vtfast
+has too means the same in both, unless a later line says otherwise."""
 
 EASYR1: Mapping[str, Rule] = {
     "data.train_files": _split_of_hub_id,
@@ -243,26 +188,16 @@ EASYR1: Mapping[str, Rule] = {
     "data.min_pixels": "min_pixels",
     "data.max_pixels": "max_pixels",
     "data.val_files": _held_out,
-    "data.filter_overlong_prompts": Drop("prompts that are too long are skipped and listed"),
-    "data.shuffle": SHUFFLED,
-    "data.val_batch_size": AUTOMATIC,
-    "data.format_prompt": Drop("a Jinja template there; write the text with its slots as --template FILE"),
     "algorithm.disable_kl": lambda value: ({"beta": 0.0} if _is_true(value) else {}, ""),
     "algorithm.kl_coef": "beta",
     "algorithm.use_kl_loss": lambda value: (
         {},
         "in the loss, as here" if _is_true(value) else "KL in the reward there; here it is in the loss",
     ),
-    "algorithm.kl_penalty": lambda value: (
-        {},
-        "the same estimator (k3)"
-        if value == "low_var_kl"
-        else f"{value} there; here k3, which EasyR1 calls low_var_kl",
+    "algorithm.kl_penalty": _note_unless(
+        "low_var_kl", "{} there; here k3, which EasyR1 calls low_var_kl", "the same estimator (k3)"
     ),
-    "algorithm.adv_estimator": lambda value: (
-        {},
-        "" if value == "grpo" else f"{value} there; here advantages are GRPO's",
-    ),
+    "algorithm.adv_estimator": _note_unless("grpo", "{} there; here advantages are GRPO's"),
     "worker.actor.max_grad_norm": "max_grad_norm",
     "worker.actor.clip_ratio_low": "epsilon",
     "worker.actor.clip_ratio_high": "epsilon_high",
@@ -270,38 +205,41 @@ EASYR1: Mapping[str, Rule] = {
     "worker.actor.model.model_path": "model",
     "worker.actor.model.enable_gradient_checkpointing": _switch("gradient_checkpointing"),
     "worker.actor.model.freeze_vision_tower": _to("", freeze=["vision"]),
-    "worker.actor.model.trust_remote_code": NO_REMOTE_CODE,
     "worker.actor.optim.lr": "learning_rate",
     "worker.actor.optim.weight_decay": "weight_decay",
-    "worker.actor.optim.strategy": lambda value: ({}, "fused AdamW with fp32 masters on the GPU"),
-    "worker.actor.padding_free": Drop("always"),
-    "worker.actor.micro_batch_size_per_device_for_update": Drop("micro-batches are sized by --token_budget"),
-    "worker.actor.micro_batch_size_per_device_for_experience": Drop("micro-batches are sized by --token_budget"),
-    "worker.actor.ulysses_sequence_parallel_size": Drop("no sequence parallelism here"),
     "worker.rollout.n": "num_generations",
     "worker.rollout.temperature": "temperature",
     "worker.rollout.top_p": "top_p",
     "worker.rollout.gpu_memory_utilization": "vllm_gpu_memory_utilization",
-    "worker.rollout.tensor_parallel_size": Drop("each rank samples with its own weights"),
-    "worker.rollout.enforce_eager": AUTOMATIC,
-    "worker.rollout.enable_chunked_prefill": AUTOMATIC,
-    "worker.rollout.limit_images": Drop("any number of images"),
-    "worker.reward.score_function": Drop(AS_FUNCTION),
-    "worker.reward.reward_function": Drop(AS_FUNCTION),
-    "worker.reward.reward_type": Drop("functions only"),
     "trainer.max_steps": _positive("max_steps"),
     "trainer.save_freq": _positive("save_steps"),
     "trainer.save_limit": _positive("save_total_limit"),
     "trainer.save_checkpoint_path": "output_dir",
     "trainer.logger": _loggers,
-    "trainer.load_checkpoint_path": Drop("give it at launch: --resume_from_checkpoint PATH"),
-    "trainer.project_name": RUN_FOLDER,
-    "trainer.experiment_name": RUN_FOLDER,
-    "trainer.val_freq": BEFORE_AND_AFTER,
-    "trainer.val_before_train": BEFORE_AND_AFTER,
-    "trainer.val_only": Drop("`vtfast eval`"),
-    "trainer.val_generations_to_log": EVERY_STEP,
-    "config": WITHIN,
+    **_dropped(
+        {
+            "data.filter_overlong_prompts": "prompts that are too long are skipped and listed",
+            "data.shuffle": SHUFFLED,
+            "data.val_batch_size worker.rollout.enforce_eager worker.rollout.enable_chunked_prefill": AUTOMATIC,
+            "data.format_prompt": "a Jinja template there; write the text with its slots as --template FILE",
+            "worker.actor.model.trust_remote_code": NO_REMOTE_CODE,
+            "worker.actor.optim.strategy": "fused AdamW with fp32 masters on the GPU",
+            "worker.actor.padding_free": "always",
+            "worker.actor.micro_batch_size_per_device_for_update": "micro-batches are sized by --token_budget",
+            "worker.actor.micro_batch_size_per_device_for_experience": "micro-batches are sized by --token_budget",
+            "worker.actor.ulysses_sequence_parallel_size": "no sequence parallelism here",
+            "worker.rollout.tensor_parallel_size": "each rank samples with its own weights",
+            "worker.rollout.limit_images": "any number of images",
+            "worker.reward.score_function worker.reward.reward_function": AS_FUNCTION,
+            "worker.reward.reward_type": "functions only",
+            "trainer.load_checkpoint_path": "give it at launch: --resume_from_checkpoint PATH",
+            "trainer.project_name trainer.experiment_name": RUN_FOLDER,
+            "trainer.val_freq trainer.val_before_train": BEFORE_AND_AFTER,
+            "trainer.val_only": "`vtfast eval`",
+            "trainer.val_generations_to_log": EVERY_STEP,
+            "config": WITHIN,
+        }
+    ),
 }
 FOLDED = {
     "worker.actor.fsdp.": "ZeRO-2 in place of FSDP",

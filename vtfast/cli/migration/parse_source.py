@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import read_text
 from vtfast.utils.yaml_file import parse_yaml_value, read_yaml
@@ -39,24 +38,13 @@ def read(what: str) -> Source:
     path = Path(what)
     if re.search(r"\s--?\w|\s[\w.]+=", what):
         source = _launch(what)
-    elif not path.is_file():
-        hint = "give a YAML file, a shell script, or a launch line in quotes"
-        if not what.strip():
-            raise UserError(f"nothing is named; {hint}")
-        if path.is_dir():
-            raise UserError(f"{what}: is a folder; {hint}")
-        raise UserError(f"{what}: no such file; {did_you_mean(what, hint)}")
+    elif path.suffix in (".yaml", ".yml"):
+        source = Source(flatten(read_yaml(path)))
     else:
-        source = _file(path)
+        source = _launch(read_text(path))
     if not source.values:
         raise UserError(f"{what}: holds no settings of a trainer")
     return source
-
-
-def _file(path: Path) -> Source:
-    if path.suffix in (".yaml", ".yml"):
-        return Source(flatten(read_yaml(path)))
-    return _launch(read_text(path))
 
 
 def flatten(values: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
