@@ -82,7 +82,7 @@ def test_damaged_settings_are_not_taken_up(copy, wanted):
 
 
 FOREIGN = {
-    "another format": ("format", 2, "has format 2"),
+    "another format": ("format", 2, "format: Input should be 1"),
     "no step": ("step", None, "step: Input should be a valid integer"),
     "a step in words": ("step", "four", "step: Input should be a valid integer"),
     "a step below 0": ("step", -4, "step: Input should be greater than or equal to 0"),
@@ -90,7 +90,7 @@ FOREIGN = {
     "counters of text": ("counters", {"global_steps": "4"}, "counters.global_steps: Input should be a valid integer"),
     "optimizer of text": ("optimizer", [{"step": "4"}], "optimizer.0.step: Input should be a valid number"),
     "optimizer of lists": ("optimizer", [[4]], "optimizer.0: Input should be an object"),
-    "two groups": ("optimizer", [{"step": 4.0}, {"step": 4.0}], "2 groups of weights"),
+    "two groups": ("optimizer", [{"step": 4.0}, {"step": 4.0}], "was written by another version"),
     "held-out in short": ("before", {"scores": {}}, "before.count: Field required"),
     "no samples": ("samples", ..., "samples: Field required"),
     "nothing carried": ("carried", {}, "was written by another version"),
@@ -138,7 +138,7 @@ def test_sums_of_a_name_that_no_file_has(copy):
 def test_a_state_without_end(copy, sft):
     (step(copy, 4) / "resume" / "state.json").write_text('{"format":' + "[" * 100_000)
     sign(step(copy, 4))
-    with pytest.raises(UserError, match=r"state\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"state\.json: this version of vtfast cannot read"):
         build(output_dir=str(copy), resume_from_checkpoint="last", **sft)
 
 
@@ -158,14 +158,6 @@ def sign(folder: Path) -> None:
     (folder / files.CHECKSUMS).unlink()
     listed = [path for path in folder.rglob("*") if path.is_file()]
     files.write_checksums(folder, [files.checksums_of(folder, listed)])
-
-
-def test_sums_that_point_outside_are_refused(copy):
-    sums = step(copy, 4) / files.CHECKSUMS
-    listed = json.loads(sums.read_text())
-    listed["../../../config.yaml"] = listed["config.json"]
-    sums.write_text(json.dumps(listed))
-    assert "outside" in files.find_damage(step(copy, 4))
 
 
 @pytest.mark.parametrize("wanted", ["", "checkpoints", "checkpoints/last", "checkpoints/step-4"])
@@ -355,12 +347,6 @@ def test_writing_beside_training_writes_the_same(tmp_path, whole, sft, monkeypat
         parts = (step(f, number) / "resume" / "rank-0.safetensors" for f in (whole, tmp_path / "run"))
         assert unequal(*map(load_file, parts)) == []
         assert files.find_damage(step(tmp_path / "run", number)) is None
-
-
-# Being asked to stop
-
-
-# Small things
 
 
 def test_random_numbers_go_on():

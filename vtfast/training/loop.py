@@ -90,7 +90,7 @@ def run(trainer: TrainerProtocol) -> Path:
             raise Stopped(save_after_stop(session, tracker, stopped)) from None
         except BaseException as error:
             with watchdog.no_progress_expected("saving"):
-                session.checkpointer.saver.finish(error)
+                session.checkpointer.finish(error)
             raise
         finally:
             session.rollout_engine.should_cancel = None
@@ -104,7 +104,7 @@ def run(trainer: TrainerProtocol) -> Path:
             save_held_out(folder, before, after)
             show(held_out_table(before, after))
         write_report([folder])
-    session.checkpointer.saver.require_saved(session.step)
+    session.checkpointer.require_saved(session.step)
     if ranks.is_main:
         mark_completed(folder, session.step)
         log.info("run folder: %s", folder)
@@ -136,11 +136,11 @@ def train(trainer: TrainerProtocol, tracker: Tracker | None) -> None:
         session.step = step
         log_step(session, tracker, result)
         bar.set_postfix_str(trainer.summary(result.metrics))
-        session.checkpointer.saver.poll()
+        session.checkpointer.poll()
         if save_is_due(session, step):
             save(session, tracker)
     with watchdog.no_progress_expected("saving"):
-        session.checkpointer.saver.poll(wait=True)
+        session.checkpointer.poll(wait=True)
     session.check_stop_requested()
 
 
@@ -203,7 +203,7 @@ def save(session: Session, tracker: Tracker | None) -> None:
 @watchdog.no_progress_expected("saving")
 def save_after_stop(session: Session, tracker: Tracker | None, stopped: Stopped) -> str:
     """Save the steps done so far; the message that says how to resume. Collective."""
-    saver = session.checkpointer.saver
+    saver = session.checkpointer
     saver.poll(wait=True)
     if session.step and session.step != saver.last:
         save(session, tracker)

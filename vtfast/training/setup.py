@@ -196,15 +196,16 @@ def build_session(
         ranks.on_main(lambda: keep_data(rendered, folder))
     checkpointer = Checkpointer(
         folder,
+        ranks,
         config=config,
         policy=policy,
         processor=loaded.processor,
         engine=engine,
-        ranks=ranks,
         identity=identity,
         parts=parts,
-        resumed=checkpoint,
     )
+    if checkpoint:
+        checkpointer.mark_resumed(checkpoint.folder, checkpoint.state.step)
     session = Session(
         config=config,
         ranks=ranks,

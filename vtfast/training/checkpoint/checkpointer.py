@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
 from vtfast.report.tracking import Tracker
 from vtfast.training.checkpoint.checksums import SETTINGS, STATE
-from vtfast.training.checkpoint.find import Checkpoint
 from vtfast.training.checkpoint.logs import flush_lists
 from vtfast.training.checkpoint.optimizer import scalars
 from vtfast.training.checkpoint.resume import Identity, Stateful
@@ -28,39 +27,35 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class Checkpointer:
-    """The checkpoints of a run: `save` collects what one holds, `saver` writes it."""
+class Checkpointer(Saver):
+    """The saver of a run's checkpoints, which knows what one holds."""
 
     def __init__(
         self,
-        folder: Path,
+        run: Path,
+        ranks: Ranks,
         *,
         config: RunConfig,
         policy: Policy,
         processor: Processor,
         engine: DeepSpeedEngine,
-        ranks: Ranks,
         identity: Identity,
         parts: Mapping[str, Stateful],
-        resumed: Checkpoint | None = None,
     ) -> None:
         """
         Args:
-            folder: the run's.
+            run: the run folder.
             parts: the stateful parts of the run, by their name in the checkpoint.
-            resumed: the checkpoint that has been restored.
         """
-        self.folder, self.config, self.policy, self.processor = folder, config, policy, processor
-        self.engine, self.ranks, self.identity, self.parts = engine, ranks, identity, parts
-        self.saver = Saver(
-            folder / "checkpoints",
+        super().__init__(
+            run / "checkpoints",
             ranks,
             background=config.async_save,
             keep=config.save_total_limit,
             stop_on_error=config.on_save_error == "stop",
         )
-        if resumed:
-            self.saver.mark_resumed(resumed.folder, resumed.state.step)
+        self.run, self.config, self.policy, self.processor = run, config, policy, processor
+        self.engine, self.identity, self.parts = engine, identity, parts
 
     @watchdog.no_progress_expected("saving")
     def save(self, step: int, before: HeldOutScores | None, tracker: Tracker | None) -> None:
@@ -69,69 +64,41 @@ class Checkpointer:
         Args:
             before: held-out result from before training.
             tracker: rank 0's; None on the others."""
-        state = snapshot(
-            step,
-            engine=self.engine,
-            ranks=self.ranks,
-            identity=self.identity,
-            before=before,
-            trackers=tracker.ids if tracker else {},
-            parts=self.parts,
-        )
+        state = self._state(step, before, tracker.ids if tracker else {})
 
         def write_shared(folder: Path, weights: dict[str, Tensor]) -> None:
             if tracker:
                 tracker.flush()  # a checkpoint must not be ahead of the logs
-            flush_lists(self.folder)
-            write_files(folder, weights, policy=self.policy, processor=self.processor, config=self.config, state=state)
+            flush_lists(self.run)
+            self.policy.module.save_pretrained(folder, state_dict=weights)
+            self.processor.save_pretrained(folder)
+            (folder / SETTINGS).write_text(settings(self.config), encoding="utf-8")
+            (folder / STATE).write_text(state.to_json(), encoding="utf-8")
 
-        self.saver.start(step, self.policy.module, self.engine.optimizer, write_shared)
+        self.start(step, self.policy.module, self.engine.optimizer, write_shared)
 
-
-def snapshot(
-    step: int,
-    *,
-    engine: DeepSpeedEngine,
-    ranks: Ranks,
-    identity: Identity,
-    before: HeldOutScores | None,
-    trackers: dict[str, str],
-    parts: Mapping[str, Stateful],
-) -> State:
-    """The run after `step` steps, without its tensors.
-
-    Args:
-        before: held-out result from before training.
-        trackers: ids of the run at Weights & Biases and the like, by tracker."""
-    return State(
-        step=step,
-        method=identity.method,
-        ranks=ranks.size,
-        prompts_per_step=identity.prompts_per_step,
-        samples=identity.num_samples,
-        samples_digest=identity.samples_digest,
-        base=identity.base_fingerprint,
-        schedule=engine.lr_scheduler.state_dict(),
-        optimizer=scalars(engine.optimizer),
-        counters=Counters(
-            global_steps=int(engine.global_steps),
-            global_samples=int(engine.global_samples),
-            micro_steps=int(engine.micro_steps),
-            skipped_steps=int(engine.skipped_steps),
-        ),
-        before={"scores": before.scores, "count": before.count} if before else None,
-        trackers=trackers,
-        carried={name: part.state_dict() for name, part in parts.items()},
-        code=code_versions(),
-        format=FORMAT,
-    )
-
-
-def write_files(
-    folder: Path, weights: dict[str, Any], *, policy: Policy, processor: Processor, config: RunConfig, state: State
-) -> None:
-    """Write the files of a checkpoint that are not one rank's own: model folder, settings and state."""
-    policy.module.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
-    (folder / SETTINGS).write_text(settings(config), encoding="utf-8")
-    (folder / STATE).write_text(state.to_json(), encoding="utf-8")
+    def _state(self, step: int, before: HeldOutScores | None, trackers: dict[str, str]) -> State:
+        """The run after `step` steps, without its tensors."""
+        engine, identity = self.engine, self.identity
+        return State(
+            step=step,
+            method=identity.method,
+            ranks=self.ranks.size,
+            prompts_per_step=identity.prompts_per_step,
+            samples=identity.num_samples,
+            samples_digest=identity.samples_digest,
+            base=identity.base_fingerprint,
+            schedule=engine.lr_scheduler.state_dict(),
+            optimizer=scalars(engine.optimizer),
+            counters=Counters(
+                global_steps=int(engine.global_steps),
+                global_samples=int(engine.global_samples),
+                micro_steps=int(engine.micro_steps),
+                skipped_steps=int(engine.skipped_steps),
+            ),
+            before={"scores": before.scores, "count": before.count} if before else None,
+            trackers=trackers,
+            carried={name: part.state_dict() for name, part in self.parts.items()},
+            code=code_versions(),
+            format=FORMAT,
+        )

@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from vtfast.utils.files import flush, sha256, write_atomically
 from vtfast.utils.text import shorten
@@ -16,6 +18,17 @@ SETTINGS = "resume/config.yaml"
 STATE = "resume/state.json"
 RANK_FILES = "resume/rank-*.safetensors"
 REQUIRED = (STATE, SETTINGS, "resume/rank-0.safetensors")
+
+
+class Checksum(TypedDict):
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hex digest."""
+
+
+Checksums = dict[str, Checksum]
+"""By the file's name in the checkpoint's folder."""
 FileStats = tuple[tuple[str, int, int], ...]
 
 
@@ -33,21 +46,18 @@ def copy_whole(source: Path, to: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder. It is renamed first, so that a half-deleted one is never taken for a whole one."""
     doomed = folder.with_name(f".{folder.name}.removed")
-    if folder != doomed and folder.exists():
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder.rename(doomed))
 
 
-def checksums_of(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """{name in `folder`: {"size": bytes, "sha256": hex digest}}"""
+def checksums_of(folder: Path, files: Iterable[Path]) -> Checksums:
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(files)
     }
 
 
-def write_checksums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) -> None:
+def write_checksums(folder: Path, parts: Iterable[Checksums]) -> None:
     """Write the checkpoint's last file. `parts`: for each rank the checksums of the files that it wrote."""
     merged = {name: entry for part in parts for name, entry in part.items()}
     write_atomically(folder / CHECKSUMS, json.dumps(merged, indent=1) + "\n")
@@ -55,12 +65,25 @@ def write_checksums(folder: Path, parts: Iterable[dict[str, dict[str, Any]]]) ->
 
 def find_damage(folder: Path, only: str | None = None) -> str | None:
     """Read every byte of a checkpoint, or only the file `only` -> what is damaged; None if nothing is."""
+    if not (folder / CHECKSUMS).is_file():
+        return f"{CHECKSUMS} is missing: the checkpoint is incomplete, or not made for resuming"
     try:
         expected = _read_checksums(folder)
+        for name in REQUIRED:
+            if name not in expected:
+                return f"{CHECKSUMS} does not list {name}"
         for name in (only,) if only else expected:
-            _check(folder, name, *expected[name])
-    except _Damaged as damaged:
-        return str(damaged)
+            file, size = folder / name, expected[name]["size"]
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if sha256(file) != expected[name]["sha256"]:
+                return f"{name} is damaged (its checksum is wrong)"
+    except ValidationError:
+        return f"{CHECKSUMS} is damaged"
+    except OSError as error:
+        return f"{shorten(error.filename)} cannot be read ({error.strerror})"
     return None
 
 
@@ -79,36 +102,5 @@ def file_stats(folder: Path) -> FileStats:
     return tuple((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True))
 
 
-class _Damaged(Exception):
-    pass
-
-
-def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
-    """{name: (bytes, SHA-256)}"""
-    path = folder / CHECKSUMS
-    if not path.is_file():
-        raise _Damaged(f"{CHECKSUMS} is missing: the checkpoint is incomplete, or not made for resuming")
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in listed.items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        raise _Damaged(f"{CHECKSUMS} is damaged") from None
-    for name in REQUIRED:
-        if name not in expected:
-            raise _Damaged(f"{CHECKSUMS} does not list {name}")
-    return expected
-
-
-def _check(folder: Path, name: str, size: int, digest: str) -> None:
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise _Damaged(f"{CHECKSUMS} names {name}, which is outside the checkpoint")
-    file = folder / name
-    try:
-        if not file.is_file():
-            raise _Damaged(f"{name} is missing")
-        if file.stat().st_size != size:
-            raise _Damaged(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        if sha256(file) != digest:
-            raise _Damaged(f"{name} is damaged (its checksum is wrong)")
-    except OSError as error:
-        raise _Damaged(f"{shorten(name)} cannot be read ({error.strerror})") from None
+def _read_checksums(folder: Path) -> Checksums:
+    return TypeAdapter(Checksums).validate_json((folder / CHECKSUMS).read_bytes())

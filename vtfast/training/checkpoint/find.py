@@ -49,20 +49,19 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     name = config.resume_from_checkpoint
     if name is None:
         return None
-    if name == LAST:
-        checkpoint = _newest_whole(_output_dir(config.output_dir).resolve(), config)
-        if checkpoint is None:
-            log.info("%s: no checkpoint to resume from; starting from the beginning", config.output_dir)
-        return checkpoint
-    run, folder = _parse(name)
-    if folder is None:
-        checkpoint = _newest_whole(run, config)
-        if checkpoint is None:
-            raise UserError(f"--resume_from_checkpoint {name}: holds no whole checkpoint")
-        return checkpoint
-    if problem := find_damage(folder) or _inside_batch(folder, config):
-        raise UserError(f"--resume_from_checkpoint {name}: {problem}; name another one, or use last")
-    return _read(folder)
+    run, named = _parse(name, config.output_dir)
+    for folder in [named] if named else checkpoints(run / "checkpoints"):
+        log.info("%s: reading all files to check that they are undamaged", folder)
+        problem = find_damage(folder) or _inside_batch(folder, config)
+        if problem is None:
+            return _read(folder)
+        if named:
+            raise UserError(f"--resume_from_checkpoint {name}: {problem}; name another one, or use last")
+        log.warning("%s: %s; trying the one before", folder.name, problem)
+    if name != LAST:
+        raise UserError(f"--resume_from_checkpoint {name}: holds no whole checkpoint")
+    log.info("%s: no checkpoint to resume from; starting from the beginning", config.output_dir)
+    return None
 
 
 def settings_of(name: str, output_dir: str | None) -> Path | None:
@@ -70,26 +69,17 @@ def settings_of(name: str, output_dir: str | None) -> Path | None:
     checkpoint has an undamaged one, and None if there is no run yet.
 
     Checks that file alone; `find_checkpoint` checks the rest."""
-    run, one = (_output_dir(output_dir), None) if name == LAST else _parse(name)
-    for folder in [one] if one else [folder for _, folder in checkpoints(run / "checkpoints")]:
+    run, named = _parse(name, output_dir)
+    for folder in [named] if named else checkpoints(run / "checkpoints"):
         problem = find_damage(folder, only=SETTINGS)
         if problem is None:
             return folder / SETTINGS
-        if one:
+        if named:
             raise UserError(f"--resume_from_checkpoint {name}: {problem}; name another one, or use last")
-    if name == LAST:  # a run that starts from the beginning keeps its settings
-        return run / "config.yaml" if (run / "config.yaml").is_file() else None
-    raise UserError(f"--resume_from_checkpoint {name}: holds no checkpoint that can be resumed")
-
-
-def _newest_whole(run: Path, config: RunConfig) -> Checkpoint | None:
-    for _, folder in checkpoints(run / "checkpoints"):
-        log.info("%s: reading all files to check that they are undamaged", folder)
-        problem = find_damage(folder) or _inside_batch(folder, config)
-        if problem is None:
-            return _read(folder)
-        log.warning("%s: %s; trying the one before", folder.name, problem)
-    return None
+    if name != LAST:
+        raise UserError(f"--resume_from_checkpoint {name}: holds no whole checkpoint")
+    # A run that starts from the beginning keeps its settings.
+    return run / "config.yaml" if (run / "config.yaml").is_file() else None
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -111,8 +101,12 @@ def _inside_batch(folder: Path, config: RunConfig) -> str | None:
     return f"was saved between two optimizer steps on the same completions (--num_iterations {steps_per_batch})"
 
 
-def _parse(name: str) -> tuple[Path, Path | None]:
+def _parse(name: str, output_dir: str | None) -> tuple[Path, Path | None]:
     """(run folder, checkpoint folder or None for its newest) that `--resume_from_checkpoint` names."""
+    if name == LAST:
+        if output_dir is None:
+            raise UserError("--resume_from_checkpoint last: needs --output_dir, the run to resume")
+        return expand(output_dir).resolve(), None
     path = expand(name)
     if path.name == LAST and not path.exists():
         path = path.parent
@@ -123,9 +117,3 @@ def _parse(name: str) -> tuple[Path, Path | None]:
     if step_of(path.name) is not None:
         return path.parent.parent, path
     return (path.parent if path.name == "checkpoints" else path), None
-
-
-def _output_dir(output_dir: str | None) -> Path:
-    if output_dir is None:
-        raise UserError("--resume_from_checkpoint last: needs --output_dir, the run to resume")
-    return expand(output_dir)

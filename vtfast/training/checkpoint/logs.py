@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vtfast.training.checkpoint.save import checkpoints
 from vtfast.training.stopping import STOP_FILE
-from vtfast.utils.files import atomic_file, flush, write_atomically
+from vtfast.utils.files import atomic_file, flush, read_json, step_of, write_atomically
 
 log = logging.getLogger("vtfast")
 LOGS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl", "nonfinite.jsonl")
@@ -32,13 +32,7 @@ def mark_completed(run: Path, step: int) -> None:
 
 def completed_step(run: Path) -> int:
     """The last step of a run that is complete, evaluation and report included; 0 for any other run."""
-    try:
-        return int(json.loads((run / COMPLETED).read_text(encoding="utf-8"))["step"])
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: cannot be read (%s); the run is evaluated again", run / COMPLETED, error)
-        return 0
+    return read_json(run / COMPLETED)["step"] if (run / COMPLETED).exists() else 0
 
 
 def flush_lists(run: Path) -> None:
@@ -57,8 +51,8 @@ def cut_back(run: Path, step: int) -> None:
         if not _all_up_to(run / name, step):
             _copy(run / name, superseded.folder() / name, lambda line: not _is_up_to(line, step))
             _copy(run / name, run / name, lambda line: _is_up_to(line, step))
-    for number, folder in [*checkpoints(run / "checkpoints"), *checkpoints(run / "evaluations")]:
-        if number > step:
+    for folder in [*checkpoints(run / "checkpoints"), *checkpoints(run / "evaluations")]:
+        if (step_of(folder.name) or 0) > step:
             superseded.move(folder)
     if completed_step(run) > step:
         superseded.move(run / COMPLETED)
@@ -81,14 +75,10 @@ def set_aside(run: Path) -> None:
 
 def _remove_leftovers(run: Path) -> None:
     """Delete what a killed process has left behind: a half-written checkpoint, copy or log, a stop request."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
-    partial = (*run.glob(".*.partial"), *run.glob(f"{SUPERSEDED}*/.*.partial"))
-    for leftover in (run / STOP_FILE, *partial):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+    for folder in (*(run / "checkpoints").glob(".step-*"), run / ".data.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in (run / STOP_FILE, *run.glob(".*.partial"), *run.glob(f"{SUPERSEDED}*/.*.partial")):
+        file.unlink(missing_ok=True)
 
 
 def copy_logs(source: Path, run: Path, step: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from vtfast.config import RunConfig
+from vtfast.config import RunConfig, SettingsError
 from vtfast.distributed.ranks import Ranks
 from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
@@ -41,6 +41,7 @@ ORDER_SETTINGS = (
     "num_iterations",
 )
 """Settings that decide which question is asked at which step."""
+OTHER_ORDER = "; from now on the order of the samples differs from the saved run's"
 IGNORED_SETTINGS = ("output_dir", "resume_from_checkpoint", "recipe")
 """Settings that do not change how a run trains."""
 
@@ -91,17 +92,19 @@ def restore(
     state = checkpoint.state
     _check_continues(checkpoint, identity, config, ranks.size)
     files = checkpoint.folder / "resume"
-    restore_optimizer(policy.module, engine.optimizer, files, state.optimizer)
-    _restore_schedule(engine, state)
     own = files / f"rank-{ranks.rank}.safetensors"
     try:
+        restore_optimizer(policy.module, engine.optimizer, files, state.optimizer)
+        _restore_schedule(engine, state)
         for name, part in parts.items():
             part.load_state_dict(state.carried[name])
         if own.is_file():  # a rank that the saved run did not have starts with its own random numbers
             with safe_open(own, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
                 set_rng_state({name: file.get_tensor(name) for name in names})
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint.folder}: was written by another version of vtfast ({error!r}); name another one"
         ) from error
@@ -127,17 +130,27 @@ def _restore_schedule(engine: DeepSpeedEngine, state: State) -> None:
 def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConfig, num_ranks: int) -> None:
     """Log how the settings differ from the checkpoint's; raise UserError if one differs that must not."""
     state, where = checkpoint.state, checkpoint.folder
+    problems = []
     if state.method != identity.method:
-        raise UserError(
+        problems.append(
             f"{where}: is a checkpoint of {state.method}, and this run is {identity.method}; name it with --model to"
             " start a new run from its weights"
         )
     if state.base != identity.base_fingerprint:
-        raise UserError(
+        problems.append(
             f"--model {config.model}: is not the model that the run of {where} started from; resuming needs it (for the"
             " KL's reference policy and frozen weights)"
         )
-    _check_settings(checkpoint, config)
+    changed = dict(_differences(read_yaml(where / SETTINGS), config.model_dump()))
+    for name in FIXED_SETTINGS:
+        if name in changed and (config.use_peft or not name.startswith("lora_")):
+            before, now = changed[name]
+            problems.append(f"--{name} {now}: was {before} in the run of {where}, and cannot change")
+    if problems:
+        raise SettingsError(problems)
+    for name, (before, now) in changed.items():
+        level, note = (logging.WARNING, OTHER_ORDER) if name in ORDER_SETTINGS else (logging.INFO, "")
+        log.log(level, "--%s: %s, was %s in %s%s", name, now, before, where.name, note)
     if state.samples_digest != identity.samples_digest:
         log.warning(
             "%s: the training samples differ from those of %s (%d, were %d)",
@@ -148,28 +161,14 @@ def _check_continues(checkpoint: Checkpoint, identity: Identity, config: RunConf
         )
     if state.prompts_per_step != identity.prompts_per_step:
         log.warning(
-            "%d prompts a step on %d rank(s), were %d on %d in %s; from now on the order of the samples differs from"
-            " the saved run's",
+            "%d prompts a step on %d rank(s), were %d on %d in %s%s",
             identity.prompts_per_step,
             num_ranks,
             state.prompts_per_step,
             state.ranks,
             where.name,
+            OTHER_ORDER,
         )
-
-
-def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
-    where = checkpoint.folder
-    changed = dict(_differences(read_yaml(where / SETTINGS), config.model_dump()))
-    for name in FIXED_SETTINGS:
-        if name in changed and not (name.startswith("lora_") and not config.use_peft):
-            raise UserError(
-                f"--{name} {changed[name][1]}: was {changed[name][0]} in the run of {where}, and cannot change"
-            )
-    for name, (before, now) in changed.items():
-        level = logging.WARNING if name in ORDER_SETTINGS else logging.INFO
-        note = "; from now on the order of the samples differs from the saved run's" if name in ORDER_SETTINGS else ""
-        log.log(level, "--%s: %s, was %s in %s%s", name, now, before, where.name, note)
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

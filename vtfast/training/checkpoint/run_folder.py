@@ -18,26 +18,29 @@ def check_output_dir(config: RunConfig) -> None:
     """Raises UserError if `--output_dir` is a file, holds files but not the run to resume, or cannot be made."""
     if config.output_dir is None:
         return
-    folder, resume_from = expand(config.output_dir), config.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: is a file")
-    if folder.is_dir() and _is_in_use(folder):
-        if resume_from is None:
-            advice = "--resume_from_checkpoint last resumes it" if _is_run(folder) else "name a new one"
-            raise UserError(f"--output_dir {folder}: exists and is not empty; a run is never overwritten ({advice})")
-        if not _is_run(folder):
-            raise UserError(f"--output_dir {folder}: holds files, but no run to resume")
-        source = expand(resume_from).resolve()
-        if resume_from != LAST and folder.resolve() not in (source, *source.parents):
-            raise UserError(
-                f"--output_dir {folder}: holds another run than --resume_from_checkpoint {resume_from};"
-                " name a new folder, or leave --output_dir out to resume that run in its own folder"
-            )
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"--output_dir {folder}: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {folder}: {parent} is not writable")
+    folder = expand(config.output_dir)
+    if problem := _output_dir_problem(folder, config.resume_from_checkpoint):
+        raise UserError(f"--output_dir {folder}: {problem}")
+
+
+def _output_dir_problem(folder: Path, resume_from: str | None) -> str | None:
+    exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not exists.is_dir() or not os.access(exists, os.W_OK):
+        return f"{exists} is not a folder that can be written to"
+    if exists != folder or not _is_in_use(folder):
+        return None
+    if resume_from is None:
+        advice = "--resume_from_checkpoint last resumes it" if _is_run(folder) else "name a new one"
+        return f"exists and is not empty; a run is never overwritten ({advice})"
+    if not _is_run(folder):
+        return "holds files, but no run to resume"
+    source = expand(resume_from).resolve()
+    if resume_from != LAST and folder.resolve() not in (source, *source.parents):
+        return (
+            f"holds another run than --resume_from_checkpoint {resume_from}; name a new folder, or leave --output_dir"
+            " out to resume that run in its own folder"
+        )
+    return None
 
 
 def prepare_run_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path:

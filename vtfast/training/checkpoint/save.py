@@ -13,9 +13,8 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.training.checkpoint.checksums import (
     RANK_FILES,
+    Checksums,
     FileStats,
     checksums_of,
     file_stats,
@@ -38,15 +38,7 @@ from vtfast.utils.errors import SharedError, UserError
 from vtfast.utils.files import flush, step_of
 
 log = logging.getLogger("vtfast")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A rank's result for its part of a checkpoint."""
-
-    problem: str | None
-    """Why the part could not be written; None if it was."""
-    checksums: dict[str, dict[str, Any]]
+T = TypeVar("T")
 
 
 class Saver:
@@ -72,7 +64,8 @@ class Saver:
         self.stop_on_error = stop_on_error
         self.last: int | None = None
         """Newest step that has been saved."""
-        self.pending: tuple[int, Future[Written]] | None = None
+        self.pending: tuple[int, Future[tuple[Checksums | None, str | None]]] | None = None
+        """The step that is being written, and what `_attempt` returns for this rank's part."""
         self._is_whole: dict[FileStats, bool] = {}
         """Checkpoints that have been checked. Checking one reads all of its gigabytes, so it is done once, and again
         only if its files have changed."""
@@ -95,7 +88,7 @@ class Saver:
         """
         self.poll(wait=True)
         partial = self.folder / f".step-{step}.partial"
-        problem = _disk_problem(lambda: _make_folder(partial)) if self.ranks.is_main else None
+        problem = _attempt(lambda: _make_folder(partial))[1] if self.ranks.is_main else None
         if problem := self.ranks.from_main(problem):
             self._fail(step, problem)
             return
@@ -107,24 +100,19 @@ class Saver:
         rank_file = partial / "resume" / f"rank-{rank}.safetensors"
         tensors |= rng_state()
 
-        def write() -> Written:
-            checksums: dict[str, dict[str, Any]] = {}
+        def write() -> Checksums:
+            rank_file.parent.mkdir(parents=True, exist_ok=True)  # a network disk may show it late
+            save_file(tensors, rank_file, metadata=places)
+            files = [rank_file]
+            if is_main:
+                write_shared(partial, weights)
+                shared = (path for path in partial.rglob("*") if path.is_file())
+                files += [path for path in shared if not path.match(RANK_FILES)]
+            for path in files:
+                flush(path)
+            return checksums_of(partial, files)
 
-            def write_files() -> None:
-                rank_file.parent.mkdir(parents=True, exist_ok=True)  # a network disk may show it late
-                save_file(tensors, rank_file, metadata=places)
-                files = [rank_file]
-                if is_main:
-                    write_shared(partial, weights)
-                    shared = (path for path in partial.rglob("*") if path.is_file())
-                    files += [path for path in shared if not path.match(RANK_FILES)]
-                for path in files:
-                    flush(path)
-                checksums.update(checksums_of(partial, files))
-
-            return Written(_disk_problem(write_files), checksums)
-
-        self.pending = step, self._thread.submit(write)
+        self.pending = step, self._thread.submit(_attempt, write)
         if not self.background:
             self.poll(wait=True)
 
@@ -134,26 +122,22 @@ class Saver:
             return
         step, future = self.pending
         gathered = self.ranks.gather(future.result() if wait or future.done() else None)
-        parts: list[Written] = [part for part in gathered if part is not None]
+        parts = [part for part in gathered if part is not None]
         if len(parts) < len(gathered):
             return
         self.pending = None
-        problems = [
-            f"{part.problem} (rank {rank})" if self.ranks.size > 1 else part.problem
-            for rank, part in enumerate(parts)
-            if part.problem
-        ]
-        problem = problems[0] if problems else None
+        problem = next((f"{problem} (rank {rank})" for rank, (_, problem) in enumerate(parts) if problem), None)
         if self.ranks.is_main:
             partial = self.folder / f".step-{step}.partial"
-            problem = problem or _disk_problem(lambda: self._name(partial, step, parts))
+            checksums = [part for part, _ in parts if part is not None]
+            problem = problem or _attempt(lambda: self._name(partial, step, checksums))[1]
             if problem:
                 shutil.rmtree(partial, ignore_errors=True)  # the disk may be gone altogether
         if problem := self.ranks.from_main(problem):
             self._fail(step, problem)
             return
         self.last = step
-        if self.ranks.is_main and (problem := _disk_problem(self._delete_old)):
+        if self.ranks.is_main and (problem := _attempt(self._delete_old)[1]):
             log.warning("checkpoints: old ones cannot be removed (%s)", problem)
 
     def finish(self, error: BaseException) -> None:
@@ -161,16 +145,14 @@ class Saver:
         nothing, so that `error` is what the user reads."""
         if self.pending is None:
             return
-        name = self.folder / f"step-{self.pending[0]}"
         if self.ranks.size > 1 and not isinstance(error, SharedError):
+            name = self.folder / f"step-{self.pending[0]}"
             log.error("%s: was being written, and is lost; %s", name, self.last_saved)
             return
         try:
             self.poll(wait=True)
-        except UserError as full:
-            log.error("%s", full)
-        except Exception:
-            log.exception("%s: could not be written; %s", name, self.last_saved)
+        except Exception as second:
+            log.error("the checkpoint is lost, too: %s", second, exc_info=not isinstance(second, UserError))
 
     def require_saved(self, step: int) -> None:
         """Raises UserError if the run's last step is not on the disk. A run may continue without a checkpoint
@@ -187,8 +169,8 @@ class Saver:
         last = "none has been written yet" if self.last is None else f"step-{self.last} is intact"
         return f"the last checkpoint: {last}"
 
-    def _name(self, partial: Path, step: int, parts: Sequence[Written]) -> None:
-        write_checksums(partial, (part.checksums for part in parts))
+    def _name(self, partial: Path, step: int, checksums: Sequence[Checksums]) -> None:
+        write_checksums(partial, checksums)
         for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             flush(folder)
         folder = partial.rename(self.folder / f"step-{step}")
@@ -201,7 +183,7 @@ class Saver:
         if self.keep is None:
             return
         kept = 0
-        for _, folder in checkpoints(self.folder):
+        for folder in checkpoints(self.folder):
             if kept < self.keep:
                 kept += self._check(folder)
             else:
@@ -228,12 +210,10 @@ class Saver:
             log.warning("%s; the run continues (--on_save_error continue)", text)
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, newest first, damaged ones included."""
-    if not folder.is_dir():
-        return []
-    steps = [(step_of(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return sorted(((step, path) for step, path in steps if step is not None), reverse=True)
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `step-N` of a folder, newest first, damaged checkpoints included."""
+    steps = {path: step_of(path.name) for path in folder.glob("step-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path] is not None), key=lambda path: -(steps[path] or 0))
 
 
 def model_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -261,10 +241,9 @@ def _make_folder(partial: Path) -> None:
     (partial / "resume").mkdir(parents=True)
 
 
-def _disk_problem(write: Callable[[], object]) -> str | None:
-    """Call `write` -> the disk's error message, None if it was written. Other errors propagate."""
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(what `work` returns, None), or (None, the disk's error message). Other errors propagate."""
     try:
-        write()
+        return work(), None
     except (OSError, SafetensorError) as error:
-        return str(error).strip() or type(error).__name__
-    return None
+        return None, str(error) or type(error).__name__

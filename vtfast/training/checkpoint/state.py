@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -81,18 +82,11 @@ class State:
 
 def read_state(folder: Path) -> State:
     """The state of a checkpoint folder. Raises UserError if this version cannot read it."""
-    path = folder / STATE
     try:
-        return TypeAdapter(State).validate_json(path.read_bytes(), strict=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        return TypeAdapter(State).validate_json((folder / STATE).read_bytes(), strict=True)
     except ValidationError as error:
-        problems = error.errors()
-    for problem in problems:
-        if problem["loc"] == ("format",) and problem["type"] == "literal_error":
-            raise UserError(f"{path}: has format {problem['input']} and this version of vtfast reads {FORMAT}")
-    reasons = [": ".join(filter(None, (".".join(map(str, p["loc"])), p["msg"]))) for p in problems]
-    raise UserError(f"{path}: cannot be read ({'; '.join(reasons)})")
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise UserError(f"{folder / STATE}: this version of vtfast cannot read it ({'; '.join(problems)})") from None
 
 
 @functools.cache
@@ -105,15 +99,11 @@ def code_versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[name] = None
     root = Path(__file__).parents[3]
-    versions["commit"] = _commit(root) if (root / ".git").exists() else None
+    versions["commit"] = _commit(root) if (root / ".git").exists() and shutil.which("git") else None
     return versions
 
 
 def _commit(root: Path) -> str | None:
     """The commit of a repository, with `-dirty` appended if files have been changed since."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):  # git is not installed or hangs
-        return None
-    return done.stdout.strip() or None
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
