@@ -71,6 +71,7 @@ class Trainer:
         self.reference = ReferenceModel(loaded.policy, config.offload_reference) if config.beta > 0 else None
         objective = GRPOObjective(loaded.policy, loss_spec(config), config.vllm_importance_sampling_correction)
         self.session = build_session(loaded, objective, method=self.method, steps_per_batch=config.num_iterations)
+        self.response_prefix = response_prefix(loaded.prompt_builder.template)
         self.roofline = Roofline(config, loaded.policy, loaded.ranks)
         self.experience: Experience | None = None
         """Completions of the newest batch."""
@@ -92,25 +93,26 @@ class Trainer:
             if batch is not None:
                 with timer.phase("time/rollout"):
                     sampled = self.sample(batch, step)
-                    prefix = response_prefix(session.prompt_builder.template)
-                    rewards = score_completions(sampled, self.scorer, prefix, progress=session.ranks.is_main)
+                    rewards = score_completions(
+                        sampled, self.scorer, self.response_prefix, progress=session.ranks.is_main
+                    )
                     session.check_stop_requested()
                     skipped = session.skip_log.flush(session.ranks, session.folder)
                 with timer.phase("time/score"):
                     weights = config.reward_weights or [1.0] * len(config.reward_funcs)
                     groups = with_advantages(sampled, rewards, weights, config.scale_rewards, session.ranks)
-                    batches = self.balance(groups, step)
-                    self.score_logprobs(batches, step)
+                    batches = self.score_logprobs(self.balance(groups, step), step)
                 self.experience = Experience(groups, batches)
             assert self.experience is not None, "the first step has a batch"
             groups, batches = self.experience
             with timer.phase("time/update"):
                 update = self.update(batches, step)
+            self.experience = Experience(groups, update.batches)
         timer.seconds["time/step"] = time.perf_counter() - start
 
         rollout_seconds = {} if batch is None else session.rollout_engine.last_timings
         metrics = grpo_metrics(
-            session, step, groups, batches, update, config.reward_funcs, skipped, timer.seconds, rollout_seconds
+            session, step, groups, update, config.reward_funcs, skipped, timer.seconds, rollout_seconds
         )
         warn_out_of_bounds(session.health, step, metrics, config)
         metrics |= self.roofline.metrics(step, groups, metrics)
@@ -131,7 +133,6 @@ class Trainer:
             )
         except RolloutCancelled:  # `check_stop_requested` in `step` raises next
             return []
-        prefix = response_prefix(session.prompt_builder.template)
         groups = []
         for encoded, members in zip(batch, completions, strict=True):
             if not session.can_train_on(encoded, [completion.tokens for completion in members], step):
@@ -139,7 +140,7 @@ class Trainer:
             if not all(math.isfinite(x) for completion in members for x in completion.logprobs):
                 session.skip_log.add(encoded.sample, "the sampler's log-probs are not finite", step)
                 continue
-            texts = [prefix + session.processor.decode(completion.tokens) for completion in members]
+            texts = [self.response_prefix + session.processor.decode(completion.tokens) for completion in members]
             groups.append(SampledGroup(encoded, members, texts))
         return groups
 
@@ -148,19 +149,21 @@ class Trainer:
         0."""
         return self.session.balance(groups, step, skip_without_signal=self.config.beta == 0)
 
-    def score_logprobs(self, batches: StepBatches, step: int) -> None:
-        """Store the log-probs of the reference model for the KL, and of the policy if it is updated more than once."""
+    def score_logprobs(self, batches: StepBatches, step: int) -> StepBatches:
+        """Store the log-probs of the reference model for the KL, and of the policy if it is updated more than once;
+        the batches as they fit the memory."""
         if self.reference:
             with self.reference.policy() as reference:
-                self._score(reference, "reference", batches, step)
+                batches = self._score(reference, "reference", batches, step)
         if self.config.num_iterations > 1:
-            self._score(self.session.policy, "old", batches, step)
+            batches = self._score(self.session.policy, "old", batches, step)
+        return batches
 
-    def _score(self, policy: Policy, model: str, batches: StepBatches, step: int) -> None:
+    def _score(self, policy: Policy, model: str, batches: StepBatches, step: int) -> StepBatches:
         budget = self.session.budget
 
         @torch.no_grad()
-        def score() -> None:
+        def score(batches: StepBatches) -> None:
             with budget.agree_on_oom():
                 for micro_batch in batches.micro_batches:
                     watchdog.beat()
@@ -168,20 +171,23 @@ class Trainer:
                         logprobs = packed_logprobs(policy, micro_batch.pack, self.config.temperature)
                         micro_batch.set_logprobs(model, logprobs)
 
-        budget.fit(batches, step, score)
+        return budget.fit(batches, step, score)[1]
 
     def update(self, batches: StepBatches, step: int) -> UpdateSums:
         """Forward (`GRPOObjective.forward`), backward and optimizer step. Collective."""
         updater = self.session.updater
         if batches.num_sequences == 0:
             nothing = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
-            return UpdateSums(nothing, math.nan, updater.skip_empty(step))
-        outputs, grad_norm, learning_rate = updater.update(step, batches, batches.num_sequences, batches.num_tokens)
+            return UpdateSums(nothing, math.nan, updater.skip_empty(step), batches)
+        outputs, grad_norm, learning_rate, batches = updater.update(
+            step, batches, batches.num_sequences, batches.num_tokens
+        )
         losses, sums, mismatch = outputs
         lengths = [group.lengths[i] for micro_batch in batches.micro_batches for group, i in micro_batch.sequences]
         result = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
         result |= {"loss": float(losses.sum()), "scored_tokens": float(sum(lengths))}
-        return UpdateSums(result | {"sampler_drift_max": float(mismatch.max())}, grad_norm, learning_rate)
+        result |= {"sampler_drift_max": float(mismatch.max())}
+        return UpdateSums(result, grad_norm, learning_rate, batches)
 
     def summary(self, metrics: Mapping[str, float | None]) -> str:
         return summary(metrics)

@@ -113,7 +113,12 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
     for step, questions in enumerate(asked(trainer, range(1, 5)), 1):
         kept = weight.detach().clone()
         if step in (1, 3, 4):  # one alone, and two in a row
-            monkeypatch.setattr(trainer, "score_logprobs", lambda *_: weight.data.view(-1)[:1].fill_(math.nan))
+
+            def spoil(batches, step):
+                weight.data.view(-1)[:1].fill_(math.nan)
+                return batches
+
+            monkeypatch.setattr(trainer, "score_logprobs", spoil)
         else:
             monkeypatch.undo()
         if step == 4:

@@ -69,7 +69,7 @@ def test_cutting_the_batch_changes_nothing(make):
         results.append((len(work.micro_batches), trainer.update(work, 1), weights(trainer)))
     (one, whole, expected), (few, *_), (many, *_) = results
     assert one == 1 < few < many
-    for _, (sums, norm, _), after in results[1:]:
+    for _, (sums, norm, *_), after in results[1:]:
         assert norm == pytest.approx(whole[1], rel=1e-4)
         assert sums == pytest.approx(whole[0], rel=1e-4, abs=1e-5) and sums["kl"] > 0.1
         for name, value in after.items():
@@ -89,7 +89,7 @@ def test_groups_without_signal_are_skipped_exactly(make):
         (parts,) = [batch.parts for batch in work.micro_batches]
         assert len(parts) == (8 - before if skip else 8)
         assert work.skipped == (before / 8 if skip else 0) and work.num_sequences == 64
-        sums, norm, _ = trainer.update(work, 1)
+        sums, norm, *_ = trainer.update(work, 1)
         results.append((sums["loss"], norm, weights(trainer)))
     (loss, norm, skipped), (loss_all, norm_all, kept) = results
     assert (loss, norm) == pytest.approx((loss_all, norm_all), rel=1e-5, abs=1e-6) and norm > 0.1
@@ -105,7 +105,7 @@ def test_a_step_without_any_signal_is_still_a_step(make):
     before = weights(trainer)
     work = trainer.balance(groups, 1)
     assert work.skipped == 1 and [batch.parts for batch in work.micro_batches] == [[]]
-    sums, norm, rate = trainer.update(work, 1)
+    sums, norm, rate, *_ = trainer.update(work, 1)
     assert sums["loss"] == norm == sums["scored_tokens"] == 0 and rate == 1e-3
     assert trainer.session.engine.global_steps == 1 and trainer.session.engine.get_lr()[0] < rate
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
@@ -179,7 +179,7 @@ def test_token_level_losses_divide_by_the_whole_steps_tokens(make):
         trainer.config.beta = beta
         work = trainer.balance(groups, 1)
         assert work.num_tokens == sum(sum(group.lengths) for group in groups)
-        sums, norm, _ = trainer.update(work, 1)
+        sums, norm, *_ = trainer.update(work, 1)
         results.append((sums["loss"], norm))
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
     assert results[2] == pytest.approx(results[0], rel=1e-4, abs=1e-6)

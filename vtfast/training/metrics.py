@@ -125,13 +125,14 @@ class UpdateSums(NamedTuple):
     """Over this rank's scored tokens: `SUMS`, loss, scored_tokens; and the largest sampler_drift_max."""
     grad_norm: float
     learning_rate: float
+    batches: StepBatches
+    """As they were cut in the end."""
 
 
 def grpo_metrics(
     session: Session,
     step: int,
     groups: Sequence[ScoredGroup],
-    batches: StepBatches,
     update: UpdateSums,
     reward_names: Sequence[str],
     skipped: int,
@@ -144,7 +145,7 @@ def grpo_metrics(
         skipped: samples of all ranks that were skipped in this step.
         seconds: of the step's phases, by metric name.
         rollout_seconds: of this rank's prefill and decode; empty if the engine does not report them."""
-    device = session.ranks.device
+    device, batches = session.ranks.device, update.batches
     completions = step_metrics(groups, update.sums, reward_names, session.ranks)
     flops = update_flops(session.policy, batches.micro_batches)
     return {

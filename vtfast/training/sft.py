@@ -140,7 +140,7 @@ class SFTTrainer:
             num_targets = sum(ranks.gather(sum(map(self.count_targets, groups))))
             batches = session.balance(groups, step)
         with timer.phase("time/update"):
-            sums, grad_norm, learning_rate = self.update(batches, step, num_targets)
+            sums, grad_norm, learning_rate, batches = self.update(batches, step, num_targets)
         seconds = time.perf_counter() - start
 
         parts = [
@@ -191,14 +191,16 @@ class SFTTrainer:
             count += len(text_targets(group.prompt, self.not_text)[1])
         return count
 
-    def update(self, batches: StepBatches, step: int, num_targets: int) -> tuple[list[float], float, float]:
+    def update(
+        self, batches: StepBatches, step: int, num_targets: int
+    ) -> tuple[list[float], float, float, StepBatches]:
         """Forward, backward and optimizer step: [loss, most likely targets, entropy] summed over this rank's targets,
-        gradient norm, learning rate. Collective."""
+        gradient norm, learning rate, the batches as they were cut in the end. Collective."""
         updater = self.session.updater
         if num_targets == 0:
-            return [0.0, 0.0, 0.0], math.nan, updater.skip_empty(step)
-        (losses, sums), grad_norm, learning_rate = updater.update(step, batches, num_targets)
-        return [float(losses.sum()), *sums.sum(0).tolist()], grad_norm, learning_rate
+            return [0.0, 0.0, 0.0], math.nan, updater.skip_empty(step), batches
+        (losses, sums), grad_norm, learning_rate, batches = updater.update(step, batches, num_targets)
+        return [float(losses.sum()), *sums.sum(0).tolist()], grad_norm, learning_rate, batches
 
     def summary(self, metrics: Mapping[str, float | None]) -> str:
         if metrics["loss"] is None:

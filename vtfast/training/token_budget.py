@@ -13,15 +13,17 @@ bit.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from vtfast.cost.micro_batches import GroupPart, bin_pack, split_group
 from vtfast.distributed.ranks import Ranks
@@ -41,6 +43,13 @@ WHAT_TO_LOWER = (
 )
 
 
+class MemoryFile(TypedDict):
+    """memory.json."""
+
+    token_budget: dict[int, Annotated[int, Field(strict=True, ge=1)]]
+    """The budgets that fit the memory, each by the step from which it held."""
+
+
 class OtherRankOutOfMemory(MemoryError):
     """Another rank is out of memory."""
 
@@ -54,7 +63,6 @@ class TokenBudget:
         self.file, self.ranks = folder / "memory.json", ranks
         self.tokens = self.limit = tokens
         self.by_first_step: dict[int, int] = ranks.from_main(self._read() if ranks.is_main else {})
-        """The budgets that fit the memory, each by the step from which it held."""
         for step, known in self.by_first_step.items():
             if known < tokens:
                 log.info("token budget %d from step %d on (%s)", known, step, self.file)
@@ -70,35 +78,27 @@ class TokenBudget:
         return self.tokens
 
     def _read(self) -> dict[int, int]:
-        try:
-            known = json.loads(self.file.read_text())["token_budget"]
-            known = {int(step): tokens for step, tokens in known.items()}
-        except FileNotFoundError:
+        if not self.file.exists():
             return {}
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-            raise UserError(f"{self.file}: cannot be read ({error}); remove it") from None
-        for tokens in known.values():
-            if type(tokens) is not int or tokens < 1:
-                raise UserError(f"{self.file}: token_budget {tokens!r} is not a number of tokens; remove the file")
-        return known
-
-    def _lower(self, tokens: int, step: int) -> None:
-        """Use `tokens` from `step` on."""
-        self.tokens = self.by_first_step[step] = tokens
-
-    def _write(self) -> None:
-        write_json(self.file, {"token_budget": self.by_first_step})
+        try:
+            return TypeAdapter(MemoryFile).validate_json(self.file.read_bytes())["token_budget"]
+        except ValidationError as error:
+            raise UserError(f"{self.file}: cannot be read ({error.errors()[0]['msg']}); remove it") from None
 
     def fit(
-        self, batches: StepBatches, step: int, attempt: Callable[[], T], undo: Callable[[], None] | None = None
-    ) -> T:
-        """The result of `attempt`, which runs all micro-batches of `batches`. Collective.
+        self,
+        batches: StepBatches,
+        step: int,
+        attempt: Callable[[StepBatches], T],
+        undo: Callable[[], None] | None = None,
+    ) -> tuple[T, StepBatches]:
+        """The result of `attempt`, which runs all micro-batches, and the batches that fit the memory. Collective.
 
-        Each time that it runs out of memory, all ranks `undo` it and `batches` is cut again, in place. Raises
-        SharedError when the micro-batches cannot get shorter."""
+        Each time that `attempt` runs out of memory, all ranks `undo` it and cut the batches again. Raises SharedError
+        when the micro-batches cannot get shorter."""
         while True:
             try:
-                return attempt()
+                return attempt(batches), batches
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -106,7 +106,7 @@ class TokenBudget:
             if undo:
                 undo()
             free_memory()
-            self._halve(batches, step, reason)
+            batches = self._halve(batches, step, reason)
 
     @contextlib.contextmanager
     def agree_on_oom(self) -> Iterator[None]:
@@ -138,7 +138,7 @@ class TokenBudget:
             if self.ranks.size == 1 or not is_out_of_memory(error):
                 raise
             tokens, before = _tokens(micro_batch), self.tokens
-            self._lower(self._next(tokens, least=_least(micro_batch)), step)
+            self.tokens = self.by_first_step[step] = self._next(tokens, least=_least(micro_batch))
             self._write()
             raise RankError(
                 f"rank {self.ranks.rank}: out of memory in step {step}, in the backward pass of {tokens} tokens, where"
@@ -146,8 +146,8 @@ class TokenBudget:
                 f" {self.tokens} ({self.file})"
             ) from error
 
-    def _halve(self, batches: StepBatches, step: int, reason: str | None) -> None:
-        """`reason`: of this rank, if it ran out of memory."""
+    def _halve(self, batches: StepBatches, step: int, reason: str | None) -> StepBatches:
+        """The same batch in micro-batches of half the size. `reason`: of this rank, if it ran out of memory."""
         sizes = [(_tokens(micro_batch), _least(micro_batch)) for micro_batch in batches.micro_batches]
         everyone = self.ranks.gather((sizes, reason))
         largest = max(tokens for sizes, _ in everyone for tokens, _ in sizes)
@@ -163,10 +163,10 @@ class TokenBudget:
                 f" prompt; {WHAT_TO_LOWER}"
             )
         before = self.tokens
-        self._lower(self._next(largest, least), step)
+        self.tokens = self.by_first_step[step] = self._next(largest, least)
         if self.ranks.is_main:
             self._write()
-        batches.micro_batches[:] = resplit(batches, self.tokens, self.ranks)
+        batches = replace(batches, micro_batches=resplit(batches, self.tokens, self.ranks))
         log.warning(
             "step %d: out of memory (%s); token budget %d -> %d, the same batch again in %d micro-batches",
             step,
@@ -175,6 +175,10 @@ class TokenBudget:
             self.tokens,
             len(batches.micro_batches),
         )
+        return batches
+
+    def _write(self) -> None:
+        write_json(self.file, {"token_budget": self.by_first_step})
 
     def _next(self, largest: int, least: int) -> int:
         """Half of the largest micro-batch, because the budget may be larger than every micro-batch."""

@@ -28,6 +28,8 @@ class UpdateResult(NamedTuple):
     """Over all ranks; nan if the step was skipped."""
     learning_rate: float
     """The learning rate of this step."""
+    batches: StepBatches
+    """As they were cut in the end, if memory was short."""
 
 
 class Updater:
@@ -37,21 +39,21 @@ class Updater:
         self.engine, self.ranks, self.budget, self.optimizer = engine, ranks, budget, optimizer
 
     def update(self, step: int, batches: StepBatches, *loss_denominators: int) -> UpdateResult:
-        """One optimizer step. Collective. Out of memory cuts `batches` again, in place.
+        """One optimizer step. Collective.
 
         `loss_denominators`: what the objective gets beside a micro-batch."""
         learning_rate = self.engine.get_lr()[0]
         self.engine.train()  # gradient checkpointing needs training mode; the models have no dropout
-        results = self.budget.fit(
+        results, batches = self.budget.fit(
             batches,
             step,
-            lambda: self.accumulate(step, batches, loss_denominators),
+            lambda batches: self.accumulate(step, batches, loss_denominators),
             undo=lambda: drop_gradients(self.engine),
         )
         self.engine.eval()
         outputs = [torch.stack(values) for values in zip(*results, strict=True)]
         grad_norm = self.optimizer.step(step, batches.micro_batches, losses=outputs[0])
-        return UpdateResult(outputs, grad_norm, learning_rate)
+        return UpdateResult(outputs, grad_norm, learning_rate, batches)
 
     def accumulate(self, step: int, batches: StepBatches, loss_denominators: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """Forward and backward of every micro-batch; what the objective returned for each, the loss detached."""
