@@ -39,7 +39,7 @@ def test_the_embedded_default_has_none(problems):
         ({"reward_funcs": "no_such_module:f"}, "--reward_funcs: cannot load the reward"),
         ({"device": "cuda"}, "--device cuda: PyTorch sees no CUDA device"),
         ({"use_vllm": True}, "--use_vllm: not installed (pip install vllm)"),
-        ({"output_dir": f"{__file__}/x"}, f"--output_dir {__file__}/x: {__file__} is a file"),
+        ({"output_dir": f"{__file__}/x"}, f"--output_dir {__file__}/x: {__file__} is not a folder"),
         ({"attn_implementation": "flash_attn"}, "--attn_implementation flash_attn: not installed"),
         ({"rollout_attention": "triton"}, "--rollout_attention triton: not installed, or not for"),
         ({"model": "nobody/no-such-model"}, "--model: nobody/no-such-model is no local path"),

@@ -48,9 +48,7 @@ class Health:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        loaded = Health(**state)  # TypeError for another version's keys
-        vars(self).update(vars(loaded))
-        self.alarms = list(loaded.alarms)
+        vars(self).update(vars(Health(**state)))  # TypeError for another version's keys
 
     def metrics(self) -> dict[str, int]:
         return {

@@ -48,27 +48,36 @@ def check_start(config: RunConfig) -> None:
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """One line for each problem."""
-    checks: list[tuple[str, Callable[[], object]]] = [
-        ("output_dir", lambda: check_output_dir(config)),
-        ("report_to", lambda: check_trackers(config.report_to)),
-        ("use_vllm", lambda: _check_engine(config)),
-        ("template", lambda: load_template(config.template)),
-        ("data", lambda: _check_data(config.data, config.split)),
-        ("eval_data", lambda: _check_data(config.eval_data, config.eval_split)),
-        ("device", lambda: _check_device(config)),
-        ("model", lambda: _check_model(config)),
-    ]
+    yield from _problems("output_dir", lambda: check_output_dir(config))
+    yield from _problems("report_to", lambda: check_trackers(config.report_to))
+    if config.use_vllm:
+        yield from _problems("use_vllm", check_installed)
+    template_problems = list(_problems("template", lambda: load_template(config.template)))
+    yield from template_problems
+    yield from _problems("data", lambda: _check_data(config.data, config.split))
+    yield from _problems("eval_data", lambda: _check_data(config.eval_data, config.eval_split))
+    yield from _device_problems(config)
+    model_problems = list(_problems("model", lambda: _check_model(config)))
+    yield from model_problems
+    if not model_problems:
+        model = read_model_config(config.model)
+        yield from _problems("model", lambda: meta_policy_for_run(model, config, torch.float32))
+        if not template_problems:
+            yield from _problems("model", lambda: _check_prompt_length(config))
     if isinstance(config, Config):
         for name in config.reward_funcs:
-            checks.append(("reward_funcs", functools.partial(get_reward, name, config.reward_mode)))
+            yield from _problems("reward_funcs", functools.partial(get_reward, name, config.reward_mode))
     else:
-        checks.append(("target", lambda: load_target(config.target)))
-    for flag, check in checks:
-        try:
-            check()
-        except UserError as error:
-            for problem in getattr(error, "problems", [str(error)]):
-                yield problem if "--" in problem.split(":")[0] else f"--{flag}: {problem}"
+        yield from _problems("target", lambda: load_target(config.target))
+
+
+def _problems(flag: str, check: Callable[[], object]) -> Iterator[str]:
+    """The UserError that `check` raises, with the flag unless it names one."""
+    try:
+        check()
+    except UserError as error:
+        for problem in error.problems if isinstance(error, SettingsError) else [str(error)]:
+            yield problem if "--" in problem.split(":")[0] else f"--{flag}: {problem}"
 
 
 def _check_data(source: str | None, split: str | None) -> None:
@@ -79,75 +88,51 @@ def _check_data(source: str | None, split: str | None) -> None:
         find_files(source, split, stream=True)
 
 
-def _check_engine(config: RunConfig) -> None:
-    if config.use_vllm:
-        check_installed()
-
-
-def _kind(config: RunConfig) -> str:
-    """cpu or cuda, even if there is no CUDA device."""
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    return there if config.device == "auto" else config.device
-
-
-def _check_device(config: RunConfig) -> None:
-    kind, problems = _kind(config), []
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
+def _device_problems(config: RunConfig) -> Iterator[str]:
+    """The device, the attention backends on it, and the size of the cache."""
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        yield "--device cuda: PyTorch sees no CUDA device; use --device cpu or auto"
+        return
+    kind = "cuda" if cuda else "cpu"
     dtype = parse_dtype(config.dtype, kind)
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     for choose, wanted in ((choose_backend, config.attn_implementation), (decode_attention, config.rollout_attention)):
-        try:
-            choose(wanted, device, dtype)
-        except UserError as error:
-            problems.append(str(error))
-    if not config.use_vllm and config.rollout_cache_tokens is not None:
-        page, group = PAGE_SIZE[kind], config.num_generations if isinstance(config, Config) else 1
-        shared, own = pages_needed(page, config.max_prompt_length, config.max_completion_length)
-        least = (shared + group * own) * page
-        if config.rollout_cache_tokens < least:
-            problems.append(
-                f"--rollout_cache_tokens {config.rollout_cache_tokens}: one prompt of --max_prompt_length with its"
-                f" {group} completions of --max_completion_length takes {least} tokens in pages of {page};"
-                f" raise it to {least}, or lower these"
-            )
-    if problems:
-        raise SettingsError(problems)
+        yield from _problems("device", functools.partial(choose, wanted, device, dtype))
+    if config.use_vllm or config.rollout_cache_tokens is None:
+        return
+    page, group = PAGE_SIZE[kind], config.num_generations if isinstance(config, Config) else 1
+    shared, own = pages_needed(page, config.max_prompt_length, config.max_completion_length)
+    least = (shared + group * own) * page
+    if config.rollout_cache_tokens < least:
+        yield (
+            f"--rollout_cache_tokens {config.rollout_cache_tokens}: one prompt of --max_prompt_length with its"
+            f" {group} completions of --max_completion_length takes {least} tokens in pages of {page};"
+            f" raise it to {least}, or lower these"
+        )
 
 
 def _check_model(config: RunConfig) -> None:
-    """The family, the frozen or adapted parts, and whether a prompt has room for the template and an image."""
-    path = model_path(config.model)
-    if config.use_peft and (Path(path) / "adapter_config.json").is_file():
+    """The model's folder and its family."""
+    if config.use_peft and (Path(model_path(config.model)) / "adapter_config.json").is_file():
         raise UserError(
             f"--model {config.model}: has LoRA adapters already, which new ones would ignore; save the"
             " merged model first (vtfast.model.load_model(folder).module.save_pretrained(new folder))"
         )
-    model, problems = read_model_config(config.model), []
-    try:
-        meta_policy_for_run(model, config, torch.float32)
-    except UserError as error:
-        problems.append(str(error))
-    processor = Processor.from_pretrained(path, config.min_pixels, config.max_pixels)
-    problems += _prompt_problems(config, processor)
-    if problems:
-        raise SettingsError(problems)
+    read_model_config(config.model)
 
 
-def _prompt_problems(config: RunConfig, processor: Processor) -> Iterator[str]:
-    """A line if not even an empty question fits, with the smallest image if the model takes images."""
-    try:
-        template = load_template(config.template)
-    except UserError:  # another check reports it
-        return
+def _check_prompt_length(config: RunConfig) -> None:
+    """Whether an empty question fits, with the smallest image if the model takes images."""
+    processor = Processor.from_pretrained(model_path(config.model), config.min_pixels, config.max_pixels)
     limit, images = config.max_prompt_length, [] if processor.image_processor is None else [None]
-    empty = render(template, Sample("", [], "", images), literal_image=config.literal_image)
+    empty = render(load_template(config.template), Sample("", [], "", images), literal_image=config.literal_image)
     least = processor.prompt_length(empty, [])
     if images:
         least += -(-config.min_pixels // PIXELS_A_TOKEN) - 1  # one placeholder stands in the text
     if least > limit:
         image = f" and the smallest image (--min_pixels {config.min_pixels})" if images else ""
-        yield (
+        raise UserError(
             f"--max_prompt_length {limit}: --template {config.template}{image} take{'' if images else 's'} {least}"
             " tokens without any question; raise it, or use a shorter template"
         )

@@ -36,7 +36,7 @@ from vtfast.rollout.engine_factory import Engine, build_engine
 from vtfast.training.checkpoint import find_checkpoint, keep_data, prepare_run_folder
 from vtfast.training.checkpoint.checkpointer import Checkpointer
 from vtfast.training.checkpoint.find import Checkpoint
-from vtfast.training.checkpoint.resume import Identity, held_out_before, restore
+from vtfast.training.checkpoint.resume import Identity, restore
 from vtfast.training.groups import Group
 from vtfast.training.health import GuardedOptimizer, Health
 from vtfast.training.load_balancing import StepBatches, balance
@@ -178,34 +178,23 @@ def build_session(
         rendered = render_synthetic(config, Path(scratch) / "data")
         samples = load_splits(config, loaded.prompt_builder, skip_log, rendered)
         train_samples = skip_log.drop_invalid(samples["train"], config.data, problem_of)
-        prompts_per_step = config.prompts_per_rank * ranks.size
-        config.max_steps = max_steps = resolve_max_steps(config, len(train_samples), prompts_per_step)
+        identity = Identity(
+            method=method,
+            base_fingerprint=loaded.base_fingerprint,
+            prompts_per_step=config.prompts_per_rank * ranks.size,
+            num_samples=len(train_samples),
+            samples_digest=samples_digest(train_samples),
+        )
+        config.max_steps = resolve_max_steps(config, len(train_samples), identity.prompts_per_step)
         engine = zero2_engine(config, objective)
         most_images = max(len(sample.images) for part in samples.values() for sample in part)
         rollout_engine = build_engine(config, policy, loaded.processor, loaded.path, most_images)
-        digest = samples_digest(train_samples)
-        identity = Identity(method, loaded.base_fingerprint, prompts_per_step, len(train_samples), digest)
-        parts = {"health": health}
         if checkpoint:
-            restore(
-                checkpoint, policy=policy, engine=engine, parts=parts, ranks=ranks, identity=identity, config=config
-            )
+            restore(checkpoint, config, ranks, policy, engine, identity, health)
         folder = ranks.on_main(lambda: prepare_run_folder(config, checkpoint))
-        budget = TokenBudget(config.tokens_per_micro_batch, folder, ranks, timedelta(seconds=config.ddp_timeout))
-        optimizer = GuardedOptimizer(engine, ranks, folder, config.max_nonfinite_steps, health)
         ranks.on_main(lambda: keep_data(rendered, folder))
-    checkpointer = Checkpointer(
-        folder,
-        ranks,
-        config=config,
-        policy=policy,
-        processor=loaded.processor,
-        engine=engine,
-        identity=identity,
-        parts=parts,
-    )
-    if checkpoint:
-        checkpointer.mark_resumed(checkpoint.folder, checkpoint.state.step)
+    budget = TokenBudget(config.tokens_per_micro_batch, folder, ranks, timedelta(seconds=config.ddp_timeout))
+    optimizer = GuardedOptimizer(engine, ranks, folder, config.max_nonfinite_steps, health)
     session = Session(
         config=config,
         ranks=ranks,
@@ -218,23 +207,31 @@ def build_session(
         train_samples=train_samples,
         held_out_samples=samples.get("val", []),
         folder=folder,
-        max_steps=max_steps,
+        max_steps=config.max_steps,
         steps_per_batch=steps_per_batch,
         identity=identity,
         health=health,
         budget=budget,
         updater=Updater(engine, ranks, budget, optimizer),
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(folder, config, ranks, policy, loaded.processor, engine, identity, health),
         stop=StopNotice(folder),
     )
-    if checkpoint:
-        session.step = checkpoint.state.step
-        session.held_out_before = held_out_before(checkpoint.state)
-        session.tracker_ids = checkpoint.trackers(folder)
-    skipped_at_load = skip_log.pop()  # every rank has the same ones
-    if ranks.is_main and not checkpoint:
-        skip_log.write(folder, skipped_at_load)
+    _set_start(session, checkpoint)
     return session
+
+
+def _set_start(session: Session, checkpoint: Checkpoint | None) -> None:
+    """Start after the checkpoint's step; without one, write the samples that were skipped at load time."""
+    skipped_at_load = session.skip_log.pop()  # every rank has the same ones
+    if checkpoint is None:
+        if session.ranks.is_main:
+            session.skip_log.write(session.folder, skipped_at_load)
+        return
+    state = checkpoint.state
+    session.step = state.step
+    session.held_out_before = HeldOutScores(**state.before) if state.before else None
+    session.tracker_ids = checkpoint.trackers(session.folder)
+    session.checkpointer.mark_resumed(checkpoint.folder, state.step)
 
 
 def resolve_max_steps(config: RunConfig, samples: int, prompts_per_step: int) -> int:

@@ -22,11 +22,7 @@ def load_target(text_or_path: str) -> str:
     Raises UserError for a file that cannot be read, and for a text without {answer}."""
     text = text_or_path
     if text.endswith(".txt"):
-        try:
-            text = read_text(expand(text))
-        except UserError as error:
-            raise UserError(f"--target {error}") from None
-        text = text.removesuffix("\n")
+        text = read_text(expand(text)).removesuffix("\n")
     if SLOT not in text:
         raise UserError(f"--target {text_or_path}: has no {SLOT}; write it where the answer goes")
     return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,11 @@ from vtfast.report.tracking import Tracker
 from vtfast.training.checkpoint.checksums import SETTINGS, STATE
 from vtfast.training.checkpoint.logs import flush_lists
 from vtfast.training.checkpoint.optimizer import scalars
-from vtfast.training.checkpoint.resume import Identity, Stateful
+from vtfast.training.checkpoint.resume import Identity
 from vtfast.training.checkpoint.run_folder import settings
 from vtfast.training.checkpoint.save import Saver
 from vtfast.training.checkpoint.state import FORMAT, Counters, State, code_versions
+from vtfast.training.health import Health
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -33,20 +33,15 @@ class Checkpointer(Saver):
     def __init__(
         self,
         run: Path,
-        ranks: Ranks,
-        *,
         config: RunConfig,
+        ranks: Ranks,
         policy: Policy,
         processor: Processor,
         engine: DeepSpeedEngine,
         identity: Identity,
-        parts: Mapping[str, Stateful],
+        health: Health,
     ) -> None:
-        """
-        Args:
-            run: the run folder.
-            parts: the stateful parts of the run, by their name in the checkpoint.
-        """
+        """`run`: the run folder."""
         super().__init__(
             run / "checkpoints",
             ranks,
@@ -55,7 +50,7 @@ class Checkpointer(Saver):
             stop_on_error=config.on_save_error == "stop",
         )
         self.run, self.config, self.policy, self.processor = run, config, policy, processor
-        self.engine, self.identity, self.parts = engine, identity, parts
+        self.engine, self.identity, self.health = engine, identity, health
 
     @watchdog.no_progress_expected("saving")
     def save(self, step: int, before: HeldOutScores | None, tracker: Tracker | None) -> None:
@@ -98,7 +93,7 @@ class Checkpointer(Saver):
             ),
             before={"scores": before.scores, "count": before.count} if before else None,
             trackers=trackers,
-            carried={name: part.state_dict() for name, part in self.parts.items()},
+            carried={"health": self.health.state_dict()},
             code=code_versions(),
             format=FORMAT,
         )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from vtfast.config import RunConfig, SettingsError
 from vtfast.distributed.ranks import Ranks
-from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.model.policy import Policy
 from vtfast.training.checkpoint.checksums import SETTINGS
 from vtfast.training.checkpoint.find import Checkpoint
 from vtfast.training.checkpoint.optimizer import restore_optimizer
 from vtfast.training.checkpoint.rng import set_rng_state
 from vtfast.training.checkpoint.state import State
+from vtfast.training.health import Health
 from vtfast.utils.errors import UserError
 from vtfast.utils.yaml_file import read_yaml
 
@@ -46,14 +46,6 @@ IGNORED_SETTINGS = ("output_dir", "resume_from_checkpoint", "recipe")
 """Settings that do not change how a run trains."""
 
 
-class Stateful(Protocol):
-    """A part of a run with state that a checkpoint keeps, as JSON values."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Identity:
     """What makes a run the same run before and after a resume."""
@@ -72,21 +64,17 @@ class Identity:
 
 def restore(
     checkpoint: Checkpoint,
-    *,
+    config: RunConfig,
+    ranks: Ranks,
     policy: Policy,
     engine: DeepSpeedEngine,
-    parts: Mapping[str, Stateful],
-    ranks: Ranks,
     identity: Identity,
-    config: RunConfig,
+    health: Health,
 ) -> None:
-    """Load weights, optimizer, schedule, random number generators and `parts` from a checkpoint. Collective.
+    """Load weights, optimizer, schedule, random number generators and counters from a checkpoint. Collective.
 
     The run is built from `--model` before: the KL's reference policy is the model that training began with.
-
-    Args:
-        parts: the stateful parts of the run, by their name in the checkpoint.
-        identity: of this run; compared with the checkpoint's.
+    `identity`: of this run; compared with the checkpoint's.
 
     Raises UserError if this run cannot continue the checkpoint's."""
     state = checkpoint.state
@@ -96,8 +84,7 @@ def restore(
     try:
         restore_optimizer(policy.module, engine.optimizer, files, state.optimizer)
         _restore_schedule(engine, state)
-        for name, part in parts.items():
-            part.load_state_dict(state.carried[name])
+        health.load_state_dict(state.carried["health"])
         if own.is_file():  # a rank that the saved run did not have starts with its own random numbers
             with safe_open(own, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
@@ -108,11 +95,6 @@ def restore(
         raise UserError(
             f"{checkpoint.folder}: was written by another version of vtfast ({error!r}); name another one"
         ) from error
-
-
-def held_out_before(state: State) -> HeldOutScores | None:
-    """The held-out result from before training, if the run had held-out questions."""
-    return HeldOutScores(**state.before) if state.before else None
 
 
 def _restore_schedule(engine: DeepSpeedEngine, state: State) -> None:

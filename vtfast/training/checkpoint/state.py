@@ -71,7 +71,7 @@ class State:
     trackers: dict[str, str]
     """Ids of the run at Weights & Biases and the like, by tracker."""
     carried: dict[str, Any]
-    """`state_dict` of every stateful part of the run, by name."""
+    """Counters of the run: `state_dict` of its Health, under "health"."""
     code: dict[str, str | None]
     """Versions of vtfast, its commit, and the libraries."""
     format: Literal[1]
