@@ -210,7 +210,7 @@ def test_eval_looks_at_the_model_before_the_data(files, told, here, capsys):
         (here / "m" / name).write_text(text)
     assert main(["eval", "--model", "m", "--data", "cvbench=gone"]) == 2
     (line,) = problems(capsys)
-    assert line.startswith("--model m: ") and told in line
+    assert line.removeprefix("--model ").startswith("m: ") and told in line
 
 
 # ------------------------------------------------------------------------- data inspect, make-base

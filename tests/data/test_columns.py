@@ -137,9 +137,9 @@ def test_parquet_reads_only_what_is_needed(tmp_path):
 BAD = {
     "the options are not a list but str": {"question": "?", "answer": "a", "options": "a, b"},
     "the answer '1' is not among the options": {"question": "?", "answer": 1, "options": ["a", "b"]},
-    "the answer is not text but bool": {"question": "?", "answer": True},
-    "the answer is nan": {"question": "?", "answer": float("nan")},
-    "the answer is not text but list": {"question": "?", "answer": ["a"]},
+    "the answer is True, not text": {"question": "?", "answer": True},
+    "the answer is nan, not text": {"question": "?", "answer": float("nan")},
+    r"the answer is \['a'\], not text": {"question": "?", "answer": ["a"]},
     "the answer is empty": {"question": "?", "answer": "<answer> </answer>"},
     "the question is empty": {"question": "<image>\n", "answer": "a"},
     "image 0: int is not an image": {"question": "?", "answer": "a", "image": 7},

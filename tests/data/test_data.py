@@ -22,6 +22,7 @@ from PIL import Image, ImageFile
 
 import vtfast.data.images
 from vtfast.data import InvalidRow, Sample, load_samples, parse_row, question_kind, shuffle_options
+from vtfast.data.file_reader import RawRow
 from vtfast.data.images import Images
 from vtfast.utils.errors import UserError
 
@@ -93,9 +94,9 @@ BAD = {
     "the answer '7' is not among the options": {"correct_answer": "7"},
     "the answer 'left' is not among": {"correct_answer": "left", "answers": ["Left", "right"]},
     "the question is empty": {"question": " \n"},
-    "the question is not text but NoneType": {"question": None},
-    "the answer is not text": {"correct_answer": None},
-    "the option is not text": {"answers": ["3", None]},
+    "the question is None, not text": {"question": None},
+    "the answer is None, not text": {"correct_answer": None},
+    "the option is None, not text": {"answers": ["3", None]},
     "no options": {"answers": []},
     "no options at all": {"answers": None},
     "special token": {"question": "How many? <|image_pad|>"},
@@ -245,7 +246,7 @@ ENTRIES = st.fixed_dictionaries(
 @given(JSON_LIKE | ENTRIES)
 def test_no_row_raises_anything_else(entry):
     try:
-        sample = parse_row(entry)
+        sample = parse_row(RawRow(entry, "row 0").mapping())
     except UserError:
         return
     assert sample.question.strip() and sample.answer.strip()

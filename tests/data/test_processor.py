@@ -174,11 +174,6 @@ def test_unusable_images_are_named(processor, tmp_path):
         assert told in str(error.value)
 
 
-def test_an_empty_prompt(processor):
-    with pytest.raises(UserError, match="empty"):
-        processor.encode("", [])
-
-
 def test_not_a_checkpoint(copy, tmp_path):
     with pytest.raises(UserError, match=r"no model folder .*nowhere"):
         Processor.from_pretrained(tmp_path / "nowhere")

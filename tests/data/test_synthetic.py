@@ -182,14 +182,6 @@ def test_traces_speak_of_the_scene_and_hasty_answers_are_often_wrong():
     assert all(0.3 < sum(w) / len(w) < 0.7 for w in wrong.values()), wrong
 
 
-def test_wrong_arguments_are_named():
-    rng = random.Random(0)
-    with pytest.raises(ValueError, match="kind"):
-        sample_question(rng, kind="colour")
-    with pytest.raises(ValueError, match="split"):
-        sample_question(rng, split="test")
-
-
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")

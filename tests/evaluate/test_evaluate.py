@@ -177,7 +177,6 @@ def test_answers_under_other_settings_are_refused(oracle, base, base_path, files
     "damage",
     [
         lambda lines: [lines[0], "{torn", lines[1]],
-        lambda lines: [lines[0], lines[0]],
         lambda lines: [lines[0].replace('"response"', '"reply"'), lines[1]],
         lambda lines: ["[]", lines[1]],
         lambda lines: [lines[0].replace('"gold": "B"', '"gold": "Z"'), lines[1]],

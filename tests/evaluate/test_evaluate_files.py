@@ -138,7 +138,7 @@ def test_what_is_broken_is_named(tmp_path):
     with pytest.raises(UserError, match=r"test.jsonl: no column caption, label, relation"):
         items("vsr", tmp_path / "test.jsonl")
     (tmp_path / "test.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match=r"line 1: not a JSON object"):
+    with pytest.raises(UserError, match=r"line 1: must be a mapping of columns to values, not list"):
         items("vsr", tmp_path / "test.jsonl")
 
 

@@ -103,7 +103,11 @@ def test_both_scorers_stand_side_by_side():
 @pytest.mark.parametrize(
     ("bench", "row", "message"),
     [
-        ("cvbench", cvbench_row(1, answer="(F)"), r"row 1: answer is '\(F\)', expected one of \(A\) to \(D\)"),
+        (
+            "cvbench",
+            cvbench_row(1, answer="(F)"),
+            r"row 1: answer is '\(F\)' to 4 options, expected one of \(A\) to \(D\)",
+        ),
         ("cvbench", cvbench_row(1, answer="hidden"), "answer is 'hidden'"),
         ("cvbench", cvbench_row(1, answer="(AB)"), "answer is"),
         ("cvbench", cvbench_row(1, answer="()"), "answer is"),
@@ -188,8 +192,10 @@ def test_what_callers_may_hand_over():
     row = cvbench_row(0)
     as_array = {**row, "choices": numpy.array(row["choices"], dtype=object)}
     assert score("cvbench", [as_array], [row["answer"]])["total"] == 1
-    with pytest.raises(UserError, match="cvbench, response 0: not text but NoneType"):
+    with pytest.raises(UserError, match="cvbench, row 0: response is None, expected text"):
         score("cvbench", [row], [None])
     seven = {**row, "choices": list("1234567"), "answer": "(G)"}
-    with pytest.raises(UserError, match="cvbench, row 0: 7 options, letters go up to F"):
+    with pytest.raises(
+        UserError, match="cvbench, row 0: answer is '\\(G\\)' to 7 options, expected one of \\(A\\) to \\(F\\)"
+    ):
         score("cvbench", [seven], ["G"])

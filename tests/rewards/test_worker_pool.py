@@ -235,9 +235,9 @@ import sys, time
 sys.path.insert(0, {folder!r})
 from vtfast.rewards import RewardInput
 from vtfast.rewards.manager import RewardManager
-from types import SimpleNamespace
+from vtfast.data import Sample
 print("start", flush=True)
-sample = SimpleNamespace(options=[], answer="x", images=[])
+sample = Sample("?", [], "x", [])
 scorer = RewardManager(["mine:process", "mine:hangs"][:{rewards}], workers=2, timeout={timeout})
 pids = scorer.score([RewardInput("", sample, 1)] * 8)[0]
 print(*sorted({{int(score.value) for score in pids}}), flush=True)

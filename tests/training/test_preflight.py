@@ -32,7 +32,7 @@ def test_the_embedded_default_has_none(problems):
     [
         ({"output_dir": "/"}, "--output_dir /: exists and is not empty"),
         ({"template": "r2-zero"}, "--template: unknown prompt template 'r2-zero'"),
-        ({"template": "gone.txt"}, "--template: cannot read the prompt template gone.txt"),
+        ({"template": "gone.txt"}, "--template: cannot read the prompt template: gone.txt"),
         ({"data": "gone.parquet"}, "--data: no such file or folder: gone.parquet"),
         ({"eval_data": "gone.jsonl"}, "--eval_data: no such file or folder: gone.jsonl"),
         ({"reward_funcs": "format,acuracy"}, "--reward_funcs: unknown reward 'acuracy'"),

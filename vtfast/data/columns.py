@@ -46,8 +46,8 @@ class Columns:
     def resolve(self, names: Collection[str]) -> "Columns":
         """These columns, with None replaced by the known names among `names`.
 
-        A row may lack its options or image column, even a given one: it is an open or a text-only question. `check`
-        finds a whole file that lacks it.
+        A row may lack its options or image column, even a given one: it is an open or a text-only question. `select`
+        refuses a whole file that lacks it.
 
         Raises:
             InvalidRow: no column for the question or for the answer.
@@ -69,26 +69,19 @@ class Columns:
         options = self.options or _first(("answers", *OPTIONS) if answer == SATS_ANSWER else OPTIONS, names)
         return Columns(question, answer, options, self.image or _first(IMAGE, names))
 
-    def check(self, names: Collection[str], where: str) -> None:
-        """Raises UserError, naming `where`, if a given column is not among `names` or a needed one is not found."""
-        if MESSAGES in names and self == AUTO_COLUMNS:
-            return
-        for name, column in vars(self).items():
-            if column is not None and column not in names:
-                raise UserError(
-                    f"{where}: no column {column!r}, which --{name}_column names (there is: "
-                    f"{', '.join(sorted(map(str, names))) or 'nothing'})"
-                )
-        try:
-            self.resolve(names)
-        except InvalidRow as error:
-            raise UserError(f"{where}: {error}") from None
-
     def select(self, names: Collection[str]) -> list[str]:
-        """The columns among `names` that parsing a row needs."""
+        """The columns among a file's `names` that parsing its rows needs.
+
+        Raises UserError if a given column is not among them, or a needed one is not found."""
         if MESSAGES in names and self == AUTO_COLUMNS:
             needed = [MESSAGES, "images"]
         else:
+            for name, column in vars(self).items():
+                if column is not None and column not in names:
+                    raise UserError(
+                        f"no column {column!r}, which --{name}_column names (there is: "
+                        f"{', '.join(sorted(map(str, names))) or 'nothing'})"
+                    )
             needed = [*vars(self.resolve(names)).values(), QUESTION_TYPE]
         return [name for name in dict.fromkeys(needed) if name in names]
 

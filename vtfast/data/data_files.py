@@ -1,6 +1,7 @@
 """Finds the files of a data source: a file, a folder, or a hub id."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from vtfast.utils.did_you_mean import did_you_mean
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import DATASETS, hub_files, is_hub_id, open_dataset_file
+from vtfast.utils.text import first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 """A folder is read by the first of these that it holds."""
@@ -41,28 +43,37 @@ def find_files(source: str, split: str | None, stream: bool) -> list[DataFile]:
     Raises:
         UserError: no such source, or a split that matches no or several files.
     """
+    hint = (
+        "give a .parquet, .jsonl or .json file, a folder of such files, or the hub id of a data set such as array/SAT"
+    )
+    found = find_source(source, SUFFIXES, hint, [*DATASETS, "synthetic"])
+    if not isinstance(found, Path):
+        names, commit = found
+        return [hub_file(source, name, commit, stream) for name in _pick(names, split, source)]
+    return [local_file(file) for file in (_files_in_folder(found, split) if found.is_dir() else [found])]
+
+
+def find_source(source: str, suffixes: Sequence[str], hint: str, known: Sequence[str]) -> Path | tuple[list[str], str]:
+    """The path of a file or folder, or the names of a hub repository's files and their commit.
+
+    Args:
+        suffixes: of a file that can be read.
+        hint: what to do about a missing source, for its message.
+        known: ids or names that may have been meant.
+    """
     path = expand(source)
-    if not path.exists():
-        if not is_hub_id(source):
-            hint = (
-                "give a .parquet, .jsonl or .json file, a folder of such files, or the hub id of a"
-                " data set such as array/SAT"
-            )
-            meant = did_you_mean(source, hint, [*DATASETS, "synthetic"])
-            raise UserError(f"no such file or folder: {source}; {meant}")
-        files = hub_files(source, "dataset")
-        if not isinstance(files, Path):
-            names, commit = files
-            return [_hub_file(source, name, commit, stream) for name in _pick(names, split, source)]
-        path = files
     if path.is_dir():
-        return [local_file(file) for file in _files_in_folder(path, split)]
-    if path.suffix not in SUFFIXES:
+        return path
+    if path.exists() and path.suffix not in suffixes:
+        kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
         raise UserError(
-            f"{source}: unknown kind of file, expected .parquet, .jsonl or .json; pandas converts a CSV:"
-            " read_csv(...).to_parquet(...)"
+            f"{source}: unknown kind of file, expected {kinds}; pandas converts a CSV: read_csv(...).to_parquet(...)"
         )
-    return [local_file(path)]
+    if path.exists():
+        return path
+    if not is_hub_id(source):
+        raise UserError(f"no such file or folder: {source}; {did_you_mean(source, hint, known)}")
+    return hub_files(source, "dataset")
 
 
 def _files_in_folder(folder: Path, split: str | None) -> list[Path]:
@@ -81,8 +92,15 @@ def local_file(path: Path) -> DataFile:
     return DataFile(str(path), lambda: str(path), path.parent)
 
 
-def _hub_file(repo: str, name: str, commit: str, stream: bool) -> DataFile:
-    return DataFile(f"{repo}/{name}", partial(open_dataset_file, repo, name, commit, download=not stream))
+def hub_file(repo: str, name: str, commit: str, stream: bool) -> DataFile:
+    return DataFile(f"{repo}/{name}", partial(_open_hub_file, repo, name, commit, stream))
+
+
+def _open_hub_file(repo: str, name: str, commit: str, stream: bool) -> str | BinaryIO:
+    try:
+        return open_dataset_file(repo, name, commit, download=not stream)
+    except Exception as error:  # the client's own, its http library's, the socket's
+        raise UserError(f"cannot be fetched ({first_line(error)})") from error
 
 
 def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
@@ -108,14 +126,19 @@ def _pick(names: Iterable[str], split: str | None, where: str) -> list[str]:
             f"{where}: {problem} (there is: {existing}). Give one of the files, or another split; "
             "file names name the split, such as SAT_train.parquet or train-00000-of-00002.parquet"
         )
-    total = re.search(r"-of-(\d+)\.\w+$", picked[0])
-    if total and len(picked) != int(total[1]):
-        raise UserError(
-            f"{where}: {len(picked)} of the {int(total[1])} files of split {wanted!r} are there "
-            f"({', '.join(picked[:20])}). Download the rest, or give one file itself"
-        )
+    check_complete(picked, where)
     return sorted(picked, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
 def _of_split(names: Sequence[str], split: str | None) -> list[str]:
     return [name for name in names if split in re.split(r"[-_./]", name)]
+
+
+def check_complete(names: Iterable[str], where: str) -> None:
+    """Raises UserError if files of a numbered set, such as train-00000-of-00002.parquet, are missing."""
+    shards = Counter(match.groups() for name in names if (match := re.fullmatch(r"(.*?)-?\d+-of-(\d+)\.\w+", name)))
+    for (family, total), count in shards.items():
+        if count != int(total):
+            raise UserError(
+                f"{where}: {count} of the {int(total)} files {family}-* are there. Download the rest, or give one file"
+            )

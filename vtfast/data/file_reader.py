@@ -1,14 +1,14 @@
 """Reads the rows of a data file, as plain Python values; `vtfast.data.row_parser` makes samples of them."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtfast.data.columns import AUTO_COLUMNS, Columns, InvalidRow
+from vtfast.data.columns import InvalidRow
 from vtfast.data.data_files import DataFile
 from vtfast.utils.errors import UserError
 from vtfast.utils.text import first_line
@@ -30,137 +30,116 @@ class RawRow:
     value: Any
     """Plain Python values, or an InvalidRow."""
     position: str
-    """In its file, for messages."""
+    """In its file, for messages: `line 1` as editors count, or `row 0 (counted from 0)` as programs do."""
+
+    def mapping(self) -> Mapping[Any, Any]:
+        """The columns' values. Raises InvalidRow for a row that could not be read or is something else."""
+        if isinstance(self.value, Mapping):
+            return self.value
+        if isinstance(self.value, InvalidRow):
+            raise self.value
+        raise InvalidRow(f"must be a mapping of columns to values, not {type(self.value).__name__}")
 
 
-def line_position(number: int) -> str:
-    """Of a row of a text file: counted from 1, empty lines too, as editors do."""
-    return f"line {number}"
-
-
-def row_position(number: int) -> str:
-    """Of a row of another file: counted from 0, as programs do."""
-    return f"row {number} (counted from 0)"
-
-
-def read_rows(file: DataFile, columns: Columns = AUTO_COLUMNS) -> Iterator[list[RawRow]]:
-    """Rows of a file in small batches; a line that is not JSON is an InvalidRow.
+def read_rows(file: DataFile, select: Callable[[list[str]], list[str]]) -> Iterator[list[RawRow]]:
+    """Rows of a file in small batches; a row that cannot be read has an InvalidRow for its value.
 
     Args:
-        columns: names of columns that the automatic names do not cover; only needed columns are read.
+        select: names of columns -> the names to read; may raise UserError.
 
     Raises:
-        UserError: not readable, or without the columns.
+        UserError: the file cannot be read, or what `select` raises; the message names the file.
     """
-    if file.name.endswith(".parquet"):
-        yield from _parquet_rows(file, columns)
-        return
-    rows = jsonl_rows(file) if file.name.endswith(".jsonl") else _json_rows(file)
-    checked = False
-    while batch := list(islice(rows, BATCH_ROWS)):
-        objects = [row.value for row in batch if isinstance(row.value, dict)]
-        if objects and not checked:  # one row may lack a column, all rows of a batch hardly do
-            columns.check(set().union(*objects), file.name)
-            checked = True
-        yield batch
-
-
-def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[list[RawRow]]:
-    def select(names: list[str]) -> list[str]:
-        columns.check(names, file.name)
-        return columns.select(names)
-
-    return parquet_batches(file, select)
-
-
-def parquet_batches(file: DataFile, select: Callable[[list[str]], list[str]]) -> Iterator[list[RawRow]]:
-    """Rows of a parquet file in small batches; a row that Python cannot represent is an InvalidRow.
-
-    `select`: column names -> the names to read; may raise UserError."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    kind = file.name.rpartition(".")[2]
     try:
-        # Small buffers: the default would read a whole column of the one row group at once.
-        with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
-            columns, number = select(table.schema_arrow.names), count()
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield [RawRow(value, row_position(next(number))) for value in _values(batch)]
-    except (pa.ArrowException, OSError) as error:
-        reason = first_line(error).rstrip(".")
-        raise UserError(f"{file.name}: not a readable parquet file ({reason}); {_remedy(file)}") from error
+        if kind == "parquet":
+            yield from _parquet_batches(file, select)
+        else:
+            yield from _json_batches(_jsonl_rows(file) if kind == "jsonl" else _json_rows(file), select)
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        reason = f"not a readable {kind} file ({first_line(error).rstrip('.')}); {_remedy(file)}"
+        raise UserError(f"{file.name}: {error if isinstance(error, UserError) else reason}") from error
 
 
 def _remedy(file: DataFile) -> str:
     """What to do about a damaged file; clones without Git LFS hold a short text in place of each file."""
     if file.folder is None:
         return "try again, or download it and give its path"
-    try:
-        with open(file.name, "rb") as content:
-            pointer = content.read(len(LFS)) == LFS
-    except OSError:
+    if not os.access(file.name, os.R_OK):
         return "check its permissions"
+    with open(file.name, "rb") as content:
+        pointer = content.read(len(LFS)) == LFS
     return "it is a pointer of Git LFS, so run `git lfs pull`" if pointer else "download it again"
+
+
+def _parquet_batches(file: DataFile, select: Callable[[list[str]], list[str]]) -> Iterator[list[RawRow]]:
+    import pyarrow.parquet as pq
+
+    # Small buffers: the default would read a whole column of the one row group at once.
+    with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
+        columns, number = select(table.schema_arrow.names), count()
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+            yield [RawRow(value, f"row {next(number)} (counted from 0)") for value in _values(batch)]
 
 
 def _values(batch: "pa.RecordBatch") -> list[Any]:
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
-        return [_value(batch.slice(i, 1)) for i in range(len(batch))]
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond the year 9999
+        if len(batch) == 1:
+            return [InvalidRow(f"has a value that cannot be read ({error})")]
+        return [value for i in range(len(batch)) for value in _values(batch.slice(i, 1))]
 
 
-def _value(single: "pa.RecordBatch") -> Any:
-    try:
-        return single.to_pylist()[0]
-    except (ValueError, OverflowError) as error:
-        return InvalidRow(f"has a value that cannot be read ({error})")
+def _json_batches(rows: Iterator[RawRow], select: Callable[[list[str]], list[str]]) -> Iterator[list[RawRow]]:
+    checked = False
+    while batch := list(islice(rows, BATCH_ROWS)):
+        objects = [row.value for row in batch if isinstance(row.value, dict)]
+        if objects and not checked:  # one row may lack a column, all rows of a batch hardly do
+            select(list(dict.fromkeys(name for row in objects for name in row)))
+            checked = True
+        yield batch
 
 
-def jsonl_rows(file: DataFile) -> Iterator[RawRow]:
-    """Rows of a JSONL file; a line that is not JSON is an InvalidRow, and empty lines are skipped.
+@contextmanager
+def _opened(file: DataFile) -> Iterator[Any]:
+    opened = file.open()
+    with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as content:
+        yield content
 
-    Raises UserError if the file cannot be read.
-    """
-    try:
-        opened = file.open()
-        with open(opened, "rb") if isinstance(opened, str) else nullcontext(opened) as lines:
-            for number in count(1):
-                text = rest = lines.readline(LONGEST_LINE)
-                while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
-                    rest = lines.readline(LONGEST_LINE)
-                if rest is not text:
-                    yield RawRow(InvalidRow(f"more than {LONGEST_LINE} bytes"), line_position(number))
-                elif text.strip():
-                    yield RawRow(_json_line(text), line_position(number))
-                elif not text:
-                    return
-    except OSError as error:
-        raise UserError(f"{file.name}: not a readable JSONL file ({error})") from error
+
+def _jsonl_rows(file: DataFile) -> Iterator[RawRow]:
+    """Empty lines are skipped, and counted."""
+    with _opened(file) as lines:
+        for number in count(1):
+            text = rest = lines.readline(LONGEST_LINE)
+            while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+                rest = lines.readline(LONGEST_LINE)
+            if rest is not text:
+                yield RawRow(InvalidRow(f"more than {LONGEST_LINE} bytes"), f"line {number}")
+            elif text.strip():
+                yield RawRow(_json_line(text), f"line {number}")
+            elif not text:
+                return
 
 
 def _json_line(text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig").rstrip())
-    except json.JSONDecodeError as error:  # its own message counts lines within this one
-        return InvalidRow(f"not JSON ({error.msg}, column {error.colno})")
-    except UnicodeDecodeError as error:
-        return InvalidRow(f"not UTF-8 ({error.reason}, byte {error.start + 1})")
     except (ValueError, RecursionError) as error:
-        return InvalidRow(f"not JSON ({error})")
+        # The text of a JSONDecodeError counts lines within this one.
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        return InvalidRow(f"not JSON ({reason})")
 
 
 def _json_rows(file: DataFile) -> Iterator[RawRow]:
-    try:
-        opened = file.open()
-        data = Path(opened).read_bytes() if isinstance(opened, str) else opened.read()
-        rows = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file.name}: not a readable JSON file ({error})") from error
+    with _opened(file) as content:
+        rows = json.loads(content.read())
     if not isinstance(rows, list):
         raise UserError(
-            f"{file.name}: must be a JSON list of rows, not {type(rows).__name__};"
-            " a file with one row per line is called .jsonl"
+            f"must be a JSON list of rows, not {type(rows).__name__}; a file with one row per line is called .jsonl"
         )
     for number, value in enumerate(rows):
-        yield RawRow(value, row_position(number))
+        yield RawRow(value, f"row {number} (counted from 0)")

@@ -38,44 +38,36 @@ def open_image(source: ImageSource | str) -> Image.Image:
     Raises:
         ImageError: no such file, not an image, or an image of forbidden size.
     """
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        if problem := _file_problem(source):
-            raise ImageError(problem)
-        try:
-            with warnings.catch_warnings():  # `_size_problem` has a better message
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                file = io.BytesIO(source) if isinstance(source, bytes) else source
-                image = Image.open(file, formats=FORMATS)
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-            raise ImageError(_open_problem(error)) from error
-    if problem := _size_problem(*image.size):
-        raise ImageError(f"image of {image.width} x {image.height} pixels{problem}")
+    try:
+        image = source if isinstance(source, Image.Image) else _open(source)
+        problem = _size_problem(*image.size)
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+        problem = _open_problem(error)
+    if problem:
+        raise ImageError(problem)
     return image
 
 
-def _file_problem(source: bytes | Path | str) -> str | None:
-    """Of a path that is not that of a regular file with content, or of more bytes than an allowed image has."""
+def _open(source: bytes | Path | str) -> Image.Image:
     if isinstance(source, bytes):
         size = len(source)
     else:
-        try:
-            status = os.stat(source)  # follows links
-        except FileNotFoundError:
-            return f"no such file: {shorten(source)}"
-        except (OSError, ValueError) as error:  # too long a name, a NUL byte in it, no permission
-            reason = error.strerror if isinstance(error, OSError) else error
-            return f"no usable path: {shorten(source)} ({reason})"
+        status = os.stat(source)  # follows links
         if not stat.S_ISREG(status.st_mode):
-            return f"not a regular file: {shorten(source)}"
+            raise ImageError(f"not a regular file: {shorten(source)}")
         size = status.st_size
-    if not size:  # files in /proc have size 0 too
-        return "empty file"
-    return f"{size} bytes, more than {MAX_BYTES}" if size > MAX_BYTES else None
+    if not 0 < size <= MAX_BYTES:  # files in /proc have size 0 too
+        raise ImageError(f"{size} bytes, more than {MAX_BYTES}" if size else "empty file")
+    with warnings.catch_warnings():  # `_size_problem` has a better message
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
 def _open_problem(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"no such file: {shorten(error.filename)}"
     if isinstance(error, Image.DecompressionBombError):
         return f"image of more than {MAX_PIXELS} pixels"
     if isinstance(error, UnidentifiedImageError):  # its message is the address of our buffer
@@ -84,11 +76,12 @@ def _open_problem(error: Exception) -> str:
 
 
 def _size_problem(width: int, height: int) -> str | None:
+    image = f"image of {width} x {height} pixels"
     if width * height > MAX_PIXELS:
-        return f", more than {MAX_PIXELS}"
+        return f"{image}, more than {MAX_PIXELS}"
     if min(width, height) < 2:
-        return ": a side of one pixel shows nothing"
-    return f": aspect ratio above {MAX_RATIO}" if max(width, height) > MAX_RATIO * min(width, height) else None
+        return f"{image}: a side of one pixel shows nothing"
+    return f"{image}: aspect ratio above {MAX_RATIO}" if max(width, height) > MAX_RATIO * min(width, height) else None
 
 
 def load_image(source: ImageSource | str) -> Image.Image:

@@ -56,9 +56,9 @@ class DataReport:
     """Questions by their number of options; 0 is an open question."""
     images: Counter[int] = field(default_factory=Counter)
     """Questions by their number of images."""
-    widths: list[int] = field(default_factory=list)
+    image_width: list[int] = field(default_factory=list)
     """Of every image, in pixels."""
-    heights: list[int] = field(default_factory=list)
+    image_height: list[int] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
     """Of every usable question, image tokens counted."""
     prompt: str = ""
@@ -66,28 +66,7 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, lists of numbers as their summaries."""
-        problems = {
-            name: [{"reason": reason, **vars(problem)} for reason, problem in _sorted(found)]
-            for name, found in (("left_out", self.left_out), ("bad", self.bad))
-        }
-        counts = {
-            name: {str(key): count for key, count in sorted(getattr(self, name).items())}
-            for name in ("kinds", "question_types", "options", "images")
-        }
-        return {
-            "source": self.source,
-            "model": self.model,
-            "template": self.template,
-            "max_prompt_length": self.max_prompt_length,
-            "rows": self.rows,
-            "usable": self.usable,
-            **problems,
-            **counts,
-            "image_width": summary(self.widths),
-            "image_height": summary(self.heights),
-            "prompt_tokens": summary(self.prompt_tokens),
-            "prompt": self.prompt,
-        }
+        return {name: _plain(value) for name, value in vars(self).items()}
 
     def __str__(self) -> str:
         """For people, a line a fact."""
@@ -97,8 +76,8 @@ class DataReport:
             "question types": _counts(self.question_types),
             "options": _counts(self.options, zero="open"),
             "images": _counts(self.images, zero="text only"),
-            "image width": _numbers(self.widths),
-            "image height": _numbers(self.heights),
+            "image width": _numbers(self.image_width),
+            "image height": _numbers(self.image_height),
             "prompt tokens": _numbers(self.prompt_tokens),
             "counted with": f"{self.model}, template {self.template}",
         }
@@ -154,8 +133,8 @@ def _add(report: DataReport, row: RowResult, sample: Sample, asker: PromptBuilde
         report.question_types[sample.question_type] += 1
     report.options[len(sample.options)] += 1
     report.images[len(sizes)] += 1
-    report.widths += [width for width, _ in sizes]
-    report.heights += [height for _, height in sizes]
+    report.image_width += [width for width, _ in sizes]
+    report.image_height += [height for _, height in sizes]
 
 
 def _problem(found: dict[str, DataProblem], row: RowResult, reason: str) -> None:
@@ -165,6 +144,14 @@ def _problem(found: dict[str, DataProblem], row: RowResult, reason: str) -> None
     problem.count += 1
     if len(problem.first) < SHOWN:
         problem.first.append(f"{row.file}, {row.position}: {reason}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Counter):
+        return {str(key): count for key, count in sorted(value.items())}
+    if isinstance(value, dict):
+        return [{"reason": reason, **vars(problem)} for reason, problem in _sorted(value)]
+    return summary(value) if isinstance(value, list) else value
 
 
 def _sorted(found: Mapping[str, DataProblem]) -> list[tuple[str, DataProblem]]:

@@ -88,8 +88,7 @@ def load_samples(
             with on_bad="error".
     """
     source = str(source)
-    if on_bad not in ("skip", "error"):
-        raise UserError(f"on_bad={on_bad!r}: must be skip or error")
+    assert on_bad in ("skip", "error"), on_bad
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: must be at least 1, or None")
     samples = Samples(source=source)
@@ -147,7 +146,7 @@ def iter_rows(
     files = find_files(str(source), split, stream=stream or first_rows is not None)
     with ThreadPoolExecutor(max_workers=8) as pool:  # decoders release the interpreter lock
         for file in files:
-            for batch in read_rows(file, columns):
+            for batch in read_rows(file, columns.select):
                 batch = batch if first_rows is None else batch[: first_rows - number]
                 parse = partial(_parse, file=file, columns=columns, row_filter=row_filter)
                 yield from pool.map(parse, batch, range(number, number + len(batch)))
@@ -160,7 +159,7 @@ def _parse(row: RawRow, number: int, file: DataFile, columns: Columns, row_filte
     result: Sample | InvalidRow | FilteredOut
     try:
         result = parse_row(
-            row.value,
+            row.mapping(),
             columns=columns,
             row_filter=row_filter,
             number=number,

@@ -8,18 +8,18 @@ Shapes: P prompt tokens (image tokens counted), I images, K patches of 14 x 14 p
 """
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from vtfast.data.images import MAX_PIXELS, ImageError, ImageSource, load_image
+from vtfast.data.images import MAX_PIXELS, ImageSource, load_image
 from vtfast.data.prompt import Prompt, _key, mrope_positions
 from vtfast.data.resize import _resizer, resized_sides
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, error_prefix
 from vtfast.utils.files import read_json
 from vtfast.utils.hub import model_path
 from vtfast.utils.text import first_line
@@ -72,27 +72,27 @@ class Processor:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            if is_text_model(path):
-                return cls(tokenizer, None, _eos_ids(path, tokenizer))
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        except (UserError, KeyboardInterrupt, SystemExit):
-            raise
+            image_processor = None if is_text_model(path) else Qwen2VLImageProcessorPil.from_pretrained(path)
+            if image_processor is not None:
+                _Preprocessing.model_validate(image_processor)
         except BaseException as error:  # libraries raise anything for damaged files, a panic of Rust too
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise UserError(
-                f"cannot read the tokenizer and image processor of {path}: {first_line(error)} A model folder "
+                f"cannot read the tokenizer and image processor of {path}: {_reason(error)}. A model folder "
                 "holds tokenizer.json, tokenizer_config.json and preprocessor_config.json beside "
                 "its weights"
             ) from error
-        check_preprocessing(image_processor, path)
-        size = image_processor.size
-        low = size["shortest_edge"] if min_pixels is None else min_pixels
-        high = size["longest_edge"] if max_pixels is None else max_pixels
-        if not 0 < low <= high:
-            raise UserError(f"min_pixels {low} and max_pixels {high}: 0 < min <= max required")
-        if low > MAX_PIXELS:
-            raise UserError(f"min_pixels {low}: would enlarge images beyond {MAX_PIXELS} pixels")
-        image_processor.size = {"shortest_edge": low, "longest_edge": high}
-        _resizer()  # chosen and logged before any work starts
+        if image_processor is not None:
+            size = image_processor.size
+            low = size["shortest_edge"] if min_pixels is None else min_pixels
+            high = size["longest_edge"] if max_pixels is None else max_pixels
+            if not 0 < low <= min(high, MAX_PIXELS):
+                raise UserError(
+                    f"min_pixels {low} and max_pixels {high}: 0 < min <= max required, and min at most {MAX_PIXELS}"
+                )
+            image_processor.size = {"shortest_edge": low, "longest_edge": high}
+            _resizer()  # chosen and logged before any work starts
         return cls(tokenizer, image_processor, _eos_ids(path, tokenizer))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -111,7 +111,8 @@ class Processor:
 
     @property
     def _images(self) -> "Qwen2VLImageProcessorPil":
-        assert self.image_processor is not None, "callers refuse images for a text model"
+        if self.image_processor is None:
+            raise UserError("images for a text model: it takes text-only questions")
         return self.image_processor
 
     def encode(self, text: str, images: Sequence[ImageSource | str]) -> Prompt:
@@ -130,10 +131,8 @@ class Processor:
                 f"the prompt has {count} image placeholders ({text.count(IMAGE_PAD)} {IMAGE_PAD}) "
                 f"for {len(images)} images: write {PLACEHOLDER} once per image in {text[:80]!r}"
             )
-        self._check_accepts(count)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise UserError("the prompt is empty")
+        assert ids, "a question is not empty"
         pixels, grid, merge = None, None, 1
         if count:
             merge = self._images.merge_size
@@ -155,21 +154,11 @@ class Processor:
         text_tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not sizes:
             return text_tokens
-        self._check_accepts(len(sizes))
+        patch, unit = self._images.patch_size, self._images.merge_size * self._images.patch_size
         assert self.pixel_limits is not None
-        low, high = self.pixel_limits
-        patch = self._images.patch_size
-        try:
-            sides = [resized_sides(width, height, low, high, patch) for width, height in sizes]
-        except ValueError as error:
-            raise UserError(f"an image of the prompt: {error}") from error
-        unit = self._images.merge_size * patch
+        sides = [resized_sides(width, height, *self.pixel_limits, patch) for width, height in sizes]
         image_tokens = sum(width * height // unit**2 for width, height in sides)
         return text_tokens - len(sizes) + image_tokens
-
-    def _check_accepts(self, images: int) -> None:
-        if images and self.image_processor is None:
-            raise UserError(f"{images} images for a text model: it takes text-only questions")
 
     def decode(self, ids: Sequence[int] | torch.Tensor, keep_special: bool = False) -> str:
         """Text of token ids, without special tokens unless `keep_special`."""
@@ -179,52 +168,48 @@ class Processor:
         """An image as the model sees it: RGB, sides in whole pairs of patches, area within the limits.
 
         Raises:
-            ImageError: an unusable image.
-            ValueError: a shape that cannot be resized within the limits.
+            ImageError: an unusable image, or a shape that cannot be resized within the limits.
         """
         assert self.pixel_limits is not None
-        low, high = self.pixel_limits
-        return _resizer()(load_image(source), low, high, self._images.patch_size)
+        image, settings = load_image(source), (*self.pixel_limits, self._images.patch_size)
+        resized_sides(image.width, image.height, *settings)
+        return _resizer()(image, *settings)
 
     def _pixels(self, images: Sequence[ImageSource | str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> pixels [K, 1176] float32, grid [I, 3] int64."""
         resized = []
-        for number, source in enumerate(images):
-            try:
+        for number, source in enumerate(images, 1):
+            name = source if isinstance(source, str | Path) else getattr(source, "filename", None)
+            with error_prefix(f"image {number} of {len(images)}" + (f" ({name})" if name else "")):
                 resized.append(self.resize(source))
-            except (ImageError, ValueError) as error:
-                is_path = isinstance(source, str | Path)
-                name: object = source if is_path else getattr(source, "filename", None)
-                which = f"image {number + 1} of {len(images)}" + (f" ({name})" if name else "")
-                raise UserError(f"{which}: {error}") from error
         out = self._images(images=resized, do_resize=False, return_tensors="pt")
         return out["pixel_values"].float(), out["image_grid_thw"].long()
 
 
-def check_preprocessing(processor: "Qwen2VLImageProcessorPil", path: str | Path) -> None:
-    """Raises UserError for a preprocessor_config.json with numbers that cannot make patches of an image."""
-    for name, value, valid in _preprocessing_values(processor):
-        if not valid:
-            raise UserError(f"{path}/preprocessor_config.json: {name}: {value!r:.80} cannot be used")
+class _Preprocessing(BaseModel):
+    """The numbers of a preprocessor_config.json from which patches are made."""
+
+    model_config = ConfigDict(from_attributes=True, strict=True, allow_inf_nan=False)
+    patch_size: int = Field(gt=0, le=64)
+    merge_size: int = Field(gt=0, le=64)
+    temporal_patch_size: int = Field(gt=0, le=64)
+    size: "_PixelLimits"
+    image_mean: tuple[float, float, float] = Field(strict=False)
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False)
+    rescale_factor: float
 
 
-def _preprocessing_values(processor: "Qwen2VLImageProcessorPil") -> Iterator[tuple[str, object, bool]]:
-    """(name, value, whether it can be used)"""
-    for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        value = getattr(processor, name, None)
-        yield name, value, type(value) is int and 0 < value <= 64
-    for name in ("shortest_edge", "longest_edge"):
-        value = processor.size[name] if name in (processor.size or ()) else None
-        yield f"size.{name}", value, type(value) is int
-    numbers = {
-        "image_mean": processor.image_mean,
-        "image_std": processor.image_std,
-        "rescale_factor": [processor.rescale_factor],
-    }
-    for name, values in numbers.items():
-        complete = isinstance(values, list | tuple) and len(values) == (3 if "image" in name else 1)
-        yield name, values, complete and all(type(x) in (int, float) and math.isfinite(x) for x in values)
-    yield "image_std", processor.image_std, 0 not in processor.image_std
+class _PixelLimits(BaseModel):
+    model_config = ConfigDict(from_attributes=True, strict=True)
+    shortest_edge: int
+    longest_edge: int
+
+
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, ValidationError):
+        return first_line(error).rstrip(".")
+    wrong = error.errors()[0]
+    return f"preprocessor_config.json: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
 
 
 def is_text_model(path: str | Path) -> bool:
@@ -244,8 +229,6 @@ def _eos_ids(path: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     eos = read_json(Path(file)).get("eos_token_id") if file else None
     if eos is None:
         eos = tokenizer.eos_token_id
-    if eos is None:
-        raise UserError(f"{path} has no end token: set eos_token_id in generation_config.json")
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(token) is int and 0 <= token < len(tokenizer) for token in ids):
         raise UserError(f"{path}/generation_config.json: eos_token_id: {eos!r:.80} is not a token id")

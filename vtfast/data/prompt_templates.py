@@ -31,8 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtfast.utils.did_you_mean import did_you_mean
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, error_prefix
 from vtfast.utils.files import expand, read_text
 
 if TYPE_CHECKING:
@@ -57,21 +56,18 @@ def load_template(name_or_path: str | Path) -> str:
         in it.
     """
     name = str(name_or_path)
-    looks_like_path = name.endswith(".txt") or "/" in name or "\\" in name
-    path = expand(name) if looks_like_path else TEMPLATES / f"{name}.txt"
-    if not looks_like_path and name not in template_names():
+    if name.endswith(".txt") or "/" in name or "\\" in name:
+        path = expand(name)
+    elif name in template_names():
+        path = TEMPLATES / f"{name}.txt"
+    else:
         near = difflib.get_close_matches(name, template_names(), n=1, cutoff=0.0)
         raise UserError(
             f"unknown prompt template {name!r}: did you mean {near[0]!r}? "
             f"Templates: {', '.join(template_names())}, or the path of a .txt file"
         )
-    if looks_like_path and not path.exists():
-        meant = did_you_mean(path, f"name a text file, or one of {', '.join(template_names())}")
-        raise UserError(f"cannot read the prompt template {name}: no such file; {meant}")
-    try:
+    with error_prefix("cannot read the prompt template"):
         text = read_text(path).removesuffix("\n")
-    except UserError as error:
-        raise UserError(f"cannot read the prompt template {error}") from None
     if "{question}" not in text:
         raise UserError(f"the prompt template {path} lacks {{question}}: write it where it goes")
     return text

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from vtfast.data.images import MAX_RATIO
+from vtfast.data.images import ImageError
 
 log = logging.getLogger("vtfast")
 
@@ -21,7 +21,7 @@ def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, patch_siz
     the limits.
 
     Raises:
-        ValueError: aspect ratio above 200, or sides that would vanish.
+        ImageError: a strip too thin for `max_pixels`.
     """
     if image.mode == "RGBA":
         opaque = Image.new("RGB", image.size, (255, 255, 255))
@@ -36,10 +36,8 @@ def resized_sides(width: int, height: int, min_pixels: int, max_pixels: int, pat
     """Width and height after resizing: multiples of two patches, with an area within the limits.
 
     Raises:
-        ValueError: aspect ratio above 200, or a strip too thin for `max_pixels`.
+        ImageError: a strip too thin for `max_pixels`.
     """
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"aspect ratio above {MAX_RATIO}")
     unit = 2 * patch_size
     sides = [max(unit, round(side / unit) * unit) for side in (width, height)]
     area = sides[0] * sides[1]
@@ -50,7 +48,7 @@ def resized_sides(width: int, height: int, min_pixels: int, max_pixels: int, pat
         grow = math.sqrt(min_pixels / (width * height))
         sides = [math.ceil(side * grow / unit) * unit for side in (width, height)]
     if min(sides) == 0:
-        raise ValueError(f"{width} x {height} pixels: max_pixels leaves nothing of the short side")
+        raise ImageError(f"image of {width} x {height} pixels: max_pixels leaves nothing of the short side")
     return sides[0], sides[1]
 
 

@@ -6,7 +6,7 @@ A row either has a question, an answer and images that decode, or it is an `Inva
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from vtfast.data.columns import AUTO_COLUMNS, MESSAGES, QUESTION_TYPE, Columns, InvalidRow, is_sat
 from vtfast.data.images import Images, ImageSource, check_image
 from vtfast.data.sample import Sample, question_kind
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import error_prefix
 from vtfast.utils.text import shorten
 
 LONGEST_TEXT = 1_000_000
@@ -40,19 +40,18 @@ class RowFilter:
         """Raises FilteredOut, or InvalidRow for a row without the question type that the filter needs."""
         if self.static and images != 1:
             raise FilteredOut(f"{images} images, --static takes rows with one")
-        if self.question_types is None:
+        if self.question_types is None or question_type in self.question_types:
             return
         if not isinstance(question_type, str):
             raise InvalidRow("no question_type, which --question_types needs")
-        if question_type not in self.question_types:
-            raise FilteredOut(f"question_type {question_type}")
+        raise FilteredOut(f"question_type {question_type}")
 
 
 ALL = RowFilter()
 
 
 def parse_row(
-    row: Any,
+    row: Mapping[Any, Any],
     *,
     columns: Columns = AUTO_COLUMNS,
     row_filter: RowFilter = ALL,
@@ -73,42 +72,56 @@ def parse_row(
         InvalidRow: anything missing, empty, of a wrong type, or not decodable.
         FilteredOut: excluded by `row_filter`. Its images were not looked at.
     """
-    if isinstance(row, InvalidRow):  # a line that the file's reader could not read
-        raise row
-    if not isinstance(row, Mapping):
-        raise InvalidRow(f"must be a mapping of columns to values, not {type(row).__name__}")
-    question_type = row.get(QUESTION_TYPE)
     if MESSAGES in row and columns == AUTO_COLUMNS:
         images, complete = _as_list(row.get("images")), True
-        fields: tuple[Any, Any, Any] = _visualthinker_fields(row[MESSAGES])
+        question, options, answer = _visualthinker_fields(row[MESSAGES])
     else:
         names = columns.resolve(row)
         images, complete = _as_list(row.get(names.image)), is_sat(columns, names)
-        fields = (row.get(names.question), row.get(names.options), row.get(names.answer))
-    if not images and complete:
+        question, options, answer = (row.get(name) for name in (names.question, names.options, names.answer))
+    if complete and not images:
         raise InvalidRow("no image")
+    question_type = row.get(QUESTION_TYPE)
     row_filter.check(len(images), question_type)
-    question = _text(_IMAGE_MARKS.sub("", _text(fields[0], "question")), "question")
-    options = _options(fields[1], required=complete)
-    answer = _answer(fields[2], options)
+    question = _clean(question, lambda text: _IMAGE_MARKS.sub("", text))
+    if type(answer) is int or (type(answer) is float and math.isfinite(answer)):
+        answer = str(answer)
+    answer = _clean(answer, lambda text: clean_option(_unwrap(text)))
+    if isinstance(options, list | tuple):
+        options = [_clean(option, clean_option) for option in options]
+    if problem := _problem(question, options, answer, complete):
+        raise InvalidRow(problem)
     own_type = question_type if isinstance(question_type, str) else ""
     kind = question_kind(question, own_type)
-    return Sample(question, options, answer, _images(images, folder), kind, number, source, own_type, position)
+    return Sample(question, options or [], answer, _images(images, folder), kind, number, source, own_type, position)
 
 
 # Other trainers' data mark the images' places in front of the question; here the template has them.
 _IMAGE_MARKS = re.compile(r"\A(?:\s*<image>)+\s*")
 
 
-def _text(value: Any, name: str) -> str:
-    if problem := _text_problem(value):
-        raise InvalidRow(f"the {name} {problem}")
-    return str(value)
+def _clean(value: Any, clean: Callable[[str], str]) -> Any:
+    """A text, cleaned; anything else, which `_problem` refuses, as it is."""
+    return clean(value) if isinstance(value, str) else value
+
+
+def _problem(question: Any, options: Any, answer: Any, options_required: bool) -> str | None:
+    """Why a row with these fields cannot be used."""
+    if options_required and options in (None, []):
+        return "no options"
+    if not isinstance(options, list | None):
+        return f"the options are not a list but {type(options).__name__}"
+    for name, value in (("question", question), *(("option", option) for option in options or ()), ("answer", answer)):
+        if problem := _text_problem(value):
+            return f"the {name} {problem}"
+    if options and answer not in options:
+        return f"the answer {answer[:80]!r} is not among the options {str(options)[:200]}"
+    return None
 
 
 def _text_problem(value: Any) -> str | None:
     if not isinstance(value, str):
-        return f"is not text but {type(value).__name__}"
+        return f"is {shorten(repr(value), 60)}, not text"
     if not value.strip():
         return "is empty"
     if len(value) > LONGEST_TEXT:
@@ -118,33 +131,6 @@ def _text_problem(value: Any) -> str | None:
     if token := re.search(r"<\|\w+\|>", value):  # the tokenizer would encode it as that token
         return f"holds the special token {token[0]}"
     return None
-
-
-def _options(values: Any, *, required: bool) -> list[str]:
-    if not values and isinstance(values, list | tuple | None) and required:
-        raise InvalidRow("no options")
-    if not isinstance(values, list | tuple | None):
-        raise InvalidRow(f"the options are not a list but {type(values).__name__}")
-    options = [clean_option(_text(option, "option")) for option in values or ()]
-    if not all(options):
-        raise InvalidRow("the option is empty")
-    return options
-
-
-def _answer(value: Any, options: Sequence[str]) -> str:
-    """The bare answer, one of the options if there are any."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidRow(f"the answer is {value}")
-        value = str(value)
-        if not options:
-            return value
-    answer = clean_option(_unwrap(_text(value, "answer")))
-    if not answer:
-        raise InvalidRow("the answer is empty")
-    if options and answer not in options:
-        raise InvalidRow(f"the answer {answer[:80]!r} is not among the options {str(options)[:200]}")
-    return answer
 
 
 def _unwrap(text: str) -> str:
@@ -167,11 +153,9 @@ def _as_list(value: Any) -> list[Any]:
 def _images(images: Sequence[Any], folder: Path | None) -> Images:
     sources = []
     for number, image in enumerate(images):
-        try:
+        with error_prefix(f"image {number}", InvalidRow):
             sources.append(_source(image, folder))
             check_image(sources[-1])
-        except UserError as error:
-            raise InvalidRow(f"image {number}: {error}") from error
     return Images(sources)
 
 
@@ -183,9 +167,9 @@ def _source(image: Any, folder: Path | None) -> ImageSource:
         image = bytes(image)
     if isinstance(image, bytes | Image.Image) and image:
         return image
-    if not isinstance(image, str | Path) or not str(image):
-        raise InvalidRow(f"{type(image).__name__} is not an image" if image else "empty")
-    return _image_path(str(image), folder)
+    if isinstance(image, str | Path) and str(image):
+        return _image_path(str(image), folder)
+    raise InvalidRow(f"{type(image).__name__} is not an image" if image else "empty")
 
 
 def _image_path(name: str, folder: Path | None) -> Path:
@@ -195,16 +179,18 @@ def _image_path(name: str, folder: Path | None) -> Path:
     used as it is. Data from the hub contain their images: a path there would be one of this machine's files.
     """
     if re.match(r"\w[\w+.-]*://|data:", name):  # http://, s3://, data:image/png;base64
-        raise InvalidRow(f"{shorten(name)} is a link, and images are not fetched: give a file, or its bytes")
-    if folder is None:
-        raise InvalidRow(f"{shorten(name)} is a path, and the data set has no folder")
-    if os.path.isabs(name):
+        problem = "is a link, and images are not fetched: give a file, or its bytes"
+    elif folder is None:
+        problem = "is a path, and the data set has no folder"
+    elif os.path.isabs(name):
         return Path(name)
-    top = os.path.abspath(folder.parent)
-    if os.path.commonpath([top, os.path.abspath(folder / name)]) != top:
-        raise InvalidRow(f"{shorten(name)} leads out of {top}, where the data are: give an absolute path")
-    candidates = [folder / name, folder.parent / name]
-    return next((path for path in candidates if os.path.exists(path)), candidates[0])
+    else:
+        top = os.path.abspath(folder.parent)
+        if os.path.commonpath([top, os.path.abspath(folder / name)]) == top:
+            candidates = [folder / name, folder.parent / name]
+            return next((path for path in candidates if os.path.exists(path)), candidates[0])
+        problem = f"leads out of {top}, where the data are: give an absolute path"
+    raise InvalidRow(f"{shorten(name)} {problem}")
 
 
 # VisualThinker's user text: "<image> Answer in natural language. Q Choose between … options: a or b"
@@ -215,20 +201,21 @@ _USER = re.compile(
 )
 
 
-def _visualthinker_fields(messages: Any) -> tuple[str, list[str], str]:
+def _visualthinker_fields(messages: Any) -> tuple[Any, Any, Any]:
     """Question, options and answer of a user and an assistant message."""
     try:
         texts = {message["role"]: message["content"] for message in messages}
-        user, answer = texts["user"], _text(texts["assistant"], "answer")
-        match = _USER.fullmatch(user)
-    except (TypeError, KeyError) as error:
-        raise InvalidRow("messages must be those of a user and an assistant, with text") from error
+        match, answer = _USER.fullmatch(texts["user"]), texts["assistant"]
+    except (TypeError, KeyError):
+        match = None
     if not match:
-        raise InvalidRow(f"no 'Choose between the following options:' in {user[:200]!r}")
+        raise InvalidRow(
+            "messages must be those of a user, with the text 'Choose between the following options:', and an assistant"
+        )
     return match["question"], _split_options(match["options"], answer), answer
 
 
-def _split_options(text: str, answer: str) -> list[str]:
+def _split_options(text: str, answer: Any) -> list[str]:
     """`a, b or c` -> [a, b, c]. An option may hold " or " itself: the answer tells which one."""
     for cut in reversed([found.start() for found in re.finditer(" or ", text)]):
         options = [*text[:cut].split(", "), text[cut + len(" or ") :]]

@@ -89,13 +89,10 @@ def options_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
 
 def lettered_gold(row: Mapping[str, Any], options: Sequence[str]) -> int:
     """Index of the right option from an answer such as `(C)`."""
-    answer = text_of(row, "answer")
-    if len(options) > len(LETTERS):
-        raise InvalidRow(f"{len(options)} options, letters go up to {LETTERS[-1]}")
-    letters = LETTERS[: len(options)]
+    answer, letters = text_of(row, "answer"), LETTERS[: len(options)]
     letter = answer.strip().strip("()")
-    if letter not in tuple(letters):
-        raise InvalidRow(f"answer is {answer!r}, expected one of (A) to ({letters[-1]})")
+    if len(options) > len(LETTERS) or letter not in tuple(letters):
+        raise InvalidRow(f"answer is {answer!r} to {len(options)} options, expected one of (A) to ({letters[-1]})")
     return letters.index(letter)
 
 

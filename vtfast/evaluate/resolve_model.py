@@ -57,18 +57,15 @@ def find_model(model: str) -> EvaluatedModel:
 def check_model(model: EvaluatedModel) -> None:
     """Raises UserError unless it is a model of a known family. Looks at file names and config.json only."""
     folder = Path(model.path)
+    if folder.is_dir() and not _is_model(folder):
+        if (folder / "config.yaml").is_file():
+            problem = "is a run that has saved no checkpoint yet; name another"
+        else:
+            meant = question(near_run(folder), "name another")
+            problem = f"is neither a run folder (it has no config.yaml) nor a model folder (no config.json); {meant}"
+        raise UserError(f"--model {folder}: {problem}")
     if folder.is_dir():
-        if not _is_model(folder):
-            if (folder / "config.yaml").is_file():
-                raise UserError(f"--model {folder}: is a run that has saved no checkpoint yet; name another")
-            raise UserError(
-                f"--model {folder}: is neither a run folder (it has no config.yaml) nor a model folder (no"
-                f" config.json); {question(near_run(folder), 'name another')}"
-            )
-        try:
-            check_folder(folder)
-        except UserError as error:
-            raise UserError(f"--model {error}") from None
+        check_folder(folder)
     read_model_config(model.path)
 
 
@@ -88,12 +85,11 @@ def _is_model(path: Path) -> bool:
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings of a run, which may be another person's. Checks the types of those that an evaluation uses."""
     values = read_yaml(path)
-    if not values:
-        raise UserError(f"{path}: is not a run's config.yaml")
     types = {"template": str, "literal_image": bool, "min_pixels": int, "max_pixels": int}
-    for name, expected in types.items():
-        if values.get(name) is not None and type(values[name]) is not expected:
-            raise UserError(f"{path}: {name}: {values[name]!r} must be {expected.__name__}")
+    wrong = [name for name, expected in types.items() if type(values.get(name)) not in (expected, type(None))]
+    if wrong or not values:
+        reason = f"wrong type of {', '.join(wrong)}" if wrong else "empty"
+        raise UserError(f"{path}: is not a run's config.yaml ({reason})")
     return values
 
 

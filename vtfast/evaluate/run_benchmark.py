@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from vtfast.data import Sample
-from vtfast.data.images import ImageError, Images, check_image
+from vtfast.data.images import Images, check_image
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
 from vtfast.data.prompt_templates import load_template, render
@@ -29,7 +29,7 @@ from vtfast.evaluate.response_file import ResponseFile, Row, make_row
 from vtfast.evaluate.scores import score_rows
 from vtfast.model.policy import Policy
 from vtfast.rollout import RolloutEngine, Sampling
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, error_prefix
 from vtfast.utils.files import expand
 
 TEMPLATE = "eval-r1-zero"
@@ -83,42 +83,56 @@ def evaluate(
     if not examples:
         raise UserError(f"{data or benchmark.hub_id}: has no questions of {benchmark.title}")
     if bench == "vsr":
-        folder = None if image_folder is None else expand(image_folder)
-        if fetch_images:
-            ranks.on_main(lambda: vsr_images.fetch(examples, folder))
-        examples = vsr_images.locate(examples, folder)
+        examples = _with_images(examples, image_folder, fetch_images, ranks)
     responses = ResponseFile()
     if output is not None:
         folder, settings = Path(output), runner.settings()
         responses = ranks.on_main(lambda: ResponseFile.open(folder, bench, settings))
+    _respond(runner, examples, responses, batch_size, ranks, progress and ranks.is_main)
+    return score_rows(bench, responses.rows)
 
+
+def _with_images(
+    examples: list[Example], image_folder: str | Path | None, fetch_images: bool, ranks: Ranks
+) -> list[Example]:
+    folder = None if image_folder is None else expand(image_folder)
+    if fetch_images:
+        ranks.on_main(lambda: vsr_images.fetch(examples, folder))
+    return vsr_images.locate(examples, folder)
+
+
+def _respond(
+    runner: BenchmarkRunner,
+    examples: Sequence[Example],
+    responses: ResponseFile,
+    batch_size: int,
+    ranks: Ranks,
+    show_progress: bool,
+) -> None:
+    """Add the responses to the examples that have none yet."""
+    bench = runner.benchmark.name
     unanswered = responses.unanswered(examples)
     ranks.gather_rows(partial(_check_images, unanswered[ranks.rank :: ranks.size]))
-    show, done = progress and ranks.is_main, len(examples) - len(unanswered)
-    bar = tqdm(total=len(examples), initial=done, desc=bench, unit="question", disable=not show)
+    done = len(examples) - len(unanswered)
+    bar = tqdm(total=len(examples), initial=done, desc=bench, unit="question", disable=not show_progress)
     watchdog.beat(bench)
     with bar:
         for batch in _batches(unanswered, batch_size, ranks, runner.encode):
-            rows = ranks.gather_rows(partial(runner.respond, batch, show))
+            rows = ranks.gather_rows(partial(runner.respond, batch, show_progress))
             responses.add(rows, write=ranks.is_main)
             bar.update(len(rows))
-    return score_rows(bench, responses.rows)
 
 
 def _check_images(examples: Sequence[Example]) -> list[Row]:
     """Raises UserError for an image that does not decode, before the first response is generated; returns no rows."""
 
-    def problem(example: Example) -> str | None:
-        try:
+    def check(example: Example) -> None:
+        with error_prefix(example.where):
             for image in example.images:
                 check_image(image)
-        except ImageError as error:
-            return f"{example.where}: {error}"
-        return None
 
     with ThreadPoolExecutor(max_workers=8) as pool:  # decoders release the interpreter lock
-        for message in filter(None, pool.map(problem, examples)):
-            raise UserError(message)
+        list(pool.map(check, examples))
     return []
 
 
@@ -173,10 +187,8 @@ class BenchmarkRunner:
         options = list(example.options)
         sample = Sample(example.question, options, options[example.gold], Images(example.images), example.task)
         text = render(self.text, sample, literal_image=self.literal_image)
-        try:
+        with error_prefix(example.where):
             return self.processor.encode(text, sample.images)
-        except UserError as error:
-            raise UserError(f"{example.where}: {error}") from error
 
     def respond(self, batch: Future[list[tuple[Example, Prompt]]], progress: bool) -> list[Row]:
         examples = batch.result()
@@ -196,11 +208,9 @@ def _batches(
     size = per_rank * ranks.size
     shares = [examples[start : start + size][ranks.rank :: ranks.size] for start in range(0, len(examples), size)]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        current = pool.submit(encode, shares[0]) if shares else None
-        for share in shares[1:]:
-            upcoming = pool.submit(encode, share)
-            assert current is not None
-            yield current
-            current = upcoming
-        if current is not None:
-            yield current
+        encoded = (pool.submit(encode, share) for share in shares)
+        batch = next(encoded, None)
+        while batch is not None:
+            upcoming = next(encoded, None)
+            yield batch
+            batch = upcoming

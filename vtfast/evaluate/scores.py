@@ -11,7 +11,7 @@ from vtfast.evaluate.benchmark import Benchmark, Grade, accuracy
 from vtfast.evaluate.benchmarks import get_benchmark
 from vtfast.evaluate.grading import grade
 from vtfast.evaluate.response_file import Row, generation_settings, read_responses, regrade, update_grades
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, error_prefix
 from vtfast.utils.files import read_json, write_json
 
 
@@ -24,19 +24,17 @@ def score(bench: str, rows: Sequence[Mapping[str, Any]], responses: Sequence[str
         `count_by_task`, and the strict scorer's `total` and `by_task` under `strict`. All accuracies are in [0, 1].
 
     Raises:
-        UserError: another number of responses than rows, no rows, or a row that cannot be read.
+        UserError: another number of responses than rows, no rows, or a row or response that cannot be read.
     """
     benchmark = get_benchmark(bench)
     if len(rows) != len(responses):
         raise UserError(f"{bench}: {len(responses)} responses for {len(rows)} rows")
     grades = []
     for index, (row, response) in enumerate(zip(rows, responses, strict=True)):
-        if not isinstance(response, str):
-            raise UserError(f"{bench}, response {index}: not text but {type(response).__name__}")
-        try:
+        with error_prefix(f"{bench}, row {index}"):
+            if not isinstance(response, str):
+                raise InvalidRow(f"response is {response!r}, expected text")
             grades.append(grade(benchmark, benchmark.read(row, index), response))
-        except InvalidRow as error:
-            raise UserError(f"{bench}, row {index}: {error}") from error
     return summarise(benchmark, grades)
 
 

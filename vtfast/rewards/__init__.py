@@ -66,11 +66,12 @@ def get_reward(name: str, mode: str = "strict") -> Reward:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
+        if callable(found):
+            return found
+        problem = f"not a function but {type(found).__name__}"
     except Exception as error:  # importing runs foreign code: anything may come
-        raise UserError(
-            f"cannot load the reward {name!r}: {type(error).__name__}: {error}. It is read as "
-            "module:function, of what is installed, on PYTHONPATH or in the current folder"
-        ) from error
-    if not callable(found):
-        raise UserError(f"the reward {name!r} is not a function but {type(found).__name__}")
-    return found
+        problem = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"cannot load the reward {name!r}: {problem}. It is read as "
+        "module:function, of what is installed, on PYTHONPATH or in the current folder"
+    )

@@ -3,16 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
 
+from vtfast.data import Sample
 from vtfast.distributed import watchdog
 from vtfast.rewards import get_reward, strict, visualthinker
 from vtfast.rewards.reward import RewardInput, RewardResult, call_reward
 from vtfast.rewards.worker_pool import WorkerPool
-
-if TYPE_CHECKING:
-    from vtfast.data import Sample
 
 log = logging.getLogger("vtfast")
 
@@ -47,7 +43,7 @@ class RewardManager:
             for column, response in enumerate(responses):
                 watchdog.beat()
                 if self.pool and self._needs_pool(name, response.sample):
-                    jobs.append((name, replace(response, sample=_picklable_sample(name, response.sample))))
+                    jobs.append((name, response if ":" in name else _without_images(response)))
                     cells.append((row, column))
                     table[row].append(RewardResult(0.0))
                 else:
@@ -63,7 +59,7 @@ class RewardManager:
         if self.pool:
             self.pool.close()
 
-    def _needs_pool(self, name: str, sample: "Sample") -> bool:
+    def _needs_pool(self, name: str, sample: Sample) -> bool:
         if name != "accuracy":
             return ":" in name
         if self.mode == "recipe":
@@ -81,7 +77,5 @@ class RewardManager:
                 )
 
 
-def _picklable_sample(name: str, sample: "Sample") -> "Sample":
-    """The sample as an object that a worker can unpickle without importing vtfast.data."""
-    values = dict(vars(sample))
-    return cast("Sample", SimpleNamespace(**values if ":" in name else values | {"images": []}))
+def _without_images(response: RewardInput) -> RewardInput:
+    return replace(response, sample=replace(response.sample, images=[]))

@@ -6,12 +6,10 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vtfast.data import Sample
 from vtfast.utils.text import shorten
-
-if TYPE_CHECKING:
-    from vtfast.data import Sample
 
 Reward = Callable[..., float]
 """`(completion, sample)`, and by name `tokens` and `prefix` where it has such a parameter."""
@@ -24,8 +22,8 @@ class RewardInput:
 
     completion: str
     """The whole response; where the prompt ended with `<think>`, it starts with that tag."""
-    sample: "Sample"
-    """In a worker process an object with the same attributes."""
+    sample: Sample
+    """Without its images for a built-in reward in a worker process."""
     tokens: int
     """Number of tokens that were sampled."""
     prefix: str = ""
@@ -57,9 +55,9 @@ def call_reward(reward: Reward, response: RewardInput) -> RewardResult:
         if isinstance(value, str) or not hasattr(value, "__float__") or not math.isfinite(value):
             return failed_result(f"returned {shorten(repr(value), 60)} and not a finite number")
         return RewardResult(float(value))
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # also sys.exit and math-verify's time limit, which are no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return failed_result(error)
 
 
@@ -67,7 +65,7 @@ def zero_on_error(reward: Reward) -> Reward:
     """Decorates a reward that is also called directly: it returns 0 instead of raising."""
 
     @functools.wraps(reward)
-    def guarded(completion: str, sample: "Sample", **options: Any) -> float:
+    def guarded(completion: str, sample: Sample, **options: Any) -> float:
         try:
             return reward(completion, sample, **options)
         except Exception:

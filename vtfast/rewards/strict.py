@@ -17,13 +17,10 @@ compared as mathematics (`math_answers.py`), else as text.
 import logging
 import re
 import string
-from typing import TYPE_CHECKING
 
+from vtfast.data import Sample
 from vtfast.rewards.math_answers import AMBIGUOUS_WORDS, is_math, math_equal
 from vtfast.rewards.reward import zero_on_error
-
-if TYPE_CHECKING:
-    from vtfast.data import Sample
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _SHAPE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
@@ -55,7 +52,7 @@ def _normalise(text: str) -> str:
     return _bare(" ".join(text.split()), AROUND)
 
 
-def _same_number(inside: str, sample: "Sample") -> bool:
+def _same_number(inside: str, sample: Sample) -> bool:
     """Whether an answer that is not the gold text is the gold number: `3.0`, `6/2`, `3 chairs`."""
     gold = _normalise(sample.answer)
     text = _bare(inside, string.whitespace + ".,:;!?*_`\"'").removeprefix("+")
@@ -86,7 +83,7 @@ def _verify(gold: str, answer: str) -> bool:
 
 
 @zero_on_error
-def accuracy_reward(completion: str, sample: "Sample") -> float:
+def accuracy_reward(completion: str, sample: Sample) -> float:
     """1.0 if the last `<answer>…</answer>` is the right option, else 0.0.
 
     Case, white space and surrounding punctuation do not count. Where the right answer is a number,
@@ -104,13 +101,13 @@ def accuracy_reward(completion: str, sample: "Sample") -> float:
     return float(answer == gold or _same_number(inside, sample))
 
 
-def has_math_answer(sample: "Sample") -> bool:
+def has_math_answer(sample: Sample) -> bool:
     """Whether the question has no options and a number, a quantity or a formula for an answer."""
     return not sample.options and is_math(sample.answer)
 
 
 @zero_on_error
-def format_reward(completion: str, sample: "Sample") -> float:
+def format_reward(completion: str, sample: Sample) -> float:
     """1.0 if the response is `<think>…</think> <answer>…</answer>` and nothing else, else 0.0.
 
     Each tag occurs once. A leading `<think>` that the prompt already wrote may be missing; white
@@ -124,7 +121,7 @@ def format_reward(completion: str, sample: "Sample") -> float:
 
 
 @zero_on_error
-def length_reward(completion: str, sample: "Sample", *, tokens: int | None = None) -> float:
+def length_reward(completion: str, sample: Sample, *, tokens: int | None = None) -> float:
     """0.001 for every token of the response.
 
     Args:

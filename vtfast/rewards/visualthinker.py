@@ -26,12 +26,9 @@ Steps 2 and 3 cannot differ.
 import logging
 import re
 import threading
-from typing import TYPE_CHECKING
 
+from vtfast.data import Sample
 from vtfast.rewards.reward import zero_on_error
-
-if TYPE_CHECKING:
-    from vtfast.data import Sample
 
 PREFIX = "<think>"
 """The end of the study's prompt for a base model."""
@@ -44,7 +41,7 @@ _MATHEMATICAL = re.compile(r"[\d$\\[]")
 
 
 @zero_on_error
-def accuracy_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) -> float:
+def accuracy_reward(completion: str, sample: Sample, *, prefix: str = PREFIX) -> float:
     """1.0 or 0.0, by the three steps above.
 
     Args:
@@ -60,13 +57,13 @@ def accuracy_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) 
 
 
 @zero_on_error
-def format_reward(completion: str, sample: "Sample", *, prefix: str = PREFIX) -> float:
+def format_reward(completion: str, sample: Sample, *, prefix: str = PREFIX) -> float:
     """1.0 if the response, `prefix` included, is thinking and answer to the last character, else 0.0."""
     response = prefix + completion.removeprefix(prefix)
     return float(_SHAPE.fullmatch(response) is not None)
 
 
-def may_use_math_verify(sample: "Sample") -> bool:
+def may_use_math_verify(sample: Sample) -> bool:
     """Whether math-verify can find anything in the gold: each of its patterns needs one of these characters."""
     return _MATHEMATICAL.search(sample.answer) is not None
 

@@ -60,11 +60,10 @@ class WorkerPool:
                 self._collect(waiting, scores)
                 watchdog.beat()
                 bar.update(len(jobs) - scores.count(None) - bar.n)
-        except BaseException:
-            self.close()  # nobody will read the running jobs' scores
-            raise
         finally:
             bar.close()
+            if None in scores:  # nobody will read the running jobs' scores
+                self.close()
         return [score for score in scores if score is not None]
 
     def close(self) -> None:

@@ -1,5 +1,8 @@
 """Exceptions whose messages are for the user."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Bad input: a file, a row, a flag, a name.
@@ -15,6 +18,15 @@ class SharedError(UserError):
 
 class RankError(UserError):
     """Raised by one rank alone, which prints it unless the watchdog has told the other ranks."""
+
+
+@contextmanager
+def error_prefix(where: str, error_type: type[UserError] = UserError) -> Iterator[None]:
+    """Puts `where`, such as a file and row, in front of the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise error_type(f"{where}: {error}") from error
 
 
 class Stopped(Exception):
