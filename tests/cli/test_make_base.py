@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import shutil
 
 import pytest
 import torch
@@ -147,14 +146,9 @@ def test_random_weights_follow_the_seed(folder, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_folders_and_kinds_of_weights_are_checked(folder, tmp_path):
-    with pytest.raises(ValueError, match="weights"):
-        build_tiny_model(tmp_path / "x", weights="pretrained")
+def test_a_folder_with_files_is_not_written_over(folder):
     with pytest.raises(ValueError, match="not an empty folder"):
         build_tiny_model(folder, weights="random")
-    with pytest.raises(ValueError, match="not an empty folder"):
-        recipe.make_base(folder)
-    assert not (tmp_path / "x").exists()
 
 
 # ------------------------------------------------------------------------------------------ asset
@@ -164,21 +158,8 @@ def test_asset_is_copied_whole(tmp_path):
     path = build_tiny_model(tmp_path / "base")
     assert {p.name for p in path.iterdir()} == {p.name for p in ASSET.iterdir()}
     assert (path / "model.safetensors").stat().st_size <= 4_000_000
-
-
-def test_damaged_asset_is_refused(tmp_path, monkeypatch):
-    broken = tmp_path / "asset"
-    shutil.copytree(ASSET, broken)
-    data = bytearray((broken / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (broken / "model.safetensors").write_bytes(data)
-    monkeypatch.setattr(tiny_model, "ASSET", broken)
-    with pytest.raises(ValueError, match=r"damaged.*sha256"):
-        build_tiny_model(tmp_path / "out")
-    (broken / "recipe.json").unlink()
-    with pytest.raises(ValueError, match=r"recipe\.json is missing"):
-        build_tiny_model(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    recipe = json.loads((path / "recipe.json").read_text())
+    assert tiny_model.sha256(path / "model.safetensors") == recipe["sha256"]
 
 
 def test_asset_has_the_files_that_the_code_writes(folder):

@@ -132,7 +132,9 @@ def test_the_choice(monkeypatch):
     assert decode_attention("auto", "cpu") is attention.BACKENDS["torch"]
     with pytest.raises(UserError, match="--rollout_attention flash: must be one of auto"):
         decode_attention("flash")
-    with pytest.raises(UserError, match="--rollout_attention flash_attn: not installed, or not for"):
+    with pytest.raises(
+        UserError, match="--rollout_attention flash_attn: must be one of auto, torch; others are not installed"
+    ):
         decode_attention("flash_attn", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     half, fp32 = torch.bfloat16, torch.float32
@@ -148,7 +150,7 @@ def test_the_choice(monkeypatch):
     old = types.ModuleType("torch.nn.attention.varlen")
     old.varlen_attn = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
-    with pytest.raises(UserError, match="--rollout_attention varlen: not installed"):
+    with pytest.raises(UserError, match="--rollout_attention varlen: must be one of auto"):
         decode_attention("varlen", "cuda", half)
 
 

@@ -40,8 +40,8 @@ def test_the_embedded_default_has_none(problems):
         ({"device": "cuda"}, "--device cuda: PyTorch sees no CUDA device"),
         ({"use_vllm": True}, "--use_vllm: not installed (pip install vllm)"),
         ({"output_dir": f"{__file__}/x"}, f"--output_dir {__file__}/x: {__file__} is not a folder"),
-        ({"attn_implementation": "flash_attn"}, "--attn_implementation flash_attn: not installed"),
-        ({"rollout_attention": "triton"}, "--rollout_attention triton: not installed, or not for"),
+        ({"attn_implementation": "flash_attn"}, "--attn_implementation flash_attn: must be one of auto"),
+        ({"rollout_attention": "triton"}, "--rollout_attention triton: must be one of auto"),
         ({"model": "nobody/no-such-model"}, "--model: nobody/no-such-model is no local path"),
         ({"freeze": "vision,merger,language"}, "--freeze vision,merger,language: nothing is left"),
         ({"use_peft": True, "lora_target_modules": "q_prj"}, "--lora_target_modules q_prj: the model has no"),
@@ -85,7 +85,7 @@ def test_the_shortest_prompt_just_fits(problems, processor, tmp_path):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "is a llama model; those of qwen2_vl"),
-        ({"model_type": "no-such-type"}, "config.json: The checkpoint"),
+        ({"model_type": "no-such-type"}, "config.json cannot be used (ValueError: The checkpoint"),
     ],
 )
 def test_a_config_json_that_will_not_do(problems, random_path, tmp_path, changes, message):

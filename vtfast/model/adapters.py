@@ -17,27 +17,11 @@ NOT_ADAPTABLE = ("lm_head", "embed_tokens")
 
 
 def add_lora(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) -> None:
-    """`add_adapters`, and log how many weights are trained."""
-    add_adapters(policy, rank, alpha, targets)
-    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
-    log.info("LoRA of rank %d: %d trained weights", rank, trained)
-
-
-def add_adapters(policy: Policy, rank: int, alpha: int, targets: Sequence[str]) -> None:
     """Freeze the model and add a trained adapter of `rank` to every module named in `targets`.
 
-    Raises UserError as `check_targets` does.
+    Raises UserError if peft is not installed, and for a target that is the head or the embeddings, that no module is
+    named after, or that is not a linear layer everywhere.
     """
-    check_targets(policy, targets)
-    from peft import LoraConfig
-
-    policy.module.requires_grad_(False)
-    policy.module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets)))
-
-
-def check_targets(policy: Policy, targets: Sequence[str]) -> None:
-    """Raises UserError if peft is not installed, and for a target that is the head or the embeddings, that no module is
-    named after, or that is not a linear layer everywhere."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("--use_peft: peft is not installed (pip install peft)")
     for target in targets:
@@ -51,3 +35,10 @@ def check_targets(policy: Policy, targets: Sequence[str]) -> None:
             problem = "is not a linear layer everywhere"
         if problem is not None:
             raise UserError(f"--lora_target_modules {target}: {problem}")
+    from peft import LoraConfig
+
+    policy.module.requires_grad_(False)
+    policy.module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets)))
+    if policy.device.type != "meta":  # the model of an estimate
+        trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+        log.info("LoRA of rank %d: %d trained weights", rank, trained)

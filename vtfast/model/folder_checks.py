@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, user_error
 from vtfast.utils.files import read_json
-from vtfast.utils.text import first_line
 
 MAX_VALUES = {
-    16: ("in_channels", "in_chans", "temporal_patch_size", "spatial_merge_size"),
-    256: ("patch_size",),
-    1000: ("num_hidden_layers", "depth"),
-    1 << 10: ("num_attention_heads", "num_key_value_heads", "num_heads"),
-    1 << 12: ("head_dim",),
-    1 << 14: ("window_size",),
-    1 << 17: ("hidden_size", "embed_dim"),
-    1 << 20: ("intermediate_size",),
-    1 << 22: ("vocab_size",),
-    1 << 30: ("max_position_embeddings",),
+    **dict.fromkeys(("in_channels", "in_chans", "temporal_patch_size", "spatial_merge_size"), 16),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 10),
+    "num_hidden_layers": 1000,
+    "depth": 1000,
+    "patch_size": 256,
+    "head_dim": 1 << 12,
+    "window_size": 1 << 14,
+    "hidden_size": 1 << 17,
+    "embed_dim": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 30,
 }
 """Upper bounds of the sizes in a config.json, ten times those of any model of the families. transformers checks none:
 it would build a billion layers one by one."""
@@ -49,16 +51,13 @@ REFUSED_ADAPTER_KEYS = {
 
 def check_folder(folder: Path) -> None:
     """Raises UserError if the weights are not safetensors files of the folder, or if the configuration has refused keys
-    or sizes. `check_size` reads the weights."""
+    or sizes. `check_size` reads the weights. A hub id, which is no folder, passes."""
     if is_adapter(folder):
         base_model_of(folder)
-        weights = folder / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise UserError(f"{folder}: has LoRA adapters, but no {weights.name}{_pickle_note(folder)}")
-        count_stored_weights(weights)
-        return
-    weight_files(folder)
-    check_config(folder)
+        count_stored_weights(folder / "adapter_model.safetensors")
+    elif folder.is_dir():
+        weight_files(folder)
+        check_config(folder)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -71,20 +70,17 @@ def base_model_of(folder: Path) -> str:
     merged."""
     file = folder / "adapter_config.json"
     values = read_json(file)
-    base = values.get("base_model_name_or_path")
-    problem = None
+    base, kind = values.get("base_model_name_or_path"), values.get("peft_type")
+    problems = [f"{key}: {reason}" for key, reason in REFUSED_ADAPTER_KEYS.items() if values.get(key)]
     if not isinstance(base, str) or not base:
-        problem = f"base_model_name_or_path: {base!r:.80} names no model"
-    elif values.get("peft_type") != "LORA":
-        problem = f"peft_type: {values.get('peft_type')!r:.80}: only LORA is supported"
-    elif refused := [key for key in REFUSED_ADAPTER_KEYS if values.get(key)]:
-        problem = f"{refused[0]}: {REFUSED_ADAPTER_KEYS[refused[0]]}"
+        problems.append(f"base_model_name_or_path: {base!r:.80} names no model")
     elif is_adapter(Path(base)):
-        problem = f"base_model_name_or_path: {base} holds adapters itself"
-    if problem is not None:
-        raise UserError(f"{file}: {problem}")
-    assert isinstance(base, str)
-    return base
+        problems.append(f"base_model_name_or_path: {base} holds adapters itself")
+    if kind != "LORA":
+        problems.append(f"peft_type: {kind!r:.80}: only LORA is supported")
+    if problems:
+        raise UserError(f"{file}: {problems[0]}")
+    return str(base)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -92,28 +88,20 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
-    if not index.is_file():
+    shards = read_json(index).get("weight_map") if index.is_file() else None
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, Mapping) else []
+    if not names:
         raise UserError(f"{folder}: has no *.safetensors weights{_pickle_note(folder)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, Mapping) or not shards:
-        raise UserError(f"{index}: has no weight_map of names to files")
-    for name in shards.values():
-        in_folder = isinstance(name, str) and os.path.basename(name) == name
-        if not in_folder or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name!r} is not a *.safetensors file of this folder")
-        if not (folder / name).is_file():
-            raise UserError(f"{index}: {name} is missing; download it again")
-    return [folder / name for name in sorted(set(shards.values()))]
+    for name in names:
+        if os.path.basename(name) != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise UserError(f"{index}: {name!r} is not a *.safetensors file of this folder; download it again")
+    return [folder / name for name in names]
 
 
 def _pickle_note(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
-    if not pickles:
-        return ""
-    return (
-        f" ({pickles[0]} is a pickle, which could run code and is never read: convert it with"
-        " save_pretrained where you trust it)"
-    )
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt*") for path in folder.glob(pattern))
+    hint = "is a pickle, which could run code and is never read: convert it with save_pretrained where you trust it"
+    return f" ({pickles[0]} {hint})" if pickles else ""
 
 
 def count_stored_weights(file: Path) -> int:
@@ -122,27 +110,31 @@ def count_stored_weights(file: Path) -> int:
         with safe_open(file, framework="pt") as tensors:
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: damaged ({error}); copy or download it again") from None
+        reason = f"damaged ({error}); copy or download it again" if file.is_file() else "is missing"
+        raise UserError(f"{file}: {reason}{_pickle_note(file.parent)}") from None
 
 
 def check_config(folder: Path) -> None:
     """Raises UserError for refused keys of a config.json, and for sizes that no model has."""
     file = folder / "config.json"
-    config = read_json(file)
-    for name in [key for key in config if key.endswith("_config")]:
-        if config[name] is not None and not isinstance(config[name], dict):
-            raise UserError(f"{file}: {name}: must be a mapping, not {config[name]!r:.80}")
-    for section in ("", "text_config", "vision_config"):
-        values = (config.get(section) or {}) if section else config
+    problem = next(_config_problems(read_json(file)), None)
+    if problem is not None:
+        raise UserError(f"{file}: {problem}")
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    sections = {f"{key}.": value for key, value in config.items() if key.endswith("_config") and value is not None}
+    for section, values in {"": config, **sections}.items():
+        if not isinstance(values, dict):
+            yield f"{section.rstrip('.')}: must be a mapping, not {values!r:.80}"
+            continue
         for key, reason in REFUSED_KEYS.items():
             if values.get(key) is not None:
-                raise UserError(f"{file}: {key}: {reason}")
-        for largest, keys in MAX_VALUES.items():
-            for key in keys:
-                value = values.get(key)
-                if value is not None and (type(value) is not int or not 0 < value <= largest):
-                    name = f"{section}.{key}" if section else key
-                    raise UserError(f"{file}: {name}: {value!r:.80} is not between 1 and {largest}")
+                yield f"{section}{key}: {reason}"
+        for key, largest in MAX_VALUES.items():
+            value = values.get(key)
+            if value is not None and (type(value) is not int or not 0 < value <= largest):
+                yield f"{section}{key}: {value!r:.80} is not between 1 and {largest}"
 
 
 def check_size(family: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> None:
@@ -150,11 +142,7 @@ def check_size(family: type[PreTrainedModel], config: PreTrainedConfig, folder: 
     the weight files, which would exhaust memory. Builds the model on the meta device."""
     stored = sum(count_stored_weights(file) for file in weight_files(folder))
     file = folder / "config.json"
-    try:
-        with torch.device("meta"):
-            described = sum(parameter.numel() for parameter in family(config).parameters())
-    except Exception as error:  # transformers raises errors of any type for values that it does not expect
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{file}: describes no {family.__name__} ({reason})") from None
+    with user_error(f"{file}: describes no {family.__name__}"), torch.device("meta"):
+        described = sum(parameter.numel() for parameter in family(config).parameters())
     if described > 2 * stored + 100_000_000:
         raise UserError(f"{file}: describes a model of {described} weights, and the files hold {stored}")

@@ -21,9 +21,8 @@ from transformers import (
 from vtfast.model.attention import choose_backend
 from vtfast.model.folder_checks import base_model_of, check_config, check_folder, check_size, is_adapter
 from vtfast.model.policy import Policy, freeze_parts, layer_types
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, user_error
 from vtfast.utils.hub import model_path
-from vtfast.utils.text import first_line
 
 log = logging.getLogger("vtfast")
 
@@ -55,17 +54,19 @@ def load_model(
     """
     torch_dtype = parse_dtype(dtype, torch.device(device).type)
     folder = model_path(path)
+    check_folder(Path(folder))
     base = _base_model(folder)
+    if base != folder:  # logged, since the base is a model that the user did not name
+        log.info("%s holds LoRA adapters; their base model is loaded: %s", folder, base)
+        check_folder(Path(base))
     family, config = _family_and_config(base, path)
     if Path(base).is_dir():
         check_size(family, config, Path(base))
-    try:
+    with user_error(f"--model {path}: cannot be loaded"):
         module, missing = _from_pretrained(family, base, torch_dtype)
         if base != folder:
             adapted, _ = _from_pretrained(family, folder, torch_dtype)
             module.load_state_dict(merge_adapters(adapted))
-    except Exception as error:  # transformers raises errors of any type for files that it does not expect
-        raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from None
     if missing:
         raise UserError(f"--model {path}: weights are missing, among them {', '.join(missing[:3])}")
     eos = module.generation_config.eos_token_id
@@ -81,8 +82,6 @@ def parse_dtype(name: str | torch.dtype, device_type: str) -> torch.dtype:
     name = str(name).removeprefix("torch.")
     if name == "auto":
         name = "bfloat16" if device_type == "cuda" else "float32"
-    if name not in DTYPES:
-        raise UserError(f"dtype {name}: must be one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -91,9 +90,7 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
 
     Raises UserError if there is none, it cannot be read, or its family or its attention is not supported.
     """
-    folder = model_path(path)
-    if is_adapter(Path(folder)):
-        folder = model_path(base_model_of(Path(folder)))
+    folder = _base_model(model_path(path))
     if (Path(folder) / "config.json").is_file():
         check_config(Path(folder))
     _, config = _family_and_config(folder, path)
@@ -104,10 +101,8 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
 
 def _family_and_config(folder: str, path: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """`path`: the user's, for error messages."""
-    try:
+    with user_error(f"--model {path}: config.json cannot be used"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises errors of any type for values that it does not expect
-        raise UserError(f"--model {path}: config.json: {first_line(error)}") from None
     if config.model_type not in FAMILIES:
         raise UserError(
             f"--model {path}: is a {config.model_type} model; those of {', '.join(FAMILIES)} can be trained"
@@ -116,18 +111,8 @@ def _family_and_config(folder: str, path: str | Path) -> tuple[type[PreTrainedMo
 
 
 def _base_model(folder: str) -> str:
-    """The folder itself, or the base model that its LoRA adapters name. This is logged, since the base is a model that
-    the user did not name. Both folders are checked."""
-    if not Path(folder).is_dir():
-        return folder  # a hub id
-    check_folder(Path(folder))
-    if not is_adapter(Path(folder)):
-        return folder
-    base = model_path(base_model_of(Path(folder)))
-    log.info("%s holds LoRA adapters; their base model is loaded: %s", folder, base)
-    if Path(base).is_dir():
-        check_folder(Path(base))
-    return base
+    """The folder or hub id itself, or the base model that its LoRA adapters name."""
+    return model_path(base_model_of(Path(folder))) if is_adapter(Path(folder)) else folder
 
 
 def _from_pretrained(

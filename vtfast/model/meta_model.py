@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from vtfast.config import RunConfig
-from vtfast.model.adapters import add_adapters
+from vtfast.model.adapters import add_lora
 from vtfast.model.loading import FAMILIES
 from vtfast.model.policy import Policy, freeze_parts
 from vtfast.utils.errors import UserError
@@ -32,7 +32,7 @@ def meta_policy_for_run(model: PreTrainedConfig, config: RunConfig, dtype: torch
     """
     policy = meta_policy(model, dtype, config.freeze)
     if config.use_peft:
-        add_adapters(policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
+        add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
     if not any(parameter.requires_grad for parameter in policy.module.parameters()):
         raise UserError(f"--freeze {','.join(config.freeze)}: nothing is left to train")
     return policy

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vtfast.config import FREEZABLE
 from vtfast.data.prompt import Prompt
 from vtfast.model.attention import LANGUAGE_ATTENTION
 from vtfast.model.packing import Completions, Pack
@@ -123,9 +122,7 @@ def freeze_parts(policy: Policy, parts: Sequence[str]) -> None:
     if vision is not None:
         members |= {"vision": [vision.module.patch_embed, vision.module.blocks], "merger": [vision.module.merger]}
     for part in parts:
-        if part not in FREEZABLE:
-            raise UserError(f"--freeze {part}: must be among {', '.join(FREEZABLE)}")
         if part not in members:
-            raise UserError(f"--freeze {part}: this text model has no {part} part")
+            raise UserError(f"--freeze {part}: must be among the parts of this model: {', '.join(members)}")
         for member in members[part]:
             member.requires_grad_(False)

@@ -24,17 +24,14 @@ def select_backend(
 ) -> str:
     """`requested`, or for "auto" the first of `names` that is usable for `device` and `dtype`. Logged once.
 
-    Raises UserError, with the flag's name, for a backend that is unknown, not installed, or not for this device and
-    dtype.
+    Raises UserError, with the flag's name, for a backend that is not usable.
     """
     device = torch.device(device)
-    if requested not in ("auto", *names):
-        raise UserError(f"--{flag} {requested}: must be one of auto, {', '.join(names)}")
     usable = [name for name in names if is_usable(name, device, dtype)]
-    if requested != "auto" and requested not in usable:
+    if requested not in ("auto", *usable):
         raise UserError(
-            f"--{flag} {requested}: not installed, or not for {dtype} on {device.type};"
-            f" usable here: {', '.join(usable)}"
+            f"--{flag} {requested}: must be one of auto, {', '.join(usable)};"
+            f" others are not installed, or not for {dtype} on {device.type}"
         )
     name = usable[0] if requested == "auto" else requested
     _log_once(operation, f"{device.type}, {str(dtype).removeprefix('torch.')}", name)

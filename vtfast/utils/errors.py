@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vtfast.utils.text import first_line
+
 
 class UserError(ValueError):
     """Bad input: a file, a row, a flag, a name.
@@ -27,6 +29,18 @@ def error_prefix(where: str, error_type: type[UserError] = UserError) -> Iterato
         yield
     except UserError as error:
         raise error_type(f"{where}: {error}") from error
+
+
+@contextmanager
+def user_error(what: str) -> Iterator[None]:
+    """Turns any exception of the block into a UserError "`what` (its first line)". For calls of libraries that raise
+    exceptions of any type for files that they do not expect."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
 class Stopped(Exception):

@@ -66,11 +66,9 @@ def make_base(
 
     About 10 minutes with the default steps. The weights depend on the arguments, the machine and
     the library versions only; `questions` is the number of held-out questions it is evaluated on, 0 for none.
-    Raises ValueError if `path` is neither new nor an empty folder.
+    `path` must be new or an empty folder.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"path: {path} exists and is not an empty folder")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
