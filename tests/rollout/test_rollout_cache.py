@@ -280,7 +280,7 @@ def test_stop_texts(policy, prompts, processor):
     ],
 )
 def test_impossible_settings_are_named(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
+    with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
 
 

@@ -16,7 +16,6 @@ from vtfast.distributed import watchdog
 from vtfast.distributed.determinism import make_deterministic
 from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import import_deepspeed
-from vtfast.utils.errors import UserError
 
 log = logging.getLogger("vtfast")
 
@@ -44,10 +43,7 @@ def init_distributed(config: RunConfig) -> Ranks:
 
 def _choose_device(name: str) -> torch.device:
     """This rank's device. `name`: auto, cpu or cuda. Tells DeepSpeed, which chooses its accelerator when imported."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu or auto")
-    if name == "cpu" or not available:
+    if name == "cpu" or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

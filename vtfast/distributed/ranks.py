@@ -71,7 +71,7 @@ def _result_or_error(work: Callable[[], T]) -> T | UserError:
     """A UserError is returned, so that it can be sent; so is an OSError, as a UserError. Others propagate."""
     try:
         return work()
-    except UserError as error:
-        return error
-    except OSError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, UserError):
+            return error
         return UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from vtfast.config import RunConfig
-from vtfast.utils.errors import UserError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -24,8 +23,6 @@ def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
 
     deepspeed = import_deepspeed()
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError(f"--freeze {','.join(config.freeze)}: nothing is left to train")
     cuda = trained[0].is_cuda
     optimizer = torch.optim.AdamW(
         trained,

@@ -15,7 +15,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,10 +57,7 @@ def use_fused_loss(trainer: GRPOTrainer) -> GRPOTrainer:
 
 
 def _check_version() -> None:
-    try:
-        installed = version("trl")
-    except PackageNotFoundError:
-        installed = "none"
+    installed = version("trl")
     if ".".join(installed.split(".")[:2]) != SUPPORTED:
         raise ValueError(
             f"trl: {installed} is installed; use_fused_loss supports {SUPPORTED} (pip install 'trl~={SUPPORTED}.0')"

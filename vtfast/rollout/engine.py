@@ -156,8 +156,7 @@ class RolloutEngine:
     ) -> Scheduler:
         """Return a scheduler; the caller calls `step()`. Only one may be active, because it uses the engine's
         workspace."""
-        if num_generations < 1:
-            raise UserError(f"num_generations {num_generations}: must be at least 1")
+        assert num_generations >= 1
         if sampling.stop and self.processor is None:
             raise UserError("stop: RolloutEngine needs a processor to find strings in tokens")
         with self._no_autograd():

@@ -3,63 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from vtfast.utils.errors import UserError
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True)
 class Sampling:
     """How to sample. By default the full softmax at `temperature`: the distribution that the loss differentiates.
 
     Nothing is read from the checkpoint's generation_config. The settings under "Logits warpers" change the
     distribution, so that the returned log-probs are no longer the policy's; they take a slower path that holds the
-    logits.
+    logits. A value out of its bounds raises ValueError.
     """
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Divides the logits; the loss must use the same one."""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Most tokens of a completion, the end-of-sequence token included."""
     greedy: bool = False
     """Take the most probable token instead of sampling."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; the token that completes one is kept. Needs the engine's `processor`."""
 
     # Logits warpers
-    min_new_tokens: int = 0
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
     """No end-of-sequence token before this many tokens."""
-    top_k: int = 0
+    top_k: Annotated[int, Field(ge=0)] = 0
     """Keep the k most probable tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the most probable tokens that together reach this probability."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Keep tokens with at least this share of the most probable one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Above 1: tokens of the prompt and of the completion so far become less likely (as in transformers)."""
 
     def __post_init__(self) -> None:
-        problems = {
-            "temperature": (
-                0 < self.temperature < float("inf"),
-                "must be above 0 and finite (use greedy=True for the most probable token)",
-            ),
-            "stop": (
-                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-                "must be a tuple of non-empty strings",
-            ),
-            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
-            "min_new_tokens": (
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                f"must be between 0 and max_new_tokens, {self.max_new_tokens}",
-            ),
-            "top_k": (self.top_k >= 0, "must not be negative"),
-            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "must be between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
-        }
-        for name, (ok, message) in problems.items():
-            if not ok:
-                raise UserError(f"{name} {getattr(self, name)}: {message}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens}: more than max_new_tokens, {self.max_new_tokens}")
 
     @property
     def warped(self) -> bool:

@@ -53,13 +53,9 @@ class VLLMEngine:
         images_per_prompt: int = 1,
     ) -> None:
         """`path`: checkpoint folder or hub id that vLLM reads its configuration from. `max_model_len`: tokens of prompt
-        and completion. Raises UserError if vllm cannot be imported."""
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError as error:
-            raise UserError(
-                f"--use_vllm: vllm cannot be imported ({error}); pip install vllm, or leave the flag out"
-            ) from None
+        and completion."""
+        from vllm import LLM, SamplingParams
+
         _set_rank_of_single_process()
         self.policy, self.processor = policy, processor
         self.should_cancel: Callable[[], object] | None = None  # never called

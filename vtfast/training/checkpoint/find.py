@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,19 +50,16 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     name = config.resume_from_checkpoint
     if name is None:
         return None
-    run, named = _parse(name, config.output_dir)
-    for folder in [named] if named else checkpoints(run / "checkpoints"):
+
+    def problem_of(folder: Path) -> str | None:
         log.info("%s: reading all files to check that they are undamaged", folder)
-        problem = find_damage(folder) or _inside_batch(folder, config)
-        if problem is None:
-            return _read(folder)
-        if named:
-            raise UserError(f"--resume_from_checkpoint {name}: {problem}; name another one, or use last")
-        log.warning("%s: %s; trying the one before", folder.name, problem)
-    if name != LAST:
-        raise UserError(f"--resume_from_checkpoint {name}: holds no whole checkpoint")
-    log.info("%s: no checkpoint to resume from; starting from the beginning", config.output_dir)
-    return None
+        return find_damage(folder) or _inside_batch(folder, config)
+
+    folder = _newest_without_problem(*_parse(name, config.output_dir), name, problem_of)
+    if folder is None:
+        log.info("%s: no checkpoint to resume from; starting from the beginning", config.output_dir)
+        return None
+    return _read(folder)
 
 
 def settings_of(name: str, output_dir: str | None) -> Path | None:
@@ -70,16 +68,27 @@ def settings_of(name: str, output_dir: str | None) -> Path | None:
 
     Checks that file alone; `find_checkpoint` checks the rest."""
     run, named = _parse(name, output_dir)
-    for folder in [named] if named else checkpoints(run / "checkpoints"):
-        problem = find_damage(folder, only=SETTINGS)
-        if problem is None:
-            return folder / SETTINGS
-        if named:
-            raise UserError(f"--resume_from_checkpoint {name}: {problem}; name another one, or use last")
-    if name != LAST:
-        raise UserError(f"--resume_from_checkpoint {name}: holds no whole checkpoint")
+    folder = _newest_without_problem(run, named, name, lambda folder: find_damage(folder, only=SETTINGS))
+    if folder:
+        return folder / SETTINGS
     # A run that starts from the beginning keeps its settings.
     return run / "config.yaml" if (run / "config.yaml").is_file() else None
+
+
+def _newest_without_problem(
+    run: Path, named: Path | None, name: str, problem_of: Callable[[Path], str | None]
+) -> Path | None:
+    """The checkpoint `named`, or the newest of `run` that has no problem; None if `last` finds none."""
+    problem: str | None = "holds no whole checkpoint"
+    for folder in [named] if named else checkpoints(run / "checkpoints"):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder
+        if named is None:
+            log.warning("%s: %s; trying the one before", folder.name, problem)
+    if name == LAST:
+        return None
+    raise UserError(f"--resume_from_checkpoint {name}: {problem}; name another one, or use last")
 
 
 def _read(folder: Path) -> Checkpoint:

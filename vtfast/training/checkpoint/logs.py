@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vtfast.training.checkpoint.save import checkpoints
@@ -88,13 +88,13 @@ def copy_logs(source: Path, run: Path, step: int) -> None:
             _copy(source / name, run / name, lambda line: _is_up_to(line, step))
 
 
-def make_first_free(folders: Iterable[Path]) -> Path:
+def make_first_free(folders: Iterator[Path]) -> Path:
     """Make the first of these folders that does not exist yet."""
-    for folder in folders:
+    while True:
+        folder = next(folders)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise AssertionError("every folder exists")
 
 
 def _copy(source: Path, to: Path, keep: Callable[[bytes], bool]) -> None:

@@ -18,8 +18,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vtfast.utils.errors import UserError
-
 MASTER = "fp32"
 
 
@@ -79,17 +77,12 @@ def restore_optimizer(module: nn.Module, zero: Any, folder: Path, numbers: Seque
     Args:
         numbers: what `scalars` returned when the checkpoint was written.
 
-    Raises UserError unless the files hold exactly the weights that are trained now."""
+    Raises ValueError and the like unless the files hold exactly the weights that are trained now."""
     with ExitStack() as stack:
         saved = _RankFiles(folder, stack)
         trained = {name: tuple(weight.shape) for name, weight in module.named_parameters() if weight.requires_grad}
         if different := sorted(dict(saved.shapes.items() ^ trained.items())):
-            name = different[0]
-            raise UserError(
-                f"{folder.parent}: {name} is {saved.shapes.get(name, 'not trained')} in the checkpoint and"
-                f" {trained.get(name, 'not trained')} now; --model, --freeze and --use_peft cannot change in a resumed"
-                " run"
-            )
+            raise ValueError(f"{different[0]} is not the same weight in the checkpoint and in this run")
         _create_state(zero, saved.keys, numbers)
         for piece in fragments(module, zero):
             for key, values in piece.tensors.items():

@@ -89,8 +89,6 @@ def restore(
             with safe_open(own, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
                 set_rng_state({name: file.get_tensor(name) for name in names})
-    except UserError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint.folder}: was written by another version of vtfast ({error!r}); name another one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -92,12 +93,10 @@ def read_state(folder: Path) -> State:
 @functools.cache
 def code_versions() -> dict[str, str | None]:
     """Versions of vtfast (with its commit, if it runs from a repository) and of the libraries that compute."""
-    versions: dict[str, str | None] = {}
-    for name in ("vtfast", "torch", "transformers", "deepspeed", "safetensors"):
-        try:
+    versions: dict[str, str | None] = dict.fromkeys(("vtfast", "torch", "transformers", "deepspeed", "safetensors"))
+    for name in versions:
+        with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     root = Path(__file__).parents[3]
     versions["commit"] = _commit(root) if (root / ".git").exists() and shutil.which("git") else None
     return versions
