@@ -131,7 +131,7 @@ def test_a_run_is_found_beside_folders_that_nobody_may_look_into(monkeypatch):
         ("train --template promt.txt", "no such file; did you mean prompt.txt?"),
         ("data inspect rows.jsonl --model runs/tiny-spatial", "such as runs/tiny-spatial/checkpoints/step-10"),
         ("data inspect runs", "no .parquet, .jsonl or .json file (there is: nothing)"),
-        ("migrate runs", "runs: is a folder; name a file in it"),
+        ("migrate runs", "runs: cannot be read (is a folder)"),
         ("data inspect rows.csv", "pandas converts a CSV"),
         ("data inspect lfs.parquet", "run `git lfs pull`"),
         ("data inspect torn.parquet", "; download it again"),

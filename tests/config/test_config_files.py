@@ -32,7 +32,7 @@ def write(tmp_path):
         ("beta: [\n", "not valid YAML (line 2: "),
         ("\tbeta: 1\n", "line 1: found character '\\t' that cannot start any token; indent with spaces"),
         ("beta: 1\n--- \nbeta: 2\n", "several documents"),
-        ("beta: \xff".encode("latin-1"), "byte 6 is not UTF-8"),
+        ("beta: \xff".encode("latin-1"), "can't decode byte 0xff in position 6"),
         ("beta: \x07\n", "not valid YAML"),
         (b"#" * (1 << 17), "longer than 65536 bytes"),
         ("[" * 50_000, "not valid YAML (line 1: nested too deeply)"),

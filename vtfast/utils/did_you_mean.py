@@ -35,20 +35,15 @@ def did_you_mean(path: str | Path, otherwise: str, known: Iterable[str] = ()) ->
 
 def _siblings(path: str | Path) -> list[str]:
     folder = Path(path).parent
-    try:
-        return [str(folder / entry.name) for entry in folder.expanduser().iterdir()]
-    except (OSError, ValueError, RuntimeError):  # no such folder, a null character, no such user
-        return []
+    expanded = os.path.expanduser(folder)
+    entries = Path(expanded).glob("*") if os.path.isdir(expanded) else ()
+    return [str(folder / entry.name) for entry in entries]
 
 
 def near_run(path: Path) -> str | None:
     """The run folder that `path` lies in, or the first one that lies in it; None if there is none."""
     above = [path, *path.parents][:4]  # RUN/checkpoints/step-N/file
-    try:
-        below = sorted(path.iterdir())
-    except OSError:  # no folder, or nobody may look into it
-        below = []
-    for folder in (*above, *below):
+    for folder in (*above, *sorted(path.glob("*"))):
         if os.path.isfile(folder / "config.yaml"):  # False for a folder without permission, where Path.is_file raises
             return str(folder)
     return None

@@ -29,10 +29,8 @@ def expand(path: str | Path) -> Path:
         os.stat(expanded)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:  # too long, a loop of links, no permission to look
-        raise UserError(f"{shorten(path)}: cannot be used ({error.strerror})") from None
-    except (ValueError, RuntimeError) as error:  # a NUL byte; no such user
-        raise UserError(f"{shorten(path)}: cannot be used ({error})") from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links; a NUL byte; no such user
+        raise UserError(f"{shorten(path)}: cannot be used ({getattr(error, 'strerror', None) or error})") from None
     return expanded
 
 
@@ -42,25 +40,27 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
-    """A text file of at most `longest` bytes. Raises UserError for any other; a pipe would block forever."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file in it")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: cannot be read (not a regular file)")
+@contextlib.contextmanager
+def _names_file(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a file into a UserError that names it."""
     try:
-        with path.open("rb") as file:
-            content = file.read(longest + 1)
-        text = content.decode().replace("\r\n", "\n")
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {did_you_mean(path, 'check the path')}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read (byte {error.start} is not UTF-8); save it as UTF-8") from None
-    if len(content) > longest:
-        raise UserError(f"{path}: longer than {longest} bytes")
-    return text
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
+    """A text file of at most `longest` bytes. Raises UserError for any other; a pipe would block forever."""
+    with _names_file(path):
+        if path.exists() and not path.is_file():
+            raise ValueError("is a folder" if path.is_dir() else "not a regular file")
+        with path.open("rb") as file:
+            content = file.read(longest + 1)
+        if len(content) > longest:
+            raise ValueError(f"longer than {longest} bytes")
+        return content.decode().replace("\r\n", "\n")
 
 
 @contextlib.contextmanager
@@ -117,13 +117,9 @@ def check_inside(root: Path, *paths: Path) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises UserError for anything else."""
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{file}: cannot be read ({reason})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: must be a mapping, not {type(values).__name__}")
+    text = read_text(file, LARGEST_JSON)
+    with _names_file(file):
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"must be a mapping, not {type(values).__name__}")
     return values

@@ -70,29 +70,20 @@ def model_path(path: str | Path) -> str:
     that ships with vtfast. Raises UserError for anything else."""
     folder = expand(path)
     if folder.is_dir():
-        _check_is_no_run(folder)
+        checkpoints = sorted(folder.glob("checkpoints/step-*"), key=lambda checkpoint: step_of(checkpoint.name) or 0)
+        if checkpoints and not (folder / "config.json").is_file():
+            what = f"it is a run folder; give one of its checkpoints, such as {checkpoints[-1]}"
+            raise UserError(f"no model folder {folder}: {what}")
         return str(folder)
     if Path(path).name == str(path) and (ASSETS / path).is_dir():
         return str(ASSETS / path)
     if not is_hub_id(str(path)):
         wanted = f"give a checkpoint folder or a hub id such as {EXAMPLE_MODEL}"
-        if folder.exists():
-            raise UserError(f"no model folder {path}: it is a file; {wanted}")
-        raise UserError(
-            f"no model folder {path}; {did_you_mean(path, wanted, [folder.name for folder in ASSETS.iterdir()])}"
-        )
+        known = [shipped.name for shipped in ASSETS.iterdir()]
+        hint = f"it is a file; {wanted}" if folder.exists() else did_you_mean(path, wanted, known)
+        raise UserError(f"no model folder {path}; {hint}")
     copy = hub_files(str(path), "model")
     return str(copy) if isinstance(copy, Path) else str(path)
-
-
-def _check_is_no_run(folder: Path) -> None:
-    """Raises UserError for a run folder, and names its newest checkpoint."""
-    if (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
-        return
-    checkpoints = [(step_of(path.name), path) for path in (folder / "checkpoints").glob("step-*")]
-    _, newest = max(((step, path) for step, path in checkpoints if step is not None), default=(0, None))
-    what = f"give one of its checkpoints, such as {newest}" if newest else "it has no checkpoint"
-    raise UserError(f"no model folder {folder}: it is a run folder; {what}")
 
 
 def open_dataset_file(repo: str, name: str, commit: str, *, download: bool) -> str | BinaryIO:

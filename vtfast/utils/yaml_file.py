@@ -64,14 +64,13 @@ def _read(path: Path, convert: Callable[[_PlainLoader, yaml.Node], Any]) -> dict
                 loader.refuse("a name must be text", key)
             entries[key.value] = Entry(convert(loader, node), key.start_mark.line + 1)
         return entries
-    except yaml.MarkedYAMLError as error:  # its own text quotes the file, which may be a link to another
-        mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        hint = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
-        reason = f"{line}{error.problem}{hint}"
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that does not exist, 5,000 digits
-        reason = " ".join(str(error).split())
-    raise UserError(f"{path}: not valid YAML ({reason})")
+        problem, line = " ".join(str(error).split()), ""
+        if isinstance(error, yaml.MarkedYAMLError):  # its own text quotes the file, which may be a link to another
+            problem, mark = str(error.problem), error.problem_mark or error.context_mark
+            line = f"line {mark.line + 1}: " if mark else ""
+        hint = "; indent with spaces" if "'\\t'" in problem else ""
+        raise UserError(f"{path}: not valid YAML ({line}{problem}{hint})") from None
 
 
 def _text(node: yaml.Node) -> Any:
