@@ -158,15 +158,8 @@ def iter_rows(
 def _parse(row: RawRow, number: int, file: DataFile, columns: Columns, row_filter: RowFilter) -> RowResult:
     result: Sample | InvalidRow | FilteredOut
     try:
-        result = parse_row(
-            row.mapping(),
-            columns=columns,
-            row_filter=row_filter,
-            number=number,
-            position=row.position,
-            source=file.name,
-            folder=file.folder,
-        )
+        sample = parse_row(row.mapping(), columns=columns, row_filter=row_filter, folder=file.folder)
+        result = dataclasses.replace(sample, row=number, source=file.name, position=row.position)
     except (InvalidRow, FilteredOut) as problem:
         result = problem
     return RowResult(number, row.position, file.name, result)

@@ -51,21 +51,13 @@ ALL = RowFilter()
 
 
 def parse_row(
-    row: Mapping[Any, Any],
-    *,
-    columns: Columns = AUTO_COLUMNS,
-    row_filter: RowFilter = ALL,
-    number: int = -1,
-    source: str = "",
-    position: str = "",
-    folder: Path | None = None,
+    row: Mapping[Any, Any], *, columns: Columns = AUTO_COLUMNS, row_filter: RowFilter = ALL, folder: Path | None = None
 ) -> Sample:
     """A sample whose images are known to decode.
 
     Args:
         row: a mapping of column names to values, of a set that `vtfast.data.columns` lists, or in VisualThinker's
             form (`messages`, `images`).
-        number, source, position: of the row, for the sample.
         folder: what relative image paths start from.
 
     Raises:
@@ -93,7 +85,7 @@ def parse_row(
         raise InvalidRow(problem)
     own_type = question_type if isinstance(question_type, str) else ""
     kind = question_kind(question, own_type)
-    return Sample(question, options or [], answer, _images(images, folder), kind, number, source, own_type, position)
+    return Sample(question, options or [], answer, _images(images, folder), kind, question_type=own_type)
 
 
 # Other trainers' data mark the images' places in front of the question; here the template has them.

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import threading
+from typing import Any
 
 MATH_WORDS = {
     *("frac", "dfrac", "tfrac", "sqrt", "pi", "times", "cdot", "div", "pm", "infty", "theta"),
@@ -41,7 +42,7 @@ AMBIGUOUS_WORDS = re.compile(
 LONGEST = 200
 LARGEST_POWER = 300
 SECONDS = 5
-"""math-verify's time limit for one text or comparison. It works in the main thread only."""
+"""math-verify's time limit for one text or comparison."""
 
 _WRAPPED = re.compile(r"\\boxed\{(?P<box>.*)\}|\\\((?P<round>.*)\\\)|\\\[(?P<square>.*)\\\]|\$+(?P<dollar>[^$]+)\$+")
 _AROUND = " .,;:!?*_`\"'“”‘’"
@@ -161,14 +162,24 @@ def _small_powers(text: str) -> bool:
 
 def _equal(formula: str, gold: str) -> bool:
     from latex2sympy2_extended import NormalizationConfig  # both bring sympy
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
     # Units are split off above: here they would be stripped from products of variables too (2ab).
     spelling = NormalizationConfig(True, units=False, malformed_operators=True, nits=True)
     config = [LatexExtractionConfig(normalization_config=spelling)]
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-    wanted, given = (
-        parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=seconds) for text in (gold, formula)
-    )
-    return bool(verify(wanted, given, timeout_seconds=seconds))
+    return math_verify(f"${gold}$", f"${formula}$", SECONDS, extraction_config=config, fallback_mode="no_fallback")
+
+
+def math_verify(gold: str, answer: str, seconds: int | None, **parse_options: Any) -> bool:
+    """The judgement of the library math-verify.
+
+    `seconds`: its time limit for one text or comparison. It works by signals, so in the main thread only."""
+    from math_verify import parse, verify  # brings sympy, and most answers never get here
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    if threading.current_thread() is not threading.main_thread():
+        seconds = None
+    target = parse(answer, parsing_timeout=seconds, **parse_options)
+    if not target:  # then `verify` returns False
+        return False
+    return bool(verify(parse(gold, parsing_timeout=seconds, **parse_options), target, timeout_seconds=seconds))

@@ -14,12 +14,11 @@ A sample without options asks an open question. If the right answer is a number,
 compared as mathematics (`math_answers.py`), else as text.
 """
 
-import logging
 import re
 import string
 
 from vtfast.data import Sample
-from vtfast.rewards.math_answers import AMBIGUOUS_WORDS, is_math, math_equal
+from vtfast.rewards.math_answers import AMBIGUOUS_WORDS, is_math, math_equal, math_verify
 from vtfast.rewards.reward import zero_on_error
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -68,18 +67,7 @@ def _same_number(inside: str, sample: Sample) -> bool:
             return False
     elif "^" in text or "!" in text:
         return False
-    return _verify(gold, text)
-
-
-def _verify(gold: str, answer: str) -> bool:
-    # Imported late: it brings sympy, and most answers never get here.
-    from math_verify import parse, verify
-
-    # No time limits: they are signals, which only a main thread may set, and the guards above keep
-    # the inputs tiny. The library warns about that at every call.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    target = parse(answer, parsing_timeout=None)
-    return bool(verify(parse(gold, parsing_timeout=None), target, timeout_seconds=None))
+    return math_verify(gold, text, seconds=None)  # the guards above keep the inputs tiny
 
 
 @zero_on_error

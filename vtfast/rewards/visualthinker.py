@@ -23,17 +23,16 @@ for a gold in LaTeX. The original's time limits of three seconds for each expres
 Steps 2 and 3 cannot differ.
 """
 
-import logging
 import re
-import threading
 
 from vtfast.data import Sample
+from vtfast.rewards.math_answers import math_verify
 from vtfast.rewards.reward import zero_on_error
 
 PREFIX = "<think>"
 """The end of the study's prompt for a base model."""
 SECONDS = 3
-"""math-verify's time limit for one text or comparison, as in the original. It works in the main thread only."""
+"""math-verify's time limit for one text or comparison, as in the original."""
 _SHAPE = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>")
 _LETTER = re.compile(r"(?:^|\s|\[|\()([A-H])(?:\s|\]|\)|$)")
@@ -50,7 +49,7 @@ def accuracy_reward(completion: str, sample: Sample, *, prefix: str = PREFIX) ->
     """
     content = completion.removeprefix(prefix)
     solution = f"<answer>{sample.answer}</answer>"
-    if may_use_math_verify(sample) and _verify(content, solution):
+    if may_use_math_verify(sample) and math_verify(content, solution, SECONDS):
         return 1.0
     gold, student = _first_answer(solution), _first_answer(content)
     return float(student == gold or _LETTER.findall(student)[-1:] == [gold])
@@ -71,14 +70,3 @@ def may_use_math_verify(sample: Sample) -> bool:
 def _first_answer(text: str) -> str:
     match = _ANSWER.search(text)
     return (match[1] if match else text).strip()
-
-
-def _verify(content: str, solution: str) -> bool:
-    from math_verify import parse, verify  # brings sympy
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-    target = parse(solution, parsing_timeout=seconds)
-    if not target:  # then `verify` returns False; most golds end here
-        return False
-    return bool(verify(parse(content, parsing_timeout=seconds), target, timeout_seconds=seconds))

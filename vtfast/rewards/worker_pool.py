@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 from tqdm import tqdm
 
@@ -183,21 +182,17 @@ def serve(descriptor: int) -> None:
             name, response = connection.recv()
             # The trainer enforces the timeout. This timer ends a hanging worker when the trainer is gone.
             faulthandler.dump_traceback_later(2 * timeout + 1, exit=True, file=nowhere)
-            score = call_reward(rewards[name], response)
+            reward = rewards[name]
+            score = failed_result(reward) if isinstance(reward, Exception) else call_reward(reward, response)
             faulthandler.cancel_dump_traceback_later()
             connection.send(score)
 
 
-def _load(name: str, mode: str) -> Reward:
-    """Load a reward. If that fails, though the trainer could load it, return a reward that raises the error."""
+def _load(name: str, mode: str) -> Reward | Exception:
+    """A reward, or why it cannot be loaded, though the trainer could load it."""
     if name == "accuracy":
         importlib.import_module("math_verify")  # imports sympy, outside the first call's timeout
     try:
         return get_reward(name, mode)
     except Exception as error:
-        reason = error
-
-    def missing(completion: str, sample: Any) -> float:
-        raise reason
-
-    return missing
+        return error
