@@ -281,7 +281,7 @@ def test_several_runs_side_by_side(opened):
     assert legend == ["nothing frozen", "vision encoder frozen"], "the run that has no step has no line"
     settings = the(page, "#settings").text
     assert "freeze" in settings and "max_steps" in settings and "num_generations" not in settings
-    assert "two: metrics.jsonl: the last line is cut off" in the(page, ".notes").text
+    assert "two: metrics.jsonl: 1 unreadable line(s) left out." in the(page, ".notes").text
     assert "bare: None seen" not in the(page, ".dated").text and "No completions" in the(page, ".dated").text
     Select(the(page, "#run")).select_by_visible_text("two")
     assert shown(page) == 30 and "two · step 1" in the(page, ".completion").text

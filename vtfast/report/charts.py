@@ -38,6 +38,12 @@ TRAINING = (
     ("Learning rate", "", {"learning rate": "learning_rate"}),
 )
 """(title, unit, {line: key in metrics.jsonl}). Values with the unit % are fractions in [0, 1]."""
+DEVICE = (
+    ("Speed", "tokens a second", {"tokens": "tokens_per_second"}),
+    ("Use of the device's peak (MFU)", "%", {"MFU": "mfu"}),
+    ("Peak memory", "GB", {"memory": "memory_gb"}),
+)
+"""Likewise."""
 
 
 def accuracy_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -120,16 +126,16 @@ def time_charts(runs: Sequence[Run]) -> list[Chart]:
         lines.append(_line("other", [row["step"] for row in run.metrics], rest, len(phases)))
         title = "Time of a step by phase" + (f": {run.name}" if len(runs) > 1 else "")
         charts.append(_chart(title, "seconds", lines, stacked=True))
-    speed = _quantity(runs, "Speed", "tokens a second", {"tokens": "tokens_per_second"})
-    use = _quantity(runs, "Use of the device's peak (MFU)", "%", {"MFU": "mfu"})
-    memory = _quantity(runs, "Peak memory", "GB", {"memory": "memory_gb"})
-    return [*_charts(charts), *speed, *use, *memory]
+    return [
+        *_charts(charts),
+        *(chart for title, unit, names in DEVICE for chart in _quantity(runs, title, unit, names)),
+    ]
 
 
 def reflection_charts(runs: Sequence[Run], completions: Sequence[Completions]) -> list[Chart]:
     """The share of completions with a reflection word over steps; for one run also the frequency of each word."""
     shares = [
-        _line(run.name if len(runs) > 1 else "share", *_columns(of_run.shares), i)
+        _line(run.name if len(runs) > 1 else "share", list(of_run.shares), list(of_run.shares.values()), i)
         for i, (run, of_run) in enumerate(zip(runs, completions, strict=True))
     ]
     mark = {"y": THRESHOLD, "label": f"threshold {THRESHOLD:.0%}", "colour": None}
@@ -196,10 +202,6 @@ def _mark(bench: str, colour: int | None) -> Line:
 def _metric(run: Run, key: str, missing: float | None = None) -> tuple[list[int], list[Any]]:
     values = [row.get(key) for row in run.metrics]
     return [row["step"] for row in run.metrics], [missing if y is None else y for y in values]
-
-
-def _columns(by_step: dict[int, float]) -> tuple[list[int], list[float]]:
-    return list(by_step), list(by_step.values())
 
 
 def _line(label: str, x: Sequence[int], y: Sequence[Any], colour: int) -> Line:

@@ -96,11 +96,9 @@ def pick(summaries: Sequence[LineSummary], limit: int, keep: int | None = None) 
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """`count` evenly spaced items, the first and the last included; all items if there are fewer."""
+    """`count` (2 or more) evenly spaced items, the first and the last included; all items if there are fewer."""
     if len(items) <= count:
         return list(items)
-    if count < 2:
-        return list(items[:count])
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
 
 

@@ -5,6 +5,7 @@ Files that are missing or cannot be read become notes on the page. Only a folder
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from vtfast.utils.did_you_mean import did_you_mean, near_run, question
 from vtfast.utils.errors import UserError
-from vtfast.utils.files import step_of, write_json
+from vtfast.utils.files import read_json, step_of, write_json
 from vtfast.utils.yaml_file import read_yaml
 
 if TYPE_CHECKING:  # it imports torch, which a report does not need
@@ -73,14 +74,15 @@ class Run:
 
 
 class JsonLinesReader:
-    """The objects of a JSON-lines file. Lines that cannot be read are counted, not raised."""
+    """The objects of a JSON-lines file. Lines that cannot be read, such as the last one of a run that was killed, are
+    counted and not raised."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.bad, self.torn = path, 0, False
+        self.path, self.bad = path, 0
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(offset of the line in bytes, object) in the file's order; nothing for a missing file."""
-        self.bad, self.torn, offset = 0, False, 0
+        self.bad, offset = 0, 0
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
@@ -88,22 +90,15 @@ class JsonLinesReader:
                 row = _object(line)
                 if row is not None:
                     yield offset, row
-                elif not line.endswith(b"\n"):
-                    self.torn = True
                 elif line.strip():
                     self.bad += 1
                 offset += len(line)
 
     def notes(self) -> list[str]:
-        """Sentences on what was wrong with the lines of the last iteration."""
+        """A sentence on what was wrong with the lines of the last iteration, if anything was."""
         if not self.path.is_file():
             return [f"{self.path.name} is missing."]
-        notes = []
-        if self.bad:
-            notes.append(f"{self.path.name}: {self.bad} unreadable line(s) left out.")
-        if self.torn:
-            notes.append(f"{self.path.name}: the last line is cut off and left out.")
-        return notes
+        return [f"{self.path.name}: {self.bad} unreadable line(s) left out."] if self.bad else []
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -139,58 +134,44 @@ def _read_run(folder: Path, name: str) -> Run:
         suggestion = question(near_run(folder), "name the folder that training wrote (--output_dir)")
         raise UserError(f"{folder}: is not a run folder, it {reason}; {suggestion}")
     notes: list[str] = []
-    lines = JsonLinesReader(folder / "metrics.jsonl")
-    rows = [{key: number(value) for key, value in row.items()} for _, row in lines]
-    steps = [row for row in rows if is_step(row.get("step"))]
+    lines, steps = JsonLinesReader(folder / "metrics.jsonl"), []
+    for _, row in lines:
+        if is_step(row.get("step")):
+            steps.append({key: number(value) for key, value in row.items()})
+        else:
+            lines.bad += 1
     notes += lines.notes()
-    if len(steps) < len(rows):
-        notes.append(f"metrics.jsonl: {len(rows) - len(steps)} line(s) without a step left out.")
     metrics = _drop_repeated(steps)
     if len(metrics) < len(steps):
         notes.append("metrics.jsonl: the run went back to an earlier step; its newer lines are shown.")
     if not metrics and lines.path.is_file():
         notes.append("metrics.jsonl holds no step yet.")
-    return Run(
-        folder,
-        name,
-        _read_config(folder / "config.yaml", notes),
-        metrics,
-        _read_evaluations(folder / "evaluations", notes),
-        _read_held_out(folder / HELD_OUT, notes),
-        notes,
-    )
-
-
-def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        notes.append("config.yaml is missing.")
-        return {}
-    try:
-        return read_yaml(path)
-    except UserError:
-        notes.append("config.yaml cannot be read.")
-        return {}
+    config: dict[str, Any] = {}
+    with _noted("config.yaml", notes):
+        config = read_yaml(folder / "config.yaml")
+    held_out = None
+    if (folder / HELD_OUT).is_file():
+        with _noted(HELD_OUT, notes):
+            held_out = TypeAdapter(BeforeAndAfter).validate_json((folder / HELD_OUT).read_bytes())
+    return Run(folder, name, config, metrics, _read_evaluations(folder, notes), held_out, notes)
 
 
 def _read_evaluations(folder: Path, notes: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     evaluations = {}
-    for path in sorted(folder.glob("*/scores.json"), key=lambda path: _by_step(path.parent.name)):
-        scores = _object(path.read_bytes())
-        if scores is None:
-            notes.append(f"evaluations/{path.parent.name}/scores.json cannot be read.")
-            continue
-        evaluations[path.parent.name] = {bench: score for bench, score in scores.items() if isinstance(score, dict)}
+    for path in sorted(folder.glob("evaluations/*/scores.json"), key=lambda path: _by_step(path.parent.name)):
+        with _noted(f"evaluations/{path.parent.name}/scores.json", notes):
+            scores = read_json(path)
+            evaluations[path.parent.name] = {name: score for name, score in scores.items() if isinstance(score, dict)}
     return evaluations
 
 
-def _read_held_out(path: Path, notes: list[str]) -> BeforeAndAfter | None:
-    if not path.is_file():
-        return None
+@contextlib.contextmanager
+def _noted(name: str, notes: list[str]) -> Iterator[None]:
+    """An error of reading a file becomes a note."""
     try:
-        return TypeAdapter(BeforeAndAfter).validate_json(path.read_bytes())
-    except ValidationError:
-        notes.append(f"{path.name} cannot be read.")
-        return None
+        yield
+    except ValueError:  # UserError and pydantic's ValidationError, too
+        notes.append(f"{name} cannot be read.")
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vtfast.evaluate import published_scores
@@ -13,6 +13,15 @@ Table = dict[str, Any]
 
 LAST = 10
 """Number of last steps over which a run's result is averaged."""
+OVERVIEW = {
+    "reward": ("reward", "{:.2f}"),
+    "accuracy": ("rewards/accuracy", "{:.0%}"),
+    "format": ("rewards/format", "{:.0%}"),
+    "tokens/completion": ("completions/mean_length", "{:,.0f}"),
+    "KL": ("kl", "{:.3g}"),
+    "tokens/s": ("tokens_per_second", "{:,.0f}"),
+}
+"""Heading -> key in metrics.jsonl, format."""
 FROZEN = {"vision": "vision encoder", "language": "language model", "merger": "merger", "embeddings": "embeddings"}
 
 
@@ -20,26 +29,12 @@ def overview(runs: Sequence[Run]) -> Table:
     """The result of each run: means over its last steps."""
     rows = []
     for run in runs:
-        rows.append(
-            {
-                "label": run.name,
-                "note": run.status,
-                "cells": [
-                    _at_the_end(run, "reward", "{:.2f}"),
-                    _at_the_end(run, "rewards/accuracy", "{:.0%}"),
-                    _at_the_end(run, "rewards/format", "{:.0%}"),
-                    _at_the_end(run, "completions/mean_length", "{:,.0f}"),
-                    _at_the_end(run, "kl", "{:.3g}"),
-                    _at_the_end(run, "tokens_per_second", "{:,.0f}"),
-                    _duration(run),
-                ],
-            }
-        )
-    columns = ["reward", "accuracy", "format", "tokens/completion", "KL", "tokens/s", "time trained"]
+        cells = [_at_the_end(run, key, form) for key, form in OVERVIEW.values()]
+        rows.append({"label": run.name, "note": run.status, "cells": [*cells, _duration(run)]})
     return {
         "caption": "At the end of training",
         "note": f"On training questions, means over the last {LAST} steps.",
-        "columns": columns,
+        "columns": [*OVERVIEW, "time trained"],
         "rows": rows,
     }
 
@@ -91,34 +86,29 @@ def settings(run: Run) -> Table:
 
 def table_3(runs: Sequence[Run]) -> Table:
     """The study's main results, and below them the newest evaluation of each run; for a single run also the first."""
-    rows = [_paper_row(name, cells) for name, cells in published_scores.TABLE_3.items()]
+    columns = published_scores.TABLE_3_COLUMNS
+    rows = _paper_rows(published_scores.TABLE_3)
     for run in runs:
         first = list(run.evaluations)[:1] if len(runs) == 1 else []
-        for name in dict.fromkeys([*first, *_newest(run)]):
-            rows.append(_run_row(run, name, run.name, published_scores.TABLE_3_COLUMNS))
-        if not run.evaluations:
-            rows.append({"label": run.name, "note": "not evaluated", "cells": [""] * 9})
+        rows += _run_rows(run, list(dict.fromkeys([*first, *_newest(run)])), run.name, columns)
     return {
         "caption": "Spatial benchmarks (layout of Table 3)",
         "note": "Accuracy in %. Totals are shares of all questions, as the study counts them.",
-        "columns": [heading for heading, _, _ in published_scores.TABLE_3_COLUMNS],
+        "columns": [heading for heading, _, _ in columns],
         "rows": rows,
     }
 
 
 def table_5(runs: Sequence[Run]) -> Table:
     """The study's results by frozen parts, and below them the newest evaluation of each run."""
-    rows = [_paper_row(name, cells) for name, cells in published_scores.TABLE_5.items()]
+    columns = published_scores.TABLE_5_COLUMNS
+    rows = _paper_rows(published_scores.TABLE_5)
     for run in runs:
-        label = f"{frozen(run)}: {run.name}"
-        newest = _newest(run)
-        rows += [_run_row(run, name, label, published_scores.TABLE_5_COLUMNS) for name in newest]
-        if not newest:
-            rows.append({"label": label, "note": "not evaluated", "cells": [""] * 5})
+        rows += _run_rows(run, _newest(run), f"{frozen(run)}: {run.name}", columns)
     return {
         "caption": "Frozen parts (layout of Table 5)",
         "note": "Accuracy on CV-Bench in %.",
-        "columns": [heading for heading, _, _ in published_scores.TABLE_5_COLUMNS],
+        "columns": [heading for heading, _, _ in columns],
         "rows": rows,
     }
 
@@ -131,8 +121,17 @@ def frozen(run: Run) -> str:
     return f"{' and '.join(names)} frozen" if names else "nothing frozen"
 
 
-def _paper_row(name: str, cells: Sequence[float]) -> dict[str, Any]:
-    return {"label": name, "paper": True, "cells": [f"{value:.2f}" for value in cells]}
+def _paper_rows(table: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    return [
+        {"label": name, "paper": True, "cells": [f"{value:.2f}" for value in cells]} for name, cells in table.items()
+    ]
+
+
+def _run_rows(run: Run, names: Sequence[str], label: str, columns: Sequence[tuple]) -> list[dict[str, Any]]:
+    """A row for each of these evaluations, or one that says that there is none."""
+    if not names:
+        return [{"label": label, "note": "not evaluated", "cells": [""] * len(columns)}]
+    return [_run_row(run, name, label, columns) for name in names]
 
 
 def _run_row(run: Run, name: str, label: str, columns: Sequence[tuple]) -> dict[str, Any]:

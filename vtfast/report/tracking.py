@@ -39,7 +39,11 @@ class Tracker:
         self.completions_file = JsonLinesWriter(folder / "completions.jsonl")
         known = ids or {}
         self.sinks: dict[str, _TensorBoard | _WandbLike] = {
-            name: _open_sink(name, config, folder, done, known.get(name)) for name in config.report_to if name != "none"
+            name: _TensorBoard(folder, done)
+            if name == "tensorboard"
+            else _WandbLike(name, config, folder, known.get(name))
+            for name in config.report_to
+            if name != "none"
         }
 
     @property
@@ -147,9 +151,3 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name in ("wandb", "trackio") and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name}: not installed (pip install {name})")
-
-
-def _open_sink(name: str, config: RunConfig, folder: Path, done: int, id: str | None) -> _TensorBoard | _WandbLike:
-    if name == "tensorboard":
-        return _TensorBoard(folder, done)
-    return _WandbLike(name, config, folder, id)
