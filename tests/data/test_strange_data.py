@@ -1,6 +1,5 @@
 """Images, rows, paths and settings of strangers: refused by name, within bounded memory, and nothing of them runs."""
 
-import json
 import os
 import re
 import struct
@@ -110,7 +109,7 @@ def test_paths_in_data_are_regular_files_near_them(tmp_path):
         "pipe.png": "not a regular file",
         "loop.png": "not a readable image .*loop.png",
         ".": "not a regular file",
-        "/proc/self/mem": "empty file|not an image|not a readable image",
+        "/proc/self/mem": "not an image|not a readable image",
         "../../x.png": r"\.\./\.\./x\.png leads out of .*: give an absolute path",
         "http://localhost:1/x.png": "is a link, and images are not fetched",
         "data:image/png;base64," + "A" * 5000: r"data:image/png;base64,A+\.\.\.A+ is a link",
@@ -147,16 +146,6 @@ def test_texts_that_no_tokenizer_takes_are_bad_rows(tmp_path):
     assert [s.row for s in samples] == [0, 3, 4] and samples[1].answer == str(10**400)
     assert [row for row, _ in samples.skipped] == [1, 2, 5, 6]
     assert "lone surrogate" in samples.skipped[0][1] and "more than" in samples.skipped[1][1]
-
-
-def test_a_row_without_end_is_a_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("vtfast.data.file_reader.LONGEST_LINE", 100)
-    good = json.dumps({"question": "Where?", "answer": "x"})
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([good, good + " " * 500, good, " " * (99 - len(good)) + good, "x" * 100]))
-    samples = load_samples(file)
-    assert [s.row for s in samples] == [0, 2, 3]
-    assert [row for row, _ in samples.skipped] == [1, 4]
 
 
 @pytest.mark.parametrize(

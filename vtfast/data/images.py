@@ -23,7 +23,6 @@ from vtfast.utils.text import first_line, shorten
 
 MAX_PIXELS = 89_478_485  # PIL's own limit for a decompression bomb: 256 MB as RGB
 MAX_RATIO = 200  # Qwen2-VL's resizing refuses longer strips
-MAX_BYTES = 400_000_000  # encoded: more than MAX_PIXELS take without compression
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of several frames, the first
 ImageSource: TypeAlias = bytes | Path | Image.Image
 
@@ -49,15 +48,8 @@ def open_image(source: ImageSource | str) -> Image.Image:
 
 
 def _open(source: bytes | Path | str) -> Image.Image:
-    if isinstance(source, bytes):
-        size = len(source)
-    else:
-        status = os.stat(source)  # follows links
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"not a regular file: {shorten(source)}")
-        size = status.st_size
-    if not 0 < size <= MAX_BYTES:  # files in /proc have size 0 too
-        raise ImageError(f"{size} bytes, more than {MAX_BYTES}" if size else "empty file")
+    if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):  # follows links
+        raise ImageError(f"not a regular file: {shorten(source)}")
     with warnings.catch_warnings():  # `_size_problem` has a better message
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
