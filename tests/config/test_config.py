@@ -118,7 +118,7 @@ def test_every_field_has_a_docstring():
         ({"max_pixels": 100}, "smaller than --min_pixels"),
         ({"report_to": "excel"}, "tensorboard"),
         ({"max_steps": True}, "--max_steps True: must be a whole number"),
-        ({"max_steps": "8.0"}, "--max_steps 8.0: must be a whole number; write 8"),
+        ({"max_steps": "8.0"}, "--max_steps 8.0: must be a whole number"),
         ({"model": None}, "--model None: must be text"),
         ({"seed": -1}, "--seed -1: must not be negative"),
         ({"seed": 2**32}, "of at most 4294967295"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from numbers import Number, Real
 from types import NoneType, UnionType
@@ -13,7 +14,6 @@ from vtfast.utils.text import shorten
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 LARGEST = 2**32 - 1
 """Of a whole number: seeds go up to here, and nothing that is counted comes near it."""
-
 
 LONGEST_SHOWN = 80
 """Characters of a value that a message quotes."""
@@ -30,10 +30,7 @@ def format_value(value: Any) -> str:
     """A value for a message: on one line, shortened."""
     if isinstance(value, bytes) or not isinstance(value, str | Number | os.PathLike | None):
         return f"({type(value).__name__})"
-    try:
-        text = str(value)
-    except ValueError:  # Python writes out no integer of more than some thousand digits
-        return "(a number of thousands of digits)"
+    text = str(value)
     if text == "" or not text.isprintable():
         text = repr(text)
     return shorten(text, LONGEST_SHOWN)
@@ -49,9 +46,16 @@ def parse_value(value: Any, hint: Any) -> Any:
         return parse_value(value, next(part for part in arguments if part is not NoneType))
     if origin is list:
         return _list(value, arguments[0])
-    if origin is Literal:
-        return _str(value)
-    return {bool: _bool, int: _int, float: _float, str: _str}[hint](value)
+    parse, wanted = SCALARS[str if origin is Literal else hint]
+    try:
+        if isinstance(value, bool) and hint is not bool:
+            raise TypeError
+        parsed = parse(value)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise BadValue(value, wanted) from None
+    if isinstance(parsed, int) and abs(parsed) > LARGEST:
+        raise BadValue(value, f"a whole number of at most {LARGEST}")
+    return parsed
 
 
 def to_flag(value: Any) -> str:
@@ -69,62 +73,37 @@ def _list(value: Any, hint: type) -> list:
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         return []
     items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
-        raise BadValue(value, "must be a list, such as a,b")
-    if any(isinstance(item, list | tuple | dict | set) for item in items):
+    if not isinstance(items, list | tuple) or any(isinstance(item, list | tuple | dict | set) for item in items):
         raise BadValue(value, "must be a flat list, such as a,b")
     return [parse_value(item, hint) for item in items if item != ""]
 
 
 def _bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = format_value(value).lower()
-    if word not in BOOL_WORDS:
-        raise BadValue(value, "must be true or false")
-    return BOOL_WORDS[word]
+    return BOOL_WORDS[str(value).lower()]
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, str | Real):
-        raise BadValue(value, "must be a whole number")
-    try:
-        number: Any = int(value) if isinstance(value, str) else value
-    except ValueError:  # no digits, or thousands of them
-        number = _float_or_nan(value)
-    if not isinstance(number, int) and hasattr(number, "__index__"):  # NumPy's
-        number = number.__index__()
-    if not isinstance(number, int):
-        whole = math.isfinite(number) and number == int(number) and abs(number) <= LARGEST
-        raise BadValue(value, "must be a whole number" + (f"; write {int(number)}" if whole else ""))
-    if abs(number) > LARGEST:
-        raise BadValue(value, f"a whole number of at most {LARGEST}")
-    return int(number)
+    return int(value) if isinstance(value, str) else operator.index(value)
 
 
 def _float(value: Any) -> float:
-    is_number = isinstance(value, str | Real) and not isinstance(value, bool)
-    number = _float_or_nan(value) if is_number else math.nan
+    number = float(value) if isinstance(value, str | Real) else math.nan
     if not math.isfinite(number):
-        raise BadValue(value, "must be a finite number")
+        raise ValueError
     return number
 
 
-def _float_or_nan(value: Any) -> float:
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
-
 def _str(value: Any) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, bool) or not isinstance(value, str | Real):
-        raise BadValue(value, "must be text")
-    text = format_value(value) if isinstance(value, Real) else str(value)
-    if not text.strip():
-        raise BadValue(value, "must not be empty; omit the setting to use its default")
-    if "\0" in text:
-        raise BadValue(value, "must be text without null characters")
+    text = str(value)
+    if not isinstance(value, str | Real | os.PathLike) or not text.strip() or "\0" in text:
+        raise ValueError
     return text
+
+
+SCALARS = {
+    bool: (_bool, "must be true or false"),
+    int: (_int, "must be a whole number"),
+    float: (_float, "must be a finite number"),
+    str: (_str, "must be text, and not empty"),
+}
+"""Type -> parser, which raises any error for a value of another type, and what a message says then."""
