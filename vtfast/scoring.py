@@ -17,7 +17,7 @@ from vtfast.cost.micro_batches import GroupPart, bin_pack, split_group
 from vtfast.data.prompt import Prompt
 from vtfast.model.packing import Completions, Pack, check_group
 from vtfast.model.policy import Policy
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import error_prefix
 
 
 def packed_logprobs(policy: Policy, pack: Pack, temperature: float = 1.0) -> list[Tensor]:
@@ -61,10 +61,8 @@ def _split_groups(
     """Groups that have completions, each split into parts of at most `token_budget` tokens."""
     parts: list[GroupPart] = []
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        try:
+        with error_prefix(f"prompt {p}"):
             check_group(prompt, group, vocabulary=policy.head.shape[0])
-        except UserError as error:
-            raise UserError(f"prompt {p}: {error}") from None
         if group:
             lengths = [len(tokens) for tokens in group]
             total = len(prompt.ids) + sum(lengths)

@@ -27,8 +27,7 @@ from vtfast.rollout.sampling_params import Completion, Sampling
 from vtfast.rollout.scheduler import Scheduler
 from vtfast.rollout.workspace import Workspace, WorkspaceSize, cache_shape, weight_addresses
 from vtfast.utils.errors import RankError, UserError
-from vtfast.utils.out_of_memory import free_memory, is_out_of_memory
-from vtfast.utils.text import first_line
+from vtfast.utils.out_of_memory import catch_out_of_memory, free_memory
 
 log = logging.getLogger("vtfast")
 
@@ -115,13 +114,11 @@ class RolloutEngine:
         if not prompts:
             return []
         while True:
-            try:
-                return self._generate(prompts, num_generations, sampling, seed, progress)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            self._shrink(prompts, num_generations, sampling.max_new_tokens, reason)
+            with catch_out_of_memory() as caught:
+                completions = self._generate(prompts, num_generations, sampling, seed, progress)
+            if caught.reason is None:
+                return completions
+            self._shrink(prompts, num_generations, sampling.max_new_tokens, caught.reason)
 
     def _generate(
         self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, seed: int, progress: bool

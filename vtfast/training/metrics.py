@@ -249,12 +249,7 @@ def update_flops(
 
 def completion_rows(step: int, groups: Sequence[ScoredGroup], reward_names: Sequence[str], ranks: Ranks) -> list[dict]:
     """Rows of completions.jsonl, of all ranks. Collective."""
-    rows = _completion_rows(step, groups, reward_names)
-    return [{**row, "rank": rank} for rank, part in enumerate(ranks.gather(rows)) for row in part]
-
-
-def _completion_rows(step: int, groups: Sequence[ScoredGroup], reward_names: Sequence[str]) -> list[dict]:
-    return [
+    rows = [
         {
             "step": step,
             "row": group.sample.row,
@@ -274,3 +269,4 @@ def _completion_rows(step: int, groups: Sequence[ScoredGroup], reward_names: Seq
         for group in groups
         for g, text in enumerate(group.texts)
     ]
+    return [{**row, "rank": rank} for rank, part in enumerate(ranks.gather(rows)) for row in part]

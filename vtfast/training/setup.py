@@ -229,7 +229,7 @@ def _set_start(session: Session, checkpoint: Checkpoint | None) -> None:
         return
     state = checkpoint.state
     session.step = state.step
-    session.held_out_before = HeldOutScores(**state.before) if state.before else None
+    session.held_out_before = state.before
     session.tracker_ids = checkpoint.trackers(session.folder)
     session.checkpointer.mark_resumed(checkpoint.folder, state.step)
 

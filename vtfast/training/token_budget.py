@@ -31,8 +31,7 @@ from vtfast.training.groups import MicroBatch
 from vtfast.training.load_balancing import StepBatches
 from vtfast.utils.errors import RankError, SharedError, UserError
 from vtfast.utils.files import write_json
-from vtfast.utils.out_of_memory import free_memory, is_out_of_memory
-from vtfast.utils.text import first_line
+from vtfast.utils.out_of_memory import catch_out_of_memory, free_memory
 
 log = logging.getLogger("vtfast")
 T = TypeVar("T")
@@ -43,15 +42,14 @@ WHAT_TO_LOWER = (
 )
 
 
+OTHER_RANK = "another rank is out of memory"
+
+
 class MemoryFile(TypedDict):
     """memory.json."""
 
     token_budget: dict[int, Annotated[int, Field(strict=True, ge=1)]]
     """The budgets that fit the memory, each by the step from which it held."""
-
-
-class OtherRankOutOfMemory(MemoryError):
-    """Another rank is out of memory."""
 
 
 class TokenBudget:
@@ -97,16 +95,14 @@ class TokenBudget:
         Each time that `attempt` runs out of memory, all ranks `undo` it and cut the batches again. Raises SharedError
         when the micro-batches cannot get shorter."""
         while True:
-            try:
-                return attempt(batches), batches
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = None if isinstance(error, OtherRankOutOfMemory) else first_line(error)
+            with catch_out_of_memory() as caught:
+                result = attempt(batches)
+            if caught.reason is None:
+                return result, batches
             if undo:
                 undo()
             free_memory()
-            batches = self._halve(batches, step, reason)
+            batches = self._halve(batches, step, caught.reason)
 
     @contextlib.contextmanager
     def agree_on_oom(self) -> Iterator[None]:
@@ -115,39 +111,34 @@ class TokenBudget:
         if self.ranks.size == 1:
             yield
             return
-        reason = None
-        try:
+        with catch_out_of_memory() as caught:
             yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        failed = torch.tensor(reason is not None, dtype=torch.int32)
+        failed = torch.tensor(caught.reason is not None, dtype=torch.int32)
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
-        if reason is not None:
-            raise MemoryError(reason)
         if failed:
-            raise OtherRankOutOfMemory
+            raise MemoryError(caught.reason or OTHER_RANK)
 
     @contextlib.contextmanager
     def oom_is_fatal(self, micro_batch: MicroBatch, step: int) -> Iterator[None]:
         """For a block with collectives. Raises RankError if one of several ranks runs out of memory."""
-        try:
+        if self.ranks.size == 1:
             yield
-        except Exception as error:
-            if self.ranks.size == 1 or not is_out_of_memory(error):
-                raise
-            tokens, before = _tokens(micro_batch), self.tokens
-            self.tokens = self.by_first_step[step] = self._next(tokens, least=_least(micro_batch))
-            self._write()
-            raise RankError(
-                f"rank {self.ranks.rank}: out of memory in step {step}, in the backward pass of {tokens} tokens, where"
-                f" the other ranks cannot follow; token budget {before}, the next run in this folder starts with"
-                f" {self.tokens} ({self.file})"
-            ) from error
+            return
+        with catch_out_of_memory() as caught:
+            yield
+        if caught.reason is None:
+            return
+        tokens, before = _tokens(micro_batch), self.tokens
+        self.tokens = self.by_first_step[step] = self._next(tokens, least=_least(micro_batch))
+        self._write()
+        raise RankError(
+            f"rank {self.ranks.rank}: out of memory in step {step} ({caught.reason}), in the backward pass of {tokens}"
+            f" tokens, where the other ranks cannot follow; token budget {before}, the next run in this folder starts"
+            f" with {self.tokens} ({self.file})"
+        )
 
-    def _halve(self, batches: StepBatches, step: int, reason: str | None) -> StepBatches:
-        """The same batch in micro-batches of half the size. `reason`: of this rank, if it ran out of memory."""
+    def _halve(self, batches: StepBatches, step: int, reason: str) -> StepBatches:
+        """The same batch in micro-batches of half the size. `reason`: of this rank, or OTHER_RANK."""
         sizes = [(_tokens(micro_batch), _least(micro_batch)) for micro_batch in batches.micro_batches]
         everyone = self.ranks.gather((sizes, reason))
         largest = max(tokens for sizes, _ in everyone for tokens, _ in sizes)
@@ -155,7 +146,7 @@ class TokenBudget:
         reason = "; ".join(
             f"rank {rank}: {text}" if self.ranks.size > 1 else text
             for rank, (_, text) in enumerate(everyone)
-            if text is not None
+            if text != OTHER_RANK
         )
         if largest <= least:
             raise SharedError(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+
+from vtfast.utils.text import first_line
 
 MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -21,8 +26,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
+@dataclass
+class Caught:
+    """What `catch_out_of_memory` has caught."""
+
+    reason: str | None = None
+    """First line of the error; None if there was none."""
+
+
+@contextlib.contextmanager
+def catch_out_of_memory() -> Iterator[Caught]:
+    """Leave the block if it runs out of memory. Other errors propagate."""
+    caught = Caught()
+    try:
+        yield caught
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        caught.reason = first_line(error)
+
+
 def free_memory() -> None:
-    """Free memory that nothing refers to. Call it outside the `except` block: the traceback of an error refers to all
+    """Free memory that nothing refers to. Call it outside an `except` block: the traceback of an error refers to all
     that its frames hold."""
     gc.collect()
     if torch.cuda.is_initialized():

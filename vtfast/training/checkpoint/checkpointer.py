@@ -91,7 +91,7 @@ class Checkpointer(Saver):
                 micro_steps=int(engine.micro_steps),
                 skipped_steps=int(engine.skipped_steps),
             ),
-            before={"scores": before.scores, "count": before.count} if before else None,
+            before=before,
             trackers=trackers,
             carried={"health": self.health.state_dict()},
             code=code_versions(),

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from vtfast.evaluate.held_out import HeldOutScores
 from vtfast.training.checkpoint.checksums import STATE
 from vtfast.utils.errors import UserError
 
@@ -40,13 +41,6 @@ class Counters(TypedDict):
     skipped_steps: Count
 
 
-class Before(TypedDict):
-    """The fields of HeldOutScores."""
-
-    scores: dict[str, dict[str, tuple[float, float]]]
-    count: Count
-
-
 @dataclass(frozen=True, kw_only=True)
 class State:
     """A run at the time it was saved. All values are JSON values."""
@@ -67,7 +61,7 @@ class State:
     optimizer: list[dict[str, Number]]
     """For each parameter group the optimizer state that is one number, such as Adam's `step`."""
     counters: Counters
-    before: Before | None
+    before: HeldOutScores | None
     """Held-out result from before training."""
     trackers: dict[str, str]
     """Ids of the run at Weights & Biases and the like, by tracker."""
