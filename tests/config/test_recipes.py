@@ -135,11 +135,3 @@ def test_a_base_that_is_not_there(shipped):
         load_config("two")
     with pytest.raises(UserError, match=r"three\.yaml: base: 3: unknown"):
         load_config("three")
-
-
-def test_bases_that_lead_back(shipped):
-    shipped(one={"base": "two"}, two={"base": "three"}, three={"base": "one"}, self={"base": "self"})
-    with pytest.raises(UserError, match=r"three\.yaml: base: one: circular base"):
-        load_config("one")
-    with pytest.raises(UserError, match=r"self\.yaml: base: self: circular base"):
-        load_config("self")

@@ -140,11 +140,6 @@ def flash_attn_3(
     return out, None
 
 
-def varlen_210(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert query.shape[1] == key.shape[1], "this version knows no grouped heads"
-    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, is_causal, (-1, -1), None)
-
-
 def varlen_211(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
@@ -178,7 +173,6 @@ def varlen_213(
 VARLEN = [
     ("flash_attn", "flash_attn", "flash_attn_varlen_func", flash_attn_2),
     ("flash_attn_3", "flash_attn_interface", "flash_attn_varlen_func", flash_attn_3),
-    ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_210),
     ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_211),
     ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_213),
 ]
@@ -189,10 +183,6 @@ VARLEN = [
 def test_varlen_kernels_get_their_own_signatures(monkeypatch, backend, module, name, function, window):
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: function}))
     layout = AttentionLayout(LENGTHS, KEYS, backend=backend)
-    if function is varlen_210 and window is not None:
-        with pytest.raises(UserError, match="sliding-window"):
-            packed_attention(*rows(21), layout, None, window)
-        return
     assert_same(layout, LENGTHS, KEYS, window=window)
     tensors = rows(21)
     doubled = packed_attention(*tensors, layout, 2 * D**-0.5, window)

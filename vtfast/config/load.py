@@ -87,9 +87,7 @@ def load_config(
     return config
 
 
-def _read_recipe(
-    path: str | Path, kind: type[RunConfig], problems: list[str], ancestors: tuple[Path, ...] = ()
-) -> dict[str, SourcedValue] | None:
+def _read_recipe(path: str | Path, kind: type[RunConfig], problems: list[str]) -> dict[str, SourcedValue] | None:
     """The settings in a file, on top of those of the shipped recipe that its `base:` names, if it names one. None if
     they cannot be read; `problems` says why then."""
     try:
@@ -104,12 +102,8 @@ def _read_recipe(
     if "base" not in values:
         return values
     base_name, names = str(values.pop("base").value), recipe_names(kind)
-    base_path = RECIPES / f"{base_name}.yaml"
     if base_name not in names:
         problems.append(f"{path}: base: {format_value(base_name)}: unknown; {nearest(base_name, names)}")
         return None
-    if base_path in (path, *ancestors):
-        problems.append(f"{path}: base: {base_name}: circular base")
-        return None
-    base = _read_recipe(base_path, kind, problems, (path, *ancestors))
+    base = _read_recipe(RECIPES / f"{base_name}.yaml", kind, problems)
     return None if base is None else {**base, **values}

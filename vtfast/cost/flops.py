@@ -30,14 +30,6 @@ class Flops:
     def total(self) -> float:
         return self.decoder + self.attention + self.head + self.vision
 
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(
-            self.decoder + other.decoder,
-            self.attention + other.attention,
-            self.head + other.head,
-            self.vision + other.vision,
-        )
-
 
 def forward_flops(
     config: PreTrainedConfig, prompt: int, completions: Sequence[int], patches: Sequence[int] = ()

@@ -26,7 +26,6 @@ from transformers.masking_utils import sdpa_mask
 from vtfast.distributed.determinism import flash_attn_kwargs
 from vtfast.model.attention_layout import AttentionLayout, VisionLayouts
 from vtfast.model.select_backend import select_backend
-from vtfast.utils.errors import UserError
 
 log = logging.getLogger("vtfast")
 
@@ -144,26 +143,15 @@ def _flash_attn(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, scale: float | None, window: int | None
 ) -> Tensor:
-    """PyTorch's varlen_attn. Its arguments grew: 2.10 has `is_causal`, later ones a window, the newest `enable_gqa`."""
+    """PyTorch's varlen_attn, which repeats key heads itself (`enable_gqa`) from 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"scale": scale, "window_size": _window_size(layout, window)}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in parameters:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
         else:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if scale is not None and "scale" in parameters:
-        options["scale"] = scale
-    elif scale is not None:
-        query = query * (scale * query.shape[-1] ** 0.5)
-    if "window_size" in parameters:
-        options["window_size"] = _window_size(layout, window)
-    elif window is not None:
-        raise UserError("sliding-window attention needs flash-attn, or a newer PyTorch than this")
-    else:
-        options["is_causal"] = layout.causal
     lengths = layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys
     out = varlen_attn(query, key, value, *lengths, **options)
     assert isinstance(out, Tensor)  # a tuple only with `return_aux`

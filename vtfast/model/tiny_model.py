@@ -144,9 +144,6 @@ def model_config() -> "Qwen2VLConfig":
     )
 
 
-# ------------------------------------------------------------------------------------------ folder
-
-
 def write_folder(path: str | Path, model: "Qwen2VLForConditionalGeneration", *, recipe: dict | None = None) -> None:
     """Write weights, configuration, tokenizer and image processor; the folder is renamed into place when complete.
 
@@ -220,9 +217,6 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.chat_template = {"default": BASE_CHAT_TEMPLATE, "instruct": INSTRUCT_CHAT_TEMPLATE}
     # Both templates in tokenizer_config.json: one file, instead of one here and one in a subfolder.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-
-
-# --------------------------------------------------------------------------------------- text
 
 
 def prompt_text(question: Question, rng: random.Random, *, images: int = 1) -> str:

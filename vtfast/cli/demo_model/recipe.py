@@ -36,7 +36,8 @@ WARMUP_STEPS, WARMUP_LR = 1800, 1e-2
 WEAK_STEPS, WEAK_LR = 250, 1.5e-3
 KEEPS_FORMAT = 0.45
 MIX = ("relation", "count", "depth", "distance", "count", "distance")
-EVAL_SEED, EVAL_QUESTIONS = 777, 800
+EVAL_SEED, EVAL_QUESTIONS, EVAL_BATCH, EVAL_SAMPLES = 777, 800, 200, 2
+THREADS = 1  # the weights depend on their number
 PROPERTIES = {
     "column": lambda thing: COLUMNS[thing.column],
     "row": lambda thing: ROWS[thing.row],
@@ -59,7 +60,6 @@ def make_base(
     warmup_steps: int = WARMUP_STEPS,
     weak_steps: int = WEAK_STEPS,
     questions: int = EVAL_QUESTIONS,
-    threads: int = 1,
     progress: bool = True,
 ) -> Path:
     """Train the base model and write its folder, with `recipe.json`, to `path`; returns it.
@@ -70,12 +70,12 @@ def make_base(
     """
     path = Path(path)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     try:
         model, tokenizer = random_model(seed), build_tokenizer()
         warm_up(model, tokenizer, seed=seed, steps=warmup_steps, progress=progress)
         weaken(model, tokenizer, seed=seed, steps=weak_steps, progress=progress)
-        measured = measure(model, tokenizer, questions=questions) if questions else {}
+        measured = measure(model, tokenizer, questions) if questions else {}
     finally:
         torch.set_num_threads(before)
     recipe = {
@@ -83,16 +83,13 @@ def make_base(
         "seed": seed,
         "warmup_steps": warmup_steps,
         "weak_steps": weak_steps,
-        "threads": threads,
+        "threads": THREADS,
         "torch": torch.__version__.split("+")[0],
         "questions": questions,
         "measured": measured,
     }
     write_folder(path, model, recipe=recipe)
     return path
-
-
-# ------------------------------------------------------------------------------------------ phases
 
 
 def warm_up(
@@ -170,9 +167,6 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / RAMP) * (0.1 + 0.9 * cosine)
 
 
-# ------------------------------------------------------------------------------------------ corpus
-
-
 def question_example(tokenizer: Tokenizer, question: Question, rng: random.Random, *, weak: bool = False) -> Example:
     """A question with its correct completion, or with `weak` one that the base model should learn."""
     text = completion_text(question.trace, question.answer)
@@ -213,30 +207,25 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt.replace(PAD, PAD * IMAGE_TOKENS)).ids
 
 
-# ------------------------------------------------------------------------------------------ measure
-
-
 def measure(
-    model: Qwen2VLForConditionalGeneration,
-    tokenizer: Tokenizer,
-    *,
-    questions: int = EVAL_QUESTIONS,
-    seed: int = EVAL_SEED,
-    samples: int = 2,
+    model: Qwen2VLForConditionalGeneration, tokenizer: Tokenizer, questions: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{"greedy" | "sampled": scores} on validation scenes, which are not trained on."""
-    asked = sample_questions(questions, split="val", seed=seed)
-    rng = random.Random(seed)
+    asked = sample_questions(questions, split="val", seed=EVAL_SEED)
+    rng = random.Random(EVAL_SEED)
     prompts = [prompt_ids(tokenizer, prompt_text(q, rng)) for q in asked]
-    generator = torch.Generator().manual_seed(seed)
 
-    def answer(number: int, generator: torch.Generator | None) -> dict[str, dict[str, float]]:
+    def answer(samples: int, generator: torch.Generator | None) -> dict[str, dict[str, float]]:
+        answered: list[Question] = []
         texts: list[str] = []
-        for start in range(0, questions, 200):
-            part = slice(start, start + 200)
-            scenes = [q.scene for q in asked[part]] * number
-            ids = complete(model, scenes, prompts[part] * number, eos=SPECIAL_IDS[END], generator=generator)
+        for start in range(0, questions, EVAL_BATCH):
+            part = slice(start, start + EVAL_BATCH)
+            batch = asked[part] * samples
+            scenes = [question.scene for question in batch]
+            ids = complete(model, scenes, prompts[part] * samples, eos=SPECIAL_IDS[END], generator=generator)
+            answered += batch
             texts += [tokenizer.decode(row, skip_special_tokens=False) for row in ids]
-        return scores([q for s in range(0, questions, 200) for q in asked[s : s + 200] * number], texts)
+        return scores(answered, texts)
 
-    return {"greedy": answer(1, None), "sampled": answer(samples, generator)}
+    generator = torch.Generator().manual_seed(EVAL_SEED)
+    return {"greedy": answer(1, None), "sampled": answer(EVAL_SAMPLES, generator)}

@@ -37,9 +37,6 @@ class Example:
     completion: list[int]
 
 
-# ------------------------------------------------------------------------------------------ forward
-
-
 def pixel_patches(scenes: Sequence[Scene]) -> Tensor:
     """[B, 36, 588] normalised patches in the order of Qwen2-VL's image processor.
 
@@ -139,9 +136,6 @@ def completion_loss(
     return loss if reader is None else loss + reader.loss(features, [e.scene for e in examples])
 
 
-# ------------------------------------------------------------------------------------------ Muon
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are orthogonalised before they are applied (Jordan, 2024).
 
@@ -181,9 +175,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
     return x if wide else x.mT
-
-
-# ------------------------------------------------------------------------------------------ sampling
 
 
 @torch.no_grad()
