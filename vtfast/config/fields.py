@@ -85,15 +85,8 @@ class Task(Section):
     """Read only the first N rows of `data`, valid or not; none means all. VisualThinker counts its 15,000 this way."""
     static: bool = False
     """Use only rows with exactly one image: VisualThinker's rule for SAT's static questions."""
-    question_types: list[str] | None = None
+    question_types: list[str] | None = Field(default=None, min_length=1)
     """Use only rows whose column `question_type` is one of these; none means all. SAT's static rows are `other`."""
-
-    @field_validator("question_types")
-    @classmethod
-    def _names_a_type(cls, names: list[str] | None) -> list[str] | None:
-        if names == []:
-            raise ValueError("name at least one, or none for all")
-        return names
 
     question_column: str | None = None
     """Column of the question, in `data` and `eval_data`. none (here and below) recognises published data sets."""
@@ -155,14 +148,12 @@ class GRPO(Section):
     """Warn when the mean entropy of a token falls below this, in nats: all completions of a prompt are then alike."""
 
     # Rewards
-    reward_funcs: list[str] = Field(default=["accuracy", "format"])
+    reward_funcs: list[str] = Field(default=["accuracy", "format"], min_length=1)
     """Rewards, by name (accuracy, format, length) or as `module:function`; the total is their weighted sum."""
 
     @field_validator("reward_funcs")
     @classmethod
     def _names_each_reward_once(cls, names: list[str]) -> list[str]:
-        if not names:
-            raise ValueError("name at least one reward")
         twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
         if twice:
             raise BadValue(", ".join(twice), "is named twice; name it once, with a weight in --reward_weights")

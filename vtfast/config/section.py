@@ -35,6 +35,8 @@ def problem_from_pydantic(error: ErrorDetails, kind: type[Section]) -> Problem:
     if error["type"] == "extra_forbidden":
         hint = nearest(f"--{name}", [f"--{known}" for known in kind.model_fields])
         return Problem(f"--{name}: unknown; {hint}", (name,))
+    if error["type"] == "too_short":
+        return Problem(f"--{name}: name at least one", (name,))
     if error["type"] == "value_error":  # raised by `parse_value` or by a field's own validator
         reason = error["ctx"]["error"]
         return Problem(f"--{name} {reason}" if isinstance(reason, BadValue) else f"--{name}: {reason}", (name,))

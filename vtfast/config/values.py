@@ -48,9 +48,7 @@ def parse_value(value: Any, hint: Any) -> Any:
         return _list(value, arguments[0])
     parse, wanted = SCALARS[str if origin is Literal else hint]
     try:
-        if isinstance(value, bool) and hint is not bool:
-            raise TypeError
-        parsed = parse(value)
+        parsed = parse(None if isinstance(value, bool) and hint is not bool else value)  # Python counts True as 1
     except (ValueError, TypeError, KeyError, OverflowError):
         raise BadValue(value, wanted) from None
     if isinstance(parsed, int) and abs(parsed) > LARGEST:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vtfast.utils.errors import UserError, user_error
@@ -105,13 +105,10 @@ def _pickle_note(folder: Path) -> str:
 
 
 def count_stored_weights(file: Path) -> int:
-    """Number of values in the tensors of a safetensors file. Raises UserError if it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        reason = f"damaged ({error}); copy or download it again" if file.is_file() else "is missing"
-        raise UserError(f"{file}: {reason}{_pickle_note(file.parent)}") from None
+    """Number of values in the tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    what = f"{file}: missing or damaged{_pickle_note(file.parent)}; copy or download it again"
+    with user_error(what), safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def check_config(folder: Path) -> None:

@@ -125,14 +125,12 @@ def _drop_repeated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    if not folder.exists():
-        raise UserError(
-            f"{folder}: no such folder; {did_you_mean(folder, 'name a run folder, such as runs/tiny-spatial')}"
-        )
     if not any((folder / file).is_file() for file in ("config.yaml", "metrics.jsonl")):
+        what = "name the folder that training wrote (--output_dir)"
+        if not folder.exists():
+            raise UserError(f"{folder}: no such folder; {did_you_mean(folder, what)}")
         reason = "holds neither config.yaml nor metrics.jsonl" if folder.is_dir() else "is a file"
-        suggestion = question(near_run(folder), "name the folder that training wrote (--output_dir)")
-        raise UserError(f"{folder}: is not a run folder, it {reason}; {suggestion}")
+        raise UserError(f"{folder}: is not a run folder, it {reason}; {question(near_run(folder), what)}")
     notes: list[str] = []
     lines, steps = JsonLinesReader(folder / "metrics.jsonl"), []
     for _, row in lines:

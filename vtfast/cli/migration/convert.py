@@ -13,7 +13,7 @@ import yaml
 from vtfast.cli.migration.name_tables import COUNTED, DEFAULTS, EASYR1, FOLDED, TRL
 from vtfast.cli.migration.parse_source import Source, read
 from vtfast.config import Config, load_config
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import user_error
 
 EPOCHS = ("num_train_epochs", "trainer.total_epochs", "trainer.total_episodes")
 SYSTEMS = {"trl": "TRL", "r1-v": "R1-V / VisualThinker-R1-Zero", "easyr1": "EasyR1"}
@@ -56,8 +56,6 @@ def migrate(what: str, system: str | None = None, rows: int | None = None) -> Mi
     """
     source = read(what)
     system = system or _guess(source)
-    if system not in SYSTEMS:
-        raise UserError(f"--from {system}: must be one of {', '.join(SYSTEMS)}")
     result = Migration(system)
     plain = {name: value for name, value in source.values.items() if name not in COUNTED}
     for name, value in DEFAULTS[system].items():
@@ -125,10 +123,8 @@ def _apply_rule(name: str, value: Any, system: str) -> tuple[dict[str, Any], str
         return {"temperature": 1.0}, "ignored there: its sampling is at 1, among the 50 likeliest tokens (--top_k 50)"
     if isinstance(rule, str):
         return ({}, "not set") if value is None else ({rule: value}, "")
-    try:
+    with user_error(f"{name}: {value!r} is not a valid value"):
         return rule(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{name}: {value!r} is not a valid value") from None
 
 
 def _count(source: Source, system: str, rows: int | None, result: Migration) -> None:
@@ -137,10 +133,9 @@ def _count(source: Source, system: str, rows: int | None, result: Migration) -> 
     given = {**{k: v for k, v in DEFAULTS[system].items() if k in COUNTED}, **values}
 
     def number(name: str, default: float) -> float:
-        try:
-            return float(given.get(name, default))
-        except (TypeError, ValueError):
-            raise UserError(f"{name}: {given[name]!r} is not a number") from None
+        value = given.get(name, default)
+        with user_error(f"{name}: {value!r} is not a number"):
+            return float(value)
 
     ranks = source.processes
     if system == "easyr1":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, user_error
 from vtfast.utils.files import read_text
 from vtfast.utils.yaml_file import parse_yaml_value, read_yaml
 
@@ -81,10 +81,8 @@ def _commands(text: str) -> list[list[str]]:
     variables: dict[str, str] = {}
     commands = []
     for line in re.sub(r"\\\s*\n", " ", text).splitlines():
-        try:
+        with user_error(f"a line cannot be read as shell words: {line[:80]!r}"):
             words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise UserError(f"a line cannot be read as shell words ({error}): {line[:80]!r}") from None
         for command in _split_commands(words):
             command = [_substitute(word, variables) for word in command]
             while command and re.fullmatch(r"(export|[A-Za-z_]\w*=.*)", command[0]):
