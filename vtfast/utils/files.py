@@ -56,11 +56,9 @@ def read_text(path: Path, longest: int = LARGEST_TEXT) -> str:
     with _names_file(path):
         if path.exists() and not path.is_file():
             raise ValueError("is a folder" if path.is_dir() else "not a regular file")
-        with path.open("rb") as file:
-            content = file.read(longest + 1)
-        if len(content) > longest:
+        if path.stat().st_size > longest:
             raise ValueError(f"longer than {longest} bytes")
-        return content.decode().replace("\r\n", "\n")
+        return path.read_bytes().decode().replace("\r\n", "\n")
 
 
 @contextlib.contextmanager
