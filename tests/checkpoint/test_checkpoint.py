@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from whole_runs import assert_same_run, build, rows, run, step, steps, truncate, unequal, weights
+from whole_runs import assert_same_run, build, flip, rows, run, step, steps, truncate, unequal, weights
 
 from vtfast.cli.config_flags import read_settings
 from vtfast.config import Config, SFTConfig
@@ -23,13 +23,6 @@ from vtfast.training.checkpoint import save, settings_of
 from vtfast.training.checkpoint.find import find_checkpoint
 from vtfast.training.checkpoint.rng import rng_state, set_rng_state
 from vtfast.utils.errors import UserError
-
-
-def flip(path: Path) -> None:
-    """One bit, in the middle."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def relist(path: Path, name: str, size: float) -> None:

@@ -13,11 +13,6 @@ from vtfast.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def sft(questions):
-    return questions | {"recipe": "tiny-spatial-sft", "eval_data": "none"}
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, sft):
     """Two supervised steps, a checkpoint each."""
     return run(tmp_path_factory.mktemp("run") / "whole", **sft | {"max_steps": 2})

@@ -8,28 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from whole_runs import build, run
+from whole_runs import build, flip, run, step, steps
 
 from vtfast.distributed.ranks import Ranks
 from vtfast.training.checkpoint import checksums as files
 from vtfast.training.checkpoint import save
 from vtfast.training.checkpoint.save import Saver
 from vtfast.utils.errors import SharedError, UserError
-
-
-@pytest.fixture(scope="module")
-def sft(questions):
-    """Settings of a supervised run without held-out questions: the quickest kind."""
-    return questions | {"recipe": "tiny-spatial-sft", "eval_data": "none"}
-
-
-def step(folder: Path, number: int) -> Path:
-    return folder / "checkpoints" / f"step-{number}"
-
-
-def steps(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
 
 # An error beside a checkpoint that is being written
 
@@ -126,13 +111,6 @@ def test_several_ranks_end_a_save_together_or_not_at_all(tmp_path, caplog):
 
 
 # --save_total_limit
-
-
-def flip(path: Path) -> None:
-    """One bit, in the middle."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["a bit", "a file gone"])

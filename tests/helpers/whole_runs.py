@@ -100,3 +100,10 @@ def steps(folder: Path) -> list[str]:
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

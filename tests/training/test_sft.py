@@ -308,7 +308,7 @@ def test_a_target_from_a_file(make, tmp_path):
     [
         ({"target": "left"}, r"--target left: has no \{answer\}"),
         ({"target": "{answer}"}, "the target does not close it"),
-        ({"target": "gone.txt"}, "--target gone.txt: no such file"),
+        ({"target": "gone.txt"}, "--target: gone.txt: no such file"),
         ({"num_train_epochs": 0}, "--num_train_epochs 0.0: must be above 0"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"beta": 0.1}, "--beta: unknown"),

@@ -122,7 +122,8 @@ class UpdateSums(NamedTuple):
     """What the metrics need of an update."""
 
     sums: dict[str, float]
-    """Over this rank's scored tokens: `SUMS`, loss, scored_tokens; and the largest sampler_drift_max."""
+    """Over this rank's scored tokens: for GRPO `SUMS`, loss, scored_tokens, and the largest sampler_drift_max; for SFT
+    loss, correct, entropy."""
     grad_norm: float
     learning_rate: float
     batches: StepBatches
@@ -145,20 +146,34 @@ def grpo_metrics(
         skipped: samples of all ranks that were skipped in this step.
         seconds: of the step's phases, by metric name.
         rollout_seconds: of this rank's prefill and decode; empty if the engine does not report them."""
-    device, batches = session.ranks.device, update.batches
     completions = step_metrics(groups, update.sums, reward_names, session.ranks)
-    flops = update_flops(session.policy, batches.micro_batches)
+    seconds = {**seconds, **{f"rollout/{part}_seconds": value for part, value in rollout_seconds.items()}}
+    flops = update_flops(session.policy, update.batches.micro_batches)
     return {
         "step": step,
         **completions,
-        "frac_groups_skipped": batches.skipped,
+        "frac_groups_skipped": update.batches.skipped,
+        **update_metrics(session, update, skipped, seconds, completions["num_tokens"] or 0, flops),
+    }
+
+
+def update_metrics(
+    session: Session, update: UpdateSums, skipped: int, seconds: Mapping[str, float], num_tokens: float, flops: float
+) -> dict[str, float | None]:
+    """The metrics that GRPO and SFT have in common.
+
+    Args:
+        skipped: samples of all ranks that were skipped in this step.
+        seconds: of the step and its phases, by metric name.
+        flops: of this rank's update."""
+    device = session.ranks.device
+    return {
         "skipped_samples": skipped,
-        "passes": len(batches.micro_batches),
+        "passes": len(update.batches.micro_batches),
         "grad_norm": update.grad_norm,
         "learning_rate": update.learning_rate,
         **seconds,
-        **{f"rollout/{part}_seconds": value for part, value in rollout_seconds.items()},
-        "tokens_per_second": (completions["num_tokens"] or 0) / seconds["time/step"],
+        "tokens_per_second": num_tokens / seconds["time/step"],
         "mfu": mfu(flops, seconds["time/update"], device),
         **session.health.metrics(),
         "token_budget": session.budget.tokens,

@@ -22,7 +22,6 @@ from vtfast_kernels.linear_logprob import linear_logprob
 from vtfast_kernels.linear_sample import linear_sample
 
 from vtfast.config import SFTConfig
-from vtfast.cost.devices import mfu
 from vtfast.data import Sample
 from vtfast.data.processor import Processor
 from vtfast.data.prompt import Prompt
@@ -37,7 +36,7 @@ from vtfast.training.groups import Group, MicroBatch
 from vtfast.training.grpo_objective import shortest_pack
 from vtfast.training.load_balancing import StepBatches
 from vtfast.training.loop import StepResult
-from vtfast.training.metrics import Timer, process_metrics, update_flops
+from vtfast.training.metrics import Timer, UpdateSums, update_flops, update_metrics
 from vtfast.training.preflight import check_start
 from vtfast.training.setup import build_session, load_policy
 from vtfast.training.sft_target import Target, load_target
@@ -140,37 +139,28 @@ class SFTTrainer:
             num_targets = sum(ranks.gather(sum(map(self.count_targets, groups))))
             batches = session.balance(groups, step)
         with timer.phase("time/update"):
-            sums, grad_norm, learning_rate, batches = self.update(batches, step, num_targets)
-        seconds = time.perf_counter() - start
+            update = self.update(batches, step, num_targets)
+        timer.seconds["time/step"] = time.perf_counter() - start
 
         parts = [
             (micro_batch.groups[part.group], part)
-            for micro_batch in batches.micro_batches
+            for micro_batch in update.batches.micro_batches
             for part in micro_batch.parts
         ]
         tokens = sum(part.tokens for _, part in parts)
+        sums = [update.sums[name] for name in ("loss", "correct", "entropy")]
         loss, correct, entropy, num_tokens = map(sum, zip(*ranks.gather((*sums, tokens)), strict=True))
         prompt_targets = sum(self.count_targets(group) - group.lengths[0] for group, _ in parts)
-        flops = update_flops(session.policy, batches.micro_batches, prompt_targets, vision_cached=False)
+        flops = update_flops(session.policy, update.batches.micro_batches, prompt_targets, vision_cached=False)
         metrics: dict[str, float | None] = {
             "step": step,
             "epoch": step * session.prompts_per_step / len(session.train_samples),
             "loss": loss if num_targets else None,
             "mean_token_accuracy": correct / num_targets if num_targets else None,
             "entropy": entropy / num_targets if num_targets else None,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
             "num_tokens": num_tokens,
             "num_targets": num_targets,
-            "skipped_samples": skipped,
-            "passes": len(batches.micro_batches),
-            **timer.seconds,
-            "time/step": seconds,
-            "tokens_per_second": num_tokens / seconds,
-            "mfu": mfu(flops, timer.seconds["time/update"], ranks.device),
-            **session.health.metrics(),
-            "token_budget": session.budget.tokens,
-            **process_metrics(ranks.device),
+            **update_metrics(session, update, skipped, timer.seconds, num_tokens, flops),
         }
         return StepResult(metrics, [])
 
@@ -191,16 +181,16 @@ class SFTTrainer:
             count += len(text_targets(group.prompt, self.not_text)[1])
         return count
 
-    def update(
-        self, batches: StepBatches, step: int, num_targets: int
-    ) -> tuple[list[float], float, float, StepBatches]:
-        """Forward, backward and optimizer step: [loss, most likely targets, entropy] summed over this rank's targets,
-        gradient norm, learning rate, the batches as they were cut in the end. Collective."""
+    def update(self, batches: StepBatches, step: int, num_targets: int) -> UpdateSums:
+        """Forward, backward and optimizer step. Collective."""
         updater = self.session.updater
         if num_targets == 0:
-            return [0.0, 0.0, 0.0], math.nan, updater.skip_empty(step), batches
+            nothing = dict.fromkeys(("loss", "correct", "entropy"), 0.0)
+            return UpdateSums(nothing, math.nan, updater.skip_empty(step), batches)
         (losses, sums), grad_norm, learning_rate, batches = updater.update(step, batches, num_targets)
-        return [float(losses.sum()), *sums.sum(0).tolist()], grad_norm, learning_rate, batches
+        correct, entropy = sums.sum(0).tolist()
+        result = {"loss": float(losses.sum()), "correct": correct, "entropy": entropy}
+        return UpdateSums(result, grad_norm, learning_rate, batches)
 
     def summary(self, metrics: Mapping[str, float | None]) -> str:
         if metrics["loss"] is None:
