@@ -32,7 +32,7 @@ from bench._harness import (
     versions,
 )
 from bench._workload import SIZES, Shape, Workload
-from vtfast.cost.devices import PEAK_BANDWIDTH, peak
+from vtfast.cost.devices import find_sheet
 from vtfast.cost.roofline import ModelSize
 from vtfast.model.attention import choose_backend
 from vtfast.model.policy import Policy
@@ -148,10 +148,10 @@ def start(engine: RolloutEngine, work: Workload, rounds: int) -> Scheduler:
 
 def share_of_floor(policy: Policy, cached_tokens: float, seconds_a_step: float) -> float | None:
     """Bytes of weights and of keys and values, each read once, at the data sheet's bandwidth, over the time taken."""
-    bandwidth = peak(PEAK_BANDWIDTH, policy.device)
-    if bandwidth is None:
+    sheet = find_sheet(device_name(policy.device.type))
+    if sheet is None:
         return None
-    return ModelSize.of(policy).decode_bytes(cached_tokens) / bandwidth / seconds_a_step
+    return ModelSize.of(policy).decode_bytes(cached_tokens) / sheet.bandwidth / seconds_a_step
 
 
 def kernels_a_layer(run: Scheduler, policy: Policy) -> float:

@@ -25,7 +25,7 @@ from bench._recorded_run import read_recorded
 from bench._scaling import Choices, Model, Prediction, first_above, reduce_dominates
 from bench._scaling_inputs import EFFICIENCY, Start, estimate, from_rows, from_run
 from bench._workload import MODELS
-from vtfast.cost.devices import DEVICES, LINKS, listed
+from vtfast.cost.devices import DEVICES, LINKS, find_sheet
 from vtfast.utils.errors import UserError
 
 GPUS = tuple(2**i for i in range(11))
@@ -262,7 +262,7 @@ def start_of(options: argparse.Namespace) -> Start:
 
 
 def model_of(start: Start, options: argparse.Namespace) -> Model:
-    sheet = listed(DEVICES, options.device or ("H100" if start.is_estimate else ""))
+    sheet = find_sheet(options.device or ("H100" if start.is_estimate else ""))
     link = options.link or (sheet.link if sheet else "nvlink4")
     cluster = Cluster(link_rate(link), link_rate(options.network), options.node)
     choices = Choices(options.overlap)

@@ -37,7 +37,7 @@ from bench._harness import (
     versions,
 )
 from bench._workload import MID, SIZES, TWO_B, Shape, Workload
-from vtfast.cost.devices import PEAK_FLOPS, listed
+from vtfast.cost.devices import find_sheet
 from vtfast.cost.micro_batches import GroupPart
 from vtfast.data.prompt_builder import EncodedSample
 from vtfast.model.attention import choose_backend
@@ -256,7 +256,7 @@ def compare(shape: Shape, device: str, rounds: int, threads: int) -> bool:
 def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
     flops = update_flops(ours.policy, [ours.batch()])
     name = device_name(work.device)
-    peak = listed(PEAK_FLOPS, name)
+    sheet = find_sheet(name)
     print(f"\nupdate, {work.shape}, {work.dtype}, {name}, {len(times['ours'])} rounds")
     print(f"  {'':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ours / it':>22}{'grows MB':>10}{'MFU':>7}")
     goals = GOALS if work.device == "cpu" else {"trl": GPU_GOALS.get(work.shape.completion)}
@@ -264,7 +264,7 @@ def report(work: Workload, ours: Ours, times: dict, memory: dict) -> bool:
     for peer, values in times.items():
         p20, p50, p80 = (1e3 * value for value in quantiles(values))
         ratio = paired_ratio(times["ours"], values)
-        share = flops / (p50 / 1e3) / peak if peak else None
+        share = flops / (p50 / 1e3) / sheet.bf16 if sheet else None
         shown = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]"
         mfu = "" if share is None else f"{share:.2f}"
         print(f"  {peer:<14}{p20:>10.1f}{p50:>10.1f}{p80:>10.1f}{shown:>22}{memory[peer]:>10.0f}{mfu:>7}")

@@ -150,9 +150,7 @@ def test_adapters_are_weights_and_nothing_else(adapters, tmp_path):
     (adapters / "adapter_model.safetensors").unlink()
     torch.save({"model": Evil(tmp_path / "proof")}, adapters / "adapter_model.bin")
     change(config, base_model_name_or_path="x")
-    with pytest.raises(
-        UserError, match=r"missing or damaged \(adapter_model\.bin is a pickle"
-    ):
+    with pytest.raises(UserError, match=r"missing or damaged \(adapter_model\.bin is a pickle"):
         load_model(adapters)
     assert not (tmp_path / "proof").exists()
 

@@ -85,7 +85,7 @@ def test_the_shortest_prompt_just_fits(problems, processor, tmp_path):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "is a llama model; those of qwen2_vl"),
-        ({"model_type": "no-such-type"}, "config.json cannot be used (ValueError: The checkpoint"),
+        ({"model_type": "no-such-type"}, "config.json: cannot be used (ValueError: The checkpoint"),
     ],
 )
 def test_a_config_json_that_will_not_do(problems, random_path, tmp_path, changes, message):

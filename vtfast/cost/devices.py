@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vtfast.distributed.ranks import Ranks
-
-T = TypeVar("T")
 
 LINKS = {
     "nvlink4": 450e9,
@@ -58,18 +55,11 @@ DEVICES = {
     "A100": Sheet(312e12, 19.5e12, 2.039e12, "nvlink3"),
 }
 """By words of the device's name, the more particular first. A plain number is the SXM module."""
-PEAK_FLOPS = {words: sheet.bf16 for words, sheet in DEVICES.items()}
-"""Dense bf16 FLOP/s by words of the device's name."""
-PEAK_BANDWIDTH = {words: sheet.bandwidth for words, sheet in DEVICES.items()}
-"""Bytes/s of the memory, likewise."""
 
 
-def listed(table: Mapping[str, T], name: str) -> T | None:
-    """The entry whose key stands in a device's name as whole words (a GH200 is no H200)."""
-    for words, entry in table.items():
-        if re.search(rf"\b{re.escape(words)}\b", name):
-            return entry
-    return None
+def find_sheet(name: str) -> Sheet | None:
+    """The data sheet whose words stand in a device's name as whole words (a GH200 is no H200)."""
+    return next((sheet for words, sheet in DEVICES.items() if re.search(rf"\b{re.escape(words)}\b", name)), None)
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class Rates:
 
 def data_sheet(name: str, dtype: torch.dtype, link: bool = False) -> Rates | None:
     """Of the device of this name; None if it is not listed. `link`: ranks talk to each other, on one machine."""
-    sheet = listed(DEVICES, name)
+    sheet = find_sheet(name)
     if sheet is None:
         return None
     flops = sheet.fp32 if dtype == torch.float32 else sheet.bf16
@@ -144,12 +134,5 @@ def device_rates(dtype: torch.dtype, ranks: Ranks, measure: bool) -> Rates | Non
 
 def mfu(flops: float, seconds: float, device: torch.device) -> float | None:
     """Share of the device's dense bf16 peak that `flops` useful operations reach; None where the peak is not known."""
-    rate = peak(PEAK_FLOPS, device)
-    return None if rate is None else flops / seconds / rate
-
-
-def peak(rates: Mapping[str, float], device: torch.device) -> float | None:
-    """The rate of this device; None for the CPU and for devices that are not listed."""
-    if device.type != "cuda":
-        return None
-    return listed(rates, torch.cuda.get_device_name(device))
+    sheet = find_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if sheet is None else flops / seconds / sheet.bf16

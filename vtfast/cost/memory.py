@@ -7,7 +7,6 @@ and CUDA graphs add is a flat guess. All sizes are in bytes.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,7 +46,7 @@ def count_parameters(policy: Policy) -> list[ParameterCount]:
         visual = policy.vision.module
         members |= {"vision": [visual.patch_embed, visual.blocks], "merger": [visual.merger]}
     part_of = {id(p): name for name, modules in members.items() for m in modules for p in m.parameters()}
-    counts: dict[str, ParameterCount] = defaultdict(lambda: ParameterCount(""))
+    counts = {name: ParameterCount(name) for name in PARTS}
     for name, parameter in policy.module.named_parameters():
         count = counts["adapters" if "lora_" in name else part_of.get(id(parameter), "language")]
         count.parameters += parameter.numel()
@@ -55,9 +54,7 @@ def count_parameters(policy: Policy) -> list[ParameterCount]:
         if parameter.requires_grad:
             count.trained += parameter.numel()
             count.trained_bytes += parameter.nbytes
-    for name, count in counts.items():
-        count.name = name
-    return [counts[name] for name in PARTS if name in counts]
+    return [count for count in counts.values() if count.parameters]
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    policy: Policy, config: RunConfig, ranks: int, device_type: str, device_bytes: int | None
+    policy: Policy, config: RunConfig, ranks: int, device_type: str, device_bytes: int
 ) -> MemoryEstimate:
     """`policy`: may be on the meta device. `device_type`: cpu or cuda. `device_bytes`: memory of the device, which
     limits the cache."""
@@ -116,13 +113,12 @@ def estimate_memory(
     reference = 0
     if isinstance(config, Config) and config.beta > 0 and not config.use_peft and not config.offload_reference:
         reference = sum(part.trained_bytes for part in parts)  # frozen weights are shared
-    available = None
-    if device_bytes is not None:  # Adam's moments are allocated in the first step, after the first rollout
-        used = weights + optimizer // 3 + reference + OVERHEAD[device_type]
-        available = int(CACHE_SHARE[device_type] * max(0, device_bytes - used))
+    # Adam's moments are allocated in the first step, after the first rollout.
+    used = weights + optimizer // 3 + reference + OVERHEAD[device_type]
+    available = int(CACHE_SHARE[device_type] * max(0, device_bytes - used))
     cache = fused_weights = prefill = vllm = 0
     if config.use_vllm:
-        vllm = int(config.vllm_gpu_memory_utilization * (device_bytes or 0))
+        vllm = int(config.vllm_gpu_memory_utilization * device_bytes)
     else:
         cache = cache_bytes(policy, config, load, device_type, available)
         fused_weights = fused_weight_bytes(policy)

@@ -101,7 +101,7 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
 
 def _family_and_config(folder: str, path: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """`path`: the user's, for error messages."""
-    with user_error(f"--model {path}: config.json cannot be used"):
+    with user_error(f"--model {path}: config.json: cannot be used"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise UserError(
