@@ -8,11 +8,13 @@ TMA, or if a kernel of the folder was never launched (for sm_90: never with TMA 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ TYPES = {
 class Launch:
     kernel: JITFunction
     label: str
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
     aligned: tuple[int, ...]
     options: dict[str, int] = field(default_factory=dict)
@@ -74,7 +76,8 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], label: st
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
     values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-    signature, constants, aligned = {}, {}, []
+    signature: dict[str, Any] = {}
+    constants, aligned = {}, []
     for index, param in enumerate(kernel.params):
         value = values[param.name]
         one = type(value) is int and value == 1 and not param.do_not_specialize
@@ -85,21 +88,26 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], label: st
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{block}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not param.do_not_specialize_on_alignment:
                 aligned.append(index)
+        elif isinstance(value, tuple):
+            assert all(type(x) is float for x in value), "a number of another type would be specialised"
+            signature[param.name] = value._replace(**dict.fromkeys(value._fields, "fp32"))
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:
             signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize:
+            specialised = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+            if value % 16 == 0 and specialised:
                 aligned.append(index)
     return Launch(kernel, label, signature, constants, tuple(aligned), options)
 
 
-def record(arch: int) -> list[Launch]:
-    """Every launch of every op for a GPU of this architecture, duplicates removed."""
+@contextlib.contextmanager
+def recorded(arch: int, label: list[str] | None = None) -> Iterator[dict[str, Launch]]:
+    """Ops record their launches for a GPU of this architecture instead of executing them, duplicates removed."""
     launches: dict[str, Launch] = {}
-    label = [""]
+    label = label or [""]
 
     def run(self, *args, grid, warmup, **kwargs):
         launch = describe(self, args, kwargs, label[0])
@@ -108,10 +116,17 @@ def record(arch: int) -> list[Launch]:
     saved = JITFunction.run, checks.runs_triton, checks.capability
     JITFunction.run, checks.runs_triton, checks.capability = run, lambda x: True, lambda x: arch
     try:
-        for label[0], call in cases():
-            call()
+        yield launches
     finally:
         JITFunction.run, checks.runs_triton, checks.capability = saved
+
+
+def record(arch: int) -> list[Launch]:
+    """Every launch of every op for a GPU of this architecture."""
+    label = [""]
+    with recorded(arch, label) as launches:
+        for label[0], call in cases():
+            call()
     return list(launches.values())
 
 

@@ -20,6 +20,8 @@ from .objective import (
     Evaluation,
     GRPOLoss,
     GRPOLossOutput,
+    LossFlags,
+    LossNumbers,
     Tokens,
     check_loss_inputs,
     evaluate,
@@ -51,7 +53,7 @@ def load_mismatch(old, sampler_ptr, offset, scored):
     return tl.where(mismatch == mismatch, mismatch, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def grpo_loss_kernel(
     logp_ptr,
     advantage_ptr,
@@ -67,6 +69,7 @@ def grpo_loss_kernel(
     kl_ptr,
     low_ptr,
     high_ptr,  # [N]
+    numbers,
     first,
     last,
     SPEC: tl.constexpr,
@@ -80,13 +83,13 @@ def grpo_loss_kernel(
     begin = tl.maximum(begin, first)
     end = tl.minimum(tl.load(end_ptr + sequence), last)
     count = tl.load(count_ptr + sequence)
-    per_sequence: tl.constexpr = SPEC.importance_level == "sequence"
+    per_sequence: tl.constexpr = SPEC.sequence_level
     sequence_sampler: tl.constexpr = HAS_SAMPLER and SPEC.sampler_per_sequence
     token_sampler: tl.constexpr = HAS_SAMPLER and not SPEC.sampler_per_sequence
 
     sum_ratio = 0.0  # over the sequence: log ratios, or vespo's log W
     sum_mismatch = 0.0
-    if SPEC.couples_tokens(HAS_SAMPLER):
+    if SPEC.coupled:
         for block in range(begin, end, BLOCK):
             offset = block + tl.arange(0, BLOCK)
             scored = tl.load(scored_ptr + offset, mask=offset < end, other=0) != 0
@@ -97,14 +100,14 @@ def grpo_loss_kernel(
                 log_ratio = vespo_log_ratio(log_ratio)
                 if token_sampler:
                     mismatch = load_mismatch(old, sampler_ptr, offset, scored)
-                    log_ratio += vespo_log_correction(sampler_ratio(mismatch, SPEC))
+                    log_ratio += vespo_log_correction(sampler_ratio(mismatch, numbers, SPEC))
                 log_ratio = tl.where(scored, log_ratio, 0.0)
             sum_ratio += tl.sum(log_ratio, 0)
             if sequence_sampler:
                 sum_mismatch += tl.sum(load_mismatch(old, sampler_ptr, offset, scored), 0)
     sequence_correction = 1.0
     if sequence_sampler:
-        sequence_correction = sampler_ratio(sum_mismatch, SPEC)
+        sequence_correction = sampler_ratio(sum_mismatch, numbers, SPEC)
         if SPEC.loss_type == "vespo":
             sum_ratio += vespo_log_correction(sequence_correction)
 
@@ -120,15 +123,15 @@ def grpo_loss_kernel(
         old = load_old(logp, old_ptr, offset, scored, HAS_OLD)
         correction = zeros + sequence_correction
         if token_sampler:
-            correction = sampler_ratio(load_mismatch(old, sampler_ptr, offset, scored), SPEC)
+            correction = sampler_ratio(load_mismatch(old, sampler_ptr, offset, scored), numbers, SPEC)
         log_weight = logp - old
         if per_sequence:
             log_weight = zeros + sum_ratio / count
         ref = logp
-        if SPEC.beta != 0.0:
+        if SPEC.kl:
             ref = tl.load(ref_ptr + offset, mask=scored, other=0.0)
         value, d_weight, d_logp, kl, low, high = token_loss(
-            logp, log_weight, zeros + sum_ratio, ref, advantage, correction, SPEC
+            logp, log_weight, zeros + sum_ratio, ref, advantage, correction, numbers, SPEC
         )
         gradient = d_logp * scale
         if per_sequence:
@@ -172,9 +175,10 @@ def evaluate_triton(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss, out: Eva
             tokens.scored_count,
             tokens.end,
             *out,
+            LossNumbers.of(spec),
             first,
             last,
-            spec,
+            LossFlags.of(spec, tokens.sampler is not None),
             tokens.old is not None,
             tokens.sampler is not None,
             BLOCK=1024,

@@ -5,8 +5,10 @@
 
 Forward on CUDA: one matmul whose accumulators stay on chip. A work item is 128 tokens x one
 vocabulary split of `SPLIT` columns; it keeps the running max, sum of exponentials, their z-weighted sum and
-the target logit, all from the same fp32 accumulators. Splits depend on V alone, so a row's result does not
-depend on the batch around it. Persistent; TMA + wgmma on sm_90, pointers + mma on sm_80.
+the target logit, all from the same accumulators, rounded to the inputs' dtype as a logit in memory is: the
+log-probs of a policy, of its reference and of its sampler are then equal where their weights are. Splits depend on
+V alone, so a row's result does not depend on the batch around it. Persistent; TMA + wgmma on sm_90, pointers + mma
+on sm_80.
 Backward: the gradient is not known in the forward pass, so the backward recomputes the logits chunk by chunk:
 four vocabulary matmuls in all (`linear_grpo_loss` needs three).
 
@@ -28,11 +30,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import IGNORE_INDEX, check_head, check_target, check_temperature, choose_impl, interpreted, op_scope
-from .chunked_logits import Chunk, add_matmul, chunk_rows, dlogits_triton, matmul_over_vocabulary, row_spans
+from .chunked_logits import Chunk, add_matmul, dlogits_triton, matmul_over_vocabulary
+from .chunks import chunk_rows_of, multiprocessors, row_spans
+from .online_softmax import BITS_TO_NATS, LOG2_E, LOWEST, merge, online
 
 SPLIT = 4096  # vocabulary columns of a work item
 GROUP = 48  # row blocks that go through all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
 IGNORED_TARGET: tl.constexpr = tl.constexpr(IGNORE_INDEX)
+
+LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""What logits in memory are rounded to."""
 
 # BLOCK_N, BLOCK_V, BLOCK_D, warps, stages. Two programs fit on a Hopper SM (128 registers, 98 KB each), so
 # that the exponentials of one run under the other's matmul; 128 x 256 tiles would leave room for one.
@@ -41,7 +48,7 @@ PLAIN_TILE = (128, 128, 32, 8, 3)
 FP32_TILE = (64, 64, 16, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["target_ptr"])
 def logprob_kernel(
     hidden,
     weight,
@@ -65,9 +72,11 @@ def logprob_kernel(
     ENTROPY: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """`hidden` and `weight` are tensor descriptors if TMA, else pointers."""
+    """`hidden` and `weight` are tensor descriptors if TMA, else pointers. ROUND: the dtype of logits in memory."""
+    scale = inv_temperature * LOG2_E
     lane_n = tl.arange(0, BLOCK_N)
     lane_v = tl.arange(0, BLOCK_V)
     row_blocks = tl.cdiv(N, BLOCK_N)
@@ -83,7 +92,7 @@ def logprob_kernel(
         if not TMA:
             x_ptr = hidden + row * tl.cast(stride_hidden, tl.int64)
         target = tl.load(target_ptr + offs_n, mask=in_n, other=-1).to(tl.int32)
-        top = tl.full([BLOCK_N], -1e38, tl.float32)  # finite: 0 * -inf would be NaN
+        top = tl.full([BLOCK_N], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
         mean = tl.zeros([BLOCK_N], tl.float32)
         target_logit = tl.zeros([BLOCK_N], tl.float32)
@@ -113,17 +122,10 @@ def logprob_kernel(
                     x = x.to(tl.float32)
                     w = w.to(tl.float32)
                 acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-            z = tl.where((offs_v < V)[None, :], acc * inv_temperature, -1e38)
-            new_top = tl.maximum(top, tl.max(z, 1))
-            rescale = tl.exp(top - new_top)
-            below = z - new_top[:, None]
-            e = tl.exp(below)
-            if ENTROPY:
-                mean = (mean + total * (top - new_top)) * rescale + tl.sum(e * below, 1)
-            total = total * rescale + tl.sum(e, 1)
+            z = tl.where((offs_v < V)[None, :], acc.to(ROUND).to(tl.float32), LOWEST)
+            top, total, mean = online(top, total, mean, z, scale, ENTROPY)
             is_target = offs_v[None, :] == target[:, None]
             target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
-            top = new_top
         out = split * N + offs_n
         tl.store(max_ptr + out, top, mask=in_n)
         tl.store(sum_ptr + out, total, mask=in_n)
@@ -132,7 +134,7 @@ def logprob_kernel(
         tl.store(target_logit_ptr + out, target_logit, mask=in_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["target_ptr"])
 def combine_splits_kernel(
     max_ptr,
     sum_ptr,
@@ -142,37 +144,35 @@ def combine_splits_kernel(
     logp_ptr,
     entropy_ptr,
     N,
+    inv_temperature,
     num_splits,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Online log-sum-exp over the splits, in their order."""
+    scale = inv_temperature * LOG2_E
     offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_n = offs_n < N
-    top = tl.full([BLOCK], -1e38, tl.float32)
+    top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
     target_logit = tl.zeros([BLOCK], tl.float32)
+    split_mean = mean
     for split in range(num_splits):
         at = split * N + offs_n
         split_top = tl.load(max_ptr + at, mask=in_n, other=0.0)
         split_total = tl.load(sum_ptr + at, mask=in_n, other=1.0)
-        new_top = tl.maximum(top, split_top)
-        rescale = tl.exp(top - new_top)
-        split_rescale = tl.exp(split_top - new_top)
         if ENTROPY:
             split_mean = tl.load(mean_ptr + at, mask=in_n, other=0.0)
-            mean = (mean + total * (top - new_top)) * rescale
-            mean += (split_mean + split_total * (split_top - new_top)) * split_rescale
-        total = total * rescale + split_total * split_rescale
+        top, total, mean = merge(top, total, mean, split_top, split_total, split_mean, scale, ENTROPY)
         target_logit += tl.load(target_logit_ptr + at, mask=in_n, other=0.0)
-        top = new_top
-    log_total = tl.log(total)
+    log_total = tl.log2(total)
     scored = tl.load(target_ptr + offs_n, mask=in_n, other=-1) != IGNORED_TARGET
-    logp = (target_logit - top) - log_total
+    logp = ((target_logit - top) * scale - log_total) * BITS_TO_NATS
     tl.store(logp_ptr + offs_n, tl.where(scored, logp, 0.0), mask=in_n)
     if ENTROPY:
-        tl.store(entropy_ptr + offs_n, tl.where(scored, log_total - mean / total, 0.0), mask=in_n)
+        entropy = (log_total - mean / total) * BITS_TO_NATS
+        tl.store(entropy_ptr + offs_n, tl.where(scored, entropy, 0.0), mask=in_n)
 
 
 def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
@@ -196,6 +196,7 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         "PRECISION": "ieee" if is_fp32 else "tf32",
         "num_warps": warps,
         "num_stages": stages,
+        "ROUND": LOGITS[hidden.dtype],
         # Triton's interpreter reads bf16 operands of a dot as integers
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
     }
@@ -208,11 +209,9 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
         return
     (x, w), constants = logprob_launch(hidden, weight)
     splits = triton.cdiv(V, SPLIT)
-    top, total, mean, target_logit = logp.new_empty(4, splits, N)
+    top, total, mean, target_logit = (logp.new_empty(splits, N) for _ in range(4))
     items = triton.cdiv(N, constants["BLOCK_N"]) * splits
-    programs = 4
-    if hidden.is_cuda:
-        programs = 2 * torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    programs = 2 * multiprocessors(hidden.device) if hidden.is_cuda else 4
     logprob_kernel[(min(items, programs),)](
         x,
         w,
@@ -231,12 +230,12 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
         **constants,
     )
     combine_splits_kernel[(triton.cdiv(N, 128),)](
-        top, total, mean, target_logit, target, logp, ent, N, splits, ENTROPY=entropy, BLOCK=128
+        top, total, mean, target_logit, target, logp, ent, N, inv_temperature, splits, ENTROPY=entropy, BLOCK=128
     )
 
 
 def _forward_torch(hidden, weight, target, inv_temperature, entropy, logp, ent) -> None:
-    rows = chunk_rows(len(hidden), weight.shape[0], weight.element_size(), weight.device.type)
+    rows = chunk_rows_of(hidden, weight)
     safe = target.clamp(min=0)
     chunk = Chunk(rows, weight.float(), inv_temperature)
     for a, b in row_spans(len(hidden), rows):
@@ -251,25 +250,25 @@ def _backward_chunks(ctx, g, h, d_hidden: torch.Tensor | None, d_weight: torch.T
     """Fill `d_hidden` and add to `d_weight`; either may be None."""
     hidden, weight, target, ent = ctx.saved_tensors
     N, V = hidden.shape[0], weight.shape[0]
-    rows = chunk_rows(N, V, weight.element_size(), weight.device.type)
+    rows = chunk_rows_of(hidden, weight)
     if ctx.impl == "triton":
         w, logits = weight, weight.new_empty(rows, V)
     else:
         w = weight.float()
         chunk, safe = Chunk(rows, w, ctx.inv_temperature), target.clamp(min=0)
     for a, b in row_spans(N, rows):
-        x, h_ab = hidden[a:b], None if h is None else h[a:b]
+        x = hidden[a:b]
         if ctx.impl == "triton":
             z = torch.mm(x, w.t(), out=logits[: b - a])
-            d = dlogits_triton(z, target[a:b], g[a:b], h_ab, ctx.inv_temperature)
+            d = dlogits_triton(z, a, target, g, ctx.inv_temperature, h)
         else:
             chunk(x, safe[a:b], entropy=False)
-            ent_ab = None if h is None else ent[a:b]
+            ent_ab, h_ab = (None, None) if h is None else (ent[a:b], h[a:b])
             d = chunk.dlogits(g[a:b], safe[a:b], h_ab, ent_ab)
         if d_hidden is not None:
             d_hidden[a:b] = matmul_over_vocabulary(d, w)
         if d_weight is not None:
-            add_matmul(d_weight, d.t(), x)
+            add_matmul(d_weight, d.t(), x, overwrite=a == 0)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -288,7 +287,7 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     @op_scope
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, target, _ = ctx.saved_tensors
+        hidden, weight, target, *_ = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -296,7 +295,8 @@ class _LinearLogprob(torch.autograd.Function):
         g = torch.zeros_like(scored, dtype=torch.float32) if grad_logp is None else grad_logp * scored
         h = None if grad_entropy is None else grad_entropy * scored
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk overwrites it
+        d_weight = make(weight, dtype=torch.float32) if need_weight else None
         _backward_chunks(ctx, g, h, d_hidden, d_weight)
         # cast here, where the chunk's logits are freed already: the cast needs memory of its own
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None

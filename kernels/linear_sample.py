@@ -5,7 +5,8 @@
 
 The exponential race is exact as long as E is accurate near 0, where unlikely tokens win: E = -log1p(-u) with
 a 31-bit u keeps a token of probability 1e-6 at its probability, -log(u) in fp32 would not. The noise is a
-splitmix64 hash of a 64-bit row key and the vocabulary id, two ids from one hash.
+splitmix64 hash of a 64-bit row key and half the vocabulary id, whose two halves serve the ids 2i and 2i + 1.
+Logits are rounded to the inputs' dtype, as `linear_logprob`'s: the trainer's log-probs are then equal to the sampler's.
 
 FLOPs 2RVD. Bytes: 2VD for a bf16 weight read once from memory (the floor at decode sizes; every 64 rows read it
 again, from L2) and 40 RV/128 for the tiles' winners, written and read. The logits stay on chip on CUDA; on the CPU
@@ -23,17 +24,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import check_head, check_rows, check_temperature, choose_impl, interpreted, op_scope
-from .chunked_logits import LN_2
+from .linear_logprob import LOGITS
+from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E, LOWEST
 from .sampling_noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
 
 # BLOCK_V, BLOCK_D, stages; the vocabulary is the matmul's M, so that few rows fill a wgmma
-WGMMA_TILE = (128, 64, 5)
+WGMMA_TILE = (128, 64, 4)  # two programs a multiprocessor at 64 rows; a fifth stage leaves room for one
 FP32_TILE = (64, 16, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def linear_sample_kernel(
     hidden,
     weight,
@@ -57,6 +59,7 @@ def linear_sample_kernel(
     GREEDY: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program per vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
@@ -91,28 +94,32 @@ def linear_sample_kernel(
             w = w.to(tl.float32)
             x = x.to(tl.float32)
         acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
-    z = tl.where((offs_v < V)[:, None], acc * inv_temperature, -1e38)
+    z = acc.to(ROUND).to(tl.float32) * (inv_temperature * LOG2_E)
+    z = tl.where((offs_v < V)[:, None], z, LOWEST)
     top = tl.max(z, 0)
-    e = tl.exp(z - top[None, :])
-    race = e
+    race = top[None, :] - z  # the lowest wins
     if not GREEDY:
         key = tl.load(row_key_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
         place = tl.load(position_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
         start = (tl.load(seed_ptr) + 1).to(tl.uint64, bitcast=True) * MIX_2
         state = mix(mix(key * GOLDEN + start) + place * GOLDEN)
-        race = e / exponential(state[None, :], offs_v[:, None])
-    best = tl.max(race, 0)
+        race = tl.exp2(race) * exponential(state[None, :], offs_v[:, None])
+    best = tl.min(race, 0)
     token = tl.min(tl.where(race == best[None, :], offs_v[:, None], V), 0)
     logit = tl.sum(tl.where(offs_v[:, None] == token[None, :], z, 0.0), 0)
+    total = tl.sum(tl.exp2(z - top[None, :]), 0)
+    score = top
+    if not GREEDY:
+        score = top - tl.log2(best)
     out = tile * R + offs_r
-    tl.store(score_ptr + out, tl.log(best) + top, mask=in_r)
+    tl.store(score_ptr + out, score, mask=in_r)
     tl.store(token_ptr + out, token, mask=in_r)
     tl.store(logit_ptr + out, logit, mask=in_r)
     tl.store(top_ptr + out, top, mask=in_r)
-    tl.store(total_ptr + out, tl.sum(e, 0), mask=in_r)
+    tl.store(total_ptr + out, total, mask=in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def combine_tiles_kernel(
     score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr, sample_ptr, logp_ptr, R, tiles, V, BLOCK: tl.constexpr
 ):
@@ -126,12 +133,12 @@ def combine_tiles_kernel(
     best = tl.min(tl.where(score == tl.max(score, 0), token, V), 0)
     logit = tl.load(logit_ptr + offset, mask=in_tiles, other=0.0)
     logit = tl.sum(tl.where(token == best, logit, 0.0), 0)
-    top = tl.load(top_ptr + offset, mask=in_tiles, other=-1e38)
+    top = tl.load(top_ptr + offset, mask=in_tiles, other=LOWEST)
     total = tl.load(total_ptr + offset, mask=in_tiles, other=0.0)
     highest = tl.max(top, 0)
-    total = tl.sum(total * tl.exp(top - highest), 0)
+    total = tl.sum(total * tl.exp2(top - highest), 0)
     tl.store(sample_ptr + row, tl.minimum(best, V - 1).to(tl.int64))  # V: a row of NaN
-    tl.store(logp_ptr + row, (logit - highest) - tl.log(total))
+    tl.store(logp_ptr + row, ((logit - highest) - tl.log2(total)) * BITS_TO_NATS)
 
 
 def sample_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
@@ -156,6 +163,7 @@ def sample_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         "PRECISION": "ieee" if is_fp32 else "tf32",
         "num_warps": warps,
         "num_stages": stages,
+        "ROUND": LOGITS[hidden.dtype],
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
     }
     return matrices, constants
@@ -168,7 +176,7 @@ def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, gre
         return token, logp
     (x, w), constants = sample_launch(hidden, weight)
     tiles = triton.cdiv(V, constants["BLOCK_V"])
-    score, logit, top, total = logp.new_empty(4, tiles, R)
+    score, logit, top, total = (logp.new_empty(tiles, R) for _ in range(4))
     winner = torch.empty_like(score, dtype=torch.int32)
     linear_sample_kernel[(triton.cdiv(R, constants["BLOCK_R"]), tiles)](
         x,

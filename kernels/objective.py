@@ -137,6 +137,73 @@ class GRPOLoss:
         return sequence_loss or (has_sampler and self.sampler_per_sequence)
 
 
+class LossFlags(NamedTuple):
+    """What a kernel is compiled for. Equal flags: the same kernel, whatever the numbers."""
+
+    loss_type: str
+    sequence_level: bool
+    kl: bool
+    unbiased_kl: bool
+    delta: bool
+    clip_max: bool
+    clip_min: bool
+    sampler_per_sequence: bool
+    sampler_masks: bool
+    coupled: bool
+    """Whether a token's loss depends on the other tokens of its sequence."""
+
+    @classmethod
+    def of(cls, spec: GRPOLoss, has_sampler: bool) -> LossFlags:
+        return cls(
+            loss_type=spec.loss_type,
+            sequence_level=spec.importance_level == "sequence",
+            kl=spec.beta != 0,
+            unbiased_kl=spec.beta != 0 and spec.use_bias_correction_kl,
+            delta=spec.delta is not None and spec.loss_type not in TOKEN_LEVEL,
+            clip_max=has_sampler and spec.vllm_importance_sampling_clip_max is not None,
+            clip_min=has_sampler and spec.vllm_importance_sampling_clip_min is not None,
+            sampler_per_sequence=has_sampler and spec.sampler_per_sequence,
+            sampler_masks=has_sampler and spec.sampler_masks,
+            coupled=spec.couples_tokens(has_sampler),
+        )
+
+
+class LossNumbers(NamedTuple):
+    """The numbers of a loss: arguments of a kernel, so that annealing one compiles nothing."""
+
+    beta: float
+    low: float
+    """Importance below is clipped."""
+    high: float
+    """Importance above is clipped."""
+    delta: float
+    clip_max: float
+    clip_min: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+
+    @classmethod
+    def of(cls, spec: GRPOLoss) -> LossNumbers:
+        assert spec.epsilon_high is not None, "GRPOLoss fills it in"
+        bounds = (spec.delta, spec.vllm_importance_sampling_clip_max, spec.vllm_importance_sampling_clip_min)
+        return cls(
+            float(spec.beta),
+            1.0 - spec.epsilon_low,
+            float(spec.epsilon_high) if spec.loss_type == "cispo" else 1.0 + spec.epsilon_high,
+            *(0.0 if bound is None else float(bound) for bound in bounds),
+            float(spec.sapo_temperature_pos),
+            float(spec.sapo_temperature_neg),
+            float(spec.vespo_k_pos),
+            float(spec.vespo_lambda_pos),
+            float(spec.vespo_k_neg),
+            float(spec.vespo_lambda_neg),
+        )
+
+
 class GRPOLossOutput(NamedTuple):
     """Only `loss` carries a gradient; ignored tokens hold 0 in the per-token tensors."""
 
@@ -163,14 +230,14 @@ def constant(x):
 
 
 @triton.jit
-def sampler_ratio(log_ratio, SPEC: tl.constexpr):
+def sampler_ratio(log_ratio, numbers, SPEC: tl.constexpr):
     """exp(old - sampler), truncated to the bounds or zeroed outside them."""
     ratio = tl.exp(log_ratio)
     bounded = ratio
-    if SPEC.vllm_importance_sampling_clip_max is not None:
-        bounded = tl.minimum(bounded, SPEC.vllm_importance_sampling_clip_max)
-    if SPEC.vllm_importance_sampling_clip_min is not None:
-        bounded = tl.maximum(bounded, SPEC.vllm_importance_sampling_clip_min)
+    if SPEC.clip_max:
+        bounded = tl.minimum(bounded, numbers.clip_max)
+    if SPEC.clip_min:
+        bounded = tl.maximum(bounded, numbers.clip_min)
     if SPEC.sampler_masks:
         bounded = tl.where(bounded == ratio, ratio, 0.0)
     return bounded
@@ -199,21 +266,21 @@ def k3(logp, ref):
 
 
 @triton.jit
-def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.constexpr):
+def policy_loss(logp, log_weight, log_product, advantage, correction, numbers, SPEC: tl.constexpr):
     """Return value, d/d log_weight, d/d logp, clipped below, clipped above; all before c_t and the KL.
-    `log_product` is vespo's log W; the other losses do not use it."""
+    `log_product` is vespo's log W; the other losses do not use it. `numbers`: LossNumbers; SPEC: LossFlags."""
     low = advantage != advantage  # false: an advantage is never NaN
     high = low
     if SPEC.loss_type == "cispo":
         ratio = tl.exp(log_weight)
-        factor = constant(tl.minimum(ratio, SPEC.epsilon_high)) * advantage * correction
-        high = (ratio > SPEC.epsilon_high) & (advantage > 0)
+        factor = constant(tl.minimum(ratio, numbers.high)) * advantage * correction
+        high = (ratio > numbers.high) & (advantage > 0)
         value = -factor * logp
         d_weight = 0.0 * factor
         d_logp = -factor
     elif SPEC.loss_type == "vespo":
-        k = tl.where(advantage >= 0, SPEC.vespo_k_pos, SPEC.vespo_k_neg)
-        lam = tl.where(advantage >= 0, SPEC.vespo_lambda_pos, SPEC.vespo_lambda_neg)
+        k = tl.where(advantage >= 0, numbers.vespo_k_pos, numbers.vespo_k_neg)
+        lam = tl.where(advantage >= 0, numbers.vespo_lambda_pos, numbers.vespo_lambda_neg)
         lam = tl.maximum(lam, 1e-4)
         log_w = tl.minimum(tl.maximum(constant(log_product), -18.420680743952367), 20.0)  # log 1e-8
         factor = tl.exp(lam + k * log_w - lam * tl.exp(log_w)) * advantage
@@ -221,7 +288,7 @@ def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.c
         d_weight = 0.0 * factor
         d_logp = -factor
     elif SPEC.loss_type == "sapo":
-        tau = tl.where(advantage > 0, SPEC.sapo_temperature_pos, SPEC.sapo_temperature_neg)
+        tau = tl.where(advantage > 0, numbers.sapo_temperature_pos, numbers.sapo_temperature_neg)
         ratio = tl.exp(log_weight)
         gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
         value = -4.0 / tau * gate * advantage * correction
@@ -230,11 +297,11 @@ def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.c
     else:
         ratio = tl.exp(log_weight)
         free = ratio
-        if SPEC.delta is not None:
-            free = tl.minimum(ratio, SPEC.delta)
-        clipped = tl.minimum(tl.maximum(ratio, 1.0 - SPEC.epsilon_low), 1.0 + SPEC.epsilon_high)
-        low = (free < 1.0 - SPEC.epsilon_low) & (advantage < 0)
-        high = (free > 1.0 + SPEC.epsilon_high) & (advantage > 0)
+        if SPEC.delta:
+            free = tl.minimum(ratio, numbers.delta)
+        clipped = tl.minimum(tl.maximum(ratio, numbers.low), numbers.high)
+        low = (free < numbers.low) & (advantage < 0)
+        high = (free > numbers.high) & (advantage > 0)
         value = -tl.minimum(free * advantage, clipped * advantage) * correction
         # the gradient is that of the smaller branch: zero if that one is clamped at a bound
         taken = tl.where(free * advantage <= clipped * advantage, free, clipped)
@@ -244,21 +311,23 @@ def policy_loss(logp, log_weight, log_product, advantage, correction, SPEC: tl.c
 
 
 @triton.jit
-def token_loss(logp, log_weight, log_product, ref, advantage, correction, SPEC: tl.constexpr):
+def token_loss(logp, log_weight, log_product, ref, advantage, correction, numbers, SPEC: tl.constexpr):
     """Return `policy_loss` plus beta KL: value, d/d log_weight, d/d logp, kl, clipped below, clipped above."""
-    value, d_weight, d_logp, low, high = policy_loss(logp, log_weight, log_product, advantage, correction, SPEC)
+    value, d_weight, d_logp, low, high = policy_loss(
+        logp, log_weight, log_product, advantage, correction, numbers, SPEC
+    )
     kl = 0.0 * logp
-    if SPEC.beta != 0.0:
+    if SPEC.kl:
         kl = k3(logp, ref)
         d_kl = logp - ref - kl  # = 1 - e^d
-        if SPEC.use_bias_correction_kl:
+        if SPEC.unbiased_kl:
             ratio = tl.exp(log_weight)
-            value += SPEC.beta * kl * ratio
-            d_weight += SPEC.beta * kl * ratio
-            d_logp += SPEC.beta * d_kl * ratio
+            value += numbers.beta * kl * ratio
+            d_weight += numbers.beta * kl * ratio
+            d_logp += numbers.beta * d_kl * ratio
         else:
-            value += SPEC.beta * kl
-            d_logp += SPEC.beta * d_kl
+            value += numbers.beta * kl
+            d_logp += numbers.beta * d_kl
     return value, d_weight, d_logp, kl, low, high
 
 
@@ -326,9 +395,17 @@ class Tokens:
 
     def slice(self, start: int, stop: int) -> Tokens:
         """Return the tokens start .. stop."""
-        per_token = ("sequence_id", "scored", "advantage", "scale", "old", "ref", "sampler")
-        values = {name: getattr(self, name) for name in per_token}
+        values = {name: getattr(self, name) for name in PER_TOKEN}
         return replace(self, **{name: x[start:stop] for name, x in values.items() if x is not None})
+
+    def select(self, index: torch.Tensor) -> Tokens:
+        """Return the tokens of these ascending indices. A sequence keeps its count."""
+        chosen = {name: x[index] for name in PER_TOKEN if (x := getattr(self, name)) is not None}
+        number = torch.arange(len(self.end), device=index.device)
+        return replace(self, **chosen, end=torch.searchsorted(chosen["sequence_id"], number, right=True))
+
+
+PER_TOKEN = ("sequence_id", "scored", "advantage", "scale", "old", "ref", "sampler")
 
 
 def prepare_tokens(
@@ -401,6 +478,7 @@ class Evaluation(NamedTuple):
 def evaluate(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss) -> Evaluation:
     """Return the loss and its closed-form gradient, in PyTorch. `tokens` must hold whole sequences if
     `spec.couples_tokens`. `loss` is differentiable by autograd too."""
+    flags, numbers = LossFlags.of(spec, tokens.sampler is not None), LossNumbers.of(spec)
     fixed, scored, ids = logp.detach(), tokens.scored, tokens.sequence_id
 
     def per_sequence(x: torch.Tensor) -> torch.Tensor:  # [N] -> [N], sums over the token's sequence
@@ -413,7 +491,7 @@ def evaluate(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss) -> Evaluation:
         # a token that the sampler could not score has NaN and is not corrected, as in TRL
         mismatch = torch.where(scored, old - tokens.sampler, 0.0).nan_to_num(nan=0.0)
         mismatch = per_sequence(mismatch) if spec.sampler_per_sequence else mismatch
-        correction = sampler_ratio_torch(mismatch, spec)
+        correction = sampler_ratio_torch(mismatch, numbers, flags)
     log_weight = log_product = log_ratio
     count = tokens.scored_count[ids]
     if spec.loss_type == "vespo":
@@ -425,7 +503,7 @@ def evaluate(logp: torch.Tensor, tokens: Tokens, spec: GRPOLoss) -> Evaluation:
         log_weight = per_sequence(log_ratio) / count
     ref = fixed if tokens.ref is None else torch.where(scored, tokens.ref, 0.0)
     value, d_weight, d_logp, kl, low, high = token_loss_torch(
-        logp, log_weight, log_product, ref, tokens.advantage, correction, spec
+        logp, log_weight, log_product, ref, tokens.advantage, correction, numbers, flags
     )
     scale = tokens.scale  # 0 where ignored; every other factor there is finite
     d_weight = d_weight * scale

@@ -96,10 +96,11 @@ def linear_grpo_loss(
     old_logp: torch.Tensor | None = None,
     ref_logp: torch.Tensor | None = None,
     sampler_logp: torch.Tensor | None = None,
+    near_logp: torch.Tensor | None = None,
     num_sequences: int | float | torch.Tensor | None = None,
     num_tokens: int | float | torch.Tensor | None = None,
 ) -> GRPOLossOutput:
-    optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
+    optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "near_logp": near_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
     logp, entropy = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True)

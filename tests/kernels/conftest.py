@@ -9,9 +9,26 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 import pytest
 import torch
-from vtfast_kernels import checks, chunked_logits
+from vtfast_kernels import checks, chunks
 
 INTERPRETED = checks.interpreted()
+
+if INTERPRETED:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        """The interpreter cuts fp32 off where a GPU rounds to the nearest bf16 or fp16."""
+        if source == tl.float32 and target in (tl.bfloat16, tl.float16):
+            half = torch.bfloat16 if target == tl.bfloat16 else torch.float16
+            wide = torch.from_numpy(np.frombuffer(values.tobytes(), dtype=np.float32).copy())
+            return wide.to(half).view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+        return cast(values, source, target, mode)
+
+    interpreter._convert_float = rounded
 
 
 def pytest_generate_tests(metafunc):
@@ -45,5 +62,5 @@ def poisoned_buffers():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 32 tokens at most, so that small inputs cross chunk borders."""
-    monkeypatch.setattr(chunked_logits, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(chunked_logits, "CUDA_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CUDA_CHUNK_BYTES", 1)

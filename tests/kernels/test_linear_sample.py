@@ -118,10 +118,12 @@ def test_vocabulary_tiles_agree_with_one_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_logp_is_that_of_fp32_logits(impl, device, dtype):
+def test_half_precision_logp_is_that_of_the_rounded_logits(impl, device, dtype):
+    """In Triton; the CPU path computes in fp32."""
     inputs = sample_inputs(Shape(33, 500, 24), dtype, device)
     token, logp = linear_sample(**inputs, impl=impl)
-    logits = inputs["hidden"].double() @ inputs["weight"].double().t() / inputs["temperature"]
+    logits = inputs["hidden"].double() @ inputs["weight"].double().t()
+    logits = (logits.to(dtype).double() if impl == "triton" else logits) / inputs["temperature"]
     want = logits.log_softmax(1).gather(1, token[:, None])[:, 0]
     assert error(logp, want, 1.0) < 1e-5
 

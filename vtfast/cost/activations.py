@@ -9,7 +9,7 @@ H d and K d width of queries and of keys, V vocabulary, E width of the vision en
 
 from __future__ import annotations
 
-from vtfast_kernels.chunked_logits import chunk_rows
+from vtfast_kernels.chunks import chunk_rows
 
 from vtfast.config import RunConfig
 from vtfast.cost.largest_step import PATCHES_PER_TOKEN, Workload
@@ -106,7 +106,7 @@ def loss_bytes(policy: Policy, scored: int, device_type: str) -> int:
     V, D = policy.head.shape
     itemsize = policy.head.element_size()
     on_cpu = device_type == "cpu"
-    rows = chunk_rows(scored, V, itemsize, device_type)
+    rows = chunk_rows(scored, V, D, itemsize, device_type)
     chunk = 2 * rows * V * 4 if on_cpu else rows * V * itemsize
     fp32_copy = 4 * V * D if on_cpu and itemsize < 4 else 0
     gradient = V * D * (4 + itemsize) if policy.head.requires_grad else 0

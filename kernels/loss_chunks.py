@@ -1,0 +1,285 @@
+"""`linear_grpo_loss`, chunk by chunk: logits, their statistics, the loss of each token, and the gradient of the logits.
+In Triton and in PyTorch, with the same methods.
+
+One pass: if log-probs near the policy's are known (those of the policy that sampled), so is the log-sum-exp:
+    k = z_y - that log-prob;   e_v = 2^(z_v - k);   s = sum of e;   log p_y = z_y - k - log2 s        (in bits)
+    dz_v = -g/s (e_v - s 1[v = y]) / T
+so a row of logits is read once and written once, as e, and -g/(s T) multiplies d_hidden's rows and, before the matmul,
+hidden's. It is exact up to rounding as long as s is a normal number: `drifted` says whether it left 2^-86 .. 2^86, and
+then the caller repeats the call without those log-probs.
+
+Shapes: N scored tokens, n tokens of a chunk, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+from .chunked_logits import Chunk, dlogits_triton, exp_row, row_config, row_statistics, write_dlogits
+from .grpo_loss import empty_evaluation, evaluate_triton, load_mismatch, load_old
+from .objective import Evaluation, GRPOLoss, LossFlags, LossNumbers, Tokens, evaluate, sampler_ratio, token_loss
+from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E
+
+MAX_DRIFT = 2.0**86  # about 60 nats
+NO_TOKEN = 1e30  # offset of an ignored token: its row becomes 0
+
+
+@triton.jit(do_not_specialize=["first"])
+def grpo_rows_kernel(
+    logits_ptr,  # [n, V]: this chunk
+    target_ptr,
+    advantage_ptr,
+    scale_ptr,
+    scored_ptr,
+    old_ptr,
+    ref_ptr,
+    sampler_ptr,
+    offset_ptr,  # [N]
+    logp_ptr,
+    entropy_ptr,
+    top_ptr,
+    total_ptr,
+    loss_ptr,
+    gradient_ptr,
+    kl_ptr,
+    low_ptr,
+    high_ptr,  # [N]
+    numbers,
+    first,
+    V,
+    stride_logits,
+    inv_temperature,
+    SPEC: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_SAMPLER: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place, or (ONE_PASS)
+    what that is a multiple of. STATISTICS stops before the loss, which needs the other tokens of the sequence."""
+    row = tl.program_id(0)
+    token = first + row
+    row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
+    scale = inv_temperature * LOG2_E
+    scored = tl.load(scored_ptr + token) != 0
+    target = tl.load(target_ptr + token)
+    scored = scored & (target >= 0) & (target < V)  # whatever the id, no read outside the row
+    z_target = tl.load(row_ptr + target, mask=scored, other=0.0).to(tl.float32)
+    if ONE_PASS:
+        top = tl.load(offset_ptr + token)
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        total, mean = exp_row(row_ptr, V, scale, top, BLOCK)
+        tl.debug_barrier()  # the target's element was written by another thread
+        tl.store(row_ptr + target, (tl.exp2(z_target * scale - top) - total).to(row_ptr.dtype.element_ty), mask=scored)
+        z_target = z_target * scale - top
+    else:
+        top, total, mean = row_statistics(row_ptr, V, scale, BLOCK)
+        z_target = (z_target - top) * scale
+    tl.store(top_ptr + token, top)
+    tl.store(total_ptr + token, total)
+    log_total = tl.log2(total)
+    logp = tl.where(scored, (z_target - log_total) * BITS_TO_NATS, 0.0)
+    tl.store(logp_ptr + token, logp)
+    tl.store(entropy_ptr + token, tl.where(scored, (log_total - mean / total) * BITS_TO_NATS, 0.0))
+    if not STATISTICS:
+        old = load_old(logp, old_ptr, token, scored, HAS_OLD)
+        log_ratio = logp - old
+        correction = 1.0
+        if HAS_SAMPLER:
+            correction = sampler_ratio(load_mismatch(old, sampler_ptr, token, scored), numbers, SPEC)
+        ref = logp
+        if SPEC.kl:
+            ref = tl.load(ref_ptr + token, mask=scored, other=0.0)
+        value, d_weight, d_logp, kl, low, high = token_loss(
+            logp, log_ratio, log_ratio, ref, tl.load(advantage_ptr + token), correction, numbers, SPEC
+        )
+        c = tl.load(scale_ptr + token)
+        gradient = d_logp * c + d_weight * c
+        tl.store(loss_ptr + token, value * c)
+        tl.store(gradient_ptr + token, gradient)
+        tl.store(kl_ptr + token, tl.where(scored, kl, 0.0))
+        tl.store(low_ptr + token, low & scored)
+        tl.store(high_ptr + token, high & scored)
+        if not ONE_PASS:
+            write_dlogits(row_ptr, V, target, scored, top, log_total, 0.0, gradient, 0.0, inv_temperature, False, BLOCK)
+
+
+class DLogits(NamedTuple):
+    """The gradient of a chunk's logits: `d` [n, V], or `factor` [n] times its rows."""
+
+    d: torch.Tensor
+    factor: torch.Tensor | None
+
+
+class LossChunks(Protocol):
+    """The work on a chunk of tokens."""
+
+    logp: torch.Tensor
+    """[N] fp32, as `entropy`: filled by `score`, or set by the caller."""
+    entropy: torch.Tensor
+    result: Evaluation
+    weight: torch.Tensor
+    """[V, D], as `dlogits` is to be multiplied with."""
+
+    def score(self, a: int, b: int) -> None:
+        """Compute the logits, log-prob, entropy, loss and coefficient of the tokens a .. b."""
+
+    def evaluate_all(self) -> None:
+        """Compute loss and coefficient of every token from `logp`."""
+
+    def rescore(self, a: int, b: int) -> None:
+        """Compute the logits of tokens whose log-probs and coefficients are known."""
+
+    def dlogits(self, a: int, b: int) -> DLogits:
+        """Return the gradient of the logits that the last call of `score` or `rescore` computed."""
+
+    def drifted(self) -> bool:
+        """Whether the log-probs that were taken for near were too far, so that the results are not valid."""
+
+
+class _Chunks:
+    """What both implementations share."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        tokens: Tokens,
+        spec: GRPOLoss,
+        near: torch.Tensor | None,
+    ) -> None:
+        self.hidden, self.weight, self.target = hidden, weight, target
+        self.tokens, self.spec, self.inv_temperature = tokens, spec, 1.0 / spec.temperature
+        self.near = near
+        self.offset = None if near is None else self.offsets(near)
+        # each of its own: a view into one tensor would be aligned for some N only, and compile a kernel for each case
+        self.logp, self.entropy, self.top, self.total = (
+            hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(4)
+        )
+        self.result = empty_evaluation(self.logp)
+
+    def offsets(self, near: torch.Tensor) -> torch.Tensor:
+        """Return [N], in bits, the log-sum-exp that these log-probs stand for."""
+        z_target = self.hidden.new_empty(len(self.hidden), dtype=torch.float32)
+        for x, y, out in zip(*(v.split(1024) for v in (self.hidden, self.target, z_target)), strict=True):
+            out.copy_(torch.linalg.vecdot(x.float(), self.weight[y.clamp(min=0)].float()))
+        offset = (z_target * self.inv_temperature - near.float().nan_to_num(nan=0.0)) / LN_2
+        return torch.where(self.tokens.scored, offset, NO_TOKEN)
+
+    def row_factor(self, a: int, b: int) -> torch.Tensor:
+        g, total = self.result.gradient[a:b], self.total[a:b]
+        return torch.where(g != 0, g * -self.inv_temperature / total, 0.0)
+
+    def drifted(self) -> bool:
+        if self.offset is None:
+            return False
+        far = (self.total > MAX_DRIFT) | (self.total < 1 / MAX_DRIFT)
+        return bool((far & self.tokens.scored).any())
+
+
+class TorchChunks(_Chunks):
+    """In PyTorch."""
+
+    def __init__(self, hidden, weight, target, tokens, spec, near, rows: int) -> None:
+        super().__init__(hidden, weight.float(), target.clamp(min=0), tokens, spec, near)
+        self.chunk = Chunk(rows, self.weight, self.inv_temperature)
+
+    def _logits(self, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the logits; return log-probs and entropy."""
+        hidden, target, ignored = self.hidden[a:b], self.target[a:b], ~self.tokens.scored[a:b]
+        if self.offset is None:
+            logp, entropy = self.chunk(hidden, target)
+            assert entropy is not None
+        else:
+            logp, entropy = self.chunk.one_pass(hidden, target, self.offset[a:b])
+            self.total[a:b] = self.chunk.total
+        return logp.masked_fill_(ignored, 0.0), entropy.masked_fill_(ignored, 0.0)
+
+    def score(self, a: int, b: int) -> None:
+        self.logp[a:b], self.entropy[a:b] = self._logits(a, b)
+        part = evaluate(self.logp[a:b], self.tokens.slice(a, b), self.spec)
+        for whole, field in zip(self.result, part, strict=True):
+            whole[a:b] = field
+
+    def evaluate_all(self) -> None:
+        self.result = evaluate(self.logp, self.tokens, self.spec)
+
+    def rescore(self, a: int, b: int) -> None:
+        self._logits(a, b)
+
+    def dlogits(self, a: int, b: int) -> DLogits:
+        if self.offset is None:
+            return DLogits(self.chunk.dlogits(self.result.gradient[a:b], self.target[a:b]), None)
+        return DLogits(self.chunk.exp[: b - a], self.row_factor(a, b))
+
+
+class TritonChunks(_Chunks):
+    """In Triton and cuBLAS."""
+
+    def __init__(self, hidden, weight, target, tokens, spec, near, rows: int) -> None:
+        super().__init__(hidden, weight, target, tokens, spec, near)
+        self.coupled = spec.couples_tokens(tokens.sampler is not None)
+        self.buffer = weight.new_empty(rows, weight.shape[0])
+        self.is_gradient = False  # whether the buffer holds the gradient, or raw logits
+
+    def _rows(self, a: int, b: int, logp: torch.Tensor, entropy: torch.Tensor, statistics: bool) -> None:
+        t, logits = self.tokens, self.buffer[: b - a]
+        torch.mm(self.hidden[a:b], self.weight.t(), out=logits)
+        old, ref, sampler, offset = (self.logp if x is None else x for x in (t.old, t.ref, t.sampler, self.offset))
+        has_sampler = t.sampler is not None
+        grpo_rows_kernel[(b - a,)](
+            logits,
+            self.target,
+            t.advantage,
+            t.scale,
+            t.scored,
+            old,
+            ref,
+            sampler,
+            offset,
+            logp,
+            entropy,
+            self.top,
+            self.total,
+            *self.result,
+            LossNumbers.of(self.spec),
+            a,
+            logits.shape[1],
+            logits.stride(0),
+            self.inv_temperature,
+            LossFlags.of(self.spec, has_sampler),
+            t.old is not None,
+            has_sampler,
+            self.offset is not None,
+            statistics,
+            **row_config(logits.shape[1]),
+        )
+        self.is_gradient = not statistics and self.offset is None
+
+    def score(self, a: int, b: int) -> None:
+        self._rows(a, b, self.logp, self.entropy, self.coupled)
+        if self.coupled:
+            evaluate_triton(self.logp, self.tokens, self.spec, self.result, a, b)
+
+    def evaluate_all(self) -> None:
+        evaluate_triton(self.logp, self.tokens, self.spec, self.result, 0, len(self.logp))
+
+    def rescore(self, a: int, b: int) -> None:
+        unused = torch.empty_like(self.logp)
+        self._rows(a, b, unused, unused, statistics=True)
+
+    def dlogits(self, a: int, b: int) -> DLogits:
+        d = self.buffer[: b - a]
+        if self.offset is not None:
+            return DLogits(d, self.row_factor(a, b))
+        if not self.is_gradient:
+            dlogits_triton(
+                d, a, self.target, self.result.gradient, self.inv_temperature, statistics=(self.top, self.total)
+            )
+        return DLogits(d, None)
