@@ -45,8 +45,8 @@ def chunk_rows(
 
 def chunk_rows_of(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     """Return `chunk_rows` of a head [V, D] for these tokens [N, D]."""
-    device = weight.device
-    return chunk_rows(len(hidden), *weight.shape, weight.element_size(), device.type, multiprocessors(device))
+    (V, D), device = weight.shape, weight.device
+    return chunk_rows(len(hidden), V, D, weight.element_size(), device.type, multiprocessors(device))
 
 
 def row_spans(N: int, rows: int) -> Iterator[tuple[int, int]]:

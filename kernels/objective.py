@@ -189,18 +189,19 @@ class LossNumbers(NamedTuple):
     @classmethod
     def of(cls, spec: GRPOLoss) -> LossNumbers:
         assert spec.epsilon_high is not None, "GRPOLoss fills it in"
-        bounds = (spec.delta, spec.vllm_importance_sampling_clip_max, spec.vllm_importance_sampling_clip_min)
         return cls(
-            float(spec.beta),
-            1.0 - spec.epsilon_low,
-            float(spec.epsilon_high) if spec.loss_type == "cispo" else 1.0 + spec.epsilon_high,
-            *(0.0 if bound is None else float(bound) for bound in bounds),
-            float(spec.sapo_temperature_pos),
-            float(spec.sapo_temperature_neg),
-            float(spec.vespo_k_pos),
-            float(spec.vespo_lambda_pos),
-            float(spec.vespo_k_neg),
-            float(spec.vespo_lambda_neg),
+            beta=float(spec.beta),
+            low=1.0 - spec.epsilon_low,
+            high=float(spec.epsilon_high) if spec.loss_type == "cispo" else 1.0 + spec.epsilon_high,
+            delta=float(spec.delta or 0.0),
+            clip_max=float(spec.vllm_importance_sampling_clip_max or 0.0),
+            clip_min=float(spec.vllm_importance_sampling_clip_min or 0.0),
+            sapo_temperature_pos=float(spec.sapo_temperature_pos),
+            sapo_temperature_neg=float(spec.sapo_temperature_neg),
+            vespo_k_pos=float(spec.vespo_k_pos),
+            vespo_lambda_pos=float(spec.vespo_lambda_pos),
+            vespo_k_neg=float(spec.vespo_k_neg),
+            vespo_lambda_neg=float(spec.vespo_lambda_neg),
         )
 
 
