@@ -1,10 +1,12 @@
 """`python -m bench aot`: compile every Triton kernel for NVIDIA GPUs on a machine that has none.
 
 Each op runs once with its launches recorded instead of executed, so what is compiled is what the op would
-launch: same constants, tiles, warps and pointer alignments. One line a kernel variant: registers, stack (a
-register spill shows as stack), shared memory, and which tensor-core and copy instructions the PTX holds.
+launch: same constants, tiles, warps and pointer alignments. One line a kernel variant: registers, loads and
+stores of spilled ones, shared memory, programs that fit on a multiprocessor, which tensor-core and copy instructions
+the PTX holds, and, of the kernels that go through rows of logits, instructions a logit.
 Exit status 1 if anything spills, if a bf16/fp16 matmul for sm_90 goes without wgmma or its TMA variant without
-TMA, or if a kernel of the folder was never launched (for sm_90: never with TMA where it could be).
+TMA, if fewer programs fit on a multiprocessor than the kernel's file says, if a row kernel needs more instructions a
+logit than it did, or if a kernel of the folder was never launched (for sm_90: never with TMA where it could be).
 """
 
 import argparse
@@ -18,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
@@ -31,6 +34,7 @@ from vtfast_kernels import cases as registry
 from vtfast_kernels import checks
 from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
+from vtfast_kernels.loss_chunks import TritonChunks
 from vtfast_kernels.page_table import Pages
 from vtfast_kernels.paged_attention import paged_attention
 from vtfast_kernels.rope_append import rope_append
@@ -39,6 +43,10 @@ from vtfast_kernels.silu_mul import silu_mul
 ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
 WITH_TMA = ("logprob_kernel", "linear_sample_kernel")  # what sm_90 launches so
+TWO_PROGRAMS = WITH_TMA  # two of these fit on a Hopper multiprocessor in half precision
+INSTRUCTIONS = {"one pass": 11.0, "two passes": 23.5, "known": 10.0, "entropy": 28.0}
+"""At most so many a logit in a row kernel for sm_90, bf16."""
+HOPPER = {"registers": 65536, "threads": 2048, "shared": 233_472}  # of a multiprocessor
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float32: "fp32",
@@ -113,19 +121,20 @@ def recorded(arch: int, label: list[str] | None = None) -> Iterator[dict[str, La
         launch = describe(self, args, kwargs, label[0])
         launches.setdefault(launch.key, launch)
 
-    saved = JITFunction.run, checks.runs_triton, checks.capability
-    JITFunction.run, checks.runs_triton, checks.capability = run, lambda x: True, lambda x: arch
-    try:
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(checks, "runs_triton", lambda x: True),
+        mock.patch.object(checks, "capability", lambda x: arch),
+        mock.patch.object(TritonChunks, "drifted", lambda self: False),  # no kernel has filled its results
+    ):
         yield launches
-    finally:
-        JITFunction.run, checks.runs_triton, checks.capability = saved
 
 
 def record(arch: int) -> list[Launch]:
     """Every launch of every op for a GPU of this architecture."""
     label = [""]
     with recorded(arch, label) as launches:
-        for label[0], call in cases():
+        for label[0], call in cases(arch):
             call()
     return list(launches.values())
 
@@ -144,8 +153,8 @@ BY_HAND = {
 """Ops whose options change a kernel; any other is compiled for the registry's inputs in each dtype."""
 
 
-def cases():
-    """(label, thunk) for every op, dtype and option that changes a kernel."""
+def cases(arch: int):
+    """(label, thunk) for every op, dtype and option that changes a kernel; for Hopper also for every loss."""
 
     def thunk(name: str, dtype: torch.dtype, shape: Shape = SHAPE, **options):
         op = OPS[name]
@@ -173,23 +182,29 @@ def cases():
         for entropy in (True, False):
             label = f"{kind}{' entropy' if entropy else ''}"
             yield label, thunk("linear_logprob", dtype, entropy=entropy)
-        for rows in (16, 64):
+        for rows in (1, 16, 64):
             for greedy in (False, True):
                 label = f"{kind} {rows} rows{' greedy' if greedy else ''}"
                 shape = Shape(rows, SHAPE.V, SHAPE.D)
                 inputs = thunk("linear_sample", dtype, shape, greedy=greedy)
                 yield label, inputs
-        for rows in (8, 64, 256):
+        for rows in (1, 8, 64, 256):
             for call in decode_thunks(rows, dtype):
                 yield f"{kind} {rows} rows", call
     for name in ("linear_logprob", "linear_sample"):
         yield "bf16 D=100", thunk(name, torch.bfloat16, Shape(129, 1000, 100))
-    for name, spec in specs().items():
+        yield "bf16 1 token", thunk(name, torch.bfloat16, Shape(1, SHAPE.V, SHAPE.D))
+    losses = specs() if arch == 90 else {name: specs()[name] for name in ("grpo-token", "vespo-token")}
+    for name, spec in losses.items():
         sampler = {} if "mask" in name or "truncate" in name else {"sampler_logp": None}
         yield f"bf16 {name}", thunk("linear_grpo_loss", torch.bfloat16, spec=spec, **sampler)
+        if name in ("grpo-token", "grpo-sequence"):
+            alone = {"old_logp": None, "sampler_logp": None}
+            yield f"bf16 {name} two passes", thunk("linear_grpo_loss", torch.bfloat16, spec=spec, **alone)
         yield name, thunk("grpo_loss", torch.float32, spec=spec, **sampler)
     for scale in ("group", "batch", "none"):
         yield scale, thunk("group_advantage", torch.float32, scale=scale)
+        yield f"{scale} G=1", thunk("group_advantage", torch.float32, scale=scale, group_size=1)
 
 
 def decode_thunks(rows: int, dtype: torch.dtype):
@@ -218,15 +233,23 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, option, cubin.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    threads, shared = 32 * launch.options.get("num_warps", 4), compiled.metadata.shared
     ptx = compiled.asm["ptx"]
     return {
         "registers": registers,
-        "stack": stack,
-        "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": shared,
+        "programs": min(
+            HOPPER["registers"] // (-(-registers // 8) * 8 * threads),
+            HOPPER["threads"] // threads,
+            HOPPER["shared"] // (shared + 1024),
+        ),
+        "instructions": instructions_per_logit(sass, launch),
         "matmul": "tt.dot" in compiled.asm["ttir"],
         "wgmma": ptx.count("wgmma.mma_async"),
         "tma": ptx.count("cp.async.bulk.tensor"),
@@ -234,8 +257,68 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     }
 
 
-COLUMNS = ("kernel", "variant", "arch", "registers", "stack", "shared", "wgmma", "tma", "mma", "verdict")
-ROW = "{:<24} {:<28} {:<6} {:>9} {:>6} {:>7} {:>6} {:>4} {:>4}  {}"
+def instructions_per_logit(sass: str, launch: Launch) -> float:
+    """Return the instructions in the loops of a row kernel over the logits that a thread handles in one turn of each
+    loop; 0 of another kernel."""
+    if launch.kernel.__name__ not in ROW_KERNELS:
+        return 0.0
+    address = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+    loops = 0
+    for at, text in address:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            loops += sum(int(target[1], 16) <= place <= at for place, _ in address)
+    return loops * 32 * launch.options["num_warps"] / launch.constants["BLOCK"]
+
+
+ROW_KERNELS = ("grpo_rows_kernel", "dlogits_kernel")
+
+
+def way(launch: Launch) -> str:
+    """How a row kernel goes through its row."""
+    c = launch.constants
+    if launch.kernel.__name__ == "grpo_rows_kernel":
+        return "one pass" if c["ONE_PASS"] else "two passes"
+    return "known" if c["KNOWN"] else "entropy" if c["ENTROPY"] else "two passes"
+
+
+def faults_of(launch: Launch, arch: int, r: dict[str, Any]) -> list[str]:
+    """What must not be, of a compiled launch."""
+    name, found = launch.kernel.__name__, []
+    half = "bf16" in str(launch.signature) or "fp16" in str(launch.signature)
+    if r["spills"]:
+        found.append("spills")
+    if arch != 90:
+        return found
+    small = launch.constants.get("BLOCK_M", 64) < 64  # wgmma starts at 64 rows
+    if r["matmul"] and half and not r["wgmma"] and not small:
+        found.append("no wgmma")
+    if launch.constants.get("TMA") and not r["tma"]:
+        found.append("no TMA")
+    if name in TWO_PROGRAMS and half and r["programs"] < 2:
+        found.append("one program a multiprocessor")
+    if name in ROW_KERNELS and "bf16" in str(launch.signature) and launch.constants["BLOCK"] == 8192:
+        limit = INSTRUCTIONS[way(launch)]
+        if r["instructions"] > limit:
+            found.append(f"more than {limit} instructions a logit")
+    return found
+
+
+COLUMNS = (
+    "kernel",
+    "variant",
+    "arch",
+    "registers",
+    "spills",
+    "shared",
+    "programs",
+    "instructions",
+    "wgmma",
+    "tma",
+    "mma",
+    "verdict",
+)
+ROW = "{:<24} {:<36} {:<6} {:>9} {:>6} {:>7} {:>8} {:>12} {:>6} {:>4} {:>4}  {}"
 
 
 def main(argv: list[str]) -> int:
@@ -261,14 +344,8 @@ def main(argv: list[str]) -> int:
             if options.kernel not in name:
                 continue
             r = compile_launch(launch, arch)
-            faults = ["spills"] if r["stack"] else []
-            half = "bf16" in str(launch.signature) or "fp16" in str(launch.signature)
-            small = launch.constants.get("BLOCK_M", 64) < 64  # wgmma starts at 64 rows
-            if arch == 90 and r["matmul"] and half and not r["wgmma"] and not small:
-                faults.append("no wgmma")
-            if arch == 90 and launch.constants.get("TMA") and not r["tma"]:
-                faults.append("no TMA")
-            counts = [r[column] for column in COLUMNS[3:9]]
+            faults = faults_of(launch, arch, r)
+            counts = [round(r[column], 1) for column in COLUMNS[3:-1]]
             print(ROW.format(name, launch.label, f"sm_{arch}", *counts, ", ".join(faults) or "ok"))
             sys.stdout.flush()
             compiled, failed = compiled + 1, failed + bool(faults)

@@ -61,7 +61,7 @@ def _chunks(
     needs_grad: tuple[bool, bool],
     impl: str,
 ) -> tuple[LossChunks, torch.Tensor | None, torch.Tensor | None]:
-    """Return the chunks with their results, d_hidden in hidden's dtype, and d_weight in fp32. `near`: [N] log-probs
+    """Return the chunks with their results, d_hidden, and d_weight in fp32. `near`: [N] log-probs
     near the policy's. `needs_grad`: of hidden, of weight."""
     N = len(hidden)
     rows = chunk_rows_of(hidden, weight)
@@ -80,7 +80,9 @@ def _chunks(
     if first is not None:
         chunks.logp, chunks.entropy = first
         chunks.evaluate_all()
-    d_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    # fp16 is rounded once, in the backward: after a loss scale it has no bits to spare
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    d_hidden = torch.empty_like(hidden, dtype=dtype) if needs_grad[0] else None
     # the first chunk overwrites it
     d_weight = (torch.empty_like if N else torch.zeros_like)(weight, dtype=torch.float32) if needs_grad[1] else None
     if not any(needs_grad):
@@ -94,7 +96,7 @@ def _chunks(
         x = hidden[a:b]
         if d_hidden is not None:
             product = matmul_over_vocabulary(d, chunks.weight)
-            d_hidden[a:b] = product if factor is None else scale_rows(product, factor, hidden.dtype, impl)
+            d_hidden[a:b] = product if factor is None else scale_rows(product, factor, dtype, impl)
         if d_weight is not None:
             x = x if factor is None else scale_rows(x, factor, d.dtype, impl)
             add_matmul(d_weight, d.t(), x, overwrite=a == 0)
@@ -153,7 +155,7 @@ def _forward(
     logp, entropy = (
         spread(x).index_copy_(0, rest, y) for x, y in zip((chunks.logp, chunks.entropy), other, strict=True)
     )
-    d_hidden = None if d_live is None else torch.zeros_like(hidden).index_copy_(0, live, d_live)
+    d_hidden = None if d_live is None else torch.zeros_like(hidden, dtype=d_live.dtype).index_copy_(0, live, d_live)
     return logp, entropy, Evaluation(*map(spread, chunks.result)), d_hidden, d_weight
 
 

@@ -186,7 +186,16 @@ class _Chunks:
 class TorchChunks(_Chunks):
     """In PyTorch."""
 
-    def __init__(self, hidden, weight, target, tokens, spec, near, rows: int) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        tokens: Tokens,
+        spec: GRPOLoss,
+        near: torch.Tensor | None,
+        rows: int,
+    ) -> None:
         super().__init__(hidden, weight.float(), target.clamp(min=0), tokens, spec, near)
         self.chunk = Chunk(rows, self.weight, self.inv_temperature)
 
@@ -222,7 +231,16 @@ class TorchChunks(_Chunks):
 class TritonChunks(_Chunks):
     """In Triton and cuBLAS."""
 
-    def __init__(self, hidden, weight, target, tokens, spec, near, rows: int) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        tokens: Tokens,
+        spec: GRPOLoss,
+        near: torch.Tensor | None,
+        rows: int,
+    ) -> None:
         super().__init__(hidden, weight, target, tokens, spec, near)
         self.coupled = spec.couples_tokens(tokens.sampler is not None)
         self.buffer = weight.new_empty(rows, weight.shape[0])

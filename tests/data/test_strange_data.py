@@ -189,5 +189,5 @@ def test_a_recipes_name_leads_nowhere(name, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"recipe": name}))
     assert main(["train", "--config", str(file), "--dry_run"]) == 2
-    with pytest.raises(UserError, match=r"must (be a plain name|not be empty)"):
+    with pytest.raises(UserError, match=r"must be (a plain name|text, and not empty)"):
         Config(recipe=name)

@@ -15,6 +15,16 @@ def addmm_out(acc: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Ten
     return out.copy_(acc + a.to(dtype) @ b.to(dtype))
 
 
+def mm_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    assert a.dtype == b.dtype != dtype == torch.float32
+    return a.to(dtype) @ b.to(dtype)
+
+
+def mm_fp32_out(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    assert out.dtype == dtype
+    return out.copy_(mm_fp32(a, b, dtype))
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, *places: Tensor | None) -> None:
     """What flash-attn demands."""
     for x in (query, key, value):
@@ -98,6 +108,8 @@ def varlen_backward(
 
 ON_CPU: dict[Any, Callable] = {
     torch.ops.aten.addmm.dtype_out: addmm_out,
+    torch.ops.aten.mm.dtype: mm_fp32,
+    torch.ops.aten.mm.dtype_out: mm_fp32_out,
     torch.ops.torch_attn._varlen_attn.default: varlen_forward,
     torch.ops.torch_attn._varlen_attn_backward.default: varlen_backward,
 }

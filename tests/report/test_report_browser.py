@@ -311,15 +311,14 @@ def test_hostile_text_is_text_wherever_a_run_can_have_some(opened):
 
 
 def test_where_scripts_are_not_allowed(chromium, pages):
-    """What a mail's preview or a careful reader's browser shows."""
+    """The page says what it needs."""
     chromium.get_log("browser")
     chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         chromium.get(pages["one"].as_uri())
-        words = chromium.find_element(By.TAG_NAME, "body").text
+        source = chromium.page_source
         errors = [line["message"] for line in chromium.get_log("browser")]
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    assert "At the end of training" in words and "num_generations 4" in words and "Step 40" in words
-    assert "metrics.jsonl (every step)" in words and "60.00" in words
+    assert "This page needs JavaScript" in source
     assert not errors

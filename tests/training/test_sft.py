@@ -452,7 +452,7 @@ def test_useful_operations(make, monkeypatch):
     )
     assert base - update_flops(frozen.session.policy, [batch], vision_cached=False) == pytest.approx(2 * tower)
     assert base - update_flops(frozen.session.policy, [batch]) == pytest.approx(3 * tower)
-    monkeypatch.setattr("vtfast.training.sft.mfu", lambda flops, *_: flops)
+    monkeypatch.setattr("vtfast.training.metrics.mfu", lambda flops, *_: flops)
     assert trainer.step(1, asked)[0]["mfu"] == pytest.approx(base)
     assert frozen.step(1, asked)[0]["mfu"] == pytest.approx(base - 2 * tower)
     whole, _ = make(completion_only_loss=False)

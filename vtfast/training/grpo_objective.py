@@ -45,6 +45,7 @@ class GRPOObjective(nn.Module):
             old_logp=old,
             ref_logp=micro_batch.logprobs("reference") if self.spec.beta > 0 else None,
             sampler_logp=sampled if self.use_sampler_logprobs else None,
+            near_logp=sampled,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
