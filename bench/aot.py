@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -329,6 +331,7 @@ def main(argv: list[str]) -> int:
     if not any(options.kernel in name for name in kernel_names()):
         parser.error(f"--kernel {options.kernel}: there are {', '.join(kernel_names())}")
     torch.manual_seed(0)
+    pool = ThreadPoolExecutor(os.cpu_count())
     failed = compiled = 0
     print(ROW.format(*COLUMNS))
     for arch in options.arch:
@@ -339,14 +342,11 @@ def main(argv: list[str]) -> int:
             if not any(launch.constants.get("TMA") or not (tma and arch == 90) for launch in found):
                 print(f"{name} was not launched for sm_{arch}{' with TMA' if tma else ''}")
                 failed += 1
-        for launch in launches:
-            name = launch.kernel.__name__
-            if options.kernel not in name:
-                continue
-            r = compile_launch(launch, arch)
+        chosen = [launch for launch in launches if options.kernel in launch.kernel.__name__]
+        for launch, r in zip(chosen, pool.map(compile_launch, chosen, repeat(arch)), strict=True):
             faults = faults_of(launch, arch, r)
             counts = [round(r[column], 1) for column in COLUMNS[3:-1]]
-            print(ROW.format(name, launch.label, f"sm_{arch}", *counts, ", ".join(faults) or "ok"))
+            print(ROW.format(launch.kernel.__name__, launch.label, f"sm_{arch}", *counts, ", ".join(faults) or "ok"))
             sys.stdout.flush()
             compiled, failed = compiled + 1, failed + bool(faults)
     print(f"\n{compiled} kernel variants compiled, {failed} failed")

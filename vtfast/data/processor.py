@@ -72,6 +72,7 @@ class Processor:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer.encode("a")  # looks at settings that loading does not
             image_processor = None if is_text_model(path) else Qwen2VLImageProcessorPil.from_pretrained(path)
             if image_processor is not None:
                 _Preprocessing.model_validate(image_processor)
