@@ -236,7 +236,7 @@ def page_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = 
     """Groups of three rows that share their first page; 5 to 12 tokens a row. Few rows: the interpreter runs a program
     for every row, head and split."""
     generator = torch.Generator().manual_seed(seed)
-    R, n, d = min(shape.N, 12), 3, _head_size(shape)
+    R, n, d = min(shape.N, 6), 3, _head_size(shape)
     row = torch.arange(R, dtype=torch.int32, device=device)
     table = row[:, None] * n + torch.arange(n, dtype=torch.int32, device=device)
     table[:, 0] = row // 3 * 3 * n

@@ -98,7 +98,7 @@ def write_dlogits(
     tl.store(row_ptr + target, (g + tl.exp2(target_z) * factor).to(row_ptr.dtype.element_ty), mask=scored)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["target_ptr"])
 def dlogits_kernel(
     logits_ptr,  # [n, V]: this chunk
     target_ptr,

@@ -25,9 +25,9 @@ def chunk_rows(
 ) -> int:
     """Return the rows whose logits exist at once. `itemsize`: bytes of a weight; `processors`: of the GPU.
 
-    On CUDA as many as make d_hidden's tiles one full wave of the GPU. Where those exceed the budget, and on the CPU:
-    equal chunks within the budget, so that none is a small rest. At least 32, below which reading and writing d_weight
-    would cost more than a chunk's matmul."""
+    On CUDA as many as make d_hidden's tiles whole waves of the GPU. Where one exceeds the budget, and on the CPU: equal
+    chunks within the budget, so that none is a small rest. At least 32, below which reading and writing d_weight would
+    cost more than a chunk's matmul."""
     budget, step = CPU_CHUNK_BYTES, 1
     if device_type == "cuda":
         budget, step = CUDA_CHUNK_BYTES, TILE_ROWS
@@ -36,7 +36,7 @@ def chunk_rows(
     most = max(32, budget // (itemsize * vocab_size))
     wave = TILE_ROWS * (processors // triton.cdiv(hidden_size, TILE_COLUMNS))
     if device_type == "cuda" and 0 < wave <= most:
-        return min(wave, max(num_rows, 1))
+        return min(wave * (most // wave), max(num_rows, 1))
     step = step if most >= step else 1
     most -= most % step
     even = triton.cdiv(num_rows, max(1, triton.cdiv(num_rows, most)))

@@ -53,7 +53,10 @@ def load_mismatch(old, sampler_ptr, offset, scored):
     return tl.where(mismatch == mismatch, mismatch, 0.0)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(
+    do_not_specialize=["first", "last"],
+    do_not_specialize_on_alignment=["logp_ptr", "old_ptr", "ref_ptr", "sampler_ptr"],
+)
 def grpo_loss_kernel(
     logp_ptr,
     advantage_ptr,

@@ -16,8 +16,8 @@ fp16: coefficients are multiplied by a power of two until the backward, because 
 underflows before a loss scale can reach it.
 
 FLOPs 6NVD; the floor at N = 5,600, V = 151,936, D = 1,536: 7.84 TFLOP = 11.2 ms at 700 TF/s. Memory: one
-chunk of logits and the fp32 d_weight. On CUDA the host waits for the GPU at the end if there was one pass, at the start
-if beta is 0: not capturable in a graph.
+chunk of logits and the fp32 d_weight. On CUDA the host waits for the GPU at the start if beta is 0 or sequences
+must stay whole, after the chunks for the tokens set aside, and at the end if there was one pass: not capturable.
 Tolerance: fp32 within 1e-5 of float64; bf16 error not above plain PyTorch bf16's.
 Measured on a GPU: not yet.
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -51,6 +52,15 @@ def _say_drifted() -> None:
     )
 
 
+class _Results(NamedTuple):
+    logp: torch.Tensor
+    """[N], as entropy."""
+    entropy: torch.Tensor
+    evaluation: Evaluation
+    d_hidden: torch.Tensor | None
+    d_weight: torch.Tensor | None
+
+
 def _chunks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -60,8 +70,8 @@ def _chunks(
     near: torch.Tensor | None,
     needs_grad: tuple[bool, bool],
     impl: str,
-) -> tuple[LossChunks, torch.Tensor | None, torch.Tensor | None]:
-    """Return the chunks with their results, d_hidden, and d_weight in fp32. `near`: [N] log-probs
+) -> _Results | None:
+    """Return the results, with d_hidden and with d_weight in fp32; None if `near` was not near. `near`: [N] log-probs
     near the policy's. `needs_grad`: of hidden, of weight."""
     N = len(hidden)
     rows = chunk_rows_of(hidden, weight)
@@ -73,10 +83,10 @@ def _chunks(
         with torch.no_grad():
             first = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True, impl=impl)
         near = first[0]
-    if hidden.dtype == torch.float16:
-        near = None  # 2^(z - lse) leaves its range
+    if hidden.dtype == torch.float16 or not any(needs_grad):
+        near = None  # 2^(z - lse) leaves the range of fp16
     make = TritonChunks if impl == "triton" else TorchChunks
-    chunks = make(hidden, weight, target, tokens, spec, near, rows if any(needs_grad) else 0)
+    chunks: LossChunks = make(hidden, weight, target, tokens, spec, near, rows if any(needs_grad) else 0)
     if first is not None:
         chunks.logp, chunks.entropy = first
         chunks.evaluate_all()
@@ -85,9 +95,7 @@ def _chunks(
     d_hidden = torch.empty_like(hidden, dtype=dtype) if needs_grad[0] else None
     # the first chunk overwrites it
     d_weight = (torch.empty_like if N else torch.zeros_like)(weight, dtype=torch.float32) if needs_grad[1] else None
-    if not any(needs_grad):
-        return chunks, d_hidden, d_weight
-    for a, b in spans or row_spans(N, rows):
+    for a, b in (spans or row_spans(N, rows)) if any(needs_grad) else ():
         if score_first:
             chunks.rescore(a, b)
         else:
@@ -100,10 +108,9 @@ def _chunks(
         if d_weight is not None:
             x = x if factor is None else scale_rows(x, factor, d.dtype, impl)
             add_matmul(d_weight, d.t(), x, overwrite=a == 0)
-    if near is not None and chunks.drifted():
-        _say_drifted()
-        return _chunks(hidden, weight, target, tokens, spec, None, needs_grad, impl)
-    return chunks, d_hidden, d_weight
+    if not score_first and chunks.drifted():
+        return None
+    return _Results(chunks.logp, chunks.entropy, chunks.result, d_hidden, d_weight)
 
 
 def _set_aside(tokens: Tokens, spec: GRPOLoss) -> torch.Tensor | None:
@@ -125,22 +132,32 @@ def _forward(
     near: torch.Tensor | None,
     needs_grad: tuple[bool, bool],
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, Evaluation, torch.Tensor | None, torch.Tensor | None]:
-    """Return log-prob, entropy and loss of each token, d_hidden, d_weight."""
+) -> _Results:
+    """`_chunks`, again with two passes if `near` was not near: only then, because the first try's memory is free."""
+    found = _chunks(hidden, weight, target, tokens, spec, near, needs_grad, impl)
+    if found is None:
+        _say_drifted()
+        found = _chunks(hidden, weight, target, tokens, spec, None, needs_grad, impl)
+    assert found is not None, "without log-probs at hand nothing can drift"
+    return found
+
+
+def _forward_of_live(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    tokens: Tokens,
+    spec: GRPOLoss,
+    near: torch.Tensor | None,
+    needs_grad: tuple[bool, bool],
+    impl: str,
+) -> _Results:
+    """`_forward` of the tokens that can have a gradient, and the log-probs of the others."""
     live = _set_aside(tokens, spec) if any(needs_grad) else None
     if live is None:
-        chunks, d_hidden, d_weight = _chunks(hidden, weight, target, tokens, spec, near, needs_grad, impl)
-        return chunks.logp, chunks.entropy, chunks.result, d_hidden, d_weight
-    chunks, d_live, d_weight = _chunks(
-        hidden[live],
-        weight,
-        target[live],
-        tokens.select(live),
-        spec,
-        None if near is None else near[live],
-        needs_grad,
-        impl,
-    )
+        return _forward(hidden, weight, target, tokens, spec, near, needs_grad, impl)
+    near = None if near is None else near[live]
+    part = _forward(hidden[live], weight, target[live], tokens.select(live), spec, near, needs_grad, impl)
     rest = tokens.scored.clone()
     rest[live] = False
     rest = rest.nonzero()[:, 0]  # scored, but without a gradient
@@ -150,19 +167,18 @@ def _forward(
         )
 
     def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(len(hidden)).index_copy_(0, live, values)
+        return values.new_zeros(len(hidden), *values.shape[1:]).index_copy_(0, live, values)
 
-    logp, entropy = (
-        spread(x).index_copy_(0, rest, y) for x, y in zip((chunks.logp, chunks.entropy), other, strict=True)
-    )
-    d_hidden = None if d_live is None else torch.zeros_like(hidden, dtype=d_live.dtype).index_copy_(0, live, d_live)
-    return logp, entropy, Evaluation(*map(spread, chunks.result)), d_hidden, d_weight
+    logp, entropy = (spread(x).index_copy_(0, rest, y) for x, y in zip(part[:2], other, strict=True))
+    d_hidden = None if part.d_hidden is None else spread(part.d_hidden)
+    return _Results(logp, entropy, Evaluation(*map(spread, part.evaluation)), d_hidden, part.d_weight)
 
 
 def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """Return a 0-d power of two that brings the largest coefficient near 1, without a host sync."""
+    """Return a 0-d power of two that brings the largest coefficient near 2^-6, without a host sync: importance ratios
+    and KL terms may be far above 1."""
     most = scale.amax() if scale.numel() else scale.new_ones(())
-    return torch.exp2(-torch.floor(torch.log2(most.clamp(min=2.0**-60))))
+    return torch.exp2(-6 - torch.floor(torch.log2(most.clamp(min=2.0**-60))))
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
@@ -172,7 +188,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         if hidden.dtype == torch.float16:
             ctx.power = _power_of_two(tokens.scale)
             tokens = replace(tokens, scale=tokens.scale * ctx.power)
-        logp, entropy, result, d_hidden, d_weight = _forward(
+        logp, entropy, result, d_hidden, d_weight = _forward_of_live(
             hidden, weight, target, tokens, spec, near, needs_grad, impl
         )
         ctx.save_for_backward(d_hidden, d_weight)

@@ -4,9 +4,9 @@ In Triton and in PyTorch, with the same methods.
 One pass: if log-probs near the policy's are known (those of the policy that sampled), so is the log-sum-exp:
     k = z_y - that log-prob;   e_v = 2^(z_v - k);   s = sum of e;   log p_y = z_y - k - log2 s        (in bits)
     dz_v = -g/s (e_v - s 1[v = y]) / T
-so a row of logits is read once and written once, as e, and -g/(s T) multiplies d_hidden's rows and, before the matmul,
-hidden's. It is exact up to rounding as long as s is a normal number: `drifted` says whether it left 2^-86 .. 2^86, and
-then the caller repeats the call without those log-probs.
+so a row of logits is read once and written once, as e, and -g/(s T) multiplies d_hidden's rows and, before the matmul
+(one more rounding in half precision), hidden's. It is exact up to rounding as long as s is a normal number: `drifted`
+says whether it left 2^-86 .. 2^86, and then the caller repeats the call without those log-probs.
 
 Shapes: N scored tokens, n tokens of a chunk, V vocabulary, D hidden.
 """
@@ -28,7 +28,10 @@ MAX_DRIFT = 2.0**86  # about 60 nats
 NO_TOKEN = 1e30  # offset of an ignored token: its row becomes 0
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(
+    do_not_specialize=["first"],
+    do_not_specialize_on_alignment=["target_ptr", "old_ptr", "ref_ptr", "sampler_ptr"],  # the caller's, slices perhaps
+)
 def grpo_rows_kernel(
     logits_ptr,  # [n, V]: this chunk
     target_ptr,
@@ -156,7 +159,6 @@ class _Chunks:
     ) -> None:
         self.hidden, self.weight, self.target = hidden, weight, target
         self.tokens, self.spec, self.inv_temperature = tokens, spec, 1.0 / spec.temperature
-        self.near = near
         self.offset = None if near is None else self.offsets(near)
         # each of its own: a view into one tensor would be aligned for some N only, and compile a kernel for each case
         self.logp, self.entropy, self.top, self.total = (
@@ -168,8 +170,8 @@ class _Chunks:
         """Return [N], in bits, the log-sum-exp that these log-probs stand for."""
         z_target = self.hidden.new_empty(len(self.hidden), dtype=torch.float32)
         for x, y, out in zip(*(v.split(1024) for v in (self.hidden, self.target, z_target)), strict=True):
-            out.copy_(torch.linalg.vecdot(x.float(), self.weight[y.clamp(min=0)].float()))
-        offset = (z_target * self.inv_temperature - near.float().nan_to_num(nan=0.0)) / LN_2
+            out.copy_(torch.linalg.vecdot(x.float(), self.weight[y.clamp(0, len(self.weight) - 1)].float()))
+        offset = (z_target * self.inv_temperature - near.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)) / LN_2
         return torch.where(self.tokens.scored, offset, NO_TOKEN)
 
     def row_factor(self, a: int, b: int) -> torch.Tensor:

@@ -79,7 +79,9 @@ MUTANTS = [
     Mutant("loss_chunks.py", "g * -self.inv_temperature / total", "g * -1.0 / total", LOSS),
     Mutant("loss_chunks.py", "(self.total > MAX_DRIFT) | ", "", f"{LOSS} drift"),
     Mutant("loss_chunks.py", " | (self.total < 1 / MAX_DRIFT)", "", f"{LOSS} drift"),
-    Mutant("loss_chunks.py", "near.float().nan_to_num(nan=0.0)", "near.float()", f"{LOSS} reads_the_logits_once"),
+    Mutant(
+        "loss_chunks.py", ".nan_to_num(nan=0.0, posinf", ".nan_to_num(nan=1e30, posinf", f"{LOSS} reads_the_logits_once"
+    ),
     Mutant("loss_chunks.py", "self.is_gradient = not statistics", "self.is_gradient = True", LOSS),
     Mutant("loss_chunks.py", "gradient = d_logp * c + d_weight * c", "gradient = d_logp * c", LOSS),
     Mutant("linear_grpo_loss.py", "scale=tokens.scale * ctx.power", "scale=tokens.scale", f"{LOSS} fp16_gradients"),
@@ -91,7 +93,7 @@ MUTANTS = [
         f"{LOSS} set_aside",
         False,
     ),
-    Mutant("linear_grpo_loss.py", "near[live]", "near[: len(live)]", f"{LOSS} set_aside", False),
+    Mutant("linear_grpo_loss.py", "else near[live]", "else near[: len(live)]", f"{LOSS} set_aside", False),
     Mutant("linear_grpo_loss.py", "rest[live] = False", "rest[live] = True", f"{LOSS} set_aside", False),
     Mutant("objective.py", "number, right=True)", "number, right=False)", f"{LOSS} set_aside"),
     Mutant(

@@ -4,6 +4,8 @@ the Triton kernels on CPU tensors. Triton reads that variable when it is first i
 of this process may have done already: hence the child."""
 
 import os
+import re
+from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it on CUDA
 
@@ -41,6 +43,17 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     if INTERPRETED:
         items[:] = [item for item in items if "impl" in getattr(item, "fixturenames", ())]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says what a run on a CPU has not executed in this process."""
+    if INTERPRETED or torch.cuda.is_available():
+        return
+    files = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
+    names = [name for file in files for name in re.findall(r"\ndef (\w+_kernel)\(", file.read_text("utf-8"))]
+    child = any("test_interpreter" in report.nodeid for report in terminalreporter.getreports("passed"))
+    how = "ran in the interpreter alone" if child else "did not run (test_interpreter.py runs them)"
+    terminalreporter.write_line(f"Triton kernels that {how}: {', '.join(names)}")
 
 
 @pytest.fixture

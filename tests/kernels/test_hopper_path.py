@@ -117,6 +117,10 @@ def test_chunks_fill_the_gpu_in_whole_waves(N):
     assert tiles == 132
 
 
+def test_a_chunk_has_as_many_waves_as_fit_the_budget():
+    assert chunks.chunk_rows(22_400, 151936, 3584, 2, "cuda", 132) == 3 * 1152  # 14 tiles of columns, 9 of rows
+
+
 def test_chunks_are_equal_where_a_wave_exceeds_the_budget():
     rows = chunks.chunk_rows(10_000, 151936, 256, 2, "cuda", 132)  # a wave would be 16,896 rows
     assert rows % 128 == 0 and rows * 151936 * 2 <= chunks.CUDA_CHUNK_BYTES
@@ -147,6 +151,8 @@ def test_annealed_settings_and_ragged_batches_compile_nothing_new():
         with recorded(90) as launches:
             for shape in (Shape(40 + 8 * step, 300, 32), Shape(41 + 5 * step, 300, 32)):
                 inputs = linear_grpo_inputs(shape, torch.bfloat16, spec=spec)
+                for name in ("target", "old_logp", "ref_logp", "sampler_logp"):  # slices, aligned or not
+                    inputs[name] = torch.cat([inputs[name][:step], inputs[name]])[step:]
                 run("linear_grpo_loss", inputs, "triton")
                 run("linear_logprob", logprob_inputs(shape, torch.bfloat16), "triton")
             for R in (16 + step, 32 + 2 * step):

@@ -57,7 +57,7 @@ def find_device(config: RunConfig, gpu_memory_gb: str | None = None) -> Device:
         name = gpu_memory_gb.upper()
         is_number = re.fullmatch(r"\d+(\.\d*)?", name, re.ASCII)
         gigabytes = float(name) if is_number else GPU_MEMORY_GB.get(name, 0)
-        if not gigabytes:
+        if not 0 < gigabytes < math.inf:
             names = ", ".join(GPU_MEMORY_GB)
             raise UserError(f"--gpu_memory_gb {gpu_memory_gb}: must be a number or one of {names}")
         return Device("cuda", int(gigabytes * GB), f"{'a GPU' if is_number else name} of {gigabytes:g} GB")

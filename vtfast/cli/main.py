@@ -91,7 +91,12 @@ def _as_user_error(error: Exception) -> UserError | None:
     """The error if it is the user's to solve, like a full disk; None for a bug."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.errno in REMEDIES:
+    # a full disk is told without a file name, too; anything else without one may be a bug
+    if (
+        isinstance(error, OSError)
+        and error.errno in REMEDIES
+        and (error.filename or REMEDIES[error.errno] == MAKE_ROOM)
+    ):
         file = f"{error.filename}: " if error.filename else ""
         return RankError(f"{file}{error.strerror}; {REMEDIES[error.errno]}")
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:

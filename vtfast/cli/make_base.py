@@ -32,7 +32,7 @@ def _find_problems(options: argparse.Namespace) -> Iterator[str]:
     if options.path is None:
         return
     path = expand(options.path)
-    parent = next(p for p in path.absolute().parents if p.exists())
+    parent = next((p for p in path.absolute().parents if p.exists()), path)
     if path.exists():
         yield f"{path}: exists already; name a new folder"
     elif not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from vtfast.data.images import MAX_PIXELS, ImageSource, load_image
+from vtfast.data.images import MAX_PIXELS, ImageError, ImageSource, load_image
 from vtfast.data.prompt import Prompt, _key, mrope_positions
 from vtfast.data.resize import _resizer, resized_sides
 from vtfast.utils.errors import UserError, error_prefix
@@ -133,7 +133,8 @@ class Processor:
                 f"for {len(images)} images: write {PLACEHOLDER} once per image in {text[:80]!r}"
             )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids, "a question is not empty"
+        if not ids:
+            raise UserError("the prompt is empty")
         pixels, grid, merge = None, None, 1
         if count:
             merge = self._images.merge_size
@@ -174,7 +175,10 @@ class Processor:
         assert self.pixel_limits is not None
         image, settings = load_image(source), (*self.pixel_limits, self._images.patch_size)
         resized_sides(image.width, image.height, *settings)
-        return _resizer()(image, *settings)
+        try:
+            return _resizer()(image, *settings)
+        except ValueError as error:
+            raise ImageError(first_line(error)) from error
 
     def _pixels(self, images: Sequence[ImageSource | str]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> pixels [K, 1176] float32, grid [I, 3] int64."""

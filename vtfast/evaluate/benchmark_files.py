@@ -34,6 +34,7 @@ def load_examples(benchmark: Benchmark, source: str | Path | None = None) -> Ite
             where = f"{file.name}, {raw.position}"
             with error_prefix(where):
                 row = raw.mapping()
+                select(list(row))
                 example = _example(benchmark, row, index, file.folder, where) if benchmark.include_row(row) else None
             if example is not None:
                 yield example

@@ -144,7 +144,7 @@ def read_responses(path: Path) -> tuple[list[Row], int]:
             break
         try:
             row: Row = {**_FIELDS.validate_json(line, strict=True)}
-            row["options"][LETTERS.index(row["gold"])]
+            row["options"][list(LETTERS).index(row["gold"])]
         except (ValueError, IndexError) as error:
             reason = shorten(" ".join(str(error).split()))
             raise UserError(f"{path}, line {number}: damaged ({reason}). Remove the line, or the file") from error

@@ -29,7 +29,7 @@ from vtfast.data.prompt import Prompt
 from vtfast.distributed import watchdog
 from vtfast.model.policy import Policy
 from vtfast.rollout.sampling_params import Completion, Sampling, row_key
-from vtfast.utils.errors import UserError
+from vtfast.utils.errors import UserError, user_error
 
 
 def check_installed() -> None:
@@ -54,7 +54,8 @@ class VLLMEngine:
     ) -> None:
         """`path`: checkpoint folder or hub id that vLLM reads its configuration from. `max_model_len`: tokens of prompt
         and completion."""
-        from vllm import LLM, SamplingParams
+        with user_error("--use_vllm: vllm cannot be imported; reinstall it, or leave the flag out"):
+            from vllm import LLM, SamplingParams
 
         _set_rank_of_single_process()
         self.policy, self.processor = policy, processor

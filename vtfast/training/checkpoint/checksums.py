@@ -67,6 +67,7 @@ def find_damage(folder: Path, only: str | None = None) -> str | None:
     """Read every byte of a checkpoint, or only the file `only` -> what is damaged; None if nothing is."""
     if not (folder / CHECKSUMS).is_file():
         return f"{CHECKSUMS} is missing: the checkpoint is incomplete, or not made for resuming"
+    name = CHECKSUMS
     try:
         expected = _read_checksums(folder)
         for name in REQUIRED:
@@ -83,7 +84,7 @@ def find_damage(folder: Path, only: str | None = None) -> str | None:
     except ValidationError:
         return f"{CHECKSUMS} is damaged"
     except OSError as error:
-        return f"{shorten(error.filename)} cannot be read ({error.strerror})"
+        return f"{shorten(name)} cannot be read ({error.strerror})"
     return None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vtfast.training.checkpoint.save import checkpoints
 from vtfast.training.stopping import STOP_FILE
+from vtfast.utils.errors import UserError
 from vtfast.utils.files import atomic_file, flush, read_json, step_of, write_atomically
 
 log = logging.getLogger("vtfast")
@@ -32,7 +33,11 @@ def mark_completed(run: Path, step: int) -> None:
 
 def completed_step(run: Path) -> int:
     """The last step of a run that is complete, evaluation and report included; 0 for any other run."""
-    return read_json(run / COMPLETED)["step"] if (run / COMPLETED).exists() else 0
+    try:
+        return int(read_json(run / COMPLETED)["step"]) if (run / COMPLETED).exists() else 0
+    except (UserError, LookupError, TypeError, ValueError) as error:
+        log.warning("%s: cannot be read (%s); the run is evaluated again", run / COMPLETED, error)
+        return 0
 
 
 def flush_lists(run: Path) -> None:

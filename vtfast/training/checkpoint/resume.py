@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vtfast.config import RunConfig, SettingsError
 from vtfast.distributed.ranks import Ranks
@@ -18,7 +18,7 @@ from vtfast.training.checkpoint.optimizer import restore_optimizer
 from vtfast.training.checkpoint.rng import set_rng_state
 from vtfast.training.checkpoint.state import State
 from vtfast.training.health import Health
-from vtfast.utils.errors import user_error
+from vtfast.utils.errors import UserError
 from vtfast.utils.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def restore(
     _check_continues(checkpoint, identity, config, ranks.size)
     files = checkpoint.folder / "resume"
     own = files / f"rank-{ranks.rank}.safetensors"
-    with user_error(f"{checkpoint.folder}: was written by another version of vtfast; name another one"):
+    try:
         restore_optimizer(policy.module, engine.optimizer, files, state.optimizer)
         _restore_schedule(engine, state)
         health.load_state_dict(state.carried["health"])
@@ -89,6 +89,12 @@ def restore(
             with safe_open(own, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith("random.")]  # noqa: SIM118
                 set_rng_state({name: file.get_tensor(name) for name in names})
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"{checkpoint.folder}: was written by another version of vtfast; name another one ({error!r})"
+        ) from error
 
 
 def _restore_schedule(engine: DeepSpeedEngine, state: State) -> None:

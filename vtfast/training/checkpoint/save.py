@@ -212,7 +212,10 @@ class Saver:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders `step-N` of a folder, newest first, damaged checkpoints included."""
-    steps = {path: step_of(path.name) for path in folder.glob("step-*") if path.is_dir()}
+    if not folder.is_dir():
+        return []
+    # not glob, which takes a folder that it cannot read for an empty one
+    steps = {path: step_of(path.name) for path in folder.iterdir() if path.is_dir()}
     return sorted((path for path in steps if steps[path] is not None), key=lambda path: -(steps[path] or 0))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -92,11 +91,13 @@ def code_versions() -> dict[str, str | None]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     root = Path(__file__).parents[3]
-    versions["commit"] = _commit(root) if (root / ".git").exists() and shutil.which("git") else None
+    versions["commit"] = _commit(root) if (root / ".git").exists() else None
     return versions
 
 
 def _commit(root: Path) -> str | None:
     """The commit of a repository, with `-dirty` appended if files have been changed since."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip() or None
+    return None
