@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import Watch, assert_close, error, run, shapes
 from oracles import OURS_ALONE, liger_loss, trl_loss
-from vtfast_kernels import loss_chunks
+from vtfast_kernels import checks, loss_chunks
 from vtfast_kernels.cases import Shape, linear_grpo_inputs, specs
 from vtfast_kernels.chunked_logits import Chunk
 from vtfast_kernels.grpo_loss import GRPOLoss
@@ -18,8 +18,14 @@ SPECS = specs()
 SHAPE = Shape(61, 123, 16)
 
 
-@pytest.mark.parametrize("on_policy", [True, False])
-@pytest.mark.parametrize("name", SPECS)
+# the interpreter needs seconds a case
+LATER = pytest.mark.slow if checks.interpreted() else ()
+EVERY_LOSS = [(name, False) for name in SPECS] + [
+    (name, True) if "grpo" in name else pytest.param(name, True, marks=LATER) for name in SPECS
+]
+
+
+@pytest.mark.parametrize("name, on_policy", EVERY_LOSS)
 def test_every_loss_matches_float64(impl, device, name, on_policy, small_chunks):
     """Whole sequences (about nine tokens) fit into the chunks of 32."""
     inputs = linear_grpo_inputs(SHAPE, device=device, spec=SPECS[name])
