@@ -77,7 +77,7 @@ class Launch:
 def kernel_names() -> list[str]:
     """Every `@triton.jit` function of the folder that is launched: its name ends so."""
     files = sorted(Path(registry.__file__).parent.glob("*.py"))
-    pattern = r"@triton\.jit\ndef (\w+_kernel)\("
+    pattern = r"@triton\.jit(?:\([^)]*\))?\ndef (\w+_kernel)\("
     return [name for file in files for name in re.findall(pattern, file.read_text("utf-8"))]
 
 
@@ -156,7 +156,8 @@ BY_HAND = {
 
 
 def cases(arch: int):
-    """(label, thunk) for every op, dtype and option that changes a kernel; for Hopper also for every loss."""
+    """(label, thunk) for every op, dtype and option that changes a kernel; for Hopper also for every loss, and for
+    fp16."""
 
     def thunk(name: str, dtype: torch.dtype, shape: Shape = SHAPE, **options):
         op = OPS[name]
@@ -176,7 +177,7 @@ def cases(arch: int):
 
         return call
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if arch == 90 else [])):
         kind = TYPES[dtype]
         for name in OPS:
             if name not in BY_HAND:
@@ -190,7 +191,7 @@ def cases(arch: int):
                 shape = Shape(rows, SHAPE.V, SHAPE.D)
                 inputs = thunk("linear_sample", dtype, shape, greedy=greedy)
                 yield label, inputs
-        for rows in (1, 8, 64, 256):
+        for rows in (1, 8, 64, 256) if arch == 90 else (64,):
             for call in decode_thunks(rows, dtype):
                 yield f"{kind} {rows} rows", call
     for name in ("linear_logprob", "linear_sample"):
