@@ -80,7 +80,11 @@ MUTANTS = [
     Mutant("loss_chunks.py", "(self.total > MAX_DRIFT) | ", "", f"{LOSS} drift"),
     Mutant("loss_chunks.py", " | (self.total < 1 / MAX_DRIFT)", "", f"{LOSS} drift"),
     Mutant(
-        "loss_chunks.py", ".nan_to_num(nan=0.0, posinf", ".nan_to_num(nan=1e30, posinf", f"{LOSS} reads_the_logits_once"
+        "loss_chunks.py",
+        ".nan_to_num(nan=0.0, posinf",
+        ".nan_to_num(nan=1e30, posinf",
+        f"{LOSS} reads_the_logits_once",
+        False,
     ),
     Mutant("loss_chunks.py", "self.is_gradient = not statistics", "self.is_gradient = True", LOSS),
     Mutant("loss_chunks.py", "gradient = d_logp * c + d_weight * c", "gradient = d_logp * c", LOSS),
