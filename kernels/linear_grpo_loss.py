@@ -38,7 +38,7 @@ from .checks import IGNORE_INDEX, check_head, check_target, choose_impl, op_scop
 from .chunked_logits import add_matmul, matmul_over_vocabulary, scale_rows
 from .chunks import chunk_rows_of, row_spans, sequence_spans
 from .linear_logprob import linear_logprob
-from .loss_chunks import LossChunks, TorchChunks, TritonChunks
+from .loss_chunks import LossChunks, LossInputs, TorchChunks, TritonChunks
 from .objective import Evaluation, GRPOLoss, GRPOLossOutput, Tokens, check_loss_inputs, make_output, prepare_tokens
 
 COMPACT_BELOW = 0.9  # share of tokens with a gradient below which setting the others aside is cheaper
@@ -61,41 +61,30 @@ class _Results(NamedTuple):
     d_weight: torch.Tensor | None
 
 
-def _chunks(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    tokens: Tokens,
-    spec: GRPOLoss,
-    near: torch.Tensor | None,
-    needs_grad: tuple[bool, bool],
-    impl: str,
-) -> _Results | None:
-    """Return the results, with d_hidden and with d_weight in fp32; None if `near` was not near. `near`: [N] log-probs
-    near the policy's. `needs_grad`: of hidden, of weight."""
+def _chunks(inputs: LossInputs) -> _Results | None:
+    """Return the results, with d_hidden and with d_weight in fp32; None if `inputs.near` was not near."""
+    hidden, weight, impl = inputs.hidden, inputs.weight, inputs.impl
+    train_hidden, train_weight = inputs.needs_grad
+    trained = train_hidden or train_weight
     N = len(hidden)
     rows = chunk_rows_of(hidden, weight)
-    whole_sequences = spec.couples_tokens(tokens.sampler is not None)
-    spans = sequence_spans(tokens.sequence_id, rows) if whole_sequences else list(row_spans(N, rows))
-    score_first = spans is None or not any(needs_grad)
-    first = None
-    if score_first:
-        with torch.no_grad():
-            first = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True, impl=impl)
-        near = first[0]
-    if hidden.dtype == torch.float16 or not any(needs_grad):
+    spans = sequence_spans(inputs.tokens.sequence_id, rows) if inputs.coupled else list(row_spans(N, rows))
+    score_first = spans is None or not trained
+    first = _logprobs(inputs) if score_first else None
+    near = inputs.near if first is None else first[0]
+    if hidden.dtype == torch.float16 or not trained:
         near = None  # 2^(z - lse) leaves the range of fp16
     make = TritonChunks if impl == "triton" else TorchChunks
-    chunks: LossChunks = make(hidden, weight, target, tokens, spec, near, rows if any(needs_grad) else 0)
+    chunks: LossChunks = make(inputs._replace(near=near), rows if trained else 0)
     if first is not None:
         chunks.logp, chunks.entropy = first
         chunks.evaluate_all()
     # fp16 is rounded once, in the backward: after a loss scale it has no bits to spare
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    d_hidden = torch.empty_like(hidden, dtype=dtype) if needs_grad[0] else None
+    d_hidden = torch.empty_like(hidden, dtype=dtype) if train_hidden else None
     # the first chunk overwrites it
-    d_weight = (torch.empty_like if N else torch.zeros_like)(weight, dtype=torch.float32) if needs_grad[1] else None
-    for a, b in (spans or row_spans(N, rows)) if any(needs_grad) else ():
+    d_weight = (torch.empty_like if N else torch.zeros_like)(weight, dtype=torch.float32) if train_weight else None
+    for a, b in (spans or row_spans(N, rows)) if trained else ():
         if score_first:
             chunks.rescore(a, b)
         else:
@@ -113,6 +102,15 @@ def _chunks(
     return _Results(chunks.logp, chunks.entropy, chunks.result, d_hidden, d_weight)
 
 
+@torch.no_grad()
+def _logprobs(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-prob and entropy of each token."""
+    temperature = inputs.spec.temperature
+    head = (inputs.hidden, inputs.weight, inputs.target)
+    logp, entropy = linear_logprob(*head, temperature=temperature, entropy=True, impl=inputs.impl)
+    return logp, entropy
+
+
 def _set_aside(tokens: Tokens, spec: GRPOLoss) -> torch.Tensor | None:
     """Return the indices of the tokens that can have a gradient, or None if (nearly) all can. With a KL that is every
     scored token, and on CUDA the search for ignored ones is not worth a synchronisation."""
@@ -123,51 +121,31 @@ def _set_aside(tokens: Tokens, spec: GRPOLoss) -> torch.Tensor | None:
     return index if len(index) < COMPACT_BELOW * len(live) else None
 
 
-def _forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    tokens: Tokens,
-    spec: GRPOLoss,
-    near: torch.Tensor | None,
-    needs_grad: tuple[bool, bool],
-    impl: str,
-) -> _Results:
-    """`_chunks`, again with two passes if `near` was not near: only then, because the first try's memory is free."""
-    found = _chunks(hidden, weight, target, tokens, spec, near, needs_grad, impl)
+def _forward(inputs: LossInputs) -> _Results:
+    """`_chunks`, again with two passes if `inputs.near` was not near: only then, because the first try's memory is
+    free."""
+    found = _chunks(inputs)
     if found is None:
         _say_drifted()
-        found = _chunks(hidden, weight, target, tokens, spec, None, needs_grad, impl)
+        found = _chunks(inputs._replace(near=None))
     assert found is not None, "without log-probs at hand nothing can drift"
     return found
 
 
-def _forward_of_live(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    tokens: Tokens,
-    spec: GRPOLoss,
-    near: torch.Tensor | None,
-    needs_grad: tuple[bool, bool],
-    impl: str,
-) -> _Results:
+def _forward_of_live(inputs: LossInputs) -> _Results:
     """`_forward` of the tokens that can have a gradient, and the log-probs of the others."""
-    live = _set_aside(tokens, spec) if any(needs_grad) else None
+    live = _set_aside(inputs.tokens, inputs.spec) if any(inputs.needs_grad) else None
     if live is None:
-        return _forward(hidden, weight, target, tokens, spec, near, needs_grad, impl)
-    near = None if near is None else near[live]
-    part = _forward(hidden[live], weight, target[live], tokens.select(live), spec, near, needs_grad, impl)
-    rest = tokens.scored.clone()
+        return _forward(inputs)
+    part = _forward(inputs.select(live))
+    rest = inputs.tokens.scored.clone()
     rest[live] = False
     rest = rest.nonzero()[:, 0]  # scored, but without a gradient
-    with torch.no_grad():
-        other = linear_logprob(
-            hidden[rest], weight, target[rest], temperature=spec.temperature, entropy=True, impl=impl
-        )
+    other = _logprobs(inputs.select(rest))
+    N = len(inputs.hidden)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(len(hidden), *values.shape[1:]).index_copy_(0, live, values)
+        return values.new_zeros(N, *values.shape[1:]).index_copy_(0, live, values)
 
     logp, entropy = (spread(x).index_copy_(0, rest, y) for x, y in zip(part[:2], other, strict=True))
     d_hidden = None if part.d_hidden is None else spread(part.d_hidden)
@@ -188,9 +166,8 @@ class _LinearGRPOLoss(torch.autograd.Function):
         if hidden.dtype == torch.float16:
             ctx.power = _power_of_two(tokens.scale)
             tokens = replace(tokens, scale=tokens.scale * ctx.power)
-        logp, entropy, result, d_hidden, d_weight = _forward_of_live(
-            hidden, weight, target, tokens, spec, near, needs_grad, impl
-        )
+        inputs = LossInputs(hidden, weight, target, tokens, spec, near, needs_grad, impl)
+        logp, entropy, result, d_hidden, d_weight = _forward_of_live(inputs)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype, ctx.impl = hidden.dtype, impl
         loss = result.loss.sum()

@@ -112,6 +112,39 @@ def grpo_rows_kernel(
             write_dlogits(row_ptr, V, target, scored, top, log_total, 0.0, gradient, 0.0, inv_temperature, False, BLOCK)
 
 
+class LossInputs(NamedTuple):
+    """What the loss of a batch, or of some of its tokens, is computed from."""
+
+    hidden: torch.Tensor
+    """[N, D]"""
+    weight: torch.Tensor
+    """[V, D]"""
+    target: torch.Tensor
+    """[N]"""
+    tokens: Tokens
+    spec: GRPOLoss
+    near: torch.Tensor | None
+    """[N] log-probs near the policy's."""
+    needs_grad: tuple[bool, bool]
+    """Of hidden, of weight."""
+    impl: str
+    """triton | torch"""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a token's loss depends on the other tokens of its sequence."""
+        return self.spec.couples_tokens(self.tokens.sampler is not None)
+
+    def select(self, index: torch.Tensor) -> LossInputs:
+        """Return the tokens of these ascending indices."""
+        return self._replace(
+            hidden=self.hidden[index],
+            target=self.target[index],
+            tokens=self.tokens.select(index),
+            near=None if self.near is None else self.near[index],
+        )
+
+
 class DLogits(NamedTuple):
     """The gradient of a chunk's logits: `d` [n, V], or `factor` [n] times its rows."""
 
@@ -148,21 +181,13 @@ class LossChunks(Protocol):
 class _Chunks:
     """What both implementations share."""
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        tokens: Tokens,
-        spec: GRPOLoss,
-        near: torch.Tensor | None,
-    ) -> None:
-        self.hidden, self.weight, self.target = hidden, weight, target
-        self.tokens, self.spec, self.inv_temperature = tokens, spec, 1.0 / spec.temperature
-        self.offset = None if near is None else self.offsets(near)
+    def __init__(self, inputs: LossInputs) -> None:
+        self.hidden, self.weight, self.target = inputs.hidden, inputs.weight, inputs.target
+        self.tokens, self.spec, self.inv_temperature = inputs.tokens, inputs.spec, 1.0 / inputs.spec.temperature
+        self.offset = None if inputs.near is None else self.offsets(inputs.near)
         # each of its own: a view into one tensor would be aligned for some N only, and compile a kernel for each case
         self.logp, self.entropy, self.top, self.total = (
-            hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(4)
+            self.hidden.new_empty(len(self.hidden), dtype=torch.float32) for _ in range(4)
         )
         self.result = empty_evaluation(self.logp)
 
@@ -188,17 +213,8 @@ class _Chunks:
 class TorchChunks(_Chunks):
     """In PyTorch."""
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        tokens: Tokens,
-        spec: GRPOLoss,
-        near: torch.Tensor | None,
-        rows: int,
-    ) -> None:
-        super().__init__(hidden, weight.float(), target.clamp(min=0), tokens, spec, near)
+    def __init__(self, inputs: LossInputs, rows: int) -> None:
+        super().__init__(inputs._replace(weight=inputs.weight.float(), target=inputs.target.clamp(min=0)))
         self.chunk = Chunk(rows, self.weight, self.inv_temperature)
 
     def _logits(self, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,19 +249,10 @@ class TorchChunks(_Chunks):
 class TritonChunks(_Chunks):
     """In Triton and cuBLAS."""
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        tokens: Tokens,
-        spec: GRPOLoss,
-        near: torch.Tensor | None,
-        rows: int,
-    ) -> None:
-        super().__init__(hidden, weight, target, tokens, spec, near)
-        self.coupled = spec.couples_tokens(tokens.sampler is not None)
-        self.buffer = weight.new_empty(rows, weight.shape[0])
+    def __init__(self, inputs: LossInputs, rows: int) -> None:
+        super().__init__(inputs)
+        self.coupled = inputs.coupled
+        self.buffer = self.weight.new_empty(rows, len(self.weight))
         self.is_gradient = False  # whether the buffer holds the gradient, or raw logits
 
     def _rows(self, a: int, b: int, logp: torch.Tensor, entropy: torch.Tensor, statistics: bool) -> None:

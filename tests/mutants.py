@@ -97,7 +97,7 @@ MUTANTS = [
         f"{LOSS} set_aside",
         False,
     ),
-    Mutant("linear_grpo_loss.py", "else near[live]", "else near[: len(live)]", f"{LOSS} set_aside", False),
+    Mutant("loss_chunks.py", "else self.near[index]", "else self.near[: len(index)]", f"{LOSS} set_aside", False),
     Mutant("linear_grpo_loss.py", "rest[live] = False", "rest[live] = True", f"{LOSS} set_aside", False),
     Mutant("objective.py", "number, right=True)", "number, right=False)", f"{LOSS} set_aside"),
     Mutant(
