@@ -16,12 +16,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .checks import check_tensor, choose_impl, op_scope
+from .loss_settings import GRPOLoss, LossFlags, LossNumbers
 from .objective import (
     Evaluation,
-    GRPOLoss,
     GRPOLossOutput,
-    LossFlags,
-    LossNumbers,
     Tokens,
     check_loss_inputs,
     evaluate,

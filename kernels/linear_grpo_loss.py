@@ -39,7 +39,8 @@ from .chunked_logits import add_matmul, matmul_over_vocabulary, scale_rows
 from .chunks import chunk_rows_of, row_spans, sequence_spans
 from .linear_logprob import linear_logprob
 from .loss_chunks import LossChunks, LossInputs, TorchChunks, TritonChunks
-from .objective import Evaluation, GRPOLoss, GRPOLossOutput, Tokens, check_loss_inputs, make_output, prepare_tokens
+from .loss_settings import GRPOLoss
+from .objective import Evaluation, GRPOLossOutput, Tokens, check_loss_inputs, make_output, prepare_tokens
 
 COMPACT_BELOW = 0.9  # share of tokens with a gradient below which setting the others aside is cheaper
 

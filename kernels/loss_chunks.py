@@ -21,7 +21,8 @@ import triton.language as tl
 
 from .chunked_logits import Chunk, dlogits_triton, exp_row, row_config, row_statistics, write_dlogits
 from .grpo_loss import empty_evaluation, evaluate_triton, load_mismatch, load_old
-from .objective import Evaluation, GRPOLoss, LossFlags, LossNumbers, Tokens, evaluate, sampler_ratio, token_loss
+from .loss_settings import GRPOLoss, LossFlags, LossNumbers
+from .objective import Evaluation, Tokens, evaluate, sampler_ratio, token_loss
 from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E
 
 MAX_DRIFT = 2.0**86  # about 60 nats

@@ -19,7 +19,8 @@ from .checks import (
     check_target,
     check_temperature,
 )
-from .objective import GRPOLoss, GRPOLossOutput, Tokens, check_loss_inputs, evaluate, make_output, prepare_tokens
+from .loss_settings import GRPOLoss
+from .objective import GRPOLossOutput, Tokens, check_loss_inputs, evaluate, make_output, prepare_tokens
 from .page_table import Pages
 from .sampling_noise import exponential_noise, seed_tensor
 

@@ -103,8 +103,8 @@ MUTANTS = [
     Mutant(
         "chunks.py", "processors // triton.cdiv(hidden_size, TILE_COLUMNS)", "processors // 4", f"{HEAD} waves", False
     ),
-    Mutant("objective.py", "1.0 + spec.epsilon_high", "1.0 + spec.epsilon_low", "test_grpo_loss.py", False),
-    Mutant("objective.py", "kl=spec.beta != 0,", "kl=True,", "test_grpo_loss.py", False),
+    Mutant("loss_settings.py", "1.0 + spec.epsilon_high", "1.0 + spec.epsilon_low", "test_grpo_loss.py", False),
+    Mutant("loss_settings.py", "kl=spec.beta != 0,", "kl=True,", "test_grpo_loss.py", False),
     # decode
     Mutant(
         "linear_sample.py", "weight.load([tile * BLOCK_V, k])", "weight.load([tile * BLOCK_V + 1, k])", f"{HEAD} tma"

@@ -15,7 +15,7 @@ from pretend_cuda import pretend_cuda
 from vtfast_kernels import paged_attention
 from vtfast_kernels.grpo_loss import GRPOLoss
 from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
-from vtfast_kernels.objective import LOSS_TYPES, TOKEN_LEVEL
+from vtfast_kernels.loss_types import LOSS_TYPES, TOKEN_LEVEL
 
 from vtfast.data.processor import Processor
 from vtfast.data.prompt_templates import IMAGE
