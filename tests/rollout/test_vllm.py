@@ -214,7 +214,7 @@ def test_another_image_size_in_vllm_is_found(fake_vllm, policy, processor, rando
 
 def test_without_vllm(policy, processor, random_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match="vllm"):
+    with pytest.raises(UserError, match="--use_vllm: vllm cannot be imported"):
         engine(policy, processor, random_path)
     code = "import sys, vtfast.trainer, vtfast.rollout.vllm; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -54,7 +54,7 @@ class VLLMEngine:
     ) -> None:
         """`path`: checkpoint folder or hub id that vLLM reads its configuration from. `max_model_len`: tokens of prompt
         and completion."""
-        with user_error("--use_vllm: vllm cannot be imported; reinstall it, or leave the flag out"):
+        with user_error("--use_vllm: vllm cannot be imported; pip install vllm, or leave the flag out"):
             from vllm import LLM, SamplingParams
 
         _set_rank_of_single_process()
