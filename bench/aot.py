@@ -204,6 +204,9 @@ def cases(arch: int):
         if name in ("grpo-token", "grpo-sequence"):
             alone = {"old_logp": None, "sampler_logp": None}
             yield f"bf16 {name} two passes", thunk("linear_grpo_loss", torch.bfloat16, spec=spec, **alone)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for label, given in (("one pass", {}), ("two passes", {"old_logp": None, "sampler_logp": None})):
+            yield f"{TYPES[dtype]} sparse {label}", thunk("linear_grpo_loss", dtype, sparse_tau=0.001, **given)
         yield name, thunk("grpo_loss", torch.float32, spec=spec, **sampler)
     for scale in ("group", "batch", "none"):
         yield scale, thunk("group_advantage", torch.float32, scale=scale)

@@ -154,6 +154,11 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
     require(ok, name, f"must be a positive number, got {temperature!r}")
 
 
+def check_share(name: str, value: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(is_number and 0 <= value < 1, name, f"must be a number in [0, 1), got {value!r}")
+
+
 def check_sequences(sequence_id: torch.Tensor, advantage: torch.Tensor, like: torch.Tensor) -> None:
     """Check the sequence of each of `like.shape[0]` tokens, non-decreasing in [0, S), and the S finite advantages."""
     check_tensor("sequence_id", sequence_id, (like.shape[0],), (torch.int64, torch.int32), like)

@@ -12,6 +12,7 @@ weight skips 3, no_grad skips both.
 One pass over the rows if `old_logp`, `sampler_logp` or `near_logp` is given.
 If tokens depend on their whole sequence (GSPO, vespo, sequence-level sampler correction) chunks end on
 sequence borders; if a sequence is longer than a chunk, log-probs come first, by a fourth matmul.
+`sparse_tau` is an approximation of matmuls 2 and 3, off unless asked for (sparse_gradient.py).
 fp16: coefficients are multiplied by a power of two until the backward, because 1 / num_tokens times a probability
 underflows before a loss scale can reach it.
 
@@ -34,13 +35,15 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import IGNORE_INDEX, check_head, check_target, choose_impl, op_scope
-from .chunked_logits import add_matmul, matmul_over_vocabulary, scale_rows
+from .checks import IGNORE_INDEX, check_head, check_share, check_target, choose_impl, op_scope
+from .chunked_logits import scale_rows
 from .chunks import chunk_rows_of, row_spans, sequence_spans
+from .gradient_matmuls import GradientMatmuls
 from .linear_logprob import linear_logprob
 from .loss_chunks import LossChunks, LossInputs, TorchChunks, TritonChunks
 from .loss_settings import GRPOLoss
 from .objective import Evaluation, GRPOLossOutput, Tokens, check_loss_inputs, make_output, prepare_tokens
+from .sparse_gradient import SparseTokens, add_chunk
 
 COMPACT_BELOW = 0.9  # share of tokens with a gradient below which setting the others aside is cheaper
 
@@ -60,13 +63,14 @@ class _Results(NamedTuple):
     evaluation: Evaluation
     d_hidden: torch.Tensor | None
     d_weight: torch.Tensor | None
+    how: SparseTokens | None
+    """None if `sparse_tau` is 0."""
 
 
 def _chunks(inputs: LossInputs) -> _Results | None:
     """Return the results, with d_hidden and with d_weight in fp32; None if `inputs.near` was not near."""
     hidden, weight, impl = inputs.hidden, inputs.weight, inputs.impl
-    train_hidden, train_weight = inputs.needs_grad
-    trained = train_hidden or train_weight
+    trained = any(inputs.needs_grad)
     N = len(hidden)
     rows = chunk_rows_of(hidden, weight)
     spans = sequence_spans(inputs.tokens.sequence_id, rows) if inputs.coupled else list(row_spans(N, rows))
@@ -80,27 +84,22 @@ def _chunks(inputs: LossInputs) -> _Results | None:
     if first is not None:
         chunks.logp, chunks.entropy = first
         chunks.evaluate_all()
-    # fp16 is rounded once, in the backward: after a loss scale it has no bits to spare
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    d_hidden = torch.empty_like(hidden, dtype=dtype) if train_hidden else None
-    # the first chunk overwrites it
-    d_weight = (torch.empty_like if N else torch.zeros_like)(weight, dtype=torch.float32) if train_weight else None
+    matmuls = GradientMatmuls(inputs, chunks.weight)
+    how = SparseTokens.none(hidden) if inputs.sparse_tau else None
     for a, b in (spans or row_spans(N, rows)) if trained else ():
         if score_first:
             chunks.rescore(a, b)
         else:
             chunks.score(a, b)
-        d, factor = chunks.dlogits(a, b)
-        x = hidden[a:b]
-        if d_hidden is not None:
-            product = matmul_over_vocabulary(d, chunks.weight)
-            d_hidden[a:b] = product if factor is None else scale_rows(product, factor, dtype, impl)
-        if d_weight is not None:
-            x = x if factor is None else scale_rows(x, factor, d.dtype, impl)
-            add_matmul(d_weight, d.t(), x, overwrite=a == 0)
+        if how is None:
+            matmuls.add(slice(a, b), chunks.dlogits(a, b))
+        else:
+            live = chunks.result.gradient[a:b] != 0
+            likely = chunks.likely_columns(a, b)  # before the gradient overwrites what they are found in
+            add_chunk(matmuls, how, a, chunks.dlogits(a, b), live, likely)
     if not score_first and chunks.drifted():
         return None
-    return _Results(chunks.logp, chunks.entropy, chunks.result, d_hidden, d_weight)
+    return _Results(chunks.logp, chunks.entropy, chunks.result, matmuls.d_hidden, matmuls.d_weight, how)
 
 
 @torch.no_grad()
@@ -150,7 +149,8 @@ def _forward_of_live(inputs: LossInputs) -> _Results:
 
     logp, entropy = (spread(x).index_copy_(0, rest, y) for x, y in zip(part[:2], other, strict=True))
     d_hidden = None if part.d_hidden is None else spread(part.d_hidden)
-    return _Results(logp, entropy, Evaluation(*map(spread, part.evaluation)), d_hidden, part.d_weight)
+    how = None if part.how is None else SparseTokens(*map(spread, part.how))
+    return _Results(logp, entropy, Evaluation(*map(spread, part.evaluation)), d_hidden, part.d_weight, how)
 
 
 def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
@@ -162,17 +162,17 @@ def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
 
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, tokens: Tokens, spec: GRPOLoss, near, needs_grad, impl: str):
-        ctx.power = None
+    def forward(ctx, hidden, weight, inputs: LossInputs):
+        """`hidden` and `weight` are those of `inputs`: autograd looks at arguments."""
+        ctx.power, tokens = None, inputs.tokens
         if hidden.dtype == torch.float16:
             ctx.power = _power_of_two(tokens.scale)
             tokens = replace(tokens, scale=tokens.scale * ctx.power)
-        inputs = LossInputs(hidden, weight, target, tokens, spec, near, needs_grad, impl)
-        logp, entropy, result, d_hidden, d_weight = _forward_of_live(inputs)
+        logp, entropy, result, d_hidden, d_weight, how = _forward_of_live(inputs._replace(tokens=tokens))
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtype, ctx.impl = hidden.dtype, impl
+        ctx.dtype, ctx.impl = hidden.dtype, inputs.impl
         loss = result.loss.sum()
-        rest = (logp, entropy, result.kl, result.clip_low, result.clip_high)
+        rest = (logp, entropy, result.kl, result.clip_low, result.clip_high, *(how or ()))
         ctx.mark_non_differentiable(*rest)
         return loss if ctx.power is None else loss / ctx.power, *rest
 
@@ -182,7 +182,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
     def backward(ctx, grad_loss: torch.Tensor, *_):
         factor = grad_loss if ctx.power is None else grad_loss / ctx.power
         scaled = (None if d is None else scale_rows(d, factor, ctx.dtype, ctx.impl) for d in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None
 
 
 @op_scope
@@ -200,6 +200,7 @@ def linear_grpo_loss(
     near_logp: torch.Tensor | None = None,
     num_sequences: int | float | torch.Tensor | None = None,
     num_tokens: int | float | torch.Tensor | None = None,
+    sparse_tau: float = 0.0,
     impl: str = "auto",
 ) -> GRPOLossOutput:
     """Return the GRPO loss of the tokens that `hidden` predicts; differentiable in `hidden` and `weight`.
@@ -218,6 +219,9 @@ def linear_grpo_loss(
             a pass over the logits. `old_logp` or `sampler_logp` serves if this is None.
         num_sequences: denominator.
         num_tokens: denominator.
+        sparse_tau: in [0, 1). 0: exact gradients. Above, tokens with at most this probability outside a few columns of
+            the vocabulary leave the other columns out of their gradient (sparse_gradient.py): an approximation with
+            a bound that the output tells. Loss, log-probs and entropy stay exact.
         impl: auto | triton | torch | reference.
     """
     impl = choose_impl(impl, hidden)
@@ -237,9 +241,11 @@ def linear_grpo_loss(
             near_logp=near_logp,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
+            sparse_tau=sparse_tau,
         )
     check_head(hidden, weight, impl)
     check_target(target, hidden, weight.shape[0])
+    check_share("sparse_tau", sparse_tau)
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "near_logp": near_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
@@ -251,8 +257,8 @@ def linear_grpo_loss(
         hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
     recording = torch.is_grad_enabled()
     needs_grad = (recording and hidden.requires_grad, recording and weight.requires_grad)
-    near = next((x for x in (near_logp, sampler_logp, old_logp) if x is not None), None)
-    loss, logp, entropy, kl, low, high = _LinearGRPOLoss.apply(
-        hidden, weight, target, tokens, spec, None if near is None else near.detach(), needs_grad, impl
-    )
-    return make_output(spec, loss, logp, entropy, kl, low, high, scored)
+    near = next((x.detach() for x in (near_logp, sampler_logp, old_logp) if x is not None), None)
+    inputs = LossInputs(hidden, weight, target, tokens, spec, near, needs_grad, impl, float(sparse_tau))
+    loss, logp, entropy, kl, low, high, *how = _LinearGRPOLoss.apply(hidden, weight, inputs)
+    out = make_output(spec, loss, logp, entropy, kl, low, high, scored)
+    return out._replace(**SparseTokens(*how).summary(scored)) if how else out

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .chunked_logits import Chunk, dlogits_triton, exp_row, row_config, row_statistics, write_dlogits
 from .grpo_loss import empty_evaluation, evaluate_triton, load_mismatch, load_old
+from .likely_columns import LikelyColumns, likely_columns_torch, likely_columns_triton
 from .loss_settings import GRPOLoss, LossFlags, LossNumbers
 from .objective import Evaluation, Tokens, evaluate, sampler_ratio, token_loss
 from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E
@@ -130,6 +131,8 @@ class LossInputs(NamedTuple):
     """Of hidden, of weight."""
     impl: str
     """triton | torch"""
+    sparse_tau: float
+    """0: every token is dense (sparse_gradient.py)."""
 
     @property
     def coupled(self) -> bool:
@@ -172,6 +175,9 @@ class LossChunks(Protocol):
     def rescore(self, a: int, b: int) -> None:
         """Compute the logits of tokens whose log-probs and coefficients are known."""
 
+    def likely_columns(self, a: int, b: int) -> LikelyColumns:
+        """Find those of the tokens of the last call of `score` or `rescore`, before `dlogits`."""
+
     def dlogits(self, a: int, b: int) -> DLogits:
         """Return the gradient of the logits that the last call of `score` or `rescore` computed."""
 
@@ -185,6 +191,7 @@ class _Chunks:
     def __init__(self, inputs: LossInputs) -> None:
         self.hidden, self.weight, self.target = inputs.hidden, inputs.weight, inputs.target
         self.tokens, self.spec, self.inv_temperature = inputs.tokens, inputs.spec, 1.0 / inputs.spec.temperature
+        self.sparse_tau = inputs.sparse_tau
         self.offset = None if inputs.near is None else self.offsets(inputs.near)
         # each of its own: a view into one tensor would be aligned for some N only, and compile a kernel for each case
         self.logp, self.entropy, self.top, self.total = (
@@ -241,6 +248,10 @@ class TorchChunks(_Chunks):
     def rescore(self, a: int, b: int) -> None:
         self._logits(a, b)
 
+    def likely_columns(self, a: int, b: int) -> LikelyColumns:
+        live = self.result.gradient[a:b] != 0
+        return likely_columns_torch(self.chunk.exp[: b - a], self.chunk.total, self.target[a:b], live, self.sparse_tau)
+
     def dlogits(self, a: int, b: int) -> DLogits:
         if self.offset is None:
             return DLogits(self.chunk.dlogits(self.result.gradient[a:b], self.target[a:b]), None)
@@ -252,7 +263,8 @@ class TritonChunks(_Chunks):
 
     def __init__(self, inputs: LossInputs, rows: int) -> None:
         super().__init__(inputs)
-        self.coupled = inputs.coupled
+        # likely columns are found in raw logits, or in what one pass leaves
+        self.statistics_first = inputs.coupled or (inputs.sparse_tau > 0 and self.offset is None)
         self.buffer = self.weight.new_empty(rows, len(self.weight))
         self.is_gradient = False  # whether the buffer holds the gradient, or raw logits
 
@@ -291,8 +303,8 @@ class TritonChunks(_Chunks):
         self.is_gradient = not statistics and self.offset is None
 
     def score(self, a: int, b: int) -> None:
-        self._rows(a, b, self.logp, self.entropy, self.coupled)
-        if self.coupled:
+        self._rows(a, b, self.logp, self.entropy, self.statistics_first)
+        if self.statistics_first:
             evaluate_triton(self.logp, self.tokens, self.spec, self.result, a, b)
 
     def evaluate_all(self) -> None:
@@ -301,6 +313,11 @@ class TritonChunks(_Chunks):
     def rescore(self, a: int, b: int) -> None:
         unused = torch.empty_like(self.logp)
         self._rows(a, b, unused, unused, statistics=True)
+
+    def likely_columns(self, a: int, b: int) -> LikelyColumns:
+        statistics = (self.result.gradient, self.top, self.total)
+        options = (self.inv_temperature, self.sparse_tau, self.offset is None)
+        return likely_columns_triton(self.buffer[: b - a], a, self.target, *statistics, *options)
 
     def dlogits(self, a: int, b: int) -> DLogits:
         d = self.buffer[: b - a]

@@ -53,6 +53,14 @@ class GRPOLossOutput(NamedTuple):
     """0-d: fraction of scored tokens clipped from below with a negative advantage."""
     clip_high: torch.Tensor
     """0-d: fraction clipped from above with a positive advantage (cispo: above epsilon_high)."""
+    dropped: torch.Tensor | None = None
+    """[N] with `sparse_tau`, else None, as the next two. Probability that a token's gradient left out, at most; 0 of a
+    token whose gradient is exact. |error of d_hidden| <= |d loss / d logp| dropped max |weight row| / temperature, up
+    to rounding."""
+    dense_rows: torch.Tensor | None = None
+    """0-d: fraction of scored tokens whose gradient took all columns of the vocabulary."""
+    kept: torch.Tensor | None = None
+    """0-d: share of the columns that the others took, mean over those; 0 if there are none."""
 
 
 # --- per token, in Triton and (through `torch_twin`) in PyTorch -----------------------------------

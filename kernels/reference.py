@@ -16,13 +16,16 @@ from .checks import (
     check_reward,
     check_rope,
     check_rows,
+    check_share,
     check_target,
     check_temperature,
 )
+from .likely_columns import BLOCK_ROWS, MOST_COLUMNS, THRESHOLD
 from .loss_settings import GRPOLoss
-from .objective import GRPOLossOutput, Tokens, check_loss_inputs, evaluate, make_output, prepare_tokens
+from .objective import Evaluation, GRPOLossOutput, Tokens, check_loss_inputs, evaluate, make_output, prepare_tokens
 from .page_table import Pages
 from .sampling_noise import exponential_noise, seed_tensor
+from .sparse_gradient import SparseTokens
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -37,13 +40,16 @@ def linear_logprob(
     check_head(hidden, weight, "reference")
     check_target(target, hidden, weight.shape[0])
     check_temperature(temperature)
+    logp, h = _scores(_logits(hidden, weight, temperature), target)
+    return (logp, h) if entropy else logp
+
+
+def _scores(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [N] log-probs and entropies, 0 where ignored."""
     scored = target != IGNORE_INDEX
-    log_p = torch.log_softmax(_logits(hidden, weight, temperature), dim=-1)
+    log_p = torch.log_softmax(logits, dim=-1)
     logp = log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
-    logp = torch.where(scored, logp, 0.0)
-    if not entropy:
-        return logp
-    return logp, torch.where(scored, -(log_p.exp() * log_p).sum(1), 0.0)
+    return torch.where(scored, logp, 0.0), torch.where(scored, -(log_p.exp() * log_p).sum(1), 0.0)
 
 
 def group_advantage(reward: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4) -> torch.Tensor:
@@ -58,8 +64,9 @@ def group_advantage(reward: torch.Tensor, group_size: int, *, scale: str = "grou
     return (centred / torch.where(divisor == 0, 1.0, divisor)).flatten().float()
 
 
-def _loss(spec: GRPOLoss, logp: torch.Tensor, entropy: torch.Tensor | None, tokens: Tokens) -> GRPOLossOutput:
-    e = evaluate(logp, tokens, spec)
+def _output(
+    spec: GRPOLoss, logp: torch.Tensor, entropy: torch.Tensor | None, tokens: Tokens, e: Evaluation
+) -> GRPOLossOutput:
     flags = e.clip_low, e.clip_high
     return make_output(spec, e.loss.sum(), logp.detach(), entropy, e.kl.detach(), *flags, tokens.scored)
 
@@ -83,7 +90,7 @@ def grpo_loss(
     tokens = prepare_tokens(
         spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
-    return _loss(spec, logp, None, tokens)
+    return _output(spec, logp, None, tokens, evaluate(logp, tokens, spec))
 
 
 def linear_grpo_loss(
@@ -100,16 +107,44 @@ def linear_grpo_loss(
     near_logp: torch.Tensor | None = None,
     num_sequences: int | float | torch.Tensor | None = None,
     num_tokens: int | float | torch.Tensor | None = None,
+    sparse_tau: float = 0.0,
 ) -> GRPOLossOutput:
+    check_head(hidden, weight, "reference")
+    check_target(target, hidden, weight.shape[0])
+    check_share("sparse_tau", sparse_tau)
     optional = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "near_logp": near_logp}
     denominators = {"num_sequences": num_sequences, "num_tokens": num_tokens}
     check_loss_inputs(spec, hidden, sequence_id, advantage, optional, denominators)
-    logp, entropy = linear_logprob(hidden, weight, target, temperature=spec.temperature, entropy=True)
+    logits = _logits(hidden, weight, spec.temperature)
+    logp, entropy = _scores(logits, target)
     scored = target != IGNORE_INDEX
     tokens = prepare_tokens(
         spec, sequence_id, advantage, scored, logp.dtype, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
-    return _loss(spec, logp, entropy.detach(), tokens)
+    e = evaluate(logp, tokens, spec)
+    out = _output(spec, logp, entropy.detach(), tokens, e)
+    if not sparse_tau:
+        return out
+    how = SparseTokens.none(hidden)
+    if logits.requires_grad:
+        how = _leave_out(logits, target, e.gradient, sparse_tau)
+    return out._replace(**how.summary(scored))
+
+
+def _leave_out(logits: torch.Tensor, target: torch.Tensor, gradient: torch.Tensor, tau: float) -> SparseTokens:
+    """Set the coming gradient of these logits [N, V] to 0 where sparse_gradient.py leaves it out of one chunk of N
+    tokens. `gradient`: [N] d loss / d logp."""
+    p = torch.softmax(logits.detach(), dim=-1)
+    likely = (p >= THRESHOLD).scatter(1, target.clamp(min=0)[:, None], True)
+    outside = p.masked_fill(likely, 0.0).sum(1)
+    sparse = (gradient != 0) & (outside <= tau) & (likely.sum(1) <= MOST_COLUMNS)
+    left_out = torch.zeros_like(likely)
+    for block in torch.arange(len(p), device=p.device).split(BLOCK_ROWS):
+        rows = block[sparse[block]]
+        left_out[rows] = ~likely[rows].any(0)
+    logits.register_hook(lambda grad: grad.masked_fill(left_out, 0.0))
+    kept = torch.where(sparse, (~left_out).to(p.dtype).mean(1), 0.0)
+    return SparseTokens(torch.where(sparse, outside, 0.0), (gradient != 0) & ~sparse, kept)
 
 
 def linear_sample(
