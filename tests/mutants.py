@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 HEAD, LOSS, LOGPROB, SAMPLE = (
     f"test_{name}.py" for name in ("hopper_path", "linear_grpo_loss", "linear_logprob", "linear_sample")
 )
+SPARSE = "test_sparse_gradient.py"
 DECODE, PAGED, REGISTRY = "test_decode_layers.py norm", "test_paged_attention.py", "test_registry.py"
 MUTANTS = [
     # statistics of a softmax
@@ -105,6 +106,32 @@ MUTANTS = [
     ),
     Mutant("loss_settings.py", "1.0 + spec.epsilon_high", "1.0 + spec.epsilon_low", "test_grpo_loss.py", False),
     Mutant("loss_settings.py", "kl=spec.beta != 0,", "kl=True,", "test_grpo_loss.py", False),
+    # sparse gradients
+    Mutant("likely_columns.py", "e >= (THRESHOLD * total)[:, None]", "e >= THRESHOLD", f"{SPARSE} reference", False),
+    Mutant("likely_columns.py", "    likely.scatter_(1, target[:, None], True)\n", "", f"{SPARSE} reference", False),
+    Mutant("likely_columns.py", "live & (outside <= tau)", "live", f"{SPARSE} reference", False),
+    Mutant("likely_columns.py", "live & (outside", "(outside", f"{SPARSE} set_aside", False),
+    Mutant("likely_columns.py", " & (likely.sum(1) <= MOST_COLUMNS)", "", f"{SPARSE} tied", False),
+    Mutant("likely_columns.py", "rows[chosen].any(0)", "rows.any(0)", f"{SPARSE} reference", False),
+    Mutant("likely_columns.py", "(x - top) * scale - log_total", "(x - top) * scale", f"{SPARSE} reference"),
+    Mutant("likely_columns.py", "tl.maximum(x * inv_total, 0.0)", "tl.maximum(x, 0.0)", f"{SPARSE} drift"),
+    Mutant("likely_columns.py", "tl.maximum(x * inv_total, 0.0)", "tl.abs(x * inv_total)", f"{SPARSE} reference"),
+    Mutant("likely_columns.py", "if (tl.load(gradient_ptr + token) != 0) & ", "if ", f"{SPARSE} no_token"),
+    Mutant("likely_columns.py", "tl.where(rare, p_target, 0.0)", "0.0", f"{SPARSE} reference"),
+    Mutant("likely_columns.py", "columns = tl.sum(count, 0) + rare", "columns = 0 + rare", f"{SPARSE} flat"),
+    Mutant("likely_columns.py", "if (dropped <= tau) & ", "if ", f"{SPARSE} reference"),
+    Mutant("likely_columns.py", "tl.store(block_ptr + target, rare | True)", "pass", f"{SPARSE} reference"),
+    Mutant("likely_columns.py", "(row // BLOCK_ROWS)", "(row // BLOCK_ROWS * 0)", f"{SPARSE} reference"),
+    Mutant("sparse_gradient.py", "d[holes] = d[order[holes]]", "pass", f"{SPARSE} reference", False),
+    Mutant("sparse_gradient.py", "rows[len(rows) - len(holes) :]", "rows[: len(holes)]", f"{SPARSE} front", False),
+    Mutant("sparse_gradient.py", "matmuls.add_columns(first + rows", "matmuls.add_columns(rows", SPARSE, False),
+    Mutant("sparse_gradient.py", "matmuls.add(first + order", "matmuls.add(order", f"{SPARSE} set_aside", False),
+    Mutant("sparse_gradient.py", "chunk.factor[rows]", "chunk.factor[: len(rows)]", f"{SPARSE} reference", False),
+    Mutant("sparse_gradient.py", "dense = live & ~", "dense = ~", f"{SPARSE} reference", False),
+    Mutant("gradient_matmuls.py", " and inputs.sparse_tau == 0", "", f"{SPARSE} set_aside", False),
+    Mutant("gradient_matmuls.py", "index_add_(0, columns, product)", "index_copy_(0, columns, product)", SPARSE, False),
+    Mutant("gradient_matmuls.py", "self.overwrite = False", "pass", f"{LOSS} bitwise or set_aside", False),
+    Mutant("loss_chunks.py", " or (inputs.sparse_tau > 0 and self.offset is None)", "", f"{SPARSE} reference"),
     # decode
     Mutant(
         "linear_sample.py", "weight.load([tile * BLOCK_V, k])", "weight.load([tile * BLOCK_V + 1, k])", f"{HEAD} tma"

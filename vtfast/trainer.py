@@ -29,7 +29,7 @@ from vtfast.rollout.engine import RolloutCancelled
 from vtfast.scoring import packed_logprobs
 from vtfast.training import loop
 from vtfast.training.groups import SampledGroup, ScoredGroup, score_completions, with_advantages
-from vtfast.training.grpo_objective import SUMS, GRPOObjective, loss_spec
+from vtfast.training.grpo_objective import GRPOObjective, loss_spec
 from vtfast.training.health import warn_out_of_bounds
 from vtfast.training.load_balancing import StepBatches
 from vtfast.training.loop import StepResult
@@ -69,8 +69,10 @@ class Trainer:
         )
         loaded = load_policy(config)
         self.reference = ReferenceModel(loaded.policy, config.offload_reference) if config.beta > 0 else None
-        objective = GRPOObjective(loaded.policy, loss_spec(config), config.vllm_importance_sampling_correction)
-        self.session = build_session(loaded, objective, method=self.method, steps_per_batch=config.num_iterations)
+        self.objective = GRPOObjective(
+            loaded.policy, loss_spec(config), config.vllm_importance_sampling_correction, config.sparse_tau
+        )
+        self.session = build_session(loaded, self.objective, method=self.method, steps_per_batch=config.num_iterations)
         self.response_prefix = response_prefix(loaded.prompt_builder.template)
         self.roofline = Roofline(config, loaded.policy, loaded.ranks)
         self.experience: Experience | None = None
@@ -177,14 +179,14 @@ class Trainer:
         """Forward (`GRPOObjective.forward`), backward and optimizer step. Collective."""
         updater = self.session.updater
         if batches.num_sequences == 0:
-            nothing = dict.fromkeys((*SUMS, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
+            nothing = dict.fromkeys((*self.objective.sums, "loss", "scored_tokens", "sampler_drift_max"), 0.0)
             return UpdateSums(nothing, math.nan, updater.skip_empty(step), batches)
         outputs, grad_norm, learning_rate, batches = updater.update(
             step, batches, batches.num_sequences, batches.num_tokens
         )
         losses, sums, mismatch = outputs
         lengths = [group.lengths[i] for micro_batch in batches.micro_batches for group, i in micro_batch.sequences]
-        result = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
+        result = dict(zip(self.objective.sums, sums.sum(0).tolist(), strict=True))
         result |= {"loss": float(losses.sum()), "scored_tokens": float(sum(lengths))}
         result |= {"sampler_drift_max": float(mismatch.max())}
         return UpdateSums(result, grad_norm, learning_rate, batches)

@@ -94,6 +94,7 @@ def test_every_field_has_a_docstring():
         ({"lr_scheduler_type": "foo"}, "cosine"),
         ({"adam_beta1": 1.5}, "below 1"),
         ({"delta": -1}, "--delta -1"),
+        ({"sparse_tau": 1.0}, "--sparse_tau 1.0: must be at least 0 and below 1"),
         ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "use token"),
         ({"num_generations": "2.5"}, "--num_generations 2.5: must be a whole number"),
         ({"num_generations": 1}, "group of one"),

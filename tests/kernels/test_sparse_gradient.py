@@ -97,6 +97,14 @@ def test_the_columns_are_those_of_the_reference(impl, device, kind, name, on_pol
     assert_close(run(OP, inputs, impl), want, 1e-4 if "vespo" in name else 2e-5)
 
 
+def test_columns_are_found_whatever_the_drift(impl, device):
+    """One pass leaves 2^(z - offset), which is a probability only if the log-probs at hand are the policy's."""
+    inputs = inputs_of("random", device=device) | {"sparse_tau": TAU, "sampler_logp": None}
+    drift = torch.linspace(-30, 30, SHAPE.N, device=device)
+    want = run(OP, inputs, "reference", torch.float64)
+    assert_close(run(OP, inputs | {"near_logp": inputs["old_logp"] + drift}, impl), want, 2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_half_precision(impl, device, dtype, on_policy):

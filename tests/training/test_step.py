@@ -9,6 +9,7 @@ from steps import PROPORTIONAL, logprobs, scored, shake, weights
 from vtfast.config import Config
 from vtfast.training.groups import MicroBatch
 from vtfast.training.grpo_objective import GRPOObjective, loss_spec
+from vtfast.training.metrics import step_metrics
 from vtfast.utils.errors import UserError
 
 
@@ -260,6 +261,22 @@ def test_the_loss_has_the_settings(make):
     assert (spec.loss_type, spec.beta, spec.epsilon_low, spec.epsilon_high) == ("dapo", 0.02, 0.1, 0.3)
     assert (spec.delta, spec.temperature, spec.max_completion_length) == (2.0, 0.7, 33)
     assert spec.importance_level == "sequence" and loss_spec(Config()).epsilon_high == 0.2
+
+
+@pytest.mark.parametrize("tau", [0.0, 2.0**-10])
+def test_sparse_gradients_are_near_and_logged(make, tau):
+    """Of the demo's 400 columns few are likely; the norm of the gradient moves by the share that is left out."""
+    trainer, questions = make(sparse_tau=tau)
+    groups = scored(trainer, questions)
+    update = trainer.update(trainer.balance(groups, 1), 1)
+    metrics = step_metrics(groups, update.sums, ["accuracy", "format"], trainer.session.ranks)
+    if not tau:
+        assert not {"dropped", "dense_rows", "kept"} & set(metrics)
+        return
+    assert 0 < metrics["dropped"] <= tau and 0 < metrics["kept"] < 1 and 0 <= metrics["dense_rows"] < 1
+    exact, _ = make()
+    norm = exact.update(exact.balance(groups, 1), 1).grad_norm
+    assert update.grad_norm == pytest.approx(norm, rel=0.01) and update.grad_norm != norm
 
 
 def test_the_length_reward_counts_tokens(make):

@@ -187,6 +187,9 @@ class GRPO(Section):
     """Upper bound of the ratio for negative advantages (two-sided clip); none means no bound."""
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps per rollout. Above 1 the policy's log-probs at the time of the rollout are scored once."""
+    sparse_tau: float = Field(default=0.0, ge=0, lt=1)
+    """Above 0, tokens with at most this probability outside a few columns of the vocabulary leave the other columns out
+    of the gradient: it is then approximate, with a certified bound; what that gains on real models is unmeasured."""
     offload_reference: bool = False
     """Keep the reference model in CPU memory between uses."""
     vllm_importance_sampling_correction: bool = False

@@ -16,18 +16,25 @@ from vtfast.training.groups import MicroBatch
 
 SUMS = ("entropy", "kl", "clip_ratio/low", "clip_ratio/high", "sampler_drift")
 """Metrics of a micro-batch, summed over its scored tokens."""
+SPARSE_SUMS = ("dropped", "dense_rows", "kept")
+"""With `sparse_tau`, also these."""
 
 
 class GRPOObjective(nn.Module):
     """The trunk over a packed micro-batch, then head and loss in one op that never holds the logits."""
 
-    def __init__(self, policy: Policy, spec: GRPOLoss, use_sampler_logprobs: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, spec: GRPOLoss, use_sampler_logprobs: bool = False, sparse_tau: float = 0.0
+    ) -> None:
         super().__init__()
         self.module = policy.module
         self.policy, self.spec, self.use_sampler_logprobs = policy, spec, use_sampler_logprobs
+        self.sparse_tau = sparse_tau
+        self.sums = SUMS + SPARSE_SUMS if sparse_tau else SUMS
+        """Names of the sums that `forward` returns."""
 
     def forward(self, micro_batch: MicroBatch, num_sequences: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, `SUMS` [5] fp32, and the largest |log-prob - sampler's log-prob| of a token.
+        """The loss, `sums` [5 or 8] fp32, and the largest |log-prob - sampler's log-prob| of a token.
 
         The denominators `num_sequences` and `num_tokens` count all micro-batches and ranks of the step."""
         if not micro_batch.parts:
@@ -48,21 +55,22 @@ class GRPOObjective(nn.Module):
             near_logp=sampled,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
+            sparse_tau=self.sparse_tau,
         )
         assert out.entropy is not None, "the fused loss sees the logits"
         tokens = len(pack.target)
         trainer = out.logp.detach() if old is None else old  # by the weights that sampled
         mismatch = (trainer - sampled).abs()
-        sums = torch.stack(
-            [
-                out.entropy.sum(),
-                out.kl.sum() if out.kl is not None else torch.zeros_like(out.loss),
-                out.clip_low * tokens,
-                out.clip_high * tokens,
-                mismatch.sum(),
-            ]
-        )
-        return out.loss, sums.detach(), mismatch.max()
+        sums = [
+            out.entropy.sum(),
+            out.kl.sum() if out.kl is not None else torch.zeros_like(out.loss),
+            out.clip_low * tokens,
+            out.clip_high * tokens,
+            mismatch.sum(),
+        ]
+        if out.dropped is not None and out.dense_rows is not None and out.kept is not None:
+            sums += [out.dropped.sum(), out.dense_rows * tokens, out.kept * tokens]
+        return out.loss, torch.stack(sums).detach(), mismatch.max()
 
     def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
         """A rank without sequences in this micro-batch: zero gradients, and the same collectives as the others."""
@@ -78,7 +86,7 @@ class GRPOObjective(nn.Module):
             num_sequences=1,
             num_tokens=1,
         )
-        return out.loss, torch.zeros(len(SUMS), device=device), torch.zeros((), device=device)
+        return out.loss, torch.zeros(len(self.sums), device=device), torch.zeros((), device=device)
 
 
 def shortest_pack(policy: Policy) -> Pack:

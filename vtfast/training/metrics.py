@@ -20,7 +20,7 @@ from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
 from vtfast.model.policy import Policy
 from vtfast.training.groups import MicroBatch, ScoredGroup
-from vtfast.training.grpo_objective import SUMS
+from vtfast.training.grpo_objective import SPARSE_SUMS, SUMS
 from vtfast.training.load_balancing import StepBatches
 from vtfast.training.setup import Session
 
@@ -40,6 +40,9 @@ METRICS = {
     "clip_ratio/high": "fraction of scored tokens whose ratio is clipped from above",
     "sampler_drift": "|log-prob of the trainer - log-prob of the sampler|, mean over scored tokens; nats",
     "sampler_drift_max": "largest such difference of a token; nats",
+    "dropped": "with sparse_tau: probability that the gradient of a token leaves out, at most; mean over scored tokens",
+    "dense_rows": "with sparse_tau: fraction of scored tokens whose gradient takes the whole vocabulary",
+    "kept": "with sparse_tau: share of the vocabulary that the gradient of the others takes, mean over micro-batches",
     "loss": "value of the loss",
     "num_tokens": "tokens of all completions (SFT: of prompts and targets); count",
     "frac_groups_skipped": "fraction of prompts that are not trained on because their advantages are all 0",
@@ -122,8 +125,8 @@ class UpdateSums(NamedTuple):
     """What the metrics need of an update."""
 
     sums: dict[str, float]
-    """Over this rank's scored tokens: for GRPO `SUMS`, loss, scored_tokens, and the largest sampler_drift_max; for SFT
-    loss, correct, entropy."""
+    """Over this rank's scored tokens: for GRPO `GRPOObjective.sums`, loss, scored_tokens, and the largest
+    sampler_drift_max; for SFT loss, correct, entropy."""
     grad_norm: float
     learning_rate: float
     batches: StepBatches
@@ -216,7 +219,7 @@ def step_metrics(
         "frac_reward_zero_std": None if spread is None else _mean(spread == 0),
         "completions/mean_length": sum(lengths) / len(lengths) if lengths else None,
         "completions/clipped_ratio": sum(clipped) / len(clipped) if clipped else None,
-        **{key: summed[key] / scored if scored else None for key in SUMS},
+        **{key: summed[key] / scored if scored else None for key in SUMS + SPARSE_SUMS if key in summed},
         "sampler_drift_max": max(part["sums"]["sampler_drift_max"] for part in parts),
         "loss": summed["loss"] if lengths else None,
         "num_tokens": sum(lengths),
