@@ -92,6 +92,20 @@ def op_scope(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Matmuls of fp32 matrices without TF32 or bf16, whatever `torch.set_float32_matmul_precision` says."""
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [matmul.fp32_precision for matmul in matmuls]
+    for matmul in matmuls:
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for matmul, precision in zip(matmuls, before, strict=True):
+            matmul.fp32_precision = precision
+
+
 def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or interpreted()
 

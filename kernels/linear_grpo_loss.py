@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import IGNORE_INDEX, check_head, check_share, check_target, choose_impl, op_scope
+from .checks import IGNORE_INDEX, check_head, check_share, check_target, choose_impl, full_fp32, op_scope
 from .chunked_logits import scale_rows
 from .chunks import chunk_rows_of, row_spans, sequence_spans
 from .gradient_matmuls import GradientMatmuls
@@ -179,6 +179,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @op_scope
+    @full_fp32()
     def backward(ctx, grad_loss: torch.Tensor, *_):
         factor = grad_loss if ctx.power is None else grad_loss / ctx.power
         scaled = (None if d is None else scale_rows(d, factor, ctx.dtype, ctx.impl) for d in ctx.saved_tensors)
@@ -186,6 +187,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
 
 
 @op_scope
+@full_fp32()
 def linear_grpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,

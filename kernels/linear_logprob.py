@@ -29,7 +29,16 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import IGNORE_INDEX, check_head, check_target, check_temperature, choose_impl, interpreted, op_scope
+from .checks import (
+    IGNORE_INDEX,
+    check_head,
+    check_target,
+    check_temperature,
+    choose_impl,
+    full_fp32,
+    interpreted,
+    op_scope,
+)
 from .chunked_logits import Chunk, add_matmul, dlogits_triton, matmul_over_vocabulary
 from .chunks import chunk_rows_of, multiprocessors, row_spans
 from .online_softmax import BITS_TO_NATS, LOG2_E, LOWEST, merge, online
@@ -286,6 +295,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @op_scope
+    @full_fp32()
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, target, *_ = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
@@ -303,6 +313,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 @op_scope
+@full_fp32()
 def linear_logprob(
     hidden: torch.Tensor,
     weight: torch.Tensor,

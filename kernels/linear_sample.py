@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
-from .checks import check_head, check_rows, check_temperature, choose_impl, interpreted, op_scope
+from .checks import check_head, check_rows, check_temperature, choose_impl, full_fp32, interpreted, op_scope
 from .linear_logprob import LOGITS
 from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E, LOWEST
 from .sampling_noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
@@ -239,6 +239,7 @@ def _merge(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> tuple[to
 
 
 @op_scope
+@full_fp32()
 @torch.no_grad()
 def linear_sample(
     hidden: torch.Tensor,
