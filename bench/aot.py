@@ -30,10 +30,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vtfast_kernels import cases as registry
-from vtfast_kernels import checks
+from vtfast_kernels import checks, gluon_logprob
 from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
 from vtfast_kernels.loss_chunks import TritonChunks
@@ -49,6 +51,8 @@ TWO_PROGRAMS = WITH_TMA  # two of these fit on a Hopper multiprocessor in half p
 INSTRUCTIONS = {"one pass": 11.0, "two passes": 23.5, "known": 10.0, "entropy": 28.0}
 """At most so many a logit in a row kernel for sm_90, bf16."""
 HOPPER = {"registers": 65536, "threads": 2048, "shared": 233_472}  # of a multiprocessor
+HOPPER_ONLY = ("setmaxnreg", "wgmma.mma_async.sync.aligned.m64n256k16", ".multicast::cluster")
+"""What the PTX of a Gluon kernel has to hold."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float32: "fp32",
@@ -77,7 +81,7 @@ class Launch:
 def kernel_names() -> list[str]:
     """Every `@triton.jit` function of the folder that is launched: its name ends so."""
     files = sorted(Path(registry.__file__).parent.glob("*.py"))
-    pattern = r"@triton\.jit(?:\([^)]*\))?\ndef (\w+_kernel)\("
+    pattern = r"@(?:triton|gluon)\.jit(?:\([^)]*\))?\ndef (\w+_kernel)\("
     return [name for file in files for name in re.findall(pattern, file.read_text("utf-8"))]
 
 
@@ -96,6 +100,8 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], label: st
         elif isinstance(value, TensorDescriptor):
             block = list(value.block_shape)
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{block}>"
+        elif isinstance(value, GluonDescriptor):
+            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + TYPES[value.dtype]
             if value.data_ptr() % 16 == 0 and not param.do_not_specialize_on_alignment:
@@ -128,6 +134,7 @@ def recorded(arch: int, label: list[str] | None = None) -> Iterator[dict[str, La
         mock.patch.object(checks, "runs_triton", lambda x: True),
         mock.patch.object(checks, "capability", lambda x: arch),
         mock.patch.object(TritonChunks, "drifted", lambda self: False),  # no kernel has filled its results
+        mock.patch.object(gluon_logprob, "empty_offset", lambda compiled: 0),  # nothing is compiled yet
     ):
         yield launches
 
@@ -163,12 +170,12 @@ def cases(arch: int):
         op = OPS[name]
         more = {"spec": options["spec"]} if "spec" in options else {}
         inputs = op.inputs(shape, dtype, **more)
-        inputs |= {key: value for key, value in options.items() if key != "spec"}
+        inputs |= {key: value for key, value in options.items() if key not in ("spec", "impl")}
 
         def call():
             for leaf in op.differentiable:
                 inputs[leaf].requires_grad_()
-            out = op.run(inputs, impl="triton")
+            out = op.run(inputs, impl=options.get("impl", "triton"))
             loss = getattr(out, "loss", None)
             if loss is None and op.differentiable:
                 loss = sum(x.sum() for x in (out if isinstance(out, tuple) else (out,)))
@@ -185,6 +192,8 @@ def cases(arch: int):
         for entropy in (True, False):
             label = f"{kind}{' entropy' if entropy else ''}"
             yield label, thunk("linear_logprob", dtype, entropy=entropy)
+            if arch == 90 and dtype != torch.float32:
+                yield label, thunk("linear_logprob", dtype, entropy=entropy, impl="gluon")
         for rows in (1, 16, 64):
             for greedy in (False, True):
                 label = f"{kind} {rows} rows{' greedy' if greedy else ''}"
@@ -229,7 +238,8 @@ def decode_thunks(rows: int, dtype: torch.dtype):
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
-    source = ASTSource(
+    is_gluon = launch.kernel.is_gluon()
+    source = (GluonASTSource if is_gluon else ASTSource)(
         launch.kernel,
         {name: launch.signature[name] for name in launch.kernel.arg_names},
         launch.constants,
@@ -244,8 +254,10 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
             for option in ("--dump-resource-usage", "-sass")
         )
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    threads, shared = 32 * launch.options.get("num_warps", 4), compiled.metadata.shared
-    ptx = compiled.asm["ptx"]
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])  # with those of Gluon's partitions
+    if is_gluon:
+        gluon_logprob.empty_offset(compiled)  # asserts that the barriers lie where the kernel can reach them
     return {
         "registers": registers,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
@@ -256,7 +268,8 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
             HOPPER["shared"] // (shared + 1024),
         ),
         "instructions": instructions_per_logit(sass, launch),
-        "matmul": "tt.dot" in compiled.asm["ttir"],
+        "matmul": is_gluon or "tt.dot" in compiled.asm["ttir"],
+        "gluon": all(x in ptx for x in HOPPER_ONLY),
         "wgmma": ptx.count("wgmma.mma_async"),
         "tma": ptx.count("cp.async.bulk.tensor"),
         "mma": ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
@@ -301,6 +314,8 @@ def faults_of(launch: Launch, arch: int, r: dict[str, Any]) -> list[str]:
         found.append("no wgmma")
     if launch.constants.get("TMA") and not r["tma"]:
         found.append("no TMA")
+    if launch.kernel.is_gluon() and not r["gluon"]:
+        found.append(f"without one of {', '.join(HOPPER_ONLY)}")
     if name in TWO_PROGRAMS and half and r["programs"] < 2:
         found.append("one program a multiprocessor")
     if name in ROW_KERNELS and "bf16" in str(launch.signature) and launch.constants["BLOCK"] == 8192:
@@ -343,6 +358,8 @@ def main(argv: list[str]) -> int:
         for name in kernel_names():
             tma = name in WITH_TMA
             found = [launch for launch in launches if launch.kernel.__name__ == name]
+            if name.startswith("gluon") and arch != 90:
+                continue
             if not any(launch.constants.get("TMA") or not (tma and arch == 90) for launch in found):
                 print(f"{name} was not launched for sm_{arch}{' with TMA' if tma else ''}")
                 failed += 1

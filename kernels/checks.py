@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -92,10 +92,17 @@ def op_scope(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def require_hopper(*matrices: torch.Tensor) -> None:
+    """Raise ValueError unless Gluon's kernels for sm_90 can read these matrices."""
+    ready = capability(matrices[0]) == 90 and tma_ready(*matrices)
+    require(ready, "impl", "'gluon' needs an sm_90 GPU, and bf16 or fp16 rows of a multiple of 16 bytes")
+
+
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
     """Matmuls of fp32 matrices without TF32 or bf16, whatever `torch.set_float32_matmul_precision` says."""
-    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)  # torch's types lack mkldnn's
+    matmuls = [backend.matmul for backend in backends]
     before = [matmul.fp32_precision for matmul in matmuls]
     for matmul in matmuls:
         matmul.fp32_precision = "ieee"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import triton
+import triton.language as tl
 
 CPU_CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: small problems run as one chunk
 CUDA_CHUNK_BYTES = 1 << 30  # with the fp32 d_weight of a 152k x 1,536 head this stays below 2.3 GB
@@ -69,3 +70,13 @@ def sequence_spans(sequence_id: torch.Tensor, rows: int) -> list[tuple[int, int]
                 return None
         end = next_end
     return [*spans, (start, end)]
+
+
+@triton.jit
+def work_item(item, row_blocks, num_splits, GROUP: tl.constexpr):
+    """Return the row block and the split of a work item. Neighbours share a split, so that its 12 MB of weights are
+    read from L2; GROUP row blocks go through all splits before the next ones."""
+    first = item // (GROUP * num_splits) * GROUP
+    group = min(row_blocks - first, GROUP)
+    place = item - first * num_splits
+    return first + place % group, place // group

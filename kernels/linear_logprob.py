@@ -38,17 +38,15 @@ from .checks import (
     full_fp32,
     interpreted,
     op_scope,
+    require_hopper,
 )
 from .chunked_logits import Chunk, add_matmul, dlogits_triton, matmul_over_vocabulary
-from .chunks import chunk_rows_of, multiprocessors, row_spans
-from .online_softmax import BITS_TO_NATS, LOG2_E, LOWEST, merge, online
+from .chunks import chunk_rows_of, multiprocessors, row_spans, work_item
+from .online_softmax import BITS_TO_NATS, LOG2_E, LOGITS, LOWEST, merge, online
 
 SPLIT = 4096  # vocabulary columns of a work item
 GROUP = 48  # row blocks that go through all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
 IGNORED_TARGET: tl.constexpr = tl.constexpr(IGNORE_INDEX)
-
-LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""What logits in memory are rounded to."""
 
 # BLOCK_N, BLOCK_V, BLOCK_D, warps, stages. Two programs fit on a Hopper SM (128 registers, 98 KB each), so
 # that the exponentials of one run under the other's matmul; 128 x 256 tiles would leave room for one.
@@ -90,12 +88,8 @@ def logprob_kernel(
     lane_v = tl.arange(0, BLOCK_V)
     row_blocks = tl.cdiv(N, BLOCK_N)
     for item in range(tl.program_id(0), row_blocks * num_splits, tl.num_programs(0)):
-        # neighbours share a vocabulary split, so its 12 MB of weights are read from L2
-        first = item // (GROUP * num_splits) * GROUP
-        group = min(row_blocks - first, GROUP)
-        place = item - first * num_splits
-        row = (first + place % group) * BLOCK_N
-        split = place // group
+        row_block, split = work_item(item, row_blocks, num_splits, GROUP)
+        row = row_block * BLOCK_N
         offs_n = row + lane_n
         in_n = offs_n < N
         if not TMA:
@@ -212,23 +206,34 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
     return matrices, constants
 
 
-def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent) -> None:
+def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent, gluon: bool) -> None:
     N, V = len(hidden), len(weight)
     if N == 0:
         return
-    (x, w), constants = logprob_launch(hidden, weight)
     splits = triton.cdiv(V, SPLIT)
-    top, total, mean, target_logit = (logp.new_empty(splits, N) for _ in range(4))
+    statistics = tuple(logp.new_empty(splits, N) for _ in range(4))
+    if gluon:
+        from .gluon_logprob import gluon_statistics
+
+        gluon_statistics(hidden, weight, target, inv_temperature, entropy, SPLIT, statistics)
+    else:
+        _statistics_triton(hidden, weight, target, inv_temperature, entropy, statistics)
+    combine_splits_kernel[(triton.cdiv(N, 128),)](
+        *statistics, target, logp, ent, N, inv_temperature, splits, ENTROPY=entropy, BLOCK=128
+    )
+
+
+def _statistics_triton(hidden, weight, target, inv_temperature, entropy, out) -> None:
+    """Fill `out`: top, total, mean and target logit [splits, N] of each split."""
+    (N, V), splits = (len(hidden), len(weight)), len(out[0])
+    (x, w), constants = logprob_launch(hidden, weight)
     items = triton.cdiv(N, constants["BLOCK_N"]) * splits
     programs = 2 * multiprocessors(hidden.device) if hidden.is_cuda else 4
     logprob_kernel[(min(items, programs),)](
         x,
         w,
         target,
-        top,
-        total,
-        mean,
-        target_logit,
+        *out,
         N=N,
         V=V,
         inv_temperature=inv_temperature,
@@ -237,9 +242,6 @@ def _forward_triton(hidden, weight, target, inv_temperature, entropy, logp, ent)
         GROUP=GROUP,
         ENTROPY=entropy,
         **constants,
-    )
-    combine_splits_kernel[(triton.cdiv(N, 128),)](
-        top, total, mean, target_logit, target, logp, ent, N, inv_temperature, splits, ENTROPY=entropy, BLOCK=128
     )
 
 
@@ -260,20 +262,20 @@ def _backward_chunks(ctx, g, h, d_hidden: torch.Tensor | None, d_weight: torch.T
     hidden, weight, target, ent = ctx.saved_tensors
     N, V = hidden.shape[0], weight.shape[0]
     rows = chunk_rows_of(hidden, weight)
-    if ctx.impl == "triton":
-        w, logits = weight, weight.new_empty(rows, V)
-    else:
+    if ctx.on_cpu:
         w = weight.float()
         chunk, safe = Chunk(rows, w, ctx.inv_temperature), target.clamp(min=0)
+    else:
+        w, logits = weight, weight.new_empty(rows, V)
     for a, b in row_spans(N, rows):
         x = hidden[a:b]
-        if ctx.impl == "triton":
-            z = torch.mm(x, w.t(), out=logits[: b - a])
-            d = dlogits_triton(z, a, target, g, ctx.inv_temperature, h)
-        else:
+        if ctx.on_cpu:
             chunk(x, safe[a:b], entropy=False)
             ent_ab, h_ab = (None, None) if h is None else (ent[a:b], h[a:b])
             d = chunk.dlogits(g[a:b], safe[a:b], h_ab, ent_ab)
+        else:
+            z = torch.mm(x, w.t(), out=logits[: b - a])
+            d = dlogits_triton(z, a, target, g, ctx.inv_temperature, h)
         if d_hidden is not None:
             d_hidden[a:b] = matmul_over_vocabulary(d, w)
         if d_weight is not None:
@@ -285,10 +287,13 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, inv_temperature: float, entropy: bool, impl: str):
         logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         ent = torch.empty_like(logp) if entropy else None
-        run = _forward_triton if impl == "triton" else _forward_torch
-        run(hidden, weight, target, inv_temperature, entropy, logp, logp if ent is None else ent)
+        arguments = (hidden, weight, target, inv_temperature, entropy, logp, logp if ent is None else ent)
+        if impl == "torch":
+            _forward_torch(*arguments)
+        else:
+            _forward_triton(*arguments, gluon=impl == "gluon")
         ctx.save_for_backward(hidden, weight, target, ent)
-        ctx.inv_temperature, ctx.impl = inv_temperature, impl
+        ctx.inv_temperature, ctx.on_cpu = inv_temperature, impl == "torch"
         ctx.set_materialize_grads(False)
         return logp, ent
 
@@ -331,12 +336,13 @@ def linear_logprob(
         target: [N] int64; -100 = ignored: log-prob 0, no gradient.
         temperature: divides the logits.
         entropy: also return the entropy of the softmax, differentiable as well.
-        impl: auto | triton | torch | reference.
+        impl: auto | triton | torch | reference | gluon (gluon_logprob.py: sm_90, bf16 or fp16; not measured yet).
 
     Returns:
         logp [N] fp32, or (logp, entropy [N] fp32).
     """
-    impl = choose_impl(impl, hidden)
+    gluon = impl == "gluon"
+    impl = choose_impl("triton" if gluon else impl, hidden)
     check_head(hidden, weight, impl)
     check_target(target, hidden, weight.shape[0])
     check_temperature(temperature)
@@ -346,5 +352,8 @@ def linear_logprob(
         return reference.linear_logprob(hidden, weight, target, temperature=temperature, entropy=entropy)
     if impl == "triton":
         hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
+    if gluon:
+        require_hopper(hidden, weight)
+        impl = "gluon"
     logp, ent = _LinearLogprob.apply(hidden, weight, target, 1.0 / temperature, entropy, impl)
     return (logp, ent) if entropy else logp

@@ -24,8 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import check_head, check_rows, check_temperature, choose_impl, full_fp32, interpreted, op_scope
-from .linear_logprob import LOGITS
-from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E, LOWEST
+from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E, LOGITS, LOWEST
 from .sampling_noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time

@@ -8,6 +8,7 @@ The difference comes before the product: that of large neighbouring logits is ex
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +16,9 @@ LN_2 = math.log(2.0)
 LOG2_E: tl.constexpr = tl.constexpr(1 / LN_2)
 BITS_TO_NATS: tl.constexpr = tl.constexpr(LN_2)
 LOWEST: tl.constexpr = tl.constexpr(-1e38)  # finite: 0 * -inf would be NaN
+
+LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""What logits in memory are rounded to."""
 
 
 @triton.jit

@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 HEAD, LOSS, LOGPROB, SAMPLE = (
     f"test_{name}.py" for name in ("hopper_path", "linear_grpo_loss", "linear_logprob", "linear_sample")
 )
-SPARSE = "test_sparse_gradient.py"
+SPARSE, GLUON = "test_sparse_gradient.py", "test_gluon_logprob.py events"
 DECODE, PAGED, REGISTRY = "test_decode_layers.py norm", "test_paged_attention.py", "test_registry.py"
 MUTANTS = [
     # statistics of a softmax
@@ -53,6 +53,22 @@ MUTANTS = [
         "linear_logprob.py", "is_target = offs_v[None, :] == target", "is_target = offs_v[None, :] <= target", LOGPROB
     ),
     Mutant("linear_logprob.py", "overwrite=a == 0", "overwrite=True", LOGPROB, False),
+    # the Gluon forward, in the emulator
+    Mutant("gluon_logprob.py", "ARRIVALS = 16", "ARRIVALS = 8", GLUON, False),
+    Mutant("gluon_logprob.py", "(step // STAGES + 1) % 2", "0", GLUON, False),
+    Mutant("gluon_logprob.py", "warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps", GLUON, False),
+    Mutant("gluon_logprob.py", "[row + ROWS, k]", "[row, k]", GLUON, False),
+    Mutant("gluon_logprob.py", "(offs_v < V)[None, :]", "(offs_v < V + 1)[None, :]", GLUON, False),
+    Mutant("gluon_logprob.py", "a.index(2 * slot + CONSUMER)", "a.index(2 * slot)", GLUON, False),
+    Mutant("gluon_logprob.py", "step // STAGES % 2)", "0)", GLUON, False),
+    Mutant(
+        "gluon_logprob.py",
+        "if k > 0:\n                    release",
+        "if k >= 0:\n                    release",
+        GLUON,
+        False,
+    ),
+    Mutant("gluon_logprob.py", "    cluster_barrier()\n    for item", "    for item", GLUON, False),
     # rows of logits
     Mutant("chunked_logits.py", "factor = -g\n        if ENTROPY:", "factor = g\n        if ENTROPY:", LOSS),
     Mutant("chunked_logits.py", "(g + tl.exp2(target_z) * factor)", "(tl.exp2(target_z) * factor)", LOGPROB),
