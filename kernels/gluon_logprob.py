@@ -19,6 +19,7 @@ barriers. It needs the barriers' address, which is read from the compiled kernel
 import functools
 import re
 
+import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.experimental import gluon
@@ -266,8 +267,17 @@ def empty_offset(compiled: CompiledKernel) -> int:
     return offsets[0]
 
 
-def gluon_statistics(hidden, weight, target, inv_temperature, entropy, split, out) -> None:
-    """Fill `out`: top, total, mean and target logit [splits, N] of each split of `split` columns."""
+def gluon_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    inv_temperature: float,
+    entropy: bool,
+    split: int,
+    out: tuple[torch.Tensor, ...],
+) -> None:
+    """Fill `out`: top, total, mean and target logit [splits, N] fp32 (online_softmax.py) of each split of `split`
+    columns of hidden [N, D] @ weight [V, D]^T."""
     (N, D), V = hidden.shape, len(weight)
     num_splits = triton.cdiv(V, split)
     clusters = min(triton.cdiv(N, 2 * ROWS) * num_splits, multiprocessors(hidden.device) // 2)

@@ -33,7 +33,7 @@ def untyped(source: str) -> list[str]:
     lines = []
     for function, is_method in functions(ast.parse(source)):
         decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
-        if any(decorator.startswith("triton.jit") for decorator in decorators):
+        if any(decorator.startswith(("triton.jit", "gluon.jit")) for decorator in decorators):
             continue
         signature = function.args
         arguments = [*signature.posonlyargs, *signature.args]
