@@ -29,7 +29,8 @@ def several_blocks(monkeypatch):
 def inputs_of(
     kind: str, dtype=torch.float32, device="cpu", spec=SPECS["grpo-token"], shape=SHAPE, ignored=0.05
 ) -> dict:
-    """Tokens that point at their target as strongly as `kind` says; a tenth have another, improbable target."""
+    """Tokens that point at their target as strongly as `kind` says; a fifth have another target, of a probability just
+    below that of a likely column."""
     inputs = linear_grpo_inputs(shape, device=device, spec=spec, ignored=ignored)
     generator = torch.Generator().manual_seed(3)
     N, V = shape.N, shape.V
@@ -41,8 +42,10 @@ def inputs_of(
     logit = {"random": 60 * strength, "flat": 0 * strength, "one-hot": 40 + 20 * strength, "tied": 25 + 20 * strength}
     of = weight[towards.to(device)]
     hidden = of / of.square().sum(1, keepdim=True) * logit[kind].to(device)[:, None]
-    other = torch.rand(N, generator=generator) < 0.1
-    target = torch.where(other, torch.randint(V, (N,), generator=generator), towards).to(device)
+    p = torch.softmax(hidden @ weight.t() / spec.temperature, 1)
+    unlikely = p.masked_fill(p > 0.8 * likely_columns.THRESHOLD, 0.0).argmax(1)
+    other = torch.rand(N, generator=generator) < 0.2
+    target = torch.where(other.to(device), unlikely, towards.to(device))
     inputs["hidden"], inputs["weight"] = hidden.to(dtype), weight.to(dtype)
     inputs["target"] = torch.where(inputs["target"] < 0, -100, target)
     logp = reference.linear_logprob(hidden, weight, inputs["target"], temperature=spec.temperature)
@@ -51,13 +54,18 @@ def inputs_of(
 
 def bounds(inputs: dict, dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the error of each token's d_hidden [N], and of the sum over the vocabulary of d_weight's errors."""
+    scored = inputs["target"] >= 0
     inputs = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    hidden, weight, target = (inputs.pop(name) for name in ("hidden", "weight", "target"))
-    temperature = inputs["spec"].temperature
+    weight, temperature = inputs.pop("weight"), inputs["spec"].temperature
+    inputs = {
+        k: v[scored] if isinstance(v, torch.Tensor) and v.shape[:1] == scored.shape else v for k, v in inputs.items()
+    }
+    hidden, target = inputs.pop("hidden"), inputs.pop("target")
     logp = reference.linear_logprob(hidden, weight, target, temperature=temperature).requires_grad_()
-    reference.grpo_loss(logp, **inputs).loss.backward()
-    size = logp.grad.abs() * dropped / temperature
-    return size * weight.norm(dim=1).max(), (size * hidden.norm(dim=1)).sum()
+    (3 * reference.grpo_loss(logp, **inputs).loss).backward()  # as `run` weighs the loss
+    size = torch.zeros_like(dropped, dtype=torch.float64)
+    size[scored] = logp.grad.abs() * dropped[scored] / temperature
+    return size * weight.norm(dim=1).max(), (size[scored] * hidden.norm(dim=1)).sum()
 
 
 @pytest.mark.parametrize("tau", [2.0**-20, TAU, 0.5])
@@ -67,7 +75,7 @@ def test_the_bound_holds_in_float64(kind, tau):
     inputs = inputs_of(kind, shape=Shape(400, 600, 24), ignored=0.0)
     exact = run(OP, inputs, "reference", torch.float64)
     got = run(OP, inputs | {"sparse_tau": tau}, "reference", torch.float64)
-    for_hidden, for_weight = bounds(inputs, 3 * got["dropped"])  # the loss's incoming gradient is 3
+    for_hidden, for_weight = bounds(inputs, got["dropped"])
     errors = (got["d_hidden"] - exact["d_hidden"]).norm(dim=1)
     assert (errors <= for_hidden).all()
     assert (got["d_weight"] - exact["d_weight"]).norm(dim=1).sum() <= for_weight
@@ -88,7 +96,7 @@ LOSSES = ["grpo-token", "no-kl", *(pytest.param(name, marks=LATER) for name in (
 @pytest.mark.parametrize("kind", ["random", pytest.param("tied", marks=LATER)])
 def test_the_columns_are_those_of_the_reference(impl, device, kind, name, on_policy):
     """One pass or two, in one chunk, as the reference: ignored tokens, clipped ones, blocks with all kinds."""
-    inputs = inputs_of(kind, device=device, spec=SPECS[name]) | {"sparse_tau": TAU}
+    inputs = inputs_of(kind, device=device, spec=SPECS[name]) | {"sparse_tau": 2.0**-14}
     inputs["advantage"][-1] = 1.0  # none is set aside, which would move the blocks' borders
     if on_policy:
         inputs |= {"old_logp": None, "sampler_logp": None}
@@ -118,7 +126,9 @@ def test_half_precision(impl, device, dtype, on_policy):
     got = run(OP, inputs, impl)
     for out in ("logp", "entropy", "d_hidden", "d_weight"):
         assert error(got[out], want[out]) <= 1.1 * error(dense[out], want[out]), out
-    assert abs(got["dense_rows"] - plain["dense_rows"]) < 0.05 and error(got["dropped"], plain["dropped"]) < 0.2
+    assert abs(got["dense_rows"] - plain["dense_rows"]) < 0.05
+    both = (got["dropped"] > 0) & (plain["dropped"] > 0)  # a rounding may change on which side of a limit a token is
+    assert both.sum() > SHAPE.N / 4 and error(got["dropped"][both], plain["dropped"][both]) < 0.2
 
 
 @pytest.mark.parametrize("name", ["no-kl", "grpo-sequence"])
@@ -128,13 +138,13 @@ def test_chunks_and_tokens_set_aside(impl, device, name, small_chunks):
     inputs["advantage"][3] = 0.0
     exact = run(OP, inputs, "reference", torch.float64)
     got = run(OP, inputs | {"sparse_tau": TAU}, impl)
-    scored = inputs["target"] >= 0
-    inputs["target"] = inputs["target"].clamp(min=0)
-    for_hidden, _ = bounds({**inputs, **dict.fromkeys(("old_logp", "sampler_logp"))}, 3 * got["dropped"].double())
-    errors = (got["d_hidden"] - exact["d_hidden"]).norm(dim=1)
-    assert (errors <= 2 * for_hidden + 1e-6).all()
-    assert error(got["d_weight"], exact["d_weight"]) < 10 * TAU
-    without = ~scored | (inputs["advantage"] == 0)[inputs["sequence_id"]]
+    # fp32 rounds p - 1 of a certain token, and everything by some 1e-6
+    for name, bound in zip(("d_hidden", "d_weight"), bounds(inputs, got["dropped"] + 1e-6), strict=True):
+        errors, size = ((got[name] - exact[name]).norm(dim=1), exact[name].norm(dim=1))
+        if name == "d_weight":
+            errors, size = errors.sum(), size.sum()
+        assert (errors <= bound + 1e-5 * size).all(), name
+    without = (inputs["target"] < 0) | (inputs["advantage"] == 0)[inputs["sequence_id"]]
     assert without.sum() > SHAPE.N / 4 and not got["dropped"][without].any() and not got["d_hidden"][without].any()
 
 
