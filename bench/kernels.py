@@ -19,6 +19,7 @@ from vtfast_kernels.grpo_loss import GRPOLoss
 from vtfast_kernels.linear_grpo_loss import linear_grpo_loss
 from vtfast_kernels.linear_logprob import linear_logprob
 
+from bench import _sparse
 from bench._harness import (
     GOALS_MISSED,
     NO_NUMBERS,
@@ -36,6 +37,7 @@ from bench._harness import (
 )
 
 TESTS = tuple(f"kernels/test_{op}.py" for op in ("grpo_loss", "linear_grpo_loss", "linear_logprob"))
+SPARSE_TESTS = ("kernels/test_sparse_gradient.py",)
 sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # the oracles
 GOALS = {"trl": 0.3, "plain": 0.75}  # on the CPU, our time / theirs
 TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}
@@ -283,11 +285,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--tokens", type=int, nargs="+", help="only these sizes")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "V", "D"), help="this one instead")
+    parser.add_argument("--sparse", action="store_true", help="sparse_tau instead, against without")
     parser.add_argument("--no-tests", action="store_true", help="numbers not fit for quoting")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if not options.no_tests and not tests_pass(TESTS):
+    if not options.no_tests and not tests_pass(SPARSE_TESTS if options.sparse else TESTS):
         return NO_NUMBERS
+    if options.sparse:
+        shape = Shape(*options.shape) if options.shape else _sparse.SHAPE
+        _sparse.main(shape, "cuda" if torch.cuda.is_available() else "cpu", options.rounds)
+        return 0
     devices = [("cpu", CPU_BENCH)]
     if torch.cuda.is_available():
         devices.append(("cuda", GPU_BENCH))

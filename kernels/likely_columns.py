@@ -37,16 +37,21 @@ class LikelyColumns(NamedTuple):
 
 
 def likely_columns_torch(
-    e: torch.Tensor, total: torch.Tensor, target: torch.Tensor, live: torch.Tensor, tau: float
+    e: torch.Tensor, total: torch.Tensor, target: torch.Tensor, live: torch.Tensor, tau: float, scratch: torch.Tensor
 ) -> LikelyColumns:
     """Find those of tokens with probabilities e [n, V] / total [n]; what e holds for their targets [n] does not matter.
-    `live` [n]: whether a token has a gradient."""
-    likely = e >= (THRESHOLD * total)[:, None]
-    likely.scatter_(1, target[:, None], True)
-    outside = torch.where(likely, 0.0, e).sum(1) / total
-    sparse = live & (outside <= tau) & (likely.sum(1) <= MOST_COLUMNS)
-    blocks = zip(likely.split(BLOCK_ROWS), sparse.split(BLOCK_ROWS), strict=True)
-    columns = torch.stack([rows[chosen].any(0) for rows, chosen in blocks])
+    `live` [n]: whether a token has a gradient. `scratch` [n, V] is overwritten: a new one costs more than the rest."""
+    least = (THRESHOLD * total)[:, None]
+    unlikely = torch.lt(e, least, out=scratch)  # 0 or 1
+    unlikely.scatter_(1, target[:, None], 0.0)
+    count = unlikely.shape[1] - unlikely.sum(1)
+    outside = unlikely.mul_(e).sum(1) / total
+    sparse = live & (outside <= tau) & (count <= MOST_COLUMNS)
+    columns = e.new_zeros(triton.cdiv(len(e), BLOCK_ROWS), e.shape[1], dtype=torch.bool)
+    blocks = (x.split(BLOCK_ROWS) for x in (e, least, target, sparse))
+    for kept, rows, limit, targets, chosen in zip(columns, *blocks, strict=True):
+        torch.any((rows >= limit)[chosen], 0, out=kept)
+        kept[targets[chosen]] = True
     return LikelyColumns(torch.where(sparse, outside, 0.0), sparse, columns)
 
 

@@ -250,7 +250,8 @@ class TorchChunks(_Chunks):
 
     def likely_columns(self, a: int, b: int) -> LikelyColumns:
         live = self.result.gradient[a:b] != 0
-        return likely_columns_torch(self.chunk.exp[: b - a], self.chunk.total, self.target[a:b], live, self.sparse_tau)
+        e, scratch = (x[: b - a] for x in (self.chunk.exp, self.chunk.logits))
+        return likely_columns_torch(e, self.chunk.total, self.target[a:b], live, self.sparse_tau, scratch)
 
     def dlogits(self, a: int, b: int) -> DLogits:
         if self.offset is None:
