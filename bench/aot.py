@@ -35,7 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vtfast_kernels import cases as registry
-from vtfast_kernels import checks, gluon_logprob
+from vtfast_kernels import checks, gluon_ring
 from vtfast_kernels.add_rms_norm import add_rms_norm
 from vtfast_kernels.cases import OPS, Shape, specs
 from vtfast_kernels.loss_chunks import TritonChunks
@@ -48,7 +48,7 @@ ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
 WITH_TMA = ("logprob_kernel", "linear_sample_kernel")  # what sm_90 launches so
 TWO_PROGRAMS = WITH_TMA  # two of these fit on a Hopper multiprocessor in half precision
-INSTRUCTIONS = {"one pass": 11.0, "two passes": 23.5, "known": 10.0, "entropy": 28.0}
+INSTRUCTIONS = {"no pass": 0.1, "one pass": 11.0, "two passes": 23.5, "known": 10.0, "entropy": 28.0}
 """At most so many a logit in a row kernel for sm_90, bf16."""
 HOPPER = {"registers": 65536, "threads": 2048, "shared": 233_472}  # of a multiprocessor
 HOPPER_ONLY = ("setmaxnreg", "wgmma.mma_async.sync.aligned.m64n256k16", ".multicast::cluster")
@@ -134,7 +134,7 @@ def recorded(arch: int, label: list[str] | None = None) -> Iterator[dict[str, La
         mock.patch.object(checks, "runs_triton", lambda x: True),
         mock.patch.object(checks, "capability", lambda x: arch),
         mock.patch.object(TritonChunks, "drifted", lambda self: False),  # no kernel has filled its results
-        mock.patch.object(gluon_logprob, "empty_offset", lambda compiled: 0),  # nothing is compiled yet
+        mock.patch.object(gluon_ring, "empty_offset", lambda compiled: 0),  # nothing is compiled yet
     ):
         yield launches
 
@@ -213,10 +213,12 @@ def cases(arch: int):
         if name in ("grpo-token", "grpo-sequence"):
             alone = {"old_logp": None, "sampler_logp": None}
             yield f"bf16 {name} two passes", thunk("linear_grpo_loss", torch.bfloat16, spec=spec, **alone)
+        yield name, thunk("grpo_loss", torch.float32, spec=spec, **sampler)
+        if name == "grpo-token" and arch == 90:
+            yield f"bf16 {name} gluon", thunk("linear_grpo_loss", torch.bfloat16, spec=spec, impl="gluon", **sampler)
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for label, given in (("one pass", {}), ("two passes", {"old_logp": None, "sampler_logp": None})):
             yield f"{TYPES[dtype]} sparse {label}", thunk("linear_grpo_loss", dtype, sparse_tau=0.001, **given)
-        yield name, thunk("grpo_loss", torch.float32, spec=spec, **sampler)
     for scale in ("group", "batch", "none"):
         yield scale, thunk("group_advantage", torch.float32, scale=scale)
         yield f"{scale} G=1", thunk("group_advantage", torch.float32, scale=scale, group_size=1)
@@ -257,7 +259,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])  # with those of Gluon's partitions
     if is_gluon:
-        gluon_logprob.empty_offset(compiled)  # asserts that the barriers lie where the kernel can reach them
+        gluon_ring.empty_offset(compiled)  # asserts that the barriers lie where the kernel can reach them
     return {
         "registers": registers,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
@@ -297,7 +299,7 @@ def way(launch: Launch) -> str:
     """How a row kernel goes through its row."""
     c = launch.constants
     if launch.kernel.__name__ == "grpo_rows_kernel":
-        return "one pass" if c["ONE_PASS"] else "two passes"
+        return ("no pass", "one pass", "two passes")[c["PASSES"]]
     return "known" if c["KNOWN"] else "entropy" if c["ENTROPY"] else "two passes"
 
 

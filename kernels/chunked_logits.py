@@ -143,9 +143,9 @@ def dlogits_kernel(
     )
 
 
-def row_config(V: int) -> dict[str, int]:
-    """Return the launch options of the row kernels for V logits per row."""
-    block = max(16, min(8192, triton.next_power_of_2(V)))
+def row_config(logits: torch.Tensor) -> dict[str, int]:
+    """Return the launch options of the row kernels for logits [n, V]: blocks of 16 KB at most, more would spill."""
+    block = max(16, min(16384 // logits.element_size(), triton.next_power_of_2(logits.shape[1])))
     return {"BLOCK": block, "num_warps": max(4, min(16, block // 512))}
 
 
@@ -173,7 +173,7 @@ def dlogits_triton(
         inv_temperature,
         KNOWN=statistics is not None,
         ENTROPY=h is not None,
-        **row_config(logits.shape[1]),
+        **row_config(logits),
     )
     return logits
 
@@ -193,7 +193,7 @@ def scale_rows_kernel(x_ptr, factor_ptr, out_ptr, n, D, stride_factor, ROWS: tl.
 def scale_rows(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, impl: str) -> torch.Tensor:
     """Return x [n, D] times a factor [n] or 0-d in fp32, as a new tensor of this dtype. The product is rounded once."""
     out = torch.empty_like(x, dtype=dtype)
-    if impl == "triton" and x.numel():
+    if impl != "torch" and x.numel():
         factor, (n, D) = factor.float().expand(len(x)), x.shape
         grid = (triton.cdiv(n, 16), triton.cdiv(D, 256))
         scale_rows_kernel[grid](x, factor, out, n, D, factor.stride(0), ROWS=16, COLUMNS=256)

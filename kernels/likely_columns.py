@@ -150,6 +150,6 @@ def likely_columns_triton(
         THRESHOLD,
         MOST_COLUMNS,
         BLOCK_ROWS,
-        **row_config(V),
+        **row_config(rows),
     )
     return found

@@ -35,7 +35,17 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import IGNORE_INDEX, check_head, check_share, check_target, choose_impl, full_fp32, op_scope
+from .checks import (
+    IGNORE_INDEX,
+    check_head,
+    check_share,
+    check_target,
+    choose_impl,
+    full_fp32,
+    op_scope,
+    require,
+    require_hopper,
+)
 from .chunked_logits import scale_rows
 from .chunks import chunk_rows_of, row_spans, sequence_spans
 from .gradient_matmuls import GradientMatmuls
@@ -79,7 +89,7 @@ def _chunks(inputs: LossInputs) -> _Results | None:
     near = inputs.near if first is None else first[0]
     if hidden.dtype == torch.float16 or not trained:
         near = None  # 2^(z - lse) leaves the range of fp16
-    make = TritonChunks if impl == "triton" else TorchChunks
+    make = TorchChunks if impl == "torch" else TritonChunks
     chunks: LossChunks = make(inputs._replace(near=near), rows if trained else 0)
     if first is not None:
         chunks.logp, chunks.entropy = first
@@ -224,9 +234,10 @@ def linear_grpo_loss(
         sparse_tau: in [0, 1). 0: exact gradients. Above, tokens with at most this probability outside a few columns of
             the vocabulary leave the other columns out of their gradient (sparse_gradient.py): an approximation with
             a bound that the output tells. Loss, log-probs and entropy stay exact.
-        impl: auto | triton | torch | reference.
+        impl: auto | triton | torch | reference | gluon (gluon_exponentials.py: sm_90, bf16 or fp16; not measured yet).
     """
-    impl = choose_impl(impl, hidden)
+    gluon = impl == "gluon"
+    impl = choose_impl("triton" if gluon else impl, hidden)
     if impl == "reference":
         from . import reference
 
@@ -257,6 +268,10 @@ def linear_grpo_loss(
     )
     if impl == "triton":
         hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
+    if gluon:
+        require_hopper(hidden, weight)
+        require(len(weight) % 8 == 0, "impl", f"'gluon' needs a vocabulary of a multiple of 8, not {len(weight)}")
+        impl = "gluon"
     recording = torch.is_grad_enabled()
     needs_grad = (recording and hidden.requires_grad, recording and weight.requires_grad)
     near = next((x.detach() for x in (near_logp, sampler_logp, old_logp) if x is not None), None)

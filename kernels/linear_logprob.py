@@ -42,7 +42,7 @@ from .checks import (
 )
 from .chunked_logits import Chunk, add_matmul, dlogits_triton, matmul_over_vocabulary
 from .chunks import chunk_rows_of, multiprocessors, row_spans, work_item
-from .online_softmax import BITS_TO_NATS, LOG2_E, LOGITS, LOWEST, merge, online
+from .online_softmax import BITS_TO_NATS, LOG2_E, LOGITS, LOWEST, as_in_memory, merge, online
 
 SPLIT = 4096  # vocabulary columns of a work item
 GROUP = 48  # row blocks that go through all splits together: their 19 MB at D = 1,536 stay in Hopper's L2
@@ -80,6 +80,7 @@ def logprob_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
+    PAIRS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """`hidden` and `weight` are tensor descriptors if TMA, else pointers. ROUND: the dtype of logits in memory."""
@@ -125,7 +126,7 @@ def logprob_kernel(
                     x = x.to(tl.float32)
                     w = w.to(tl.float32)
                 acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-            z = tl.where((offs_v < V)[None, :], acc.to(ROUND).to(tl.float32), LOWEST)
+            z = tl.where((offs_v < V)[None, :], as_in_memory(acc, ROUND, PAIRS), LOWEST)
             top, total, mean = online(top, total, mean, z, scale, ENTROPY)
             is_target = offs_v[None, :] == target[:, None]
             target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
@@ -200,6 +201,7 @@ def logprob_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         "num_warps": warps,
         "num_stages": stages,
         "ROUND": LOGITS[hidden.dtype],
+        "PAIRS": not interpreted(),
         # Triton's interpreter reads bf16 operands of a dot as integers
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
     }

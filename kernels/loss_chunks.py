@@ -61,12 +61,14 @@ def grpo_rows_kernel(
     SPEC: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_SAMPLER: tl.constexpr,
-    ONE_PASS: tl.constexpr,
+    PASSES: tl.constexpr,
     STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place, or (ONE_PASS)
-    what that is a multiple of. STATISTICS stops before the loss, which needs the other tokens of the sequence."""
+    """One program per token: its log-prob, entropy, loss, coefficient, and its logits' gradient in place, or, with less
+    than two PASSES, what that is a multiple of. No pass: gluon_exponentials.py has made it, and its results are where
+    total, entropy and log-prob will be. STATISTICS stops before the loss, which needs the other tokens of the sequence.
+    """
     row = tl.program_id(0)
     token = first + row
     row_ptr = logits_ptr + row.to(tl.int64) * stride_logits
@@ -74,17 +76,22 @@ def grpo_rows_kernel(
     scored = tl.load(scored_ptr + token) != 0
     target = tl.load(target_ptr + token)
     scored = scored & (target >= 0) & (target < V)  # whatever the id, no read outside the row
-    z_target = tl.load(row_ptr + target, mask=scored, other=0.0).to(tl.float32)
-    if ONE_PASS:
-        top = tl.load(offset_ptr + token)
-        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
-        total, mean = exp_row(row_ptr, V, scale, top, BLOCK)
-        tl.debug_barrier()  # the target's element was written by another thread
-        tl.store(row_ptr + target, (tl.exp2(z_target * scale - top) - total).to(row_ptr.dtype.element_ty), mask=scored)
-        z_target = z_target * scale - top
+    if PASSES == 0:
+        top, total = tl.load(offset_ptr + token), tl.load(total_ptr + token)
+        mean, z_target = tl.load(entropy_ptr + token), tl.load(logp_ptr + token)
     else:
-        top, total, mean = row_statistics(row_ptr, V, scale, BLOCK)
-        z_target = (z_target - top) * scale
+        z_target = tl.load(row_ptr + target, mask=scored, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        if PASSES == 1:
+            top = tl.load(offset_ptr + token)
+            total, mean = exp_row(row_ptr, V, scale, top, BLOCK)
+            z_target = z_target * scale - top
+        else:
+            top, total, mean = row_statistics(row_ptr, V, scale, BLOCK)
+            z_target = (z_target - top) * scale
+    tl.debug_barrier()  # the target's element was written, and its logit read, by other threads
+    if PASSES < 2:
+        tl.store(row_ptr + target, (tl.exp2(z_target) - total).to(row_ptr.dtype.element_ty), mask=scored)
     tl.store(top_ptr + token, top)
     tl.store(total_ptr + token, total)
     log_total = tl.log2(total)
@@ -110,7 +117,7 @@ def grpo_rows_kernel(
         tl.store(kl_ptr + token, tl.where(scored, kl, 0.0))
         tl.store(low_ptr + token, low & scored)
         tl.store(high_ptr + token, high & scored)
-        if not ONE_PASS:
+        if PASSES == 2:
             write_dlogits(row_ptr, V, target, scored, top, log_total, 0.0, gradient, 0.0, inv_temperature, False, BLOCK)
 
 
@@ -130,7 +137,7 @@ class LossInputs(NamedTuple):
     needs_grad: tuple[bool, bool]
     """Of hidden, of weight."""
     impl: str
-    """triton | torch"""
+    """triton | torch | gluon"""
     sparse_tau: float
     """0: every token is dense (sparse_gradient.py)."""
 
@@ -266,12 +273,16 @@ class TritonChunks(_Chunks):
         super().__init__(inputs)
         # likely columns are found in raw logits, or in what one pass leaves
         self.statistics_first = inputs.coupled or (inputs.sparse_tau > 0 and self.offset is None)
+        self.passes = 2 if self.offset is None else 0 if inputs.impl == "gluon" else 1
         self.buffer = self.weight.new_empty(rows, len(self.weight))
         self.is_gradient = False  # whether the buffer holds the gradient, or raw logits
 
     def _rows(self, a: int, b: int, logp: torch.Tensor, entropy: torch.Tensor, statistics: bool) -> None:
         t, logits = self.tokens, self.buffer[: b - a]
-        torch.mm(self.hidden[a:b], self.weight.t(), out=logits)
+        if self.passes == 0:
+            self._exponentials(a, b, logp, entropy)
+        else:
+            torch.mm(self.hidden[a:b], self.weight.t(), out=logits)
         old, ref, sampler, offset = (self.logp if x is None else x for x in (t.old, t.ref, t.sampler, self.offset))
         has_sampler = t.sampler is not None
         grpo_rows_kernel[(b - a,)](
@@ -297,11 +308,21 @@ class TritonChunks(_Chunks):
             LossFlags.of(self.spec, has_sampler),
             t.old is not None,
             has_sampler,
-            self.offset is not None,
+            self.passes,
             statistics,
-            **row_config(logits.shape[1]),
+            **row_config(logits),
         )
         self.is_gradient = not statistics and self.offset is None
+
+    def _exponentials(self, a: int, b: int, logp: torch.Tensor, entropy: torch.Tensor) -> None:
+        """Compute the exponentials of the logits, and what `grpo_rows_kernel` without a pass reads."""
+        from .gluon_exponentials import gluon_exponentials
+
+        assert self.offset is not None
+        rows = (self.hidden[a:b], self.weight, self.target[a:b], self.offset[a:b], self.inv_temperature)
+        sums = gluon_exponentials(*rows, result=self.buffer[: b - a])
+        for out, x in zip((self.total, entropy, logp), sums, strict=True):
+            out[a:b] = x
 
     def score(self, a: int, b: int) -> None:
         self._rows(a, b, self.logp, self.entropy, self.statistics_first)

@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 HEAD, LOSS, LOGPROB, SAMPLE = (
     f"test_{name}.py" for name in ("hopper_path", "linear_grpo_loss", "linear_logprob", "linear_sample")
 )
-SPARSE, GLUON = "test_sparse_gradient.py", "test_gluon_logprob.py events"
+SPARSE, GLUON = "test_sparse_gradient.py", "test_gluon.py events"
 DECODE, PAGED, REGISTRY = "test_decode_layers.py norm", "test_paged_attention.py", "test_registry.py"
 MUTANTS = [
     # statistics of a softmax
@@ -43,9 +43,9 @@ MUTANTS = [
     Mutant("online_softmax.py", "tl.sum((mean + total * shift) * rescale, 0)", "tl.sum(mean * rescale, 0)", LOSS),
     Mutant("online_softmax.py", "below = (z - new_top[:, None]) * scale", "below = z - new_top[:, None]", LOGPROB),
     # linear_logprob
-    Mutant("linear_logprob.py", "(offs_v < V)[None, :], acc.to", "(offs_v < V + 1)[None, :], acc.to", LOGPROB),
+    Mutant("linear_logprob.py", "(offs_v < V)[None, :], as_in", "(offs_v < V + 1)[None, :], as_in", LOGPROB),
     Mutant("linear_logprob.py", "for split in range(num_splits):", "for split in range(num_splits - 1):", LOGPROB),
-    Mutant("linear_logprob.py", "acc.to(ROUND).to(tl.float32)", "acc", f"{LOSS} equal_weights"),
+    Mutant("online_softmax.py", "return z.to(ROUND).to(tl.float32)", "return z", f"{LOSS} equal_weights"),
     Mutant("linear_logprob.py", "weight.load([column, k])", "weight.load([column + BLOCK_V, k])", f"{HEAD} tma"),
     Mutant("linear_logprob.py", "hidden.load([row, k])", "hidden.load([0, k])", f"{HEAD} tma"),
     Mutant("linear_logprob.py", "tl.where(scored, logp, 0.0)", "logp", LOGPROB),
@@ -54,13 +54,13 @@ MUTANTS = [
     ),
     Mutant("linear_logprob.py", "overwrite=a == 0", "overwrite=True", LOGPROB, False),
     # the Gluon forward, in the emulator
-    Mutant("gluon_logprob.py", "ARRIVALS = 16", "ARRIVALS = 8", GLUON, False),
-    Mutant("gluon_logprob.py", "(step // STAGES + 1) % 2", "0", GLUON, False),
-    Mutant("gluon_logprob.py", "warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps", GLUON, False),
-    Mutant("gluon_logprob.py", "[row + ROWS, k]", "[row, k]", GLUON, False),
+    Mutant("gluon_ring.py", "ARRIVALS = 16", "ARRIVALS = 8", GLUON, False),
+    Mutant("gluon_ring.py", "(step // STAGES + 1) % 2", "0", GLUON, False),
+    Mutant("gluon_ring.py", "warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps", GLUON, False),
+    Mutant("gluon_ring.py", "[row + ROWS, k]", "[row, k]", GLUON, False),
     Mutant("gluon_logprob.py", "(offs_v < V)[None, :]", "(offs_v < V + 1)[None, :]", GLUON, False),
-    Mutant("gluon_logprob.py", "a.index(2 * slot + CONSUMER)", "a.index(2 * slot)", GLUON, False),
-    Mutant("gluon_logprob.py", "step // STAGES % 2)", "0)", GLUON, False),
+    Mutant("gluon_ring.py", "a.index(2 * slot + CONSUMER)", "a.index(2 * slot)", GLUON, False),
+    Mutant("gluon_ring.py", "step // STAGES % 2)", "0)", GLUON, False),
     Mutant(
         "gluon_logprob.py",
         "if k > 0:\n                    release",
@@ -69,6 +69,10 @@ MUTANTS = [
         False,
     ),
     Mutant("gluon_logprob.py", "    cluster_barrier()\n    for item", "    for item", GLUON, False),
+    Mutant("gluon_exponentials.py", "tma.store_wait(0)  # the", "# the", GLUON, False),
+    Mutant("gluon_exponentials.py", "[row, column], buffer", "[row, 0], buffer", GLUON, False),
+    Mutant("gluon_exponentials.py", "(1, ring, plan, result, second", "(1, ring, plan, result, first", GLUON, False),
+    Mutant("gluon_exponentials.py", "mean += gl.sum(e * y, 1)", "mean += gl.sum(e, 1)", GLUON, False),
     # rows of logits
     Mutant("chunked_logits.py", "factor = -g\n        if ENTROPY:", "factor = g\n        if ENTROPY:", LOSS),
     Mutant("chunked_logits.py", "(g + tl.exp2(target_z) * factor)", "(tl.exp2(target_z) * factor)", LOGPROB),

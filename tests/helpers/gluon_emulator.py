@@ -36,8 +36,8 @@ class Barrier:
 class Shared:
     """Tensors or barriers of one CTA: `index` gives one."""
 
-    def __init__(self, parts: list, shape: list[int]) -> None:
-        self.parts, self.type = parts, types.SimpleNamespace(shape=shape)
+    def __init__(self, parts: list, shape: list[int], dtype: torch.dtype | None = None) -> None:
+        self.parts, self.type, self.dtype = parts, types.SimpleNamespace(shape=shape), dtype
 
     def index(self, i: int):
         return self.parts[i]
@@ -54,6 +54,9 @@ class Tile:
         view = Tile(0, 0)
         view.values, view.transposed = self.values, not self.transposed
         return view
+
+    def store(self, values: torch.Tensor) -> None:
+        self.values.copy_(values)
 
     def read(self) -> torch.Tensor:
         return self.values.t() if self.transposed else self.values
@@ -72,11 +75,14 @@ class Accumulator:
 
 
 class Pointer:
-    def __init__(self, tensor: torch.Tensor, index: torch.Tensor | None = None) -> None:
+    def __init__(self, tensor: torch.Tensor, index: torch.Tensor | int = 0) -> None:
         self.tensor, self.at = tensor, index
 
     def __add__(self, index: torch.Tensor) -> "Pointer":
-        return Pointer(self.tensor, index)
+        return Pointer(self.tensor, self.at + index)
+
+    def unsqueeze(self, axis: int) -> "Pointer":
+        return Pointer(self.tensor, self.at.unsqueeze(axis))
 
 
 class Descriptor:
@@ -87,6 +93,11 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(shape=block)
         self.rows = block[0] // 2 if divided else block[0]
         self.nbytes_per_cta = self.rows * block[1] * 2
+
+    def write(self, row: int, column: int, cta: int, values: torch.Tensor) -> None:
+        row += cta * self.rows if self.divided else 0
+        part = self.tensor[row : row + self.rows, column : column + values.shape[1]]
+        part.copy_(values[: part.shape[0], : part.shape[1]])
 
     def block(self, row: int, column: int, cta: int) -> torch.Tensor:
         row += cta * self.rows if self.divided else 0
@@ -125,6 +136,7 @@ class Cluster:
         self.barriers: list[dict[int, Barrier]] = [{}, {}]  # of each CTA, by address
         self.tiles: list[list[Shared]] = [[], []]
         self.arrived = self.partitions = 0  # at the cluster's barrier
+        self.stores: dict[threading.Thread, list[Callable[[], None]]] = {}
 
     @property
     def cta(self) -> int:
@@ -167,7 +179,7 @@ class Cluster:
 
     def allocate(self, dtype, shape: list[int], divided: bool) -> Shared:
         rows = shape[1] // 2 if divided else shape[1]
-        self.tiles[self.cta].append(Shared([Tile(rows, shape[2]) for _ in range(shape[0])], shape))
+        self.tiles[self.cta].append(Shared([Tile(rows, shape[2]) for _ in range(shape[0])], shape, dtype))
         return self.tiles[self.cta][-1]
 
     def allocate_mbarrier(self, batch: int) -> Shared:
@@ -202,6 +214,22 @@ class Cluster:
             barrier.add(expected=-source.nbytes_per_cta)
 
         return arrive
+
+    def write(self, to: Descriptor, at: list[int], buffer: Tile) -> None:
+        """The buffer is read when the copy is made, not when it is asked for."""
+        cta, stores = self.cta, self.stores.setdefault(threading.current_thread(), [])
+
+        def make() -> None:
+            to.write(*at, cta, buffer.read())
+            stores.remove(make)
+
+        stores.append(make)
+        self.copies.append(make)
+        self.pause()
+
+    def store_wait(self, pendings: int) -> None:
+        stores = self.stores.setdefault(threading.current_thread(), [])
+        self.pause(lambda: len(stores) <= pendings)
 
     def multiply(self, x: Tile, w: Tile, acc, use_acc: bool, is_async: bool) -> Accumulator:
         acc = acc if isinstance(acc, Accumulator) else Accumulator(acc, [])
@@ -241,7 +269,7 @@ def load(at: Pointer, mask: torch.Tensor, other: float) -> torch.Tensor:
 
 
 def store(at: Pointer, values: torch.Tensor, mask: torch.Tensor) -> None:
-    at.tensor.view(-1)[at.at[mask]] = values[mask]
+    at.tensor.view(-1)[at.at.expand_as(mask)[mask]] = values[mask]
 
 
 def replacements(c: Cluster) -> dict[str, object]:
@@ -260,6 +288,10 @@ def replacements(c: Cluster) -> dict[str, object]:
         store=store,
         where=torch.where,
         sum=torch.sum,
+        exp2=torch.exp2,
+        expand_dims=lambda x, axis: (
+            Pointer(x.tensor, x.at.unsqueeze(axis)) if isinstance(x, Pointer) else x.unsqueeze(axis)
+        ),
         int32=torch.int32,
         float32=torch.float32,
     )
@@ -278,7 +310,11 @@ def replacements(c: Cluster) -> dict[str, object]:
         "gl": gl,
         "tl": triton_language,
         "mbarrier": mbarrier,
-        "tma": types.SimpleNamespace(async_copy_global_to_shared=c.copy),
+        "tma": types.SimpleNamespace(
+            async_copy_global_to_shared=c.copy, async_copy_shared_to_global=c.write, store_wait=c.store_wait
+        ),
+        "fence_async_shared": lambda: None,
+        "as_in_memory": lambda z, dtype, pairs: z.to(dtype).float(),
         "cluster": types.SimpleNamespace(arrive=c.cluster_arrive, wait=c.cluster_wait),
         "warpgroup_mma": c.multiply,
         "warpgroup_mma_wait": c.wait_multiply,
