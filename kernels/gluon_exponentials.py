@@ -148,6 +148,6 @@ def gluon_exponentials(
     total, mean = (offset.new_empty(splits, len(hidden)) for _ in range(2))
     target_y = torch.empty_like(offset)
     tiles = tiles_of(result, ROWS, COLUMNS, divided=True)
-    arguments = (hidden, weight, SPLIT, STAGES, tiles, target, offset, total, mean, target_y)
-    launch(gluon_exponentials_kernel, *arguments, inv_temperature=inv_temperature)
+    arguments = (tiles, target, offset, total, mean, target_y)
+    launch(gluon_exponentials_kernel, hidden, weight, SPLIT, STAGES, *arguments, inv_temperature=inv_temperature)
     return total.sum(0), mean.sum(0), target_y

@@ -113,5 +113,5 @@ def gluon_statistics(
 ) -> None:
     """Fill `out`: top, total, mean and target logit [splits, N] fp32 (online_softmax.py) of each split of `split`
     columns of hidden [N, D] @ weight [V, D]^T."""
-    arguments = (hidden, weight, split, STAGES, target, *out)
-    launch(gluon_logprob_kernel, *arguments, inv_temperature=inv_temperature, ENTROPY=entropy)
+    numbers = {"inv_temperature": inv_temperature, "ENTROPY": entropy}
+    launch(gluon_logprob_kernel, hidden, weight, split, STAGES, target, *out, **numbers)
