@@ -95,6 +95,7 @@ def test_checkpoints_are_hugging_face_folders(short_run, base_path):
     assert tokenizer.decode(tokenizer.encode("Is it left?")) == "Is it left?"
 
 
+@pytest.mark.slow  # test_step.py cuts batches in the fast tests
 def test_accumulation_changes_nothing(short_run, tmp_path):
     """8 prompts as 2 x 4, in rows of at most 300 tokens, are the same step as in one row."""
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
@@ -109,6 +110,7 @@ def test_two_ranks_equal_one(short_run, tmp_path):
     assert_close_runs(short_run[0], tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_two_ranks_with_different_amounts_of_work(tmp_path):
     """Prompts of very different lengths, some without an image, several passes, passes in which one rank has nothing:
     still the same weights."""
