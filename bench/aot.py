@@ -47,7 +47,9 @@ from vtfast_kernels.silu_mul import silu_mul
 ARCHES = (90, 80, 100)
 SHAPE = Shape(N=64, V=8192, D=1536)  # the row kernels' block is as wide as for the real vocabulary
 WITH_TMA = ("logprob_kernel", "linear_sample_kernel")  # what sm_90 launches so
-TWO_PROGRAMS = WITH_TMA  # two of these fit on a Hopper multiprocessor in half precision
+PROGRAMS = {"logprob_kernel": 2, "linear_sample_kernel": 2, "paged_attention_kernel": 4}
+"""As many fit on a Hopper multiprocessor in half precision."""
+SMALL_MATMULS = ("paged_attention_kernel",)  # of fewer rows than wgmma's 64
 INSTRUCTIONS = {"no pass": 0.1, "one pass": 11.0, "two passes": 23.5, "known": 10.0, "entropy": 28.0}
 """At most so many a logit in a row kernel for sm_90, bf16."""
 HOPPER = {"registers": 65536, "threads": 2048, "shared": 233_472}  # of a multiprocessor
@@ -311,15 +313,14 @@ def faults_of(launch: Launch, arch: int, r: dict[str, Any]) -> list[str]:
         found.append("spills")
     if arch != 90:
         return found
-    small = launch.constants.get("BLOCK_M", 64) < 64  # wgmma starts at 64 rows
-    if r["matmul"] and half and not r["wgmma"] and not small:
+    if r["matmul"] and half and not r["wgmma"] and name not in SMALL_MATMULS:
         found.append("no wgmma")
     if launch.constants.get("TMA") and not r["tma"]:
         found.append("no TMA")
     if launch.kernel.is_gluon() and not r["gluon"]:
         found.append(f"without one of {', '.join(HOPPER_ONLY)}")
-    if name in TWO_PROGRAMS and half and r["programs"] < 2:
-        found.append("one program a multiprocessor")
+    if half and r["programs"] < PROGRAMS.get(name, 1):
+        found.append(f"less than {PROGRAMS[name]} programs a multiprocessor")
     if name in ROW_KERNELS and "bf16" in str(launch.signature) and launch.constants["BLOCK"] == 8192:
         limit = INSTRUCTIONS[way(launch)]
         if r["instructions"] > limit:

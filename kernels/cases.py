@@ -202,7 +202,7 @@ def norm_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = 
     return {"x": x, "delta": delta, "weight": weight.to(device, dtype)}
 
 
-HEADS, KEY_HEADS, PAGE = 6, 2, 4
+HEADS, KEY_HEADS, PAGE = 6, 2, 16
 
 
 def _head_size(shape: Shape) -> int:
@@ -233,7 +233,7 @@ def rope_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = 
 
 
 def page_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Groups of three rows that share their first page; 5 to 12 tokens a row. Few rows: the interpreter runs a program
+    """Groups of three rows that share their first page; 17 to 42 tokens a row. Few rows: the interpreter runs a program
     for every row, head and split."""
     generator = torch.Generator().manual_seed(seed)
     R, n, d = min(shape.N, 6), 3, _head_size(shape)
@@ -244,7 +244,7 @@ def page_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = 
     return {
         "query": query.to(device, dtype),
         **_pool(n * R, d, dtype, device, seed),
-        "pages": Pages(table, 5 + row % 8, row // 3, torch.ones_like(row), PAGE),
+        "pages": Pages(table, 17 + 5 * row, row // 3, torch.ones_like(row), PAGE),
     }
 
 

@@ -6,7 +6,7 @@ Shapes: R rows, n pages in a row's table, page_size tokens per page.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,6 +34,7 @@ class Pages:
     """Tokens per page."""
     prefix_cache: PrefixCache | None = None
     """Where the PyTorch path keeps gathered shared pages. Pass the same dict while the rows stay the same."""
+    _arrivals: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if checks.checks_skipped():
@@ -57,6 +58,20 @@ class Pages:
         """[R] int32, the row's number within its group."""
         start = torch.searchsorted(self.group, self.group)
         return (torch.arange(len(start), device=start.device) - start).to(torch.int32)
+
+    @functools.cached_property
+    def group_size(self) -> torch.Tensor:
+        """[R] int32, the number of rows in the row's group."""
+        start, end = (torch.searchsorted(self.group, self.group, right=right) for right in (False, True))
+        return (end - start).to(torch.int32)
+
+    def arrivals(self, heads: int) -> torch.Tensor:
+        """[R, heads] int32: Triton's kernel counts in there which parts of a softmax are done, and sets the counter
+        back after the last. No two launches count in it at a time, since it belongs to these pages and a step's layers
+        run one after the other. A graph that captures the step zeroes it at each replay."""
+        if heads not in self._arrivals:
+            self._arrivals[heads] = torch.zeros(len(self.lengths), heads, dtype=torch.int32, device=self.lengths.device)
+        return self._arrivals[heads]
 
     @functools.cached_property
     def gather_plan(self) -> GatherPlan:

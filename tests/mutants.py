@@ -160,19 +160,11 @@ MUTANTS = [
     Mutant("linear_sample.py", "score = top - tl.log2(best)", "score = top + tl.log2(best)", SAMPLE),
     Mutant("linear_sample.py", "tl.min(tl.where(race == best", "tl.max(tl.where(race >= best", SAMPLE),
     Mutant("sampling_noise.py", "((ids & 1) * 32)", "((ids & 1) * 31)", SAMPLE),
-    Mutant(
-        "paged_attention.py",
-        "if SHARED and tl.load(row_in_group_ptr + row) % ROWS != 0:",
-        "if False:",
-        f"{HEAD} any_order",
-    ),
-    Mutant("paged_attention.py", "in_span = token < end", "in_span = token <= end", PAGED),
-    Mutant(
-        "paged_attention.py",
-        "valid &= tl.load(group_ptr + rows",
-        "valid &= tl.load(group_ptr + row + 0 * rows",
-        f"{HEAD} any_order",
-    ),
+    Mutant("paged_attention.py", "in_span = lane < end - first", "in_span = lane <= end - first", PAGED),
+    Mutant("paged_attention.py", "(arrived == parts - 1)", "(arrived == parts - 2)", f"{HEAD} any_order"),
+    Mutant("paged_attention.py", "tl.store(arrivals_ptr + query, 0, mask=is_last)", "pass", PAGED),
+    Mutant("paged_attention.py", "first = row - in_block", "first = row", PAGED),
+    Mutant("paged_attention.py", "following // S.page", "first // S.page", PAGED),
     Mutant("add_rms_norm.py", "/ D + eps)", "/ D)", DECODE),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vtfast_kernels.cases import Shape
 
-from bench import _harness, kernels
+from bench import _harness, _sparse, kernels
 
 SHAPE = Shape(64, 512, 32)
 
@@ -62,3 +62,14 @@ def test_plain_pytorch_is_a_peer_with_trl_and_without(is_there, results, monkeyp
         found = {(row["peer"], row["metric"]) for row in csv.DictReader(file)}
     timed = {(name, metric) for name in ("ours", "plain") for metric in ("ms", "growth_mb")}
     assert found == timed | {("full", "failed"), ("wrong", "differs")}
+
+
+def test_sparse_counts_flops_and_records_them(results, capsys):
+    rows = _sparse.compare(Shape(64, 2048, 32), 0.4, "cpu", 1)
+    timed, counted = rows
+    assert timed["metric"] == "ms" and timed["ratio"] > 0 and counted["metric"] == "flops_share"
+    line = capsys.readouterr().out.split()
+    dense, kept = float(line[2]), float(line[3])
+    assert 0 < dense < 1 and 0 < kept < 1
+    assert counted["p50"] == pytest.approx((1 + 2 * (dense + (1 - dense) * kept)) / 3, abs=1e-3)
+    _harness.append("kernels.csv", rows)

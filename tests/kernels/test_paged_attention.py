@@ -9,10 +9,16 @@ from vtfast_kernels.page_table import Pages
 from vtfast_kernels.paged_attention import paged_attention
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Splits of six rows: 2 instead of 8. The interpreter runs one program after the other."""
+    monkeypatch.setattr("vtfast_kernels.paged_attention.PROGRAMS", 48)
+
+
 def on(device, inputs):
     pages = {k: v.to(device) for k, v in vars(inputs["pages"]).items() if isinstance(v, torch.Tensor)}
     moved = {k: v.to(device) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    return moved | {"pages": Pages(**pages, page_size=PAGE)}
+    return moved | {"pages": Pages(**pages, page_size=inputs["pages"].page_size)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,7 +36,7 @@ def test_equals_the_reference(name, impl, device):
 @pytest.mark.parametrize("apart", [2, 5])
 def test_rows_at_equal_distances_are_read_in_place(impl, device, apart):
     """Own pages of neighbouring rows `apart` pages from each other in the pool; pages that no row knows hold NaN."""
-    inputs = case([2, 2], [[9, 12, 10], [9, 16, 11]])
+    inputs = case([2, 2], [[33, 48, 40], [36, 64, 43]])
     old = inputs["pages"].block_table
     new = torch.tensor(
         [[40 + 4 * (r // 3), 41 + 4 * (r // 3), 3 + r * apart, 4 + r * apart] for r in range(6)], dtype=torch.int32
@@ -52,7 +58,7 @@ def test_rows_at_equal_distances_are_read_in_place(impl, device, apart):
 
 
 def test_gathered_shared_pages_are_remembered(monkeypatch):
-    inputs, prefix_cache = case([2, 2], [[9, 12], [9, 16]]), {}
+    inputs, prefix_cache = case([2, 2], [[33, 48], [36, 64]]), {}
     inputs["pages"] = replace(inputs["pages"], prefix_cache=prefix_cache)
     first = paged_attention(**inputs)
     assert len(prefix_cache) == 1 and torch.equal(paged_attention(**inputs), first)
@@ -64,16 +70,41 @@ def test_gathered_shared_pages_are_remembered(monkeypatch):
     assert torch.equal(paged_attention(**inputs), first)
 
 
-def test_a_long_context_is_split(impl, device):
-    """More tokens than a block and than a split, more rows of a group than a program takes."""
-    inputs = case([30], [[130 + 7 * i for i in range(25)]], pages=1200)
+@pytest.mark.parametrize("programs, page_size", [(1, 16), (1, 128), (128, 48), (256, 128)])
+def test_a_long_context_is_split(impl, device, page_size, programs, monkeypatch):
+    """More tokens than a block, than a page and than a split, more rows of a group than a program takes."""
+    monkeypatch.setattr("vtfast_kernels.paged_attention.PROGRAMS", programs)
+    lengths = [[260 + 37 * i for i in range(7)], [131]]
+    inputs = case([256 // page_size, 0], lengths, pages=200, page_size=page_size)
     expected = paged_attention(**exactly(inputs), impl="reference")
     ours = paged_attention(**on(device, inputs), impl=impl).cpu()
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_layers_follow_one_another(impl, device):
+    """The kernel's counters are ready for the next layer, also for one of other heads."""
+    inputs = on(device, case(*CASES["unequal groups"]))
+    first = paged_attention(**inputs, impl=impl)
+    other = inputs | {"query": inputs["query"].repeat(1, 2, 1)}
+    assert torch.equal(paged_attention(**inputs, impl=impl), first)
+    assert paged_attention(**other, impl=impl).shape == (7, 2 * H, D)
+    assert torch.equal(paged_attention(**inputs, impl=impl), first)
+    assert not any(count.any() for count in inputs["pages"]._arrivals.values())
+
+
+def test_pages_of_any_size(impl, device):
+    """In PyTorch; Triton's blocks are within a page."""
+    inputs = on(device, case([2], [[15, 20]], page_size=7))
+    if impl == "triton":
+        with pytest.raises(ValueError, match="page_size: Triton needs a multiple of 16 tokens, got 7"):
+            paged_attention(**inputs, impl=impl)
+        return
+    expected = paged_attention(**exactly(inputs), impl="reference")
+    torch.testing.assert_close(paged_attention(**inputs, impl=impl).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bf16_is_no_worse_than_plain(impl, device):
-    inputs = case([4, 4], [[40, 38], [44, 41]], torch.bfloat16)
+    inputs = case([4, 4], [[70, 65], [80, 73]], torch.bfloat16)
     exact = exactly(inputs)
     expected = paged_attention(**exact, impl="reference")
     plain = paged_attention(**inputs, impl="reference").double()
@@ -83,7 +114,7 @@ def test_bf16_is_no_worse_than_plain(impl, device):
 
 def test_no_rows(impl, device):
     none = torch.empty(0, dtype=torch.int32)
-    inputs = case([1], [[5]])
+    inputs = case([1], [[17]])
     inputs["query"], inputs["pages"] = (inputs["query"][:0], Pages(none.view(0, 2), none, none, none, PAGE))
     assert paged_attention(**on(device, inputs), impl=impl).shape == (0, H, D)
 
@@ -109,7 +140,7 @@ def int32(*values):
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    inputs = case([1], [[5, 6]])
+    inputs = case([1], [[17, 18]])
     fields = {k: change.pop(k) for k in list(change) if k in vars(inputs["pages"])}
     with pytest.raises(ValueError, match=message):
         paged_attention(**inputs | {"pages": replace(inputs["pages"], **fields)} | change)
