@@ -196,7 +196,7 @@ def cases(arch: int):
             yield label, thunk("linear_logprob", dtype, entropy=entropy)
             if arch == 90 and dtype != torch.float32:
                 yield label, thunk("linear_logprob", dtype, entropy=entropy, impl="gluon")
-        for rows in (1, 16, 64):
+        for rows in (1, 16, 64, 128):
             for greedy in (False, True):
                 label = f"{kind} {rows} rows{' greedy' if greedy else ''}"
                 shape = Shape(rows, SHAPE.V, SHAPE.D)

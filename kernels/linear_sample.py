@@ -9,8 +9,10 @@ splitmix64 hash of a 64-bit row key and half the vocabulary id, whose two halves
 Logits are rounded to the inputs' dtype, as `linear_logprob`'s: the trainer's log-probs are then equal to the sampler's.
 
 FLOPs 2RVD. Bytes: 2VD for a bf16 weight read once from memory (the floor at decode sizes; every 64 rows read it
-again, from L2) and 40 RV/128 for the tiles' winners, written and read. The logits stay on chip on CUDA; on the CPU
-at most `CPU_TILE_BYTES` of them exist.
+again, from L2) and 40 RV/128 for the tiles' winners, written and read. The logits stay on chip on CUDA below
+`ROWS_IN_MEMORY` rows; from there on, where the matmul takes longer than the weight's way from memory, it is cuBLAS's
+and a second kernel reads the 2RV bytes of logits, 78 MB at 256 rows of 152k. On the CPU at most `CPU_TILE_BYTES` of
+them exist.
 Tolerance: log-probs in fp32 within 1e-5 of float64; tokens equal across implementations on fp32 inputs.
 Measured on a GPU: not yet.
 
@@ -24,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import check_head, check_rows, check_temperature, choose_impl, full_fp32, interpreted, op_scope
-from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E, LOGITS, LOWEST
+from .online_softmax import BITS_TO_NATS, LN_2, LOG2_E, LOGITS, LOWEST, as_in_memory
 from .sampling_noise import GOLDEN, MIX_2, exponential, mix, negative_noise, row_state, seed_tensor
 
 CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
@@ -32,6 +34,39 @@ CPU_TILE_BYTES = 1 << 24  # of fp32 logits at a time
 # BLOCK_V, BLOCK_D, stages; the vocabulary is the matmul's M, so that few rows fill a wgmma
 WGMMA_TILE = (128, 64, 4)  # two programs a multiprocessor at 64 rows; a fifth stage leaves room for one
 FP32_TILE = (64, 16, 2)
+ROWS_IN_MEMORY = 128  # from here on cuBLAS and a second kernel: an estimate, no GPU has measured it
+ROW_TILE = 4096  # logits of a row in one program of the second kernel
+
+
+@triton.jit
+def write_winners(z, offs_v, offs_r, tile, places, out, R, V, inv_temperature, GREEDY: tl.constexpr):
+    """Write each row's winner in a vocabulary tile, and the tile's share of the row's log-sum-exp. z: logits of the ids
+    `offs_v` and the rows `offs_r`."""
+    row_key_ptr, position_ptr, seed_ptr = places
+    score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr = out
+    in_r = offs_r < R
+    z = tl.where((offs_v < V)[:, None], z * (inv_temperature * LOG2_E), LOWEST)
+    top = tl.max(z, 0)
+    race = top[None, :] - z  # the lowest wins
+    if not GREEDY:
+        key = tl.load(row_key_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
+        place = tl.load(position_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
+        start = (tl.load(seed_ptr) + 1).to(tl.uint64, bitcast=True) * MIX_2
+        state = mix(mix(key * GOLDEN + start) + place * GOLDEN)
+        race = tl.exp2(race) * exponential(state[None, :], offs_v[:, None])
+    best = tl.min(race, 0)
+    token = tl.min(tl.where(race == best[None, :], offs_v[:, None], V), 0)
+    logit = tl.sum(tl.where(offs_v[:, None] == token[None, :], z, 0.0), 0)
+    total = tl.sum(tl.exp2(z - top[None, :]), 0)
+    score = top
+    if not GREEDY:
+        score = top - tl.log2(best)
+    at = tile * R + offs_r
+    tl.store(score_ptr + at, score, mask=in_r)
+    tl.store(token_ptr + at, token, mask=in_r)
+    tl.store(logit_ptr + at, logit, mask=in_r)
+    tl.store(top_ptr + at, top, mask=in_r)
+    tl.store(total_ptr + at, total, mask=in_r)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -59,6 +94,7 @@ def linear_sample_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
+    PAIRS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program per vocabulary tile and row block: the tile's winner and its share of the log-sum-exp.
@@ -93,29 +129,38 @@ def linear_sample_kernel(
             w = w.to(tl.float32)
             x = x.to(tl.float32)
         acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
-    z = acc.to(ROUND).to(tl.float32) * (inv_temperature * LOG2_E)
-    z = tl.where((offs_v < V)[:, None], z, LOWEST)
-    top = tl.max(z, 0)
-    race = top[None, :] - z  # the lowest wins
-    if not GREEDY:
-        key = tl.load(row_key_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
-        place = tl.load(position_ptr + offs_r, mask=in_r, other=0).to(tl.uint64, bitcast=True)
-        start = (tl.load(seed_ptr) + 1).to(tl.uint64, bitcast=True) * MIX_2
-        state = mix(mix(key * GOLDEN + start) + place * GOLDEN)
-        race = tl.exp2(race) * exponential(state[None, :], offs_v[:, None])
-    best = tl.min(race, 0)
-    token = tl.min(tl.where(race == best[None, :], offs_v[:, None], V), 0)
-    logit = tl.sum(tl.where(offs_v[:, None] == token[None, :], z, 0.0), 0)
-    total = tl.sum(tl.exp2(z - top[None, :]), 0)
-    score = top
-    if not GREEDY:
-        score = top - tl.log2(best)
-    out = tile * R + offs_r
-    tl.store(score_ptr + out, score, mask=in_r)
-    tl.store(token_ptr + out, token, mask=in_r)
-    tl.store(logit_ptr + out, logit, mask=in_r)
-    tl.store(top_ptr + out, top, mask=in_r)
-    tl.store(total_ptr + out, total, mask=in_r)
+    z = as_in_memory(acc, ROUND, PAIRS)
+    places = (row_key_ptr, position_ptr, seed_ptr)
+    out = (score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr)
+    write_winners(z, offs_v, offs_r, tile, places, out, R, V, inv_temperature, GREEDY)
+
+
+@triton.jit(do_not_specialize=["R"])
+def sample_rows_kernel(
+    logits_ptr,  # [R, V]
+    row_key_ptr,
+    position_ptr,
+    seed_ptr,
+    score_ptr,
+    token_ptr,
+    logit_ptr,
+    top_ptr,
+    total_ptr,  # [tiles, R]
+    R,
+    V,
+    inv_temperature,
+    BLOCK_V: tl.constexpr,
+    GREEDY: tl.constexpr,
+):
+    """One program per row and vocabulary tile: what `linear_sample_kernel` does with its logits, with those in
+    memory."""
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    z = tl.load(logits_ptr + row.to(tl.int64) * V + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+    places = (row_key_ptr, position_ptr, seed_ptr)
+    out = (score_ptr, token_ptr, logit_ptr, top_ptr, total_ptr)
+    write_winners(z[:, None], offs_v, row + tl.arange(0, 1), tile, places, out, R, V, inv_temperature, GREEDY)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -163,6 +208,7 @@ def sample_launch(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
         "num_warps": warps,
         "num_stages": stages,
         "ROUND": LOGITS[hidden.dtype],
+        "PAIRS": not interpreted(),
         "UPCAST": interpreted() and hidden.dtype == torch.bfloat16,
     }
     return matrices, constants
@@ -173,27 +219,19 @@ def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, gre
     token, logp = torch.empty_like(row_key), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return token, logp
-    (x, w), constants = sample_launch(hidden, weight)
-    tiles = triton.cdiv(V, constants["BLOCK_V"])
+    in_memory = R >= ROWS_IN_MEMORY
+    block = ROW_TILE if in_memory else FP32_TILE[0] if hidden.dtype == torch.float32 else WGMMA_TILE[0]
+    tiles = triton.cdiv(V, block)
     score, logit, top, total = (logp.new_empty(tiles, R) for _ in range(4))
     winner = torch.empty_like(score, dtype=torch.int32)
-    linear_sample_kernel[(triton.cdiv(R, constants["BLOCK_R"]), tiles)](
-        x,
-        w,
-        row_key,
-        position,
-        seed,
-        score,
-        winner,
-        logit,
-        top,
-        total,
-        R=R,
-        V=V,
-        inv_temperature=inv_temperature,
-        GREEDY=greedy,
-        **constants,
-    )
+    places, out = (row_key, position, seed), (score, winner, logit, top, total)
+    numbers = {"R": R, "V": V, "inv_temperature": inv_temperature, "GREEDY": greedy}
+    if in_memory:
+        logits = hidden @ weight.t()
+        sample_rows_kernel[(R, tiles)](logits, *places, *out, **numbers, BLOCK_V=block, num_warps=8)
+    else:
+        (x, w), constants = sample_launch(hidden, weight)
+        linear_sample_kernel[(triton.cdiv(R, constants["BLOCK_R"]), tiles)](x, w, *places, *out, **numbers, **constants)
     combine_tiles_kernel[(R,)](
         score, winner, logit, top, total, token, logp, R, tiles, V, BLOCK=triton.next_power_of_2(tiles)
     )

@@ -90,6 +90,17 @@ def test_a_row_does_not_depend_on_its_batch(impl, device):
     assert error(some_logp, logp[order], 1.0) < 1e-6
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_many_rows_draw_what_few_would(impl, device, monkeypatch, greedy):
+    """From 128 rows on the logits are in memory on a GPU. Two tiles of a row, the second not full."""
+    inputs = sample_inputs(Shape(130, 5000, 16), device=device) | {"greedy": greedy}
+    token, logp = linear_sample(**inputs, impl=impl)
+    monkeypatch.setattr("vtfast_kernels.linear_sample.ROWS_IN_MEMORY", 1000)
+    fused_token, fused_logp = linear_sample(**inputs, impl=impl)
+    assert torch.equal(token, fused_token)
+    assert error(logp, fused_logp, 1.0) < 1e-6
+
+
 @pytest.mark.parametrize("seed", [0, 3, -1, 2**63 + 5, 2**64 - 1])
 def test_a_seed_may_be_a_tensor(impl, device, seed):
     inputs = sample_inputs(Shape(64, 500, 8), device=device) | {"seed": seed}
