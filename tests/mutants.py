@@ -61,13 +61,7 @@ MUTANTS = [
     Mutant("gluon_logprob.py", "(offs_v < V)[None, :]", "(offs_v < V + 1)[None, :]", GLUON, False),
     Mutant("gluon_ring.py", "a.index(2 * slot + CONSUMER)", "a.index(2 * slot)", GLUON, False),
     Mutant("gluon_ring.py", "step // STAGES % 2)", "0)", GLUON, False),
-    Mutant(
-        "gluon_logprob.py",
-        "if k > 0:\n                    release",
-        "if k >= 0:\n                    release",
-        GLUON,
-        False,
-    ),
+    Mutant("gluon_ring.py", "if k > 0:\n", "if k >= 0:\n", GLUON, False),
     Mutant("gluon_logprob.py", "    cluster_barrier()\n    for item", "    for item", GLUON, False),
     Mutant("gluon_exponentials.py", "tma.store_wait(0)  # the", "# the", GLUON, False),
     Mutant("gluon_exponentials.py", "[row, column], buffer", "[row, 0], buffer", GLUON, False),
@@ -96,7 +90,7 @@ MUTANTS = [
     ),
     Mutant("chunked_logits.py", "e.scatter_add_(1, target[:, None], -self.total[:, None])", "pass", LOSS, False),
     # the loss
-    Mutant("loss_chunks.py", "tl.exp2(z_target * scale - top) - total", "tl.exp2(z_target * scale - top)", LOSS),
+    Mutant("loss_chunks.py", "(tl.exp2(z_target) - total)", "tl.exp2(z_target)", LOSS),
     Mutant("loss_chunks.py", "g * -self.inv_temperature / total", "g * -1.0 / total", LOSS),
     Mutant("loss_chunks.py", "(self.total > MAX_DRIFT) | ", "", f"{LOSS} drift"),
     Mutant("loss_chunks.py", " | (self.total < 1 / MAX_DRIFT)", "", f"{LOSS} drift"),
