@@ -33,7 +33,7 @@ def _shared_tokens(
     return shared_k, shared_v
 
 
-def gathered_attention(
+def attend_gathered(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: Pages, scale: float
 ) -> torch.Tensor:
     """Return [R, H, d]: scores against the shared and the own pages side by side under one softmax."""

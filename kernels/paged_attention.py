@@ -28,7 +28,7 @@ import triton.language as tl
 
 from . import checks
 from .checks import FLOATS, REFERENCE_FLOATS, check_tensor, choose_impl, interpreted, op_scope, require
-from .gathered_attention import gathered_attention
+from .gathered_attention import attend_gathered
 from .online_softmax import LOG2_E, LOWEST
 from .page_table import Pages
 
@@ -236,7 +236,7 @@ def paged_attention(
         return reference.paged_attention(query, keys, values, pages, scale=scale)
     if impl == "triton":
         return _paged_triton(query.contiguous(), keys.contiguous(), values.contiguous(), pages, scale)
-    return gathered_attention(query, keys, values, pages, scale)
+    return attend_gathered(query, keys, values, pages, scale)
 
 
 def _check(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: Pages, impl: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launchers import outside_ranks
 from whole_runs import assert_same_run, build, run, step, steps, truncate
 
 from vtfast.report.tracking import JsonLinesWriter, Tracker
@@ -142,7 +143,7 @@ def test_a_real_limit_in_the_middle_of_a_file(tmp_path, questions):
         | {"eval_data": "none", "output_dir": tmp_path / "run", "per_device_train_batch_size": 2}
     )
     command = [sys.executable, "-c", script, *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=outside_ranks(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "step-2: cannot be written" in done.stderr and "step-1 is intact" in done.stderr
     assert steps(tmp_path / "run") == ["step-1"] and files.find_damage(step(tmp_path / "run", 1)) is None
