@@ -133,7 +133,7 @@ def gluon_exponentials_kernel(
     invalidate_ring(ready, empty, STAGES)
 
 
-def gluon_exponentials(
+def fill_exponentials(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,

@@ -316,11 +316,11 @@ class TritonChunks(_Chunks):
 
     def _exponentials(self, a: int, b: int, logp: torch.Tensor, entropy: torch.Tensor) -> None:
         """Compute the exponentials of the logits, and what `grpo_rows_kernel` without a pass reads."""
-        from .gluon_exponentials import gluon_exponentials
+        from .gluon_exponentials import fill_exponentials
 
         assert self.offset is not None
         rows = (self.hidden[a:b], self.weight, self.target[a:b], self.offset[a:b], self.inv_temperature)
-        sums = gluon_exponentials(*rows, result=self.buffer[: b - a])
+        sums = fill_exponentials(*rows, result=self.buffer[: b - a])
         for out, x in zip((self.total, entropy, logp), sums, strict=True):
             out[a:b] = x
 

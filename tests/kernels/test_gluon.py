@@ -115,7 +115,7 @@ def exponentials_torch(hidden, weight, target, offset, inv_temperature, result):
 def test_the_loss_after_the_exponentials(impl, device, name, monkeypatch):
     """What is done with the exponentials is that which is done after one pass, to the last bit but for their sums."""
     monkeypatch.setattr(linear_grpo_loss, "require_hopper", lambda *matrices: None)
-    monkeypatch.setattr(gluon_exponentials, "gluon_exponentials", exponentials_torch)
+    monkeypatch.setattr(gluon_exponentials, "fill_exponentials", exponentials_torch)
     inputs = linear_grpo_inputs(Shape(70, 1000, 48), torch.bfloat16, device, spec=specs()[name])
     want, got = run("linear_grpo_loss", inputs, impl), run("linear_grpo_loss", inputs, "gluon")
     for key, value in want.items():
