@@ -219,19 +219,32 @@ def _sample_triton(hidden, weight, inv_temperature, seed, row_key, position, gre
     token, logp = torch.empty_like(row_key), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return token, logp
-    in_memory = R >= ROWS_IN_MEMORY
-    block = ROW_TILE if in_memory else FP32_TILE[0] if hidden.dtype == torch.float32 else WGMMA_TILE[0]
-    tiles = triton.cdiv(V, block)
+    if R >= ROWS_IN_MEMORY:
+        kernel, matrices = sample_rows_kernel, (hidden @ weight.t(),)
+        rows, constants = 1, {"BLOCK_V": ROW_TILE, "num_warps": 8}
+    else:
+        kernel = linear_sample_kernel
+        matrices, constants = sample_launch(hidden, weight)
+        rows = constants["BLOCK_R"]
+    tiles = triton.cdiv(V, constants["BLOCK_V"])
     score, logit, top, total = (logp.new_empty(tiles, R) for _ in range(4))
     winner = torch.empty_like(score, dtype=torch.int32)
-    places, out = (row_key, position, seed), (score, winner, logit, top, total)
-    numbers = {"R": R, "V": V, "inv_temperature": inv_temperature, "GREEDY": greedy}
-    if in_memory:
-        logits = hidden @ weight.t()
-        sample_rows_kernel[(R, tiles)](logits, *places, *out, **numbers, BLOCK_V=block, num_warps=8)
-    else:
-        (x, w), constants = sample_launch(hidden, weight)
-        linear_sample_kernel[(triton.cdiv(R, constants["BLOCK_R"]), tiles)](x, w, *places, *out, **numbers, **constants)
+    kernel[(triton.cdiv(R, rows), tiles)](
+        *matrices,
+        row_key,
+        position,
+        seed,
+        score,
+        winner,
+        logit,
+        top,
+        total,
+        R=R,
+        V=V,
+        inv_temperature=inv_temperature,
+        GREEDY=greedy,
+        **constants,
+    )
     combine_tiles_kernel[(R,)](
         score, winner, logit, top, total, token, logp, R, tiles, V, BLOCK=triton.next_power_of_2(tiles)
     )
