@@ -15,6 +15,7 @@ import torch
 
 SCALES = ("group", "batch", "none")
 IMPLS = ("auto", "triton", "torch", "reference")
+HEAD_IMPLS = (*IMPLS, "gluon")  # of linear_logprob and linear_grpo_loss
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_FLOATS = (*FLOATS, torch.float64)  # float64 is the oracle's dtype
 CHECK_VALUES = os.environ.get("VTFAST_CHECK", "0") == "1"
@@ -98,6 +99,18 @@ def require_hopper(*matrices: torch.Tensor) -> None:
     require(ready, "impl", "'gluon' needs an sm_90 GPU, and bf16 or fp16 rows of a multiple of 16 bytes")
 
 
+def head_inputs(
+    impl: str, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the three as this implementation of an op on the head reads them."""
+    if impl == "torch":
+        return hidden, weight, target
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    if impl == "gluon":
+        require_hopper(hidden, weight)
+    return hidden, weight, target.contiguous()
+
+
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
     """Matmuls of fp32 matrices without TF32 or bf16, whatever `torch.set_float32_matmul_precision` says."""
@@ -117,11 +130,12 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or interpreted()
 
 
-def choose_impl(impl: str, tensor: torch.Tensor, name: str = "hidden") -> str:
-    """Return "triton" on CUDA and "torch" elsewhere for "auto"; any other `impl` must run on the tensor's device."""
+def choose_impl(impl: str, tensor: torch.Tensor, name: str = "hidden", impls: tuple[str, ...] = IMPLS) -> str:
+    """Return "triton" on CUDA and "torch" elsewhere for "auto"; any other `impl` must run on the tensor's device.
+    `impls`: those that the op has."""
     is_tensor = isinstance(tensor, torch.Tensor)
     require(is_tensor, name, f"expected a tensor, got {type(tensor).__name__}")
-    require(impl in IMPLS, "impl", f"must be one of {', '.join(IMPLS)}, got {impl!r}")
+    require(impl in impls, "impl", f"must be one of {', '.join(impls)}, got {impl!r}")
     if impl == "auto":
         return "triton" if tensor.is_cuda else "torch"
     runnable = impl != "triton" or runs_triton(tensor)

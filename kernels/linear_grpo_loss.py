@@ -36,15 +36,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .checks import (
+    HEAD_IMPLS,
     IGNORE_INDEX,
     check_head,
     check_share,
     check_target,
     choose_impl,
     full_fp32,
+    head_inputs,
     op_scope,
     require,
-    require_hopper,
 )
 from .chunked_logits import scale_rows
 from .chunks import chunk_rows_of, row_spans, sequence_spans
@@ -236,8 +237,7 @@ def linear_grpo_loss(
             a bound that the output tells. Loss, log-probs and entropy stay exact.
         impl: auto | triton | torch | reference | gluon (gluon_exponentials.py: sm_90, bf16 or fp16; not measured yet).
     """
-    gluon = impl == "gluon"
-    impl = choose_impl("triton" if gluon else impl, hidden)
+    impl = choose_impl(impl, hidden, impls=HEAD_IMPLS)
     if impl == "reference":
         from . import reference
 
@@ -266,12 +266,9 @@ def linear_grpo_loss(
     tokens = prepare_tokens(
         spec, sequence_id, advantage, scored, torch.float32, old_logp, ref_logp, sampler_logp, num_sequences, num_tokens
     )
-    if impl == "triton":
-        hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
-    if gluon:
-        require_hopper(hidden, weight)
-        require(len(weight) % 8 == 0, "impl", f"'gluon' needs a vocabulary of a multiple of 8, not {len(weight)}")
-        impl = "gluon"
+    hidden, weight, target = head_inputs(impl, hidden, weight, target)
+    fits = impl != "gluon" or len(weight) % 8 == 0
+    require(fits, "impl", f"'gluon' needs a vocabulary of a multiple of 8, not {len(weight)}")
     recording = torch.is_grad_enabled()
     needs_grad = (recording and hidden.requires_grad, recording and weight.requires_grad)
     near = next((x.detach() for x in (near_logp, sampler_logp, old_logp) if x is not None), None)

@@ -30,15 +30,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import checks
 from .checks import (
+    HEAD_IMPLS,
     IGNORE_INDEX,
     check_head,
     check_target,
     check_temperature,
     choose_impl,
     full_fp32,
+    head_inputs,
     interpreted,
     op_scope,
-    require_hopper,
 )
 from .chunked_logits import Chunk, add_matmul, dlogits_triton, matmul_over_vocabulary
 from .chunks import chunk_rows_of, multiprocessors, row_spans, work_item
@@ -343,8 +344,7 @@ def linear_logprob(
     Returns:
         logp [N] fp32, or (logp, entropy [N] fp32).
     """
-    gluon = impl == "gluon"
-    impl = choose_impl("triton" if gluon else impl, hidden)
+    impl = choose_impl(impl, hidden, impls=HEAD_IMPLS)
     check_head(hidden, weight, impl)
     check_target(target, hidden, weight.shape[0])
     check_temperature(temperature)
@@ -352,10 +352,6 @@ def linear_logprob(
         from . import reference
 
         return reference.linear_logprob(hidden, weight, target, temperature=temperature, entropy=entropy)
-    if impl == "triton":
-        hidden, weight, target = hidden.contiguous(), weight.contiguous(), target.contiguous()
-    if gluon:
-        require_hopper(hidden, weight)
-        impl = "gluon"
+    hidden, weight, target = head_inputs(impl, hidden, weight, target)
     logp, ent = _LinearLogprob.apply(hidden, weight, target, 1.0 / temperature, entropy, impl)
     return (logp, ent) if entropy else logp

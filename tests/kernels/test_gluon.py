@@ -5,7 +5,7 @@ import torch
 import triton
 from compare import assert_close, error, run
 from gluon_emulator import Descriptor, Pointer, run_cluster
-from vtfast_kernels import checks, gluon_exponentials, gluon_logprob, gluon_ring, linear_grpo_loss
+from vtfast_kernels import checks, gluon_exponentials, gluon_logprob, gluon_ring
 from vtfast_kernels.cases import OPS, Shape, linear_grpo_inputs, logprob_inputs, specs
 
 SPLIT = 512
@@ -114,7 +114,7 @@ def exponentials_torch(hidden, weight, target, offset, inv_temperature, result):
 @pytest.mark.parametrize("name", ["grpo-token", "grpo-sequence"])
 def test_the_loss_after_the_exponentials(impl, device, name, monkeypatch):
     """What is done with the exponentials is that which is done after one pass, to the last bit but for their sums."""
-    monkeypatch.setattr(linear_grpo_loss, "require_hopper", lambda *matrices: None)
+    monkeypatch.setattr(checks, "require_hopper", lambda *matrices: None)
     monkeypatch.setattr(gluon_exponentials, "fill_exponentials", exponentials_torch)
     inputs = linear_grpo_inputs(Shape(70, 1000, 48), torch.bfloat16, device, spec=specs()[name])
     want, got = run("linear_grpo_loss", inputs, impl), run("linear_grpo_loss", inputs, "gluon")
