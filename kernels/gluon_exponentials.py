@@ -15,8 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .chunks import work_item
 from .gluon_ring import (
     ACCUMULATOR,
-    COLUMNS,
-    ROWS,
+    Settings,
     cluster_barrier,
     invalidate_ring,
     launch,
@@ -25,51 +24,36 @@ from .gluon_ring import (
     producer,
     tiles_of,
 )
+from .linear_logprob import SPLIT
 from .online_softmax import LOG2_E, as_in_memory
 
-STAGES = 3  # of 48 KB, beside 64 KB of results
-SPLIT = 4096  # vocabulary columns of a work item
+STAGES = 3  # beside 64 KB of results
 
 
 @gluon.jit
-def consumer(
-    CONSUMER: gl.constexpr,
-    ring,
-    plan,
-    result,
-    buffer,
-    known,
-    out,
-    inv_temperature,
-    D: gl.constexpr,
-    SPLIT: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Write the exponentials of ROWS rows, and their sums over each split."""
-    ROWS: gl.constexpr = ring[0].type.shape[1]
-    COLUMNS: gl.constexpr = ring[1].type.shape[1]
+def consumer(CONSUMER: gl.constexpr, ring, plan, result, buffer, known, out, inv_temperature, S: gl.constexpr):
+    """Write the exponentials of its rows, and their sums over each split."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, ACCUMULATOR)
     BY_COLUMN: gl.constexpr = gl.SliceLayout(0, ACCUMULATOR)
     scale = inv_temperature * LOG2_E
     N, V, num_splits = plan
     target_ptr, offset_ptr = known
     total_ptr, mean_ptr, target_y_ptr = out
-    row_blocks = gl.cdiv(N, 2 * ROWS)
+    row_blocks = gl.cdiv(N, 2 * S.rows)
     step = 0
     cluster_barrier()
     for item in range(gl.program_id(0), row_blocks * num_splits, gl.num_programs(0)):
-        row_block, split = work_item(item, row_blocks, num_splits, GROUP)
-        row = (2 * row_block + CONSUMER) * ROWS
-        offs_n = row + gl.arange(0, ROWS, BY_ROW)
+        row_block, split = work_item(item, row_blocks, num_splits, S.group)
+        row = (2 * row_block + CONSUMER) * S.rows
+        offs_n = row + gl.arange(0, S.rows, BY_ROW)
         in_n = offs_n < N
         target = gl.load(target_ptr + offs_n, mask=in_n, other=-1).to(gl.int32)
         offset = gl.load(offset_ptr + offs_n, mask=in_n, other=1e30)
-        total = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
-        mean = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
-        for column in range(split * SPLIT, min(split * SPLIT + SPLIT, V), COLUMNS):
-            z, step = multiply_tile(CONSUMER, ring, step, D, STAGES)
-            offs_v = column + gl.arange(0, COLUMNS, BY_COLUMN)
+        total = gl.full([S.rows], 0.0, gl.float32, BY_ROW)
+        mean = gl.full([S.rows], 0.0, gl.float32, BY_ROW)
+        for column in range(split * S.split, min(split * S.split + S.split, V), S.columns):
+            z, step = multiply_tile(CONSUMER, ring, step, S)
+            offs_v = column + gl.arange(0, S.columns, BY_COLUMN)
             z = as_in_memory(z, ring[0].dtype, True)
             y = gl.where((offs_v < V)[None, :], z * scale - offset[:, None], -1e30)
             at_target = gl.expand_dims(target_y_ptr + offs_n, 1) + gl.expand_dims(0 * offs_v, 0)
@@ -104,18 +88,12 @@ def gluon_exponentials_kernel(
     num_splits,
     inv_temperature,
     empty_offset,
-    D: gl.constexpr,
-    SPLIT: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    ARRIVALS: gl.constexpr,
+    S: gl.constexpr,
 ):
     """`hidden`, `weight` and `result` [N, V] are tensor descriptors. Every warp belongs to one of the three parts,
     because all have to take part in `cluster_barrier`."""
-    a, b, ready, empty = new_ring(hidden, weight, STAGES, ARRIVALS)
-    buffers = gl.allocate_shared_memory(
-        result.dtype, [2, result.block_type.shape[0], result.block_type.shape[1]], result.layout
-    )
+    a, b, ready, empty = new_ring(hidden, weight, S)
+    buffers = gl.allocate_shared_memory(result.dtype, [2, S.rows, S.columns], result.layout)
     plan = (N, V, num_splits)
     out = (total_ptr, mean_ptr, target_y_ptr)
     ring = (a, b, ready, empty_offset)
@@ -123,14 +101,14 @@ def gluon_exponentials_kernel(
     first, second = buffers.index(0), buffers.index(1)
     gl.warp_specialize(
         [
-            (consumer, (0, ring, plan, result, first, known, out, inv_temperature, D, SPLIT, GROUP, STAGES)),
-            (consumer, (1, ring, plan, result, second, known, out, inv_temperature, D, SPLIT, GROUP, STAGES)),
-            (producer, (hidden, weight, a, b, ready, empty, plan, D, SPLIT, GROUP, STAGES)),
+            (consumer, (0, ring, plan, result, first, known, out, inv_temperature, S)),
+            (consumer, (1, ring, plan, result, second, known, out, inv_temperature, S)),
+            (producer, (hidden, weight, a, b, ready, empty, plan, S)),
         ],
         [4, 4],
         [240, 24],
     )
-    invalidate_ring(ready, empty, STAGES)
+    invalidate_ring(ready, empty, S)
 
 
 def fill_exponentials(
@@ -147,7 +125,8 @@ def fill_exponentials(
     splits = triton.cdiv(len(weight), SPLIT)
     total, mean = (offset.new_empty(splits, len(hidden)) for _ in range(2))
     target_y = torch.empty_like(offset)
-    tiles = tiles_of(result, ROWS, COLUMNS, divided=True)
+    settings = Settings(hidden.shape[1], SPLIT, STAGES)
+    tiles = tiles_of(result, settings.rows, settings.columns, divided=True)
     arguments = (tiles, target, offset, total, mean, target_y)
-    launch(gluon_exponentials_kernel, hidden, weight, SPLIT, STAGES, *arguments, inv_temperature=inv_temperature)
+    launch(gluon_exponentials_kernel, hidden, weight, settings, *arguments, inv_temperature=inv_temperature)
     return total.sum(0), mean.sum(0), target_y

@@ -9,48 +9,45 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .chunks import work_item
-from .gluon_ring import ACCUMULATOR, cluster_barrier, invalidate_ring, launch, multiply_tile, new_ring, producer
+from .gluon_ring import (
+    ACCUMULATOR,
+    Settings,
+    cluster_barrier,
+    invalidate_ring,
+    launch,
+    multiply_tile,
+    new_ring,
+    producer,
+)
 from .online_softmax import LOG2_E, LOWEST, as_in_memory, online
 
-STAGES = 4  # of 48 KB
+STAGES = 4
 
 
 @gluon.jit
 def consumer(
-    CONSUMER: gl.constexpr,
-    ring,
-    plan,
-    target_ptr,
-    out,
-    inv_temperature,
-    D: gl.constexpr,
-    SPLIT: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    ENTROPY: gl.constexpr,
+    CONSUMER: gl.constexpr, ring, plan, target_ptr, out, inv_temperature, S: gl.constexpr, ENTROPY: gl.constexpr
 ):
-    """Keep the statistics of ROWS rows."""
-    ROWS: gl.constexpr = ring[0].type.shape[1]
-    COLUMNS: gl.constexpr = ring[1].type.shape[1]
+    """Keep the statistics of its rows."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, ACCUMULATOR)
     BY_COLUMN: gl.constexpr = gl.SliceLayout(0, ACCUMULATOR)
     scale = inv_temperature * LOG2_E
     N, V, num_splits = plan
-    row_blocks = gl.cdiv(N, 2 * ROWS)
+    row_blocks = gl.cdiv(N, 2 * S.rows)
     step = 0
     cluster_barrier()
     for item in range(gl.program_id(0), row_blocks * num_splits, gl.num_programs(0)):
-        row_block, split = work_item(item, row_blocks, num_splits, GROUP)
-        offs_n = (2 * row_block + CONSUMER) * ROWS + gl.arange(0, ROWS, BY_ROW)
+        row_block, split = work_item(item, row_blocks, num_splits, S.group)
+        offs_n = (2 * row_block + CONSUMER) * S.rows + gl.arange(0, S.rows, BY_ROW)
         in_n = offs_n < N
         target = gl.load(target_ptr + offs_n, mask=in_n, other=-1).to(gl.int32)
-        top = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
-        total = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
-        mean = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
-        target_logit = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
-        for column in range(split * SPLIT, min(split * SPLIT + SPLIT, V), COLUMNS):
-            z, step = multiply_tile(CONSUMER, ring, step, D, STAGES)
-            offs_v = column + gl.arange(0, COLUMNS, BY_COLUMN)
+        top = gl.full([S.rows], LOWEST, gl.float32, BY_ROW)
+        total = gl.full([S.rows], 0.0, gl.float32, BY_ROW)
+        mean = gl.full([S.rows], 0.0, gl.float32, BY_ROW)
+        target_logit = gl.full([S.rows], 0.0, gl.float32, BY_ROW)
+        for column in range(split * S.split, min(split * S.split + S.split, V), S.columns):
+            z, step = multiply_tile(CONSUMER, ring, step, S)
+            offs_v = column + gl.arange(0, S.columns, BY_COLUMN)
             z = gl.where((offs_v < V)[None, :], as_in_memory(z, ring[0].dtype, True), LOWEST)
             top, total, mean = online(top, total, mean, z, scale, ENTROPY)
             target_logit += gl.sum(gl.where(offs_v[None, :] == target[:, None], z, 0.0), 1)
@@ -77,29 +74,25 @@ def gluon_logprob_kernel(
     num_splits,
     inv_temperature,
     empty_offset,
-    D: gl.constexpr,
-    SPLIT: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    ARRIVALS: gl.constexpr,
+    S: gl.constexpr,
     ENTROPY: gl.constexpr,
 ):
     """`hidden` and `weight` are tensor descriptors. Every warp belongs to one of the three parts, because all have to
     take part in `cluster_barrier`."""
-    a, b, ready, empty = new_ring(hidden, weight, STAGES, ARRIVALS)
+    a, b, ready, empty = new_ring(hidden, weight, S)
     plan = (N, V, num_splits)
     out = (max_ptr, sum_ptr, mean_ptr, target_logit_ptr)
     ring = (a, b, ready, empty_offset)
     gl.warp_specialize(
         [
-            (consumer, (0, ring, plan, target_ptr, out, inv_temperature, D, SPLIT, GROUP, STAGES, ENTROPY)),
-            (consumer, (1, ring, plan, target_ptr, out, inv_temperature, D, SPLIT, GROUP, STAGES, ENTROPY)),
-            (producer, (hidden, weight, a, b, ready, empty, plan, D, SPLIT, GROUP, STAGES)),
+            (consumer, (0, ring, plan, target_ptr, out, inv_temperature, S, ENTROPY)),
+            (consumer, (1, ring, plan, target_ptr, out, inv_temperature, S, ENTROPY)),
+            (producer, (hidden, weight, a, b, ready, empty, plan, S)),
         ],
         [4, 4],
         [232, 40],
     )
-    invalidate_ring(ready, empty, STAGES)
+    invalidate_ring(ready, empty, S)
 
 
 def gluon_statistics(
@@ -114,4 +107,5 @@ def gluon_statistics(
     """Fill `out`: top, total, mean and target logit [splits, N] fp32 (online_softmax.py) of each split of `split`
     columns of hidden [N, D] @ weight [V, D]^T."""
     numbers = {"inv_temperature": inv_temperature, "ENTROPY": entropy}
-    launch(gluon_logprob_kernel, hidden, weight, split, STAGES, target, *out, **numbers)
+    settings = Settings(hidden.shape[1], split, STAGES)
+    launch(gluon_logprob_kernel, hidden, weight, settings, target, *out, **numbers)

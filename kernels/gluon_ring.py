@@ -17,7 +17,7 @@ needs the barriers' address, which is read from the compiled kernel (`empty_offs
 
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,9 +31,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .chunks import multiprocessors, work_item
 from .online_softmax import LOGITS
 
-ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a consumer's tile in both CTAs, and of a step
-GROUP = 24  # blocks of 256 rows that go through all splits together
 ARRIVALS = 16  # at a slot's barrier: consumer warps of both CTAs
+
+
+class Settings(NamedTuple):
+    """What a kernel is compiled for."""
+
+    D: int
+    """Hidden size."""
+    split: int
+    """Vocabulary columns of a work item."""
+    stages: int
+    """Slots of the ring, of 48 KB each."""
+    group: int = 24
+    """Blocks of 256 rows that go through all splits together."""
+    rows: int = 128
+    """Of a consumer's tile, in both CTAs."""
+    columns: int = 256
+    """Of a tile."""
+    depth: int = 64
+    """Of the hidden size, in a step."""
+    arrivals: int = ARRIVALS
+
 
 ACCUMULATOR: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16], [[1, 0]]))
 RELEASE: gl.constexpr = gl.constexpr("""{
@@ -65,87 +84,66 @@ def cluster_barrier():
 
 
 @gluon.jit
-def producer(
-    hidden,
-    weight,
-    a,
-    b,
-    ready,
-    empty,
-    plan,
-    D: gl.constexpr,
-    SPLIT: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def producer(hidden, weight, a, b, ready, empty, plan, S: gl.constexpr):
     """Fill the ring's slots in the order in which the consumers use them."""
-    ROWS: gl.constexpr = hidden.block_type.shape[0]
-    COLUMNS: gl.constexpr = weight.block_type.shape[0]
-    DEPTH: gl.constexpr = weight.block_type.shape[1]
     N, V, num_splits = plan
-    row_blocks = gl.cdiv(N, 2 * ROWS)
+    row_blocks = gl.cdiv(N, 2 * S.rows)
     step = 0
     cluster_barrier()
     for item in range(gl.program_id(0), row_blocks * num_splits, gl.num_programs(0)):
-        row_block, split = work_item(item, row_blocks, num_splits, GROUP)
-        row = row_block * 2 * ROWS
-        for column in range(split * SPLIT, min(split * SPLIT + SPLIT, V), COLUMNS):
-            for k in range(0, D, DEPTH):
-                slot = step % STAGES
+        row_block, split = work_item(item, row_blocks, num_splits, S.group)
+        row = row_block * 2 * S.rows
+        for column in range(split * S.split, min(split * S.split + S.split, V), S.columns):
+            for k in range(0, S.D, S.depth):
+                slot = step % S.stages
                 full = ready.index(slot)
-                mbarrier.wait(empty.index(slot), (step // STAGES + 1) % 2)
+                mbarrier.wait(empty.index(slot), (step // S.stages + 1) % 2)
                 mbarrier.expect(full, 2 * hidden.nbytes_per_cta + weight.nbytes_per_cta)
                 tma.async_copy_global_to_shared(hidden, [row, k], full, a.index(2 * slot))
-                tma.async_copy_global_to_shared(hidden, [row + ROWS, k], full, a.index(2 * slot + 1))
+                tma.async_copy_global_to_shared(hidden, [row + S.rows, k], full, a.index(2 * slot + 1))
                 tma.async_copy_global_to_shared(weight, [column, k], full, b.index(slot), multicast=True)
                 step += 1
     cluster_barrier()
 
 
 @gluon.jit
-def multiply_tile(CONSUMER: gl.constexpr, ring, step, D: gl.constexpr, STAGES: gl.constexpr):
-    """Return the logits [ROWS, COLUMNS] of the next tile, of whose rows each CTA has half, and the step after it.
+def multiply_tile(CONSUMER: gl.constexpr, ring, step, S: gl.constexpr):
+    """Return the logits [S.rows, S.columns] of the next tile, of whose rows each CTA has half, and the step after it.
     `ring`: slots of hidden and of weight, barriers of the ready ones, address of those of the empty ones."""
     a, b, ready, empty_offset = ring
-    ROWS: gl.constexpr = a.type.shape[1]
-    COLUMNS: gl.constexpr = b.type.shape[1]
-    DEPTH: gl.constexpr = b.type.shape[2]
-    acc = gl.full([ROWS, COLUMNS], 0.0, gl.float32, ACCUMULATOR)
-    for k in range(0, D, DEPTH):
-        slot = step % STAGES
-        mbarrier.wait(ready.index(slot), step // STAGES % 2)
+    acc = gl.full([S.rows, S.columns], 0.0, gl.float32, ACCUMULATOR)
+    for k in range(0, S.D, S.depth):
+        slot = step % S.stages
+        mbarrier.wait(ready.index(slot), step // S.stages % 2)
         x, w = a.index(2 * slot + CONSUMER), b.index(slot).permute((1, 0))
         acc = warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])  # the step before this has read its slot
         if k > 0:
-            release(empty_offset + (step - 1) % STAGES * 8)
+            release(empty_offset + (step - 1) % S.stages * 8)
         step += 1
     logits = warpgroup_mma_wait(0, deps=[acc])
-    release(empty_offset + (step - 1) % STAGES * 8)  # ptxas puts it behind what follows
+    release(empty_offset + (step - 1) % S.stages * 8)  # ptxas puts it behind what follows
     return logits, step
 
 
 @gluon.jit
-def new_ring(hidden, weight, STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+def new_ring(hidden, weight, S: gl.constexpr):
     """Return the slots of hidden (two for each step) and of weight, and the barriers of those that are ready and
     empty."""
-    ROWS: gl.constexpr = hidden.block_type.shape[0]
-    COLUMNS: gl.constexpr = weight.block_type.shape[0]
-    DEPTH: gl.constexpr = weight.block_type.shape[1]
-    b = gl.allocate_shared_memory(weight.dtype, [STAGES, COLUMNS, DEPTH], weight.layout)
-    a = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, ROWS, DEPTH], hidden.layout)
-    ready = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for slot in gl.static_range(STAGES):
+    b = gl.allocate_shared_memory(weight.dtype, [S.stages, S.columns, S.depth], weight.layout)
+    a = gl.allocate_shared_memory(hidden.dtype, [2 * S.stages, S.rows, S.depth], hidden.layout)
+    ready = mbarrier.allocate_mbarrier(batch=S.stages)
+    empty = mbarrier.allocate_mbarrier(batch=S.stages)
+    for slot in gl.static_range(gl.constexpr(S.stages)):
         mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=ARRIVALS)
+        mbarrier.init(empty.index(slot), count=S.arrivals)
     mbarrier.fence_init_release_cluster()
     return a, b, ready, empty
 
 
 @gluon.jit
-def invalidate_ring(ready, empty, STAGES: gl.constexpr):
-    for slot in gl.static_range(STAGES):
+def invalidate_ring(ready, empty, S: gl.constexpr):
+    for slot in gl.static_range(gl.constexpr(S.stages)):
         mbarrier.invalidate(ready.index(slot))
         mbarrier.invalidate(empty.index(slot))
 
@@ -170,20 +168,13 @@ def tiles_of(x: torch.Tensor, rows: int, columns: int, divided: bool) -> TensorD
 
 
 def launch(
-    kernel: GluonJITFunction,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    split: int,
-    stages: int,
-    *arguments: Any,
-    **options: Any,
+    kernel: GluonJITFunction, hidden: torch.Tensor, weight: torch.Tensor, S: Settings, *arguments: Any, **options: Any
 ) -> None:
-    """Launch a kernel on hidden [N, D] and weight [V, D], with `split` columns of the vocabulary a work item."""
-    (N, D), V = hidden.shape, len(weight)
-    num_splits = triton.cdiv(V, split)
-    grid = (min(triton.cdiv(N, 2 * ROWS) * num_splits, multiprocessors(hidden.device) // 2),)
-    matrices = tiles_of(hidden, ROWS, DEPTH, divided=True), tiles_of(weight, COLUMNS, DEPTH, divided=False)
-    options |= {"N": N, "V": V, "num_splits": num_splits, "D": D, "SPLIT": split, "GROUP": GROUP, "STAGES": stages}
-    options |= {"ARRIVALS": ARRIVALS, "num_warps": 4, "num_ctas": 2}
+    """Launch a kernel on hidden [N, D] and weight [V, D]."""
+    (N, _), V = hidden.shape, len(weight)
+    num_splits = triton.cdiv(V, S.split)
+    grid = (min(triton.cdiv(N, 2 * S.rows) * num_splits, multiprocessors(hidden.device) // 2),)
+    matrices = tiles_of(hidden, S.rows, S.depth, divided=True), tiles_of(weight, S.columns, S.depth, divided=False)
+    options |= {"N": N, "V": V, "num_splits": num_splits, "S": S, "num_warps": 4, "num_ctas": 2}
     compiled = kernel.warmup(*matrices, *arguments, **options, empty_offset=0, grid=grid)
     kernel[grid](*matrices, *arguments, **options, empty_offset=empty_offset(compiled))

@@ -279,6 +279,7 @@ def replacements(c: Cluster) -> dict[str, object]:
         num_programs=lambda axis: c.programs,
         cdiv=lambda a, b: -(-a // b),
         static_range=range,
+        constexpr=lambda value: value,
         SliceLayout=lambda axis, parent: ("slice", axis),
         allocate_shared_memory=c.allocate,
         warp_specialize=c.warp_specialize,

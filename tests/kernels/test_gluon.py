@@ -17,6 +17,7 @@ LN_2 = torch.tensor(2.0, dtype=torch.float64).log()
 def emulate(kernel, stages: int, inputs: dict, seed: int, **arguments) -> None:
     hidden, weight, target = (inputs[name] for name in ("hidden", "weight", "target"))
     (N, D), V = hidden.shape, len(weight)
+    S = gluon_ring.Settings(D, SPLIT, stages, group=2)
     clusters = 1 + seed % 2
     for program in range(clusters):
         run_cluster(
@@ -24,19 +25,15 @@ def emulate(kernel, stages: int, inputs: dict, seed: int, **arguments) -> None:
             program,
             clusters,
             seed,
-            hidden=Descriptor(hidden, [gluon_ring.ROWS, gluon_ring.DEPTH], divided=True),
-            weight=Descriptor(weight, [gluon_ring.COLUMNS, gluon_ring.DEPTH], divided=False),
+            hidden=Descriptor(hidden, [S.rows, S.depth], divided=True),
+            weight=Descriptor(weight, [S.columns, S.depth], divided=False),
             target_ptr=Pointer(target),
             N=N,
             V=V,
             num_splits=triton.cdiv(V, SPLIT),
             inv_temperature=1.25,
             empty_offset=8 * stages,  # the emulator puts the ready slots' barriers first
-            D=D,
-            SPLIT=SPLIT,
-            GROUP=2,
-            STAGES=stages,
-            ARRIVALS=gluon_ring.ARRIVALS,
+            S=S,
             **arguments,
         )
 
@@ -86,7 +83,7 @@ def test_exponentials_in_any_order_of_events(shape, seed):
         gluon_exponentials.STAGES,
         inputs,
         seed,
-        result=Descriptor(result, [gluon_ring.ROWS, gluon_ring.COLUMNS], divided=True),
+        result=Descriptor(result, [128, 256], divided=True),
         offset_ptr=Pointer(offset),
         total_ptr=Pointer(total),
         mean_ptr=Pointer(mean),
