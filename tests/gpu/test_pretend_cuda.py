@@ -42,8 +42,8 @@ OPS = (
 def device(monkeypatch):
     """With PyTorch's version of every op; the kernels are interpreted in `with_pretend_cuda.py`."""
 
-    def choose(impl, tensor, name="hidden"):
-        return "torch" if impl == "auto" else checks.choose_impl(impl, tensor, name)
+    def choose(impl, *args, **kwargs):
+        return "torch" if impl == "auto" else checks.choose_impl(impl, *args, **kwargs)
 
     for name in OPS:
         module = __import__(f"{vtfast_kernels.__name__}.{name}", fromlist=[name])

@@ -22,9 +22,9 @@ def main(path: str) -> None:
 
     plain, calls = checks.choose_impl, []
 
-    def triton_for_auto(impl, tensor, name="hidden"):
+    def triton_for_auto(impl, tensor, name="hidden", **kwargs):
         calls.append(name)
-        return "triton" if impl in ("auto", "torch") else plain(impl, tensor, name)
+        return "triton" if impl in ("auto", "torch") else plain(impl, tensor, name, **kwargs)
 
     for module in (add_rms_norm, linear_sample, paged_attention, rope_append, silu_mul):
         module.choose_impl = triton_for_auto

@@ -23,7 +23,8 @@ from vtfast.distributed.watchdog.monitor import RANK_LOST, Failure, Member, Moni
 INTERVAL = 1.0
 """Seconds between two reports of a rank; fewer with a small limit."""
 SETTLE = 2.5
-"""Intervals from an exception to the end: a death that caused it may take as long to be reported by its machine."""
+"""Intervals from an exception to the end: a death that caused it may take as long to be reported by its machine, and
+bad input that all ranks read is not found by all at once."""
 ANSWER_LIMIT = 15.0
 """Seconds that the main thread waits for the thread before it ends the process by itself."""
 FAILURE = "failure"
@@ -157,8 +158,7 @@ class WatchThread:
             return self.monitor.died(dead[0])
         if self.failures:
             first = next(iter(self.failures.values()))
-            waited = self.monitor.now - self.first_failure_at
-            return first if first.exit_code != RANK_LOST or waited >= SETTLE * self.interval else None
+            return first if self.monitor.now - self.first_failure_at >= SETTLE * self.interval else None
         return self.monitor.overdue()
 
     def _store_lost(self, error: dist.DistError) -> Failure:
