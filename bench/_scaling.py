@@ -21,9 +21,7 @@ from bench._cluster import Cluster
 from vtfast.cost.devices import Rates
 from vtfast.cost.micro_batches import GroupSize, plan_micro_batches
 from vtfast.cost.roofline import ModelSize, decode_floor, optimizer_floor, prefill_floor
-
-BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces in one call (its reduce_bucket_size)."""
+from vtfast.distributed.zero2 import REDUCE_BUCKET_SIZE
 
 
 @dataclass(frozen=True)
@@ -243,9 +241,9 @@ class Model:
         take `compute` seconds. The last bucket of a micro-batch never overlaps; the backward is two thirds of one."""
         cluster, size = self.cluster, self.work.weights.size
         cost = cluster.all_reduce if self.choices.collective == "all-reduce" else cluster.all_gather
-        full = (self.work.weights.trained - 1) // BUCKET
-        last = cost(gpus, self.bytes - full * BUCKET * size)
-        total = full * cost(gpus, BUCKET * size) + last
+        full = (self.work.weights.trained - 1) // REDUCE_BUCKET_SIZE
+        last = cost(gpus, self.bytes - full * REDUCE_BUCKET_SIZE * size)
+        total = full * cost(gpus, REDUCE_BUCKET_SIZE * size) + last
         hidden = self.choices.overlap * compute / passes * 2 / 3
         return (passes if self.choices.every_pass else 1) * max(last, total - hidden)
 

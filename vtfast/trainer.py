@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,18 +156,20 @@ class Trainer:
         """Store the log-probs of the reference model for the KL, and of the policy if it is updated more than once;
         the batches as they fit the memory."""
         if self.reference:
-            with self.reference.policy() as reference:
-                batches = self._score(reference, "reference", batches, step)
+            batches = self._score(self.reference.policy, "reference", batches, step)
         if self.config.num_iterations > 1:
-            batches = self._score(self.session.policy, "old", batches, step)
+            batches = self._score(lambda: nullcontext(self.session.policy), "old", batches, step)
         return batches
 
-    def _score(self, policy: Policy, model: str, batches: StepBatches, step: int) -> StepBatches:
+    def _score(
+        self, load: Callable[[], AbstractContextManager[Policy]], model: str, batches: StepBatches, step: int
+    ) -> StepBatches:
+        """`load`: gives the model to score with; its weights may have to be copied to the device first."""
         budget = self.session.budget
 
         @torch.no_grad()
         def score(batches: StepBatches) -> None:
-            with budget.agree_on_oom():
+            with budget.agree_on_oom(), load() as policy:
                 for micro_batch in batches.micro_batches:
                     watchdog.beat()
                     if micro_batch.parts:

@@ -1,13 +1,17 @@
 """`--dry-run`: settings, an estimate, and advice that fits."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
 from model_2b import changed, drawn_2b, memory, model_2b
 
-from vtfast.cli.dry_run import Device, advice, count_rows, find_device
+from vtfast.cli.dry_run import count_rows
 from vtfast.cli.main import main
 from vtfast.config import load_config
+from vtfast.cost.verdict import Device, advice, find_device
 from vtfast.utils.errors import UserError
 
 
@@ -63,6 +67,23 @@ def test_a_dry_run_prints_settings_and_an_estimate(capsys, folder_2b):
     peak = float(next(line for line in lines if line.startswith("# peak")).split()[-2])
     _, lines = outlook(capsys, *flags, "--gpu_memory_gb", str(peak * 1.05), "--num_processes", "4")
     assert any(line.startswith("# fits: tight, ") for line in lines)
+
+
+def test_disk_that_is_too_small_for_the_checkpoints(capsys, folder_2b, tmp_path, monkeypatch):
+    """A checkpoint of 2B is 4.4 GB of weights and 12 bytes of optimizer for each of 2.2 billion."""
+    flags = ["--model", folder_2b, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "a" / "b")]
+    flags += ["--max_steps", "1500", "--save_steps", "100"]
+
+    def disk(free, *more):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        (line,) = (x for x in outlook(capsys, *flags, *more)[1] if x.startswith("# disk: "))
+        return line
+
+    assert disk(5e11) == "# disk: a checkpoint takes 30.93 GB, 15 of them 464 GB; 500 GB are free"
+    assert disk(4e11).endswith("; 400 GB are free: not enough; --save_total_limit keeps fewer")
+    assert "3 of them 92.78 GB" in disk(1e11, "--save_total_limit", "2")
+    assert "1 of them" in disk(1e11, "--save_steps", "0")
+    assert disk(1e11, "--use_peft", "true").startswith("# disk: a checkpoint takes 0.")
 
 
 def test_ranks_are_the_launchers(capsys, folder_2b, monkeypatch):

@@ -29,7 +29,7 @@ def test_visualthinkers_launch_script_becomes_its_recipe(tmp_path):
     recipe = load_config("visualthinker-2b-sat")
     mine = Config(**{**ours.settings, "recipe": recipe.recipe})
     differing = {name for name, value in recipe if value != getattr(mine, name)}
-    assert differing == {"max_steps", "output_dir", "report_to", "dtype"}
+    assert differing == {"max_steps", "output_dir", "report_to", "dtype", "save_total_limit"}
     assert mine.max_steps == 2 * 15000 // 8
     assert mine.output_dir == "outputs/sat"
     dropped = {outcome.name: outcome.note for outcome in ours.outcomes if not outcome.to}

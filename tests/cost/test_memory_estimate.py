@@ -1,5 +1,7 @@
 """The estimate before a run, beside what a run really holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from model_2b import changed, drawn_2b, memory, settings
@@ -15,7 +17,14 @@ from vtfast.cost.activations import (
     vision_activation_bytes,
 )
 from vtfast.cost.largest_step import workload_of
-from vtfast.cost.memory import cache_bytes, count_parameters, fused_weight_bytes, gradient_bytes, optimizer_bytes
+from vtfast.cost.memory import (
+    cache_bytes,
+    count_parameters,
+    estimate_memory,
+    fused_weight_bytes,
+    gradient_bytes,
+    optimizer_bytes,
+)
 from vtfast.model.loading import load_model, read_model_config
 from vtfast.model.meta_model import meta_policy_for_run
 from vtfast.model.policy import Policy
@@ -102,7 +111,7 @@ def test_ranks_share_the_optimizer_and_the_sums_but_not_the_buckets():
     parts = count_parameters(drawn_2b())
     one, two = (gradient_bytes(parts, ranks, "cuda") for ranks in (1, 2))
     assert one - two == 2_208_985_600 // 2 * 4
-    assert one - 2_208_985_600 * 4 == 2 * 500_000_000 * 2  # two buckets of DeepSpeed's default, in bf16
+    assert one - 2_208_985_600 * 4 == 3 * 100_000_000 * 2  # two buckets and one of them flattened, in bf16
 
 
 @pytest.mark.parametrize("rows", [512, 4])
@@ -116,7 +125,8 @@ def test_the_cache_and_the_joined_weights_are_the_rollouts(random_path, policy, 
     )
     cache, decoder = engine.workspace.cache, engine.workspace.decoder
     load = workload_of(config, has_images=True)
-    assert cache_bytes(policy, config, load, "cpu", None) == cache.keys.nbytes + cache.values.nbytes
+    full, least = cache_bytes(policy, config, load, "cpu")
+    assert full == cache.keys.nbytes + cache.values.nbytes and (least < full) == (rows == 512)
     fused = [part for layer in decoder.layers for part in (layer._qkv, layer._gate_up)]
     held = sum(x.nbytes for part in fused for x in (part.weight, part.bias) if x is not None)
     assert fused_weight_bytes(policy) == held > 0
@@ -124,14 +134,22 @@ def test_the_cache_and_the_joined_weights_are_the_rollouts(random_path, policy, 
 
 def test_a_given_cache_and_a_full_device_bound_the_cache(random_path, policy):
     config = settings(model=random_path, rollout_cache_tokens=16_000)
-    given = cache_bytes(policy, config, workload_of(config, True), "cpu", None)
-    assert given == 1001 * 2 * 3 * 16 * 2 * 24 * 4  # pages, K and V, layers, tokens, heads, head size, fp32
+    given, least = cache_bytes(policy, config, workload_of(config, True), "cpu")
+    assert given == least == 1001 * 2 * 3 * 16 * 2 * 24 * 4  # pages, K and V, layers, tokens, heads, head size, fp32
     config = settings(model=random_path)
     load = workload_of(config, True)
-    wanted = cache_bytes(policy, config, load, "cpu", None)
-    assert cache_bytes(policy, config, load, "cpu", wanted // 2) == wanted // 2
+    full, least = cache_bytes(policy, config, load, "cpu")
     held_out = settings(model=random_path, eval_data="synthetic")
-    assert cache_bytes(policy, held_out, load, "cpu", None) > wanted, "32 questions at once"
+    assert cache_bytes(policy, held_out, load, "cpu")[0] > full, "32 questions at once"
+    roomy = estimate_memory(policy, config, 1, "cpu", 10**12)
+    assert roomy.cache == roomy.full_cache == full
+    others = replace(roomy, cache=0).peak
+    half = estimate_memory(policy, config, 1, "cpu", int((others + full / 2) / 0.9))
+    assert half.cache == pytest.approx(full / 2) and half.peak <= 0.9 * (others + full / 2) / 0.9
+    assert estimate_memory(policy, config, 1, "cpu", others // 2).cache == least, "one group always has room"
+    asleep = config.model_copy(update={"rollout_keep_cache": False})
+    between = estimate_memory(policy, asleep, 1, "cpu", int(others / 0.9))
+    assert between.cache > half.cache, "in place of the update's memory"
 
 
 # ------------------------------------------------------------------------------------- activations

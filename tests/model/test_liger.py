@@ -20,6 +20,19 @@ def test_liger_computes_what_hugging_face_does(random_path):
     assert int(patched) == 3 * 3 + 1 + 2 * 2 + 1
 
 
+def test_without_liger_hugging_faces_layers_stay(random_path, monkeypatch, caplog):
+    from vtfast.model.liger import use_liger
+    from vtfast.model.loading import load_model
+
+    policy = load_model(random_path)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    with caplog.at_level("WARNING", logger="vtfast"):
+        use_liger(policy)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("liger-kernel cannot be imported (ModuleNotFoundError: ")
+    assert not any("forward" in vars(module) for module in policy.language_model.modules())
+
+
 def test_cpu_tensors_are_rotated_as_before():
     import torch
 

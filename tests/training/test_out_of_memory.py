@@ -14,6 +14,7 @@ from make_trainer import answered, asked, assert_same, make, state
 from whole_runs import assert_same_run, build, rows
 
 from vtfast import trainer as trainer_module
+from vtfast.cli.main import main
 from vtfast.data.prompt import Prompt
 from vtfast.distributed.ranks import Ranks
 from vtfast.rollout import RolloutEngine, Sampling, scheduler
@@ -52,9 +53,11 @@ def spoil(trainer, where, monkeypatch, call=2, error=ON_CUDA):
     weight.register_hook(fails_at(call, error, lambda gradient: None))
 
 
+# A rollout's cache would be freed first, in place of a smaller budget.
+NO_CACHE = {"rollout_keep_cache": False}
 # Adam's first step is the gradient's sign, even where the gradient is nothing but rounding. With this epsilon it is
 # the gradient itself.
-PROPORTIONAL = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0, "warmup_steps": 0}
+PROPORTIONAL = NO_CACHE | {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0, "warmup_steps": 0}
 
 
 def updated(folder, *, spoilt=None, **settings):
@@ -146,6 +149,59 @@ def test_the_second_update_on_the_same_answers_keeps_the_old_log_probs(tmp_path,
     assert tight["grad_norm"] > 0 and tight["clip_ratio/low"] + tight["clip_ratio/high"] > 0
 
 
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_the_rollouts_cache_is_freed_first(tmp_path, monkeypatch, caplog, where):
+    """To the bit, for the batch is cut as before. Later rollouts free it at once, and then the budget is halved."""
+    ends = []
+    for name in ("plain", "tight"):
+        trainer = make(tmp_path / name, beta=0.04, token_budget=260)
+        engine = trainer.session.rollout_engine
+        work = trainer.score_logprobs(trainer.balance(answered(trainer), 1), 1)
+        assert engine.workspace is not None
+        if name == "tight":
+            if where == "optimizer":
+                adam = trainer.session.engine.optimizer.optimizer
+                monkeypatch.setattr(adam, "step", fails_at(1, ON_CUDA, adam.step))
+            else:
+                spoil(trainer, where, monkeypatch)
+            with caplog.at_level("WARNING", logger="vtfast"):
+                trainer.update(work, 1)
+            assert "the rollout's cache is freed, now and after every rollout" in caplog.text
+            assert engine.workspace is None and not engine.keep_cache
+        else:
+            trainer.update(work, 1)
+        assert trainer.session.budget.tokens == 260 and not (tmp_path / name / "memory.json").exists()
+        ends.append(state(trainer))
+    assert_same(*ends)
+    spoil(trainer, "forward", monkeypatch)
+    trainer.step(2, next(asked(trainer, [2])))
+    assert engine.workspace is None and trainer.session.budget.tokens < 260
+
+
+def test_a_half_done_optimizer_step_is_not_repeated(tmp_path, monkeypatch):
+    trainer = make(tmp_path, token_budget=260)
+    work = trainer.balance(answered(trainer), 1)
+    adam = trainer.session.engine.optimizer.optimizer
+    step = adam.step
+
+    def half(*arguments):
+        step(*arguments)
+        raise ON_CUDA
+
+    monkeypatch.setattr(adam, "step", half)
+    with pytest.raises(UserError, match=r"step 1: out of memory while the optimizer .* --resume_from_checkpoint last"):
+        trainer.update(work, 1)
+
+
+def test_memory_that_is_short_elsewhere_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer_module, "grpo_metrics", fails_at(1, ON_CUDA, None))
+    flags = ["--max_steps", "1", "--eval_data", "none", "--num_generations", "2", "--max_completion_length", "4"]
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "error: step 1, update: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); lower" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_one_completion_a_pass_is_the_least(tmp_path, monkeypatch, where):
     trainer = make(tmp_path, **PROPORTIONAL)
@@ -172,7 +228,7 @@ def test_scoring_is_cut_again_too(tmp_path, monkeypatch):
     """Log-probs of the reference, and the steps after it go on with what the memory does for."""
     scores, trainers = [], []
     for name, call in (("plain", 0), ("tight", 2)):
-        trainer = make(tmp_path / name, beta=0.04, token_budget=260)
+        trainer = make(tmp_path / name, beta=0.04, token_budget=260, **NO_CACHE)
         failing = fails_at(call, ON_CUDA, trainer_module.packed_logprobs)
         with monkeypatch.context() as patch:
             patch.setattr(trainer_module, "packed_logprobs", failing)
@@ -245,7 +301,7 @@ RESUMED = {
 )
 def test_a_run_that_ran_out_of_memory_is_resumed_to_the_bit(kind, tmp_path, questions, monkeypatch):
     """From before the step that it happened in, and from behind it, where nobody runs out of memory again."""
-    settings = questions | {"eval_data": "none", "token_budget": 150} | RESUMED[kind]
+    settings = questions | NO_CACHE | {"eval_data": "none", "token_budget": 150} | RESUMED[kind]
     whole = out_of_memory_at(3, tmp_path / "whole", monkeypatch, **settings)
     monkeypatch.undo()
     budgets = [row["token_budget"] for row in rows(whole)]
@@ -273,11 +329,11 @@ def test_the_agreement_of_ranks_waits_as_long_as_any_collective(tmp_path, monkey
     """It has a group of its own beside NCCL's, with `--ddp_timeout` in place of torch's half an hour."""
     made = []
 
-    def of_two(tokens, folder, ranks, *more):
+    def of_two(tokens, folder, ranks, *more, **named):
         with monkeypatch.context() as patch:
             patch.setattr(dist, "get_backend", lambda: "nccl")
             patch.setattr(dist, "new_group", lambda **given: made.append(given))
-            return TokenBudget(tokens, folder, Others(0, 2, ranks.device), *more)
+            return TokenBudget(tokens, folder, Others(0, 2, ranks.device), *more, **named)
 
     monkeypatch.setattr(setup, "TokenBudget", of_two)
     make(tmp_path, ddp_timeout=77)

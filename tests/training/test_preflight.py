@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from vtfast.config import SettingsError, SFTConfig, load_config
 from vtfast.trainer import Trainer
-from vtfast.training import setup
+from vtfast.training import preflight, setup
 from vtfast.training.preflight import check_start, find_problems
 from vtfast.training.sft import SFTTrainer
 
@@ -52,6 +53,31 @@ def test_the_embedded_default_has_none(problems):
 def test_a_problem_names_its_flag(problems, overrides, message):
     (problem,) = problems(**overrides)
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize("version", ["0.18.3", "0.19.1", "0.19.7", "0.20.0"])
+def test_another_deepspeed_is_refused(problems, monkeypatch, version):
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: version)
+    assert problems() == [f"deepspeed {version}: pip install 'deepspeed>=0.19.8,<0.20'"]
+
+
+def test_deepspeed_may_be_missing(problems, monkeypatch):
+    def missing(name):
+        raise preflight.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(preflight.metadata, "version", missing)
+    (problem,) = problems()
+    assert problem.startswith("deepspeed is not installed: pip install 'deepspeed>=0.19.8,<0.20'")
+
+
+def test_a_machine_that_cannot_build_kernels(monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    assert list(preflight._triton_problems(torch.device("cpu"))) == []
+    monkeypatch.setattr(preflight, "silu_mul", no_compiler)
+    (problem,) = preflight._triton_problems(torch.device("cpu"))
+    assert problem.startswith("Triton cannot build a kernel (Failed to find C compiler.") and "python3-dev" in problem
 
 
 def test_a_supervised_runs_target(problems):

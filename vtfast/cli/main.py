@@ -20,6 +20,7 @@ from vtfast.distributed import watchdog
 from vtfast.distributed.watchdog import RANK_LOST
 from vtfast.utils.errors import RankError, Stopped, UserError
 from vtfast.utils.terminal import Formatter, message
+from vtfast.utils.text import first_line
 
 COMMANDS = {
     "train": "train a model with GRPO (the same as python train.py)",
@@ -104,6 +105,15 @@ def _as_user_error(error: Exception) -> UserError | None:
             f"{error.name} is not installed for {sys.executable}; `make setup` installs everything into .venv, and"
             " `. .venv/bin/activate` activates it"
         )
+    # an import of torch only for this would take seconds
+    if isinstance(error, MemoryError | RuntimeError) and "torch" in sys.modules:
+        from vtfast.utils.out_of_memory import WHAT_TO_LOWER, is_out_of_memory
+
+        if is_out_of_memory(error):
+            return RankError(
+                f"{watchdog.progress()}: out of memory ({first_line(error)}); {WHAT_TO_LOWER}. What a run has saved is"
+                " resumed with --resume_from_checkpoint last"
+            )
     return None
 
 

@@ -216,7 +216,8 @@ class Rollout(Section):
     """Maximum number of completions decoded at once on a rank; the others wait. Another value changes memory and
     speed; the result is the same up to floating-point rounding."""
     rollout_cache_tokens: int | None = Field(default=None, ge=1)
-    """Size of the key-value cache; none means what a rollout needs, up to a share of the free memory."""
+    """Size of the key-value cache; none means what a rollout needs, up to what the rest of
+    the run leaves of the device by the estimate of --dry-run."""
     rollout_keep_cache: bool = True
     """Keep cache and CUDA graphs between rollouts; false frees them for the update and builds them anew each time."""
     rollout_attention: DecodeAttention = "auto"

@@ -7,22 +7,23 @@ and CUDA graphs add is a flat guess. All sizes are in bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from vtfast.config import Config, RunConfig
 from vtfast.cost.activations import activation_bytes, loss_bytes, vision_activation_bytes
 from vtfast.cost.largest_step import PATCHES_PER_TOKEN, Workload, workload_of
+from vtfast.distributed.zero2 import REDUCE_BUCKET_SIZE
 from vtfast.evaluate.held_out import BATCH as HELD_OUT_BATCH
 from vtfast.model.policy import Policy
 from vtfast.model.text_shape import text_shape
-from vtfast.rollout.engine import CACHE_SHARE, PAGE_SIZE
+from vtfast.rollout.engine import PAGE_SIZE
 from vtfast.rollout.kv_cache import pages_needed
 from vtfast.rollout.scheduler import PREFILL_TOKENS
 
-BUCKET = 500_000_000
-"""Numbers in a gradient bucket: DeepSpeed's default `reduce_bucket_size`."""
+SPARE = 0.1
+"""Share of the device that the cache leaves free, because the rest is an estimate."""
 OVERHEAD = {"cpu": 0, "cuda": 2_000_000_000}
 """CUDA's context, NCCL's buffers, CUDA graphs, holes in the allocator's blocks. A guess."""
 PARTS = ("vision", "merger", "language", "embeddings", "adapters")
@@ -69,6 +70,8 @@ class MemoryEstimate:
     vision_activations: int
     loss: int
     cache: int
+    full_cache: int
+    """The cache that all running rows need; `cache` is smaller if the device has no room for it."""
     fused_weights: int
     prefill: int
     vllm: int
@@ -104,40 +107,35 @@ class MemoryEstimate:
 def estimate_memory(
     policy: Policy, config: RunConfig, ranks: int, device_type: str, device_bytes: int
 ) -> MemoryEstimate:
-    """`policy`: may be on the meta device. `device_type`: cpu or cuda. `device_bytes`: memory of the device, which
-    limits the cache."""
+    """`policy`: may be on the meta device. `device_type`: cpu or cuda. `device_bytes`: memory of the device. The
+    rollout's cache gets at most what the rest leaves of it, but always room for one prompt with its completions."""
     load = workload_of(config, policy.vision is not None)
     parts = count_parameters(policy)
-    weights = sum(part.bytes for part in parts)
-    optimizer = optimizer_bytes(sum(part.trained for part in parts), ranks)
     reference = 0
     if isinstance(config, Config) and config.beta > 0 and not config.use_peft and not config.offload_reference:
         reference = sum(part.trained_bytes for part in parts)  # frozen weights are shared
-    # Adam's moments are allocated in the first step, after the first rollout.
-    used = weights + optimizer // 3 + reference + OVERHEAD[device_type]
-    available = int(CACHE_SHARE[device_type] * max(0, device_bytes - used))
-    cache = fused_weights = prefill = vllm = 0
-    if config.use_vllm:
-        vllm = int(config.vllm_gpu_memory_utilization * device_bytes)
-    else:
-        cache = cache_bytes(policy, config, load, device_type, available)
-        fused_weights = fused_weight_bytes(policy)
-        prefill = prefill_bytes(policy, load)
-    return MemoryEstimate(
-        weights=weights,
-        optimizer=optimizer,
+    memory = MemoryEstimate(
+        weights=sum(part.bytes for part in parts),
+        optimizer=optimizer_bytes(sum(part.trained for part in parts), ranks),
         reference=reference,
         gradients=gradient_bytes(parts, ranks, device_type),
         activations=activation_bytes(policy, config, load, device_type),
         vision_activations=vision_activation_bytes(policy, config, load, device_type),
         loss=loss_bytes(policy, load.scored, device_type),
-        cache=cache,
-        fused_weights=fused_weights,
-        prefill=prefill,
-        vllm=vllm,
+        cache=0,
+        full_cache=0,
+        fused_weights=0 if config.use_vllm else fused_weight_bytes(policy),
+        prefill=0 if config.use_vllm else prefill_bytes(policy, load),
+        vllm=int(config.vllm_gpu_memory_utilization * device_bytes) if config.use_vllm else 0,
         overhead=OVERHEAD[device_type],
         keeps_cache=not config.vllm_enable_sleep_mode if config.use_vllm else config.rollout_keep_cache,
     )
+    if config.use_vllm:
+        return memory
+    others = memory.peak if memory.keeps_cache else memory.standing + memory.rollout
+    full, least = cache_bytes(policy, config, load, device_type)
+    cache = min(full, max(least, int((1 - SPARE) * device_bytes) - others))
+    return replace(memory, cache=cache, full_cache=full)
 
 
 def optimizer_bytes(trained: int, ranks: int) -> int:
@@ -147,36 +145,43 @@ def optimizer_bytes(trained: int, ranks: int) -> int:
     return -(-trained // ranks) * 12
 
 
+def checkpoint_bytes(parts: list[ParameterCount], config: RunConfig) -> int:
+    """Of a checkpoint on the disk: weights (with LoRA the adapters alone), their fp32 copy and Adam's two moments."""
+    weights = sum(part.trained_bytes if config.use_peft else part.bytes for part in parts)
+    return weights + optimizer_bytes(sum(part.trained for part in parts), ranks=1)
+
+
 def gradient_bytes(parts: list[ParameterCount], ranks: int, device_type: str) -> int:
     """This rank's share of the gradients, summed in fp32 over the micro-batches, and the buckets in which they are
     reduced.
 
     stage_1_and_2.py makes a bucket of `reduce_bucket_size` numbers of the weights' dtype, and a second one with
     `overlap_comm`, which is on with CUDA. There they are allocated in full however small the model is; on the CPU,
-    untouched pages take no memory."""
+    untouched pages take no memory. A bucket is flattened once more while it is reduced."""
     trained = sum(part.trained for part in parts)
     itemsize = max((p.trained_bytes // p.trained for p in parts if p.trained), default=4)
-    bucket = 2 * BUCKET if device_type == "cuda" else min(BUCKET, trained)
+    bucket = 3 * REDUCE_BUCKET_SIZE if device_type == "cuda" else min(REDUCE_BUCKET_SIZE, trained)
     return -(-trained // ranks) * 4 + bucket * itemsize
 
 
-def cache_bytes(policy: Policy, config: RunConfig, load: Workload, device_type: str, available: int | None) -> int:
-    """The rollout's key-value pool (`RolloutEngine`): for each running group the prompt's full pages once and
-    each row's own pages; for held-out questions the same with one row. At most `available`, or
-    `rollout_cache_tokens`."""
+def cache_bytes(policy: Policy, config: RunConfig, load: Workload, device_type: str) -> tuple[int, int]:
+    """The rollout's key-value pool (`RolloutEngine`): for all running groups, and for one. A group has the prompt's
+    full pages once and each row's own pages; for held-out questions it is one row. `rollout_cache_tokens` sets both."""
     page = PAGE_SIZE[device_type]
     page_bytes = page * text_shape(policy.module.config).kv_numbers * policy.head.element_size()
     if config.rollout_cache_tokens is not None:
-        return (-(-config.rollout_cache_tokens // page) + 1) * page_bytes
+        size = (-(-config.rollout_cache_tokens // page) + 1) * page_bytes
+        return size, size
     shared, own = pages_needed(page, load.prompt, load.completion)
-    in_flight = min(load.prompts, max(1, config.rollout_max_rows // load.group))
-    pages = 0
+    groups = []  # (running groups, pages of one)
     if isinstance(config, Config):  # a supervised run generates for held-out questions only
-        pages = in_flight * (shared + load.group * own)
+        groups.append((min(load.prompts, max(1, config.rollout_max_rows // load.group)), shared + load.group * own))
     if config.eval_data is not None:
-        pages = max(pages, min(HELD_OUT_BATCH, config.eval_samples) * (shared + own))
-    needed = (pages + 1) * page_bytes if pages else 0
-    return needed if available is None else min(needed, max(available, 2 * page_bytes))
+        groups.append((min(HELD_OUT_BATCH, config.eval_samples), shared + own))
+    if not groups:
+        return 0, 0
+    full, least = max(running * pages for running, pages in groups), max(pages for _, pages in groups)
+    return (full + 1) * page_bytes, (least + 1) * page_bytes
 
 
 def fused_weight_bytes(policy: Policy) -> int:

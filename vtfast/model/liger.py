@@ -15,15 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtfast.model.policy import Policy
+from vtfast.utils.text import first_line
 
 log = logging.getLogger("vtfast")
 
 
 def use_liger(policy: Policy) -> None:
     """Patch this model's RMSNorm, LayerNorm and SwiGLU. The rotation is a function of transformers' module, so it is
-    patched there, for CUDA tensors only."""
-    from liger_kernel.ops import LigerLayerNormFunction, LigerRMSNormFunction
-    from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
+    patched there, for CUDA tensors only. If Liger cannot be imported, a warning says so and nothing is patched."""
+    try:
+        from liger_kernel.ops import LigerLayerNormFunction, LigerRMSNormFunction
+        from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
+    except Exception as error:  # a broken installation raises anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        log.warning("liger-kernel cannot be imported (%s); Hugging Face's layers are used, which are slower", reason)
+        return
 
     def rms_norm(self, x: Tensor) -> Tensor:
         # fp32 inside, rounded before the weight, as Llama does; not in place, since gradients may be read elsewhere

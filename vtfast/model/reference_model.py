@@ -46,9 +46,9 @@ class ReferenceModel:
                 module.enable_adapters()
                 module.train(was_training)
             return
-        if self._offload:
-            self._fetch()
         try:
+            if self._offload:
+                self._fetch()
             yield self.copy
         finally:
             if self._offload:

@@ -34,7 +34,7 @@ log = logging.getLogger("vtfast")
 PAGE_SIZE = {"cpu": 16, "cuda": 256}
 """Tokens per cache page."""
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.6}
-"""Share of the free memory that the cache may take."""
+"""Share of the free memory that the cache may take, unless a limit is given."""
 MAX_ROWS = 512
 """Rows that run at once."""
 DECODE_STEPS_PER_SYNC = {"cpu": 1, "cuda": 16}
@@ -57,6 +57,7 @@ class RolloutEngine:
         processor: Processor | None = None,
         *,
         cache_tokens: int | None = None,
+        cache_bytes: int | None = None,
         max_rows: int = MAX_ROWS,
         keep_cache: bool = True,
         attention: str = "auto",
@@ -67,8 +68,8 @@ class RolloutEngine:
         """
         Args:
             processor: needed for stop strings.
-            cache_tokens: size of the key-value cache; None: what the prompts of a call need, up to a share of the
-                free memory.
+            cache_tokens: size of the key-value cache; None: what the prompts of a call need, up to `cache_bytes`.
+            cache_bytes: limit of the cache; None: a share of the memory that is free when it is allocated.
             max_rows: rows that run at once (a whole group, if that is more).
             keep_cache: False frees cache, fused weights and graphs after every call.
             attention: one of `vtfast.rollout.attention.BACKENDS`, or auto.
@@ -82,7 +83,8 @@ class RolloutEngine:
             raise UserError("the rollout does not support sliding-window attention")
         device = policy.device.type
         self.policy, self.processor = policy, processor
-        self.cache_tokens, self.max_rows, self.keep_cache = cache_tokens, max_rows, keep_cache
+        self.cache_tokens, self.cache_bytes = cache_tokens, cache_bytes
+        self.max_rows, self.keep_cache = max_rows, keep_cache
         self.attention = decode_attention(attention, policy.device, policy.head.dtype)
         self.graphs = (device == "cuda" and self.attention.capturable) if graphs is None else graphs
         self.capture, self.steps_per_sync = capture, steps_per_sync or DECODE_STEPS_PER_SYNC[device]
@@ -170,6 +172,12 @@ class RolloutEngine:
                 processor=self.processor,
             )
 
+    def stop_keeping_cache(self) -> bool:
+        """Free the workspace, and from now on after every call; whether there was one to free."""
+        had_cache = self.workspace is not None
+        self.workspace, self.keep_cache = None, False
+        return had_cache
+
     @contextlib.contextmanager
     def _no_autograd(self) -> Iterator[None]:
         """Without gradients, and without the caller's inference mode and autocast: buffers outlive a call, so they must
@@ -247,14 +255,17 @@ class RolloutEngine:
         return [shared + group * own for shared, own in pages]
 
     def _num_cache_pages(self, needed: int, least: int) -> int:
-        """Return the pages of a new cache: `needed`, limited by `cache_tokens`, `max_pages` and free memory.
+        """Return the pages of a new cache: `needed`, limited by `cache_tokens`, `cache_bytes` and `max_pages`.
         `least`: what the largest group needs; `max_pages` does not go below it."""
         if self.cache_tokens is not None:
             return self._at_most_max_pages(-(-self.cache_tokens // self.page_size), least)
         device = self.policy.device
         layers, heads, head_dim = cache_shape(self.policy)
         bytes_per_page = 2 * layers * self.page_size * heads * head_dim * self.policy.head.element_size()
-        room = int(CACHE_SHARE[device.type] * _free_bytes(device)) // bytes_per_page
+        limit = self.cache_bytes
+        if limit is None:
+            limit = int(CACHE_SHARE[device.type] * _free_bytes(device))
+        room = limit // bytes_per_page - 1  # and a scratch page
         needed = self._at_most_max_pages(needed, least)
         require_full_size(needed, room, "cache pages", "--rollout_cache_tokens")
         if room < needed:

@@ -32,17 +32,30 @@ class Engine(Protocol):
         """Return `num_generations` completions of each prompt: `result[p][g]`."""
         ...
 
+    def stop_keeping_cache(self) -> bool:
+        """Hold no memory between calls from now on; whether that freed any."""
+        ...
 
-def build_engine(config: RunConfig, policy: Policy, processor: Processor, path: str, images_per_prompt: int) -> Engine:
+
+def build_engine(
+    config: RunConfig,
+    policy: Policy,
+    processor: Processor,
+    path: str,
+    images_per_prompt: int,
+    cache_bytes: int | None = None,
+) -> Engine:
     """Build the engine that the config asks for.
 
-    `path`: checkpoint folder or hub id, which vLLM reads. Raises UserError if the engine cannot run here.
+    `path`: checkpoint folder or hub id, which vLLM reads. `cache_bytes`: limit of `RolloutEngine`'s cache. Raises
+    UserError if the engine cannot run here.
     """
     if not config.use_vllm:
         return RolloutEngine(
             policy,
             processor,
             cache_tokens=config.rollout_cache_tokens,
+            cache_bytes=cache_bytes,
             max_rows=config.rollout_max_rows,
             keep_cache=config.rollout_keep_cache,
             attention=config.rollout_attention,

@@ -83,6 +83,10 @@ class VLLMEngine:
         if enable_sleep_mode:
             self.llm.sleep(level=2)
 
+    def stop_keeping_cache(self) -> bool:
+        """vLLM frees its memory between calls if it sleeps (`--vllm_enable_sleep_mode`), or never."""
+        return False
+
     @torch.no_grad()
     @watchdog.no_progress_expected("vLLM's rollout")
     def generate(

@@ -39,8 +39,13 @@ def _shares(engine: DeepSpeedEngine) -> Iterator[tuple[nn.Parameter, torch.Tenso
         yield from zip(zero.params_in_partition[group], real, strict=False)  # padding may follow
 
 
+def optimizer_steps(engine: DeepSpeedEngine) -> int:
+    """Steps that AdamW has begun."""
+    return max(int(state["step"]) for state in engine.optimizer.optimizer.state.values())
+
+
 def drop_gradients(engine: DeepSpeedEngine) -> None:
-    """Reset the engine to the state before the first micro-batch of the step, even if a backward pass failed.
+    """Reset the engine to the state before the first micro-batch of the step, even if a pass or the optimizer failed.
 
     A failed backward pass leaves gradients in buckets that were to be reduced together, marks of those that were
     already reduced, and a nesting depth that is never decremented.
@@ -56,6 +61,8 @@ def drop_gradients(engine: DeepSpeedEngine) -> None:
     for sums in (zero.averaged_gradients, zero.all_grad_tensors):
         for group in sums:
             sums[group] = None
+    for flat in zero.single_partition_of_fp32_groups:
+        flat.grad = None
     zero._release_ipg_buffers()
     zero.zero_grad(set_to_none=True)
     while zero._backward_active_depth:

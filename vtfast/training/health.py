@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vtfast.config import Config
 from vtfast.distributed.ranks import Ranks
-from vtfast.training.gradients import drop_gradients, global_norm, nonfinite_gradients
+from vtfast.training.gradients import drop_gradients, global_norm, nonfinite_gradients, optimizer_steps
 from vtfast.training.groups import MicroBatch
 from vtfast.utils.errors import SharedError
 
@@ -98,6 +98,7 @@ class GuardedOptimizer:
         self.engine, self.ranks, self.file = engine, ranks, folder / FILE
         self.most_in_a_row = most_in_a_row
         self.health = health
+        self.steps_done = optimizer_steps(engine)
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch], losses: Tensor) -> float:
         """The gradient norm over all ranks; nan if the step was skipped. Collective.
@@ -108,6 +109,7 @@ class GuardedOptimizer:
         is_finite = math.isfinite(norm) and bool(losses.isfinite().all())
         if all(self.ranks.gather(is_finite)):
             self.engine.step()
+            self.steps_done += 1
             self.health.left_out_in_a_row = 0
             return float(self.engine.get_global_grad_norm())
         self.health.nonfinite_steps += 1
@@ -117,6 +119,16 @@ class GuardedOptimizer:
             step, "nonfinite", "a loss or gradient was not finite", self._describe(micro_batches, losses), gradients
         )
         return float("nan")
+
+    def undo_failed(self, step: int) -> None:
+        """Reset the engine to the state before the first micro-batch, after a pass or `step` ran out of memory. Raises
+        SharedError if weights have changed already."""
+        if optimizer_steps(self.engine) != self.steps_done:
+            raise SharedError(
+                f"step {step}: out of memory while the optimizer changed the weights, which cannot be undone; resume"
+                " with --resume_from_checkpoint last --rollout_keep_cache false"
+            )
+        drop_gradients(self.engine)
 
     def skip_empty(self, step: int) -> None:
         """Skip a step that has no sample to train on. Collective."""

@@ -7,9 +7,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.version import Version
+from vtfast_kernels.silu_mul import silu_mul
 
 from vtfast.config import Config, RunConfig, SettingsError
 from vtfast.config.rules import PIXELS_A_TOKEN
@@ -32,7 +35,10 @@ from vtfast.training.sft_target import load_target
 from vtfast.utils.errors import UserError
 from vtfast.utils.files import expand
 from vtfast.utils.hub import is_hub_id, model_path
+from vtfast.utils.text import first_line
 
+DEEPSPEED = Version("0.19.8"), Version("0.20")
+"""Versions that vtfast runs with: from the first up to the second."""
 log = logging.getLogger("vtfast")
 
 
@@ -48,6 +54,7 @@ def check_start(config: RunConfig) -> None:
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """One line for each problem."""
+    yield from _deepspeed_problems()
     yield from _problems("output_dir", lambda: check_output_dir(config))
     yield from _problems("report_to", lambda: check_trackers(config.report_to))
     if config.use_vllm:
@@ -80,6 +87,30 @@ def _problems(flag: str, check: Callable[[], object]) -> Iterator[str]:
             yield problem if "--" in problem.split(":")[0] else f"--{flag}: {problem}"
 
 
+def _deepspeed_problems() -> Iterator[str]:
+    """0.19.0 and 0.19.1 round rotary frequencies to bf16, those up to 0.19.7 add up micro-batches in bf16, and other
+    series have other internals."""
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        version = "is not installed"
+    else:
+        if DEEPSPEED[0] <= Version(version) < DEEPSPEED[1]:
+            return
+    yield f"deepspeed {version}: pip install 'deepspeed>={DEEPSPEED[0]},<{DEEPSPEED[1]}'"
+
+
+def _triton_problems(device: torch.device) -> Iterator[str]:
+    """Whether a kernel can be built: at its first launch Triton compiles C on this machine."""
+    try:
+        silu_mul(torch.ones(1, 16, dtype=torch.bfloat16, device=device))
+    except Exception as error:
+        yield (
+            f"Triton cannot build a kernel ({first_line(error)}); it needs a C compiler and Python's headers, on Debian"
+            " `apt install gcc python3-dev`, or CC set to a compiler"
+        )
+
+
 def _check_data(source: str | None, split: str | None) -> None:
     """Look for local files. The hub is asked when its rows are read."""
     if source in (None, SYNTHETIC):
@@ -97,6 +128,8 @@ def _device_problems(config: RunConfig) -> Iterator[str]:
     kind = "cuda" if cuda else "cpu"
     dtype = parse_dtype(config.dtype, kind)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        yield from _triton_problems(torch.device(device))
     for choose, wanted in ((choose_backend, config.attn_implementation), (decode_attention, config.rollout_attention)):
         yield from _problems("device", functools.partial(choose, wanted, device, dtype))
     if config.use_vllm or config.rollout_cache_tokens is None:

@@ -5,6 +5,7 @@ A trainer calls `load_policy`, makes its objective around the policy, and calls 
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vtfast.config import RunConfig, SFTConfig
+from vtfast.cost.memory import estimate_memory
+from vtfast.cost.verdict import Device, find_device, verdict
 from vtfast.data import Sample
 from vtfast.data.processor import Processor
 from vtfast.data.prompt_builder import EncodedSample, PromptBuilder
@@ -49,6 +52,8 @@ from vtfast.utils.hub import model_path
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+log = logging.getLogger("vtfast")
+
 
 @dataclass
 class LoadedPolicy:
@@ -61,6 +66,8 @@ class LoadedPolicy:
     processor: Processor
     prompt_builder: PromptBuilder
     policy: Policy
+    device: Device
+    """This rank's, and its memory before the model was loaded."""
     base_fingerprint: str
     """Of the weights before training, adapters and checkpoints left out."""
     checkpoint: Checkpoint | None
@@ -139,6 +146,7 @@ class Session:
 def load_policy(config: RunConfig) -> LoadedPolicy:
     """Start the ranks and load the model. Collective. Raises UserError for bad input."""
     ranks = init.init_distributed(config)
+    device = find_device(config)
     seed_all(config.seed)
     checkpoint = ranks.on_main(lambda: find_checkpoint(config))
     path = model_path(config.model)
@@ -150,7 +158,7 @@ def load_policy(config: RunConfig) -> LoadedPolicy:
         use_liger(policy)
     if config.use_peft:
         add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules)
-    return LoadedPolicy(config, ranks, path, processor, prompt_builder, policy, base_fingerprint, checkpoint)
+    return LoadedPolicy(config, ranks, path, processor, prompt_builder, policy, device, base_fingerprint, checkpoint)
 
 
 def build_session(
@@ -188,12 +196,21 @@ def build_session(
         config.max_steps = resolve_max_steps(config, len(train_samples), identity.prompts_per_step)
         engine = zero2_engine(config, objective)
         most_images = max(len(sample.images) for part in samples.values() for sample in part)
-        rollout_engine = build_engine(config, policy, loaded.processor, loaded.path, most_images)
+        memory = estimate_memory(policy, config, ranks.size, loaded.device.kind, loaded.device.bytes)
+        if ranks.is_main and loaded.device.kind == "cuda":
+            log.info("memory: %s", " ".join(verdict(memory, policy, config, loaded.device, ranks.size)))
+        rollout_engine = build_engine(config, policy, loaded.processor, loaded.path, most_images, memory.cache)
         if checkpoint:
             restore(checkpoint, config, ranks, policy, engine, identity, health)
         folder = ranks.on_main(lambda: prepare_run_folder(config, checkpoint))
         ranks.on_main(lambda: keep_data(rendered, folder))
-    budget = TokenBudget(config.tokens_per_micro_batch, folder, ranks, timedelta(seconds=config.ddp_timeout))
+    budget = TokenBudget(
+        config.tokens_per_micro_batch,
+        folder,
+        ranks,
+        timedelta(seconds=config.ddp_timeout),
+        free_cache=rollout_engine.stop_keeping_cache,
+    )
     optimizer = GuardedOptimizer(engine, ranks, folder, config.max_nonfinite_steps, health)
     session = Session(
         config=config,

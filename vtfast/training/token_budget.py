@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,16 +31,10 @@ from vtfast.training.groups import MicroBatch
 from vtfast.training.load_balancing import StepBatches
 from vtfast.utils.errors import RankError, SharedError, UserError
 from vtfast.utils.files import write_json
-from vtfast.utils.out_of_memory import catch_out_of_memory, free_memory
+from vtfast.utils.out_of_memory import WHAT_TO_LOWER, catch_out_of_memory, free_memory
 
 log = logging.getLogger("vtfast")
 T = TypeVar("T")
-
-WHAT_TO_LOWER = (
-    "lower --max_completion_length, --max_prompt_length or --max_pixels, free the rollout's cache with"
-    " --rollout_keep_cache false, or trade time for memory with --gradient_checkpointing true"
-)
-
 
 OTHER_RANK = "another rank is out of memory"
 
@@ -55,10 +49,18 @@ class MemoryFile(TypedDict):
 class TokenBudget:
     """Maximum number of tokens of a packed micro-batch. A prompt that exceeds it with one completion gets its own."""
 
-    def __init__(self, tokens: int, folder: Path, ranks: Ranks, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        folder: Path,
+        ranks: Ranks,
+        timeout: timedelta | None = None,
+        free_cache: Callable[[], bool] = lambda: False,
+    ) -> None:
         """`tokens`: of the settings; a run that is resumed in `folder` starts with the budget that fit its memory.
-        `timeout`: of waiting for other ranks (`--ddp_timeout`)."""
-        self.file, self.ranks = folder / "memory.json", ranks
+        `timeout`: of waiting for other ranks (`--ddp_timeout`). `free_cache`: frees the rollout's memory for good;
+        whether there was any."""
+        self.file, self.ranks, self.free_cache = folder / "memory.json", ranks, free_cache
         self.tokens = self.limit = tokens
         self.by_first_step: dict[int, int] = ranks.from_main(self._read() if ranks.is_main else {})
         for step, known in self.by_first_step.items():
@@ -92,8 +94,8 @@ class TokenBudget:
     ) -> tuple[T, StepBatches]:
         """The result of `attempt`, which runs all micro-batches, and the batches that fit the memory. Collective.
 
-        Each time that `attempt` runs out of memory, all ranks `undo` it and cut the batches again. Raises SharedError
-        when the micro-batches cannot get shorter."""
+        Each time that `attempt` runs out of memory, all ranks `undo` it and start again: the first time without the
+        rollout's cache, then with shorter micro-batches. Raises SharedError when they cannot get shorter."""
         while True:
             with catch_out_of_memory() as caught:
                 result = attempt(batches)
@@ -101,8 +103,17 @@ class TokenBudget:
                 return result, batches
             if undo:
                 undo()
+            freed = self.free_cache()
             free_memory()
-            batches = self._halve(batches, step, caught.reason)
+            if any(self.ranks.gather(freed)):
+                log.warning(
+                    "step %d: out of memory (%s); the rollout's cache is freed, now and after every rollout"
+                    " (--rollout_keep_cache false), and the same batch runs again",
+                    step,
+                    caught.reason,
+                )
+            else:
+                batches = self._halve(batches, step, caught.reason)
 
     @contextlib.contextmanager
     def agree_on_oom(self) -> Iterator[None]:
@@ -119,8 +130,9 @@ class TokenBudget:
             raise MemoryError(caught.reason or OTHER_RANK)
 
     @contextlib.contextmanager
-    def oom_is_fatal(self, micro_batch: MicroBatch, step: int) -> Iterator[None]:
-        """For a block with collectives. Raises RankError if one of several ranks runs out of memory."""
+    def oom_is_fatal(self, micro_batches: Sequence[MicroBatch], step: int, where: str) -> Iterator[None]:
+        """For a block with collectives, in which the other ranks cannot start again. Raises RankError if one of several
+        ranks runs out of memory. `where`: in the words of the message."""
         if self.ranks.size == 1:
             yield
             return
@@ -128,13 +140,13 @@ class TokenBudget:
             yield
         if caught.reason is None:
             return
-        tokens, before = _tokens(micro_batch), self.tokens
-        self.tokens = self.by_first_step[step] = self._next(tokens, least=_least(micro_batch))
+        tokens, before = max(map(_tokens, micro_batches)), self.tokens
+        self.tokens = self.by_first_step[step] = self._next(tokens, least=max(map(_least, micro_batches)))
         self._write()
         raise RankError(
-            f"rank {self.ranks.rank}: out of memory in step {step} ({caught.reason}), in the backward pass of {tokens}"
-            f" tokens, where the other ranks cannot follow; token budget {before}, the next run in this folder starts"
-            f" with {self.tokens} ({self.file})"
+            f"rank {self.ranks.rank}: out of memory in step {step} ({caught.reason}), in {where}, where the other ranks"
+            f" cannot follow; token budget {before}, the next run in this folder starts with {self.tokens}"
+            f" ({self.file}); or {WHAT_TO_LOWER}"
         )
 
     def _halve(self, batches: StepBatches, step: int, reason: str) -> StepBatches:

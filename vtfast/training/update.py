@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vtfast.distributed import watchdog
 from vtfast.distributed.ranks import Ranks
-from vtfast.training.gradients import drop_gradients
 from vtfast.training.health import GuardedOptimizer
 from vtfast.training.load_balancing import StepBatches
 from vtfast.training.token_budget import TokenBudget
@@ -44,15 +43,17 @@ class Updater:
         `loss_denominators`: what the objective gets beside a micro-batch."""
         learning_rate = self.engine.get_lr()[0]
         self.engine.train()  # gradient checkpointing needs training mode; the models have no dropout
-        results, batches = self.budget.fit(
-            batches,
-            step,
-            lambda batches: self.accumulate(step, batches, loss_denominators),
-            undo=lambda: drop_gradients(self.engine),
+
+        def attempt(batches: StepBatches) -> tuple[list[Tensor], float]:
+            results = self.accumulate(step, batches, loss_denominators)
+            outputs = [torch.stack(values) for values in zip(*results, strict=True)]
+            with self.budget.oom_is_fatal(batches.micro_batches, step, "the optimizer step"):
+                return outputs, self.optimizer.step(step, batches.micro_batches, losses=outputs[0])
+
+        (outputs, grad_norm), batches = self.budget.fit(
+            batches, step, attempt, undo=lambda: self.optimizer.undo_failed(step)
         )
         self.engine.eval()
-        outputs = [torch.stack(values) for values in zip(*results, strict=True)]
-        grad_norm = self.optimizer.step(step, batches.micro_batches, losses=outputs[0])
         return UpdateResult(outputs, grad_norm, learning_rate, batches)
 
     def accumulate(self, step: int, batches: StepBatches, loss_denominators: Sequence[int]) -> list[tuple[Tensor, ...]]:
@@ -64,7 +65,8 @@ class Updater:
             self.engine.set_gradient_accumulation_boundary(micro_batch is last)
             with self.budget.agree_on_oom():
                 loss, *rest = self.engine(micro_batch, *loss_denominators)
-            with self.budget.oom_is_fatal(micro_batch, step):
+            tokens = sum(part.tokens for part in micro_batch.parts)
+            with self.budget.oom_is_fatal([micro_batch], step, f"the backward pass of {tokens} tokens"):
                 # ZeRO averages gradients over the ranks. The loss is divided by the global count already, so its
                 # gradients must be summed.
                 self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)

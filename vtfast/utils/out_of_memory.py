@@ -19,6 +19,12 @@ MESSAGES = (
 )
 """In RuntimeErrors of PyTorch's CPU allocator, of CUDA and its libraries, and of Triton."""
 
+WHAT_TO_LOWER = (
+    "lower --max_completion_length, --max_prompt_length or --max_pixels, free the rollout's cache with"
+    " --rollout_keep_cache false, or trade time for memory with --gradient_checkpointing true"
+)
+"""What a user changes when a step does not fit."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vtfast.distributed.watchdog.thread import WatchThread
 
-__all__ = ["RANK_LOST", "beat", "fail", "no_progress_expected", "start_watchdog", "stop", "waiting"]
+__all__ = ["RANK_LOST", "beat", "fail", "no_progress_expected", "progress", "start_watchdog", "stop", "waiting"]
 
 _report = Report()
 _thread: WatchThread | None = None
@@ -50,6 +50,11 @@ def beat(phase: str | None = None, step: int | None = None) -> None:
         _report.step = step
     if phase is not None:
         _enter(phase, idle=False)
+
+
+def progress() -> str:
+    """Step and phase of this rank."""
+    return str(_report)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def fragments(module: nn.Module, zero: Any) -> Iterator[Fragment]:
         if mapping is None:
             continue
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        state = zero.optimizer.state.get(flat, {})
+        state = zero.optimizer.state[flat]
         whole = {MASTER: flat.detach()} | {key: value for key, value in state.items() if _is_moment(value, flat)}
         address = mapping.get_hp_fragment_address()
         tensors = {key: value.narrow(0, address.start, address.numel) for key, value in whole.items()}
@@ -55,9 +55,9 @@ def fragments(module: nn.Module, zero: Any) -> Iterator[Fragment]:
 
 
 def scalars(zero: Any) -> list[dict[str, float]]:
-    """For each parameter group the optimizer state that is one number: AdamW's `step`. Empty before the first step."""
+    """For each parameter group the optimizer state that is one number: AdamW's `step`."""
     return [
-        {key: float(value) for key, value in zero.optimizer.state.get(flat, {}).items() if not _is_moment(value, flat)}
+        {key: float(value) for key, value in zero.optimizer.state[flat].items() if not _is_moment(value, flat)}
         for flat in zero.single_partition_of_fp32_groups
     ]
 
@@ -83,20 +83,15 @@ def restore_optimizer(module: nn.Module, zero: Any, folder: Path, numbers: Seque
         trained = {name: tuple(weight.shape) for name, weight in module.named_parameters() if weight.requires_grad}
         if different := sorted(dict(saved.shapes.items() ^ trained.items())):
             raise ValueError(f"{different[0]} is not the same weight in the checkpoint and in this run")
-        _create_state(zero, saved.keys, numbers)
+        for flat, values in zip(zero.single_partition_of_fp32_groups, numbers, strict=True):
+            for key, value in values.items():
+                zero.optimizer.state[flat][key].fill_(value)
+        had_moments = any(numbers)  # not before the first step, once
         for piece in fragments(module, zero):
-            for key, values in piece.tensors.items():
-                saved.read(key, piece, values)
+            for key, tensor in piece.tensors.items():
+                if key == MASTER or had_moments:
+                    saved.read(key, piece, tensor)
     zero.update_lp_params()
-
-
-def _create_state(zero: Any, keys: set[str], numbers: Sequence[Mapping[str, float]]) -> None:
-    """Create the state that AdamW creates at its first step, with zeros for the moments."""
-    for flat, values in zip(zero.single_partition_of_fp32_groups, numbers, strict=True):
-        moments = {key: torch.zeros_like(flat) for key in keys - {MASTER}}
-        if moments or values:
-            steps = {key: torch.tensor(x, device=flat.device) for key, x in values.items()}
-            zero.optimizer.state[flat] = steps | moments
 
 
 def _is_moment(value: Any, flat: Tensor) -> bool:
@@ -108,7 +103,6 @@ class _RankFiles:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
-        self.keys: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.pieces: dict[str, list[tuple[int, Any]]] = {}
         """By weight: (first value, open file)."""
@@ -117,7 +111,6 @@ class _RankFiles:
             for name, place in json.loads(file.metadata()["places"]).items():
                 self.shapes[name] = tuple(place["shape"])
                 self.pieces.setdefault(name, []).append((place["start"], file))
-            self.keys |= {key.split("/")[0] for key in file.keys() if "/" in key}  # noqa: SIM118
 
     def read(self, key: str, piece: Fragment, out: Tensor) -> None:
         """Copy `key` of the piece into `out` [values], from all files that hold parts of it."""
