@@ -270,6 +270,16 @@ def test_a_failing_rank_tells_the_others_why(failing):
         assert ends[1 - failing][1] == f"{line} rollout: MemoryError: CUDA out of memory"
 
 
+def test_rank_0_has_told_its_failure_when_another_rank_ends():
+    """A launcher then kills it."""
+    with Party(FAIL, WAIT) as party:
+        party.ranks[1].wait(timeout=30)
+        party.ranks[0].kill()
+        (zero, words), (one, _) = party.ends()
+        assert one == RANK_LOST and zero == -signal.SIGKILL
+        assert "MemoryError: CUDA out of memory" in words
+
+
 def test_an_exception_that_follows_from_a_death_gives_way_to_it():
     """gloo's complaint about a closed connection is not what the user has to read."""
     echo = "while os.path.exists(f'/proc/{pids[2]}/fd'):\n    time.sleep(0.001)\n" + FAIL

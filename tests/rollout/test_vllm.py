@@ -1,8 +1,14 @@
 """The vLLM engine against a stand-in with vLLM's names, which samples from its own copy of the model."""
 
+import ast
+import importlib.util
+import inspect
+import os
 import subprocess
 import sys
 import types
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +23,8 @@ from vtfast.rollout.engine_factory import build_engine
 from vtfast.rollout.vllm import checkpoint_weights
 from vtfast.scoring import completion_logprobs
 from vtfast.utils.errors import UserError
+
+FORGET = ["forget prefixes", "forget pixels", "forget images"]
 
 
 class SamplingParams:
@@ -68,8 +76,20 @@ class LLM:
                 weight.fill_(torch.nan)  # what sleep leaves: weights have to be pushed
         runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=self))
         executor = types.SimpleNamespace(driver_worker=runner)
-        self.llm_engine = types.SimpleNamespace(model_executor=executor)
-        self.calls = []
+        self.llm_engine = types.SimpleNamespace(
+            model_executor=executor, reset_encoder_cache=lambda: (self.calls.append("forget images"), self.seen.clear())
+        )
+        self.calls, self.seen = [], {}
+        encode = self.policy.vision.features
+
+        def features(prompts):
+            """As vLLM's encoder cache: an image that has been seen is not encoded again, whatever the weights are."""
+            for prompt in prompts:
+                if prompt.key not in self.seen:
+                    self.seen[prompt.key] = encode([prompt])
+            return torch.cat([self.seen[prompt.key] for prompt in prompts])
+
+        self.policy.vision.features = features
 
     def load_weights(self, weights):
         own = dict(self.policy.module.named_parameters())
@@ -79,12 +99,16 @@ class LLM:
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
+        self.seen.clear()
 
     def wake_up(self, tags):
         self.calls.append(f"wake {tags[0]}")
 
     def reset_prefix_cache(self):
-        self.calls.append("forget")
+        self.calls.append("forget prefixes")
+
+    def reset_mm_cache(self):
+        self.calls.append("forget pixels")
 
     def generate(self, prompts, sampling_params, use_tqdm):
         self.calls.append("generate")
@@ -152,15 +176,37 @@ def test_it_sleeps_between_rollouts_and_is_told_of_new_weights(fake_vllm, proces
     policy = load_model(random_path)
     ours = engine(policy, processor, random_path)
     before = tokens(ours.generate(prompts, 2, Sampling(max_new_tokens=8)))
-    assert ours.llm.calls == ["sleep 2", "wake weights", "forget", "wake kv_cache", "generate", "sleep 2"]
+    assert ours.llm.calls == ["sleep 2", "wake weights", *FORGET, "wake kv_cache", "generate", "sleep 2"]
     with torch.no_grad():
         policy.language_model.layers[0].mlp.down_proj.weight.mul_(-1)
     assert tokens(ours.generate(prompts, 2, Sampling(max_new_tokens=8))) != before
     awake = engine(policy, processor, random_path, vllm_enable_sleep_mode=False)
     awake.generate(prompts, 1, Sampling(max_new_tokens=2))
-    assert awake.llm.calls == ["forget", "generate"]
+    assert awake.llm.calls == [*FORGET, "generate"]
     assert awake.llm.arguments["max_model_len"] == 212
-    assert awake.llm.arguments["limit_mm_per_prompt"] == {"image": 2}
+    assert awake.llm.arguments["limit_mm_per_prompt"] == {"image": 2, "video": 0}
+
+
+def test_a_trained_encoder_sees_every_image_again(fake_vllm, processor, random_path, prompts):
+    """Without sleep nothing else clears what vLLM has computed of an image."""
+    policy = load_model(random_path)
+    ours = engine(policy, processor, random_path, vllm_enable_sleep_mode=False)
+    sampling = Sampling(max_new_tokens=8)
+    before = ours.generate(prompts, 1, sampling)
+    with torch.no_grad():
+        policy.vision.module.merger.mlp[2].weight.mul_(-3)
+    after = ours.generate(prompts, 1, sampling)
+    with torch.no_grad():
+        expected = completion_logprobs(policy, prompts, tokens(after))
+    for group, scores in zip(after, expected, strict=True):
+        assert group[0].logprobs == pytest.approx(scores[0].tolist(), abs=1e-5)
+    assert any(a[0].logprobs != b[0].logprobs for a, b in zip(before, after, strict=True))
+
+
+def test_a_vllm_without_these_caches_is_refused(fake_vllm, policy, processor, random_path, monkeypatch):
+    monkeypatch.delattr(LLM, "reset_mm_cache")
+    with pytest.raises(UserError, match=r"vllm 0\.33 or newer is needed \(AttributeError: .*reset_mm_cache"):
+        engine(policy, processor, random_path)
 
 
 def test_it_falls_asleep_after_a_failure(fake_vllm, policy, processor, random_path, prompts, monkeypatch):
@@ -218,3 +264,41 @@ def test_without_vllm(policy, processor, random_path, monkeypatch):
         engine(policy, processor, random_path)
     code = "import sys, vtfast.trainer, vtfast.rollout.vllm; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The real one
+
+
+def source(name: str) -> ast.Module:
+    """Of a module of vLLM: of the installed one, or of the wheel that VLLM_WHEEL names."""
+    if wheel := os.environ.get("VLLM_WHEEL"):
+        return ast.parse(zipfile.ZipFile(wheel).read(name))
+    spec = importlib.util.find_spec("vllm")
+    if spec is None:
+        pytest.skip("needs vllm, or VLLM_WHEEL=its wheel")
+    return ast.parse((Path(spec.origin).parents[1] / name).read_text("utf-8"))
+
+
+def members(name: str, owner: str) -> dict[str, ast.AST]:
+    (found,) = (x for x in source(name).body if isinstance(x, ast.ClassDef) and x.name == owner)
+    fields = {x.target.id: x for x in found.body if isinstance(x, ast.AnnAssign)}
+    return fields | {x.name: x for x in found.body if isinstance(x, ast.FunctionDef)}
+
+
+@pytest.mark.slow
+def test_the_stand_in_has_the_signatures_of_the_real_one():
+    llm = members("vllm/entrypoints/llm.py", "LLM")
+    initial = {x.arg for x in llm["__init__"].args.kwonlyargs} | members(
+        "vllm/engine/arg_utils.py", "EngineArgs"
+    ).keys()
+    for name in inspect.signature(LLM).parameters:
+        assert name in initial or name == "model", name
+    sampling = members("vllm/sampling_params.py", "SamplingParams")
+    assert inspect.signature(SamplingParams).parameters.keys() <= sampling.keys()
+    for name in ("generate", "sleep", "wake_up", "reset_prefix_cache", "reset_mm_cache"):
+        given = llm.get(name) or members("vllm/entrypoints/offline_utils.py", "OfflineInferenceMixin").get(name)
+        arguments = {x.arg for x in given.args.args + given.args.kwonlyargs}
+        assert inspect.signature(getattr(LLM, name)).parameters.keys() <= arguments, name
+        required = len(given.args.args) - len(given.args.defaults)
+        assert required <= len(inspect.signature(getattr(LLM, name)).parameters)
+    assert "reset_encoder_cache" in members("vllm/v1/engine/llm_engine.py", "LLMEngine")

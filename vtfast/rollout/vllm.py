@@ -31,6 +31,9 @@ from vtfast.model.policy import Policy
 from vtfast.rollout.sampling_params import Completion, Sampling, row_key
 from vtfast.utils.errors import UserError, user_error
 
+VERSION = "0.33"
+"""The vLLM that this was written against."""
+
 
 def check_installed() -> None:
     """Raise UserError if vllm is not installed. Does not import it, which takes long and may take the device."""
@@ -65,7 +68,7 @@ class VLLMEngine:
         images: dict[str, Any] = {}
         if processor.pixel_limits is not None:
             low, high = processor.pixel_limits
-            images["limit_mm_per_prompt"] = {"image": images_per_prompt}
+            images["limit_mm_per_prompt"] = {"image": images_per_prompt, "video": 0}  # else it profiles videos, too
             images["mm_processor_kwargs"] = {"min_pixels": low, "max_pixels": high}
         self.llm = LLM(
             model=path,
@@ -80,6 +83,12 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
             seed=0,
         )
+        with user_error(f"--use_vllm: vllm {VERSION} or newer is needed"):
+            self.resets: tuple[Callable[[], object], ...] = (
+                self.llm.reset_prefix_cache,
+                self.llm.reset_mm_cache,
+                self.llm.llm_engine.reset_encoder_cache,
+            )
         if enable_sleep_mode:
             self.llm.sleep(level=2)
 
@@ -124,11 +133,13 @@ class VLLMEngine:
         return [_completions(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def push_weights(self) -> None:
-        """Load the trainer's weights, one tensor at a time, and drop the prefixes cached with the old ones."""
+        """Load the trainer's weights, one tensor at a time, and drop what was computed with the old ones: prefixes, and
+        images, which vLLM knows by their pixels alone."""
         model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         for weight in checkpoint_weights(self.policy.module):
             model.load_weights([weight])
-        self.llm.reset_prefix_cache()
+        for reset in self.resets:
+            reset()
 
     def _request(self, prompt: Prompt) -> dict[str, Any]:
         """Token ids with one placeholder per image, which vLLM repeats itself, and the resized images."""

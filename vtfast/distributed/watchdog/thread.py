@@ -174,11 +174,12 @@ class WatchThread:
         if ends_here and self.rank == self._speaker(failure):
             # Not through sys.stderr: the main thread may hang while it holds its lock.
             os.write(2, f"\nerror: {failure.message}\n".encode())
+        if not ends_here:
+            self.done.set()  # the main thread prints at once: a launcher kills it when the first of the others has ended
         if self.rank == 0:
             time.sleep(2 * self.interval)  # it may host the store: let the others read the failure
         if ends_here:
             os._exit(failure.exit_code)
-        self.done.set()
 
     def _speaker(self, failure: Failure) -> int:
         """The rank that prints the failure on this machine: the first one that can."""
