@@ -175,7 +175,7 @@ class WatchThread:
             # Not through sys.stderr: the main thread may hang while it holds its lock.
             os.write(2, f"\nerror: {failure.message}\n".encode())
         if not ends_here:
-            self.done.set()  # the main thread prints at once, before a launcher sees another rank end and kills this one
+            self.done.set()  # the main thread prints at once: a launcher kills it as soon as another rank has ended
         if self.rank == 0:
             time.sleep(2 * self.interval)  # it may host the store: let the others read the failure
         if ends_here:
