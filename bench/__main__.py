@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("usage: python -m bench NAME [options]")
         for name, line in names.items():
-            print(f"  {name:<10}{line}")
+            print(f"  {name:<13}{line}")
         return 0
     if argv[0] not in names:
         print(f"bench {argv[0]}: unknown; the benches are {', '.join(names)}", file=sys.stderr)

@@ -1,16 +1,17 @@
 """`python -m bench gpu [--minutes 9] [--out DIR]`: everything that needs a GPU, most important first, in limited time.
 
-    tests     `pytest -m gpu`: the kernels, attention, captured decode steps and a short run, on the GPU
-    kernels   the head's kernels beside TRL, Liger and plain PyTorch, and three bare matmuls
-    rollout   whole rollouts beside generate, decode steps beside the memory's limit
-    update    the packed update beside plain Hugging Face code and TRL
-    step      a whole optimizer step beside TRL's trainer and the original recipe's structure
-    profile   a trace of one step, and its costliest kernels
+    tests         `pytest -m gpu`: the kernels, attention, captured decode steps and a short run, on the GPU
+    first_steps   two steps of the trainer: memory beside the estimate, KL and drift before anything has changed
+    rollout       whole rollouts beside generate, decode steps beside the memory's limit
+    update        the packed update beside plain Hugging Face code and TRL
+    step          a whole optimizer step beside TRL's trainer and the original recipe's structure
+    kernels       the head's kernels beside TRL, Liger and plain PyTorch, and three bare matmuls
+    profile       a trace of one step, and its costliest kernels
 
 Each step is a process, which is stopped with all its children when the time is up; the tests get half of the time.
 Logs and rows are written to DIR. A later call with the same DIR runs the steps that have not ended well, beginning with
 those that were never tried. If a test fails nothing is measured; `--anyway` measures, but the numbers must not be
-quoted. One GPU is used. DIR/summary.md is a one-page summary.
+quoted. One GPU is used. DIR/summary.md is a one-page summary, and DIR.tar.gz holds all of DIR, after every step anew.
 A bare checkout is enough: torch, triton and transformers are needed, other missing packages are named, and a step that
 needs one of them is left out.
 `--rehearse` runs the same on the CPU, at sizes that take minutes and only show that everything starts.
@@ -23,6 +24,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,18 +54,21 @@ class Step:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
+PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+"""Most of the tests' time is Triton's compiler."""
 GRAPHS = "tests/rollout/test_rollout_graphs.py"
 STEPS = (
     Step(
         "tests",
-        ("-m", "pytest", "-q", "--maxfail", "20", "-m", "gpu", "tests/kernels", "tests/gpu"),
+        ("-m", "pytest", "-q", "--maxfail", "20", *PARALLEL, "-m", "gpu", "tests/kernels", "tests/gpu"),
         ("-m", "pytest", "-q", "-k", "rows", "tests/kernels/test_decode_layers.py", GRAPHS),
         needs=("pytest",),
     ),
     Step(
-        "kernels",
-        ("-m", "bench", "kernels", "--no-tests", "--tokens", "5600", "45000"),
-        ("-m", "bench", "kernels", "--no-tests", "--shape", "512", "2048", "64", "--rounds", "1"),
+        "first_steps",
+        ("-m", "bench", "first_steps"),
+        ("-m", "bench", "first_steps", "--size", "rehearsal"),
+        needs=("deepspeed",),
     ),
     Step(
         "rollout",
@@ -80,6 +85,11 @@ STEPS = (
         ("-m", "bench", "step", "--no-tests", "--rounds", "3"),
         ("-m", "bench", "step", "--no-tests", "--rounds", "1", "--sizes", "rehearsal"),
         needs=("deepspeed",),
+    ),
+    Step(
+        "kernels",
+        ("-m", "bench", "kernels", "--no-tests", "--tokens", "5600", "45000"),
+        ("-m", "bench", "kernels", "--no-tests", "--shape", "512", "2048", "64", "--rounds", "1"),
     ),
     Step(
         "profile",
@@ -206,6 +216,7 @@ def main(argv: list[str]) -> int:
                 print(*_tail(options.out / f"{step.name}.log", 15), sep="\n")
             state.write_text(json.dumps(done, indent=1) + "\n")
             (options.out / "summary.md").write_text(summary(done, options.out, device) + "\n")
+            shutil.make_archive(str(options.out), "gztar", options.out.parent, options.out.name)
     remaining = [step.name for step in STEPS if step in pending(done)]
     print(f"remaining: {', '.join(remaining) or 'nothing'}; {options.out / 'summary.md'}")
     return 1 if remaining else 0

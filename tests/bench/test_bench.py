@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,7 @@ def test_rounds_alternate_and_a_slow_run_leaves_early():
 def test_without_a_name_the_benches_are_listed(capsys):
     assert __main__.main([]) == 0
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert {"aot", "gpu", "kernels", "profile", "rollout", "step", "update"} <= listed
+    assert {"aot", "first_steps", "gpu", "kernels", "profile", "rollout", "step", "update"} <= listed
     assert __main__.main(["kernel"]) == 2
     assert "kernels" in capsys.readouterr().err
 
@@ -106,6 +107,8 @@ def test_a_gpu_day_names_what_failed_and_what_is_missing(tmp_path, monkeypatch, 
     assert {name: entry["ended"] for name, entry in done.items()} == {"first": "well", "second": "well"}
     page = (tmp_path / "out" / "summary.md").read_text()
     assert "| third | needs no_such_package |" in page and "did first" in page
+    with tarfile.open(tmp_path / "out.tar.gz") as everything:
+        assert {"out/summary.md", "out/first.log", "out/steps.json"} <= set(everything.getnames())
 
     crashes = gpu.Step("second", (), ("-c", "raise ValueError('why')"))
     monkeypatch.setattr(gpu, "STEPS", (STEPS[0], crashes))

@@ -27,11 +27,13 @@ def test_one_prompt_a_pass_is_the_same_loss_and_gradient(monkeypatch):
     """As a GPU's memory wants it of those that pad."""
     monkeypatch.setattr(Workload, "batches", lambda self: [self.padded([i]) for i in range(2)])
     work = Workload(REHEARSAL, "cpu")
-    ours = update.Ours(work)
-    for peer in (update.HuggingFace(work), update.TRL(work)):
-        assert len(list(peer.losses())) == 2
-        loss, gradient = update.disagreement(ours, peer)
-        assert loss < 1e-5 and gradient < 1e-3
+    gold = update.outcome(update.Gold(work))
+    assert all(gradient.dtype == torch.float64 for gradient in gold[1].values())
+    for name in ("HuggingFace", "TRL", "Ours", "Checkpointed"):
+        peer = getattr(update, name)(work)
+        assert len(list(peer.losses())) == (1 if isinstance(peer, update.Ours) else 2)
+        loss, gradient = update.distance(peer, gold)
+        assert loss < 1e-6 and 0 < gradient < 1e-5
 
 
 @pytest.mark.parametrize("call", [1, 2])

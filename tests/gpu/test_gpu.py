@@ -55,6 +55,7 @@ def test_bf16_is_no_worse_than_hugging_faces(random_path, prompts, liger):
     gold = load_model(random_path)
     ours = load_model(random_path, "bfloat16", "cuda")
     if liger:
+        pytest.importorskip("liger_kernel")
         use_liger(ours)
     theirs = load_model(random_path, "bfloat16", "cpu")
 
@@ -161,6 +162,7 @@ def test_rollout_on_the_gpu_is_the_cpus(random_path, prompts):
 
 @pytest.mark.parametrize("flags", [[], ["--beta", "0.04", "--gradient_checkpointing", "true", "--token_budget", "300"]])
 def test_a_short_run(tmp_path, flags):
+    pytest.importorskip("deepspeed")
     root = Path(__file__).parents[2]
     command = [
         sys.executable,
