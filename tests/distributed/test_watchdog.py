@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from vtfast.cli.main import BAD_INPUT
-from vtfast.distributed import watchdog
+from vtfast.distributed import init, watchdog
 from vtfast.distributed.watchdog.monitor import RANK_LOST, Failure, Member, Monitor, Report
 from vtfast.utils.errors import RankError
 
@@ -352,3 +353,17 @@ def test_a_suspended_job_goes_on():
                 os.kill(rank.pid, sent)
             time.sleep(3.0)
         assert party.ends() == [(0, ""), (0, "")]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_rank_that_failed_does_not_wait_for_collectives(monkeypatch, failed):
+    """Destroying NCCL's group waits for work that the other ranks will never join."""
+    left = []
+    monkeypatch.setattr(init.dist, "destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(watchdog, "_thread", SimpleNamespace(failed=failed))
+    init._leave_process_group()
+    assert left == ([] if failed else [1])
+    monkeypatch.setattr(watchdog, "_thread", None)
+    monkeypatch.setattr(sys, "last_value", KeyError("x"), raising=False)
+    init._leave_process_group()
+    assert left == ([] if failed else [1])

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from vtfast.config import RunConfig
 from vtfast.distributed import watchdog
 from vtfast.distributed.determinism import make_deterministic
+from vtfast.distributed.interface import set_gloo_interface
 from vtfast.distributed.ranks import Ranks
 from vtfast.distributed.zero2 import import_deepspeed
 
@@ -55,10 +56,17 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
+    set_gloo_interface()  # on CUDA, too: the hosts agree over gloo
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         _init_restarted_ranks(backend, timeout, device)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    atexit.register(dist.destroy_process_group)  # not earlier: DeepSpeed keeps references to it
+    atexit.register(_leave_process_group)  # not earlier: DeepSpeed keeps references to it
+
+
+def _leave_process_group() -> None:
+    """Not after a failure: NCCL would wait for collectives that the other ranks have left for good."""
+    if not watchdog.has_failed():
+        dist.destroy_process_group()
 
 
 def _init_restarted_ranks(backend: str, timeout: timedelta, device: torch.device) -> None:

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
     from vtfast.distributed.watchdog.thread import WatchThread
 
-__all__ = ["RANK_LOST", "beat", "fail", "no_progress_expected", "progress", "start_watchdog", "stop", "waiting"]
+__all__ = [
+    "RANK_LOST",
+    "beat",
+    "fail",
+    "has_failed",
+    "no_progress_expected",
+    "progress",
+    "start_watchdog",
+    "stop",
+    "waiting",
+]
 
 _report = Report()
 _thread: WatchThread | None = None
@@ -92,6 +102,11 @@ def fail(reason: str, exit_code: int) -> bool:
     Does not return if `reason` is only a consequence of another rank's loss (exit code RANK_LOST): the process then
     ends with a message about that rank."""
     return _thread is not None and _thread.fail(reason, exit_code)
+
+
+def has_failed() -> bool:
+    """Whether this process ends by an exception that nobody caught, or its run by a failure of any rank."""
+    return getattr(sys, "last_value", None) is not None or (_thread is not None and _thread.failed)
 
 
 def stop() -> None:
