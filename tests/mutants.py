@@ -81,9 +81,14 @@ MUTANTS = [
         "torch.mm(a, b, out_dtype=torch.float32, out=acc)",
         "torch.mm(a, b, out=acc)",
         f"{HEAD} cublas",
+        False,
     ),
     Mutant(
-        "chunked_logits.py", "torch.addmm(acc, a, b, out_dtype", "torch.addmm(acc, b, a, out_dtype", f"{HEAD} cublas"
+        "chunked_logits.py",
+        "torch.addmm(acc, a, b, out_dtype",
+        "torch.addmm(acc, b, a, out_dtype",
+        f"{HEAD} cublas",
+        False,
     ),
     Mutant(
         "chunked_logits.py", "torch.mm(d, weight, out_dtype=torch.float32)", "torch.mm(d, weight)", f"{HEAD} cublas"
