@@ -91,7 +91,11 @@ MUTANTS = [
         False,
     ),
     Mutant(
-        "chunked_logits.py", "torch.mm(d, weight, out_dtype=torch.float32)", "torch.mm(d, weight)", f"{HEAD} cublas"
+        "chunked_logits.py",
+        "torch.mm(d, weight, out_dtype=torch.float32)",
+        "torch.mm(d, weight)",
+        f"{HEAD} cublas",
+        False,
     ),
     Mutant("chunked_logits.py", "e.scatter_add_(1, target[:, None], -self.total[:, None])", "pass", LOSS, False),
     # the loss
