@@ -38,6 +38,7 @@ setup(
     extras_require={
         # qwen_vl_utils needs torchvision, which package indexes offer only as a CUDA build
         "gpu": ["flash-attn", "torchvision"],
+        "fa4": ["flash-attn-4>=4.0.0b36"],  # FlashAttention-4: nothing to compile
         "lora": ["peft>=0.18"],
         "dev": [
             "pytest",

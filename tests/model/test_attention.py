@@ -1,9 +1,12 @@
 """Attention over packed rows: every backend against plain softmax attention, one segment at a time, in float64."""
 
+import ast
 import inspect
 import logging
+import os
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -140,6 +143,48 @@ def flash_attn_3(
     return out, None
 
 
+def flash_attn_4(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    gather_kv_indices=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    score_mod=None,
+    score_mod_bwd=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
+    aux_tensors=None,
+    aux_scalars=None,
+    return_lse=False,
+    scheduler_metadata=None,
+    seqlen_k_per_split=None,
+    disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False,
+    gather_bwd_token_chunk=None,
+):
+    assert type(max_seqlen_q) is type(max_seqlen_k) is int and num_splits == 1
+    assert all(size is None or size >= 0 for size in window_size)
+    window = tuple(-1 if size is None else size for size in window_size)
+    out = reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softmax_scale)
+    return out, None  # the log-sum-exp
+
+
 def varlen_211(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
@@ -173,6 +218,7 @@ def varlen_213(
 VARLEN = [
     ("flash_attn", "flash_attn", "flash_attn_varlen_func", flash_attn_2),
     ("flash_attn_3", "flash_attn_interface", "flash_attn_varlen_func", flash_attn_3),
+    ("flash_attn_4", "flash_attn.cute", "flash_attn_varlen_func", flash_attn_4),
     ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_211),
     ("varlen", "torch.nn.attention.varlen", "varlen_attn", varlen_213),
 ]
@@ -205,8 +251,22 @@ def test_varlen_kernels_are_told_what_is_causal(monkeypatch, backend, module, na
     packed_attention(*rows(21), AttentionLayout(LENGTHS, KEYS if causal else None, causal=causal, backend=backend))
     longest = [bound.get(f"max_seqlen_{x}", bound.get(f"max_{x}")) for x in "qk"]
     assert longest == [7, 12 if causal else 7]
-    assert bound.get("window_size", (-1, 0 if causal else -1)) == (-1, 0 if causal else -1)
+    every_key = (None, None) if backend == "flash_attn_4" else (-1, 0 if causal else -1)
+    assert bound.get("window_size", every_key) == every_key
     assert bound.get("causal", causal) == bound.get("is_causal", causal) == causal
+
+
+@pytest.mark.slow
+def test_the_stand_in_has_the_signature_of_the_wheel():
+    """`FLASH_ATTN_4_WHEEL=flash_attn_4-….whl pytest -m slow`"""
+    if "FLASH_ATTN_4_WHEEL" not in os.environ:
+        pytest.skip("needs FLASH_ATTN_4_WHEEL, the path of FlashAttention-4's wheel")
+    tree = ast.parse(zipfile.ZipFile(os.environ["FLASH_ATTN_4_WHEEL"]).read("flash_attn/cute/interface.py"))
+    (real,) = (x for x in tree.body if getattr(x, "name", "") == "flash_attn_varlen_func")
+    parameters = inspect.signature(flash_attn_4).parameters
+    assert list(parameters) == [argument.arg for argument in real.args.args]
+    defaults = [p.default for p in parameters.values() if p.default is not p.empty]
+    assert defaults == [ast.literal_eval(value) for value in real.args.defaults]
 
 
 def test_the_installed_varlen_has_a_signature_that_we_know():
@@ -226,7 +286,7 @@ def test_the_choice(monkeypatch, caplog):
         choose_backend("flash")
     with pytest.raises(UserError, match="must be one of auto, sdpa; others are not installed"):
         choose_backend("varlen")
-    installed = {"flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"}
+    installed = {"flash_attn_interface", "flash_attn.cute", "flash_attn", "torch.nn.attention.varlen"}
 
     def load(name):
         if name not in installed:
@@ -238,6 +298,10 @@ def test_the_choice(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     half = torch.bfloat16
     assert choose_backend("auto", "cuda", half) == "flash_attn_3"
+    installed.remove("flash_attn_interface")
+    assert choose_backend("auto", "cuda", half) == "flash_attn_4"
+    capability[0] = 10
+    assert choose_backend("auto", "cuda", half) == "flash_attn_4"
     capability[0] = 8
     assert choose_backend("auto", "cuda", half) == "flash_attn"
     installed.remove("flash_attn")

@@ -14,7 +14,7 @@ from vtfast.config.values import BadValue
 
 Freezable = Literal["vision", "merger", "language", "embeddings"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Attention = Literal["auto", "flash_attn_3", "flash_attn", "varlen", "sdpa"]
+Attention = Literal["auto", "flash_attn_3", "flash_attn_4", "flash_attn", "varlen", "sdpa"]
 DecodeAttention = Literal["auto", "flash_attn_3", "flash_attn", "triton", "varlen", "torch"]
 
 FREEZABLE: tuple[str, ...] = get_args(Freezable)

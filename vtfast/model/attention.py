@@ -1,6 +1,7 @@
 """Attention over a packed row: one function, registered with transformers, over the varlen kernels that are installed.
 
     flash_attn_3, flash_attn   flash-attn's varlen call, where it is installed (FA3 on Hopper)
+    flash_attn_4               FlashAttention-4's (a pure Python wheel, nothing to compile), Hopper and newer
     varlen                     `torch.nn.attention.varlen`, the same kernel family inside PyTorch (CUDA)
     sdpa                       PyTorch's SDPA over segments padded to similar lengths: the CPU, and any device
 
@@ -33,9 +34,10 @@ LANGUAGE_ATTENTION = "vtfast"
 """Name under which transformers knows `language_attention`."""
 VISION_ATTENTION = "vtfast_flash"
 """Name of `vision_attention`. transformers passes all images at once only to names that contain "flash"."""
-BACKENDS = ("flash_attn_3", "flash_attn", "varlen", "sdpa")
+BACKENDS = ("flash_attn_3", "flash_attn_4", "flash_attn", "varlen", "sdpa")
 KERNELS = {
     "flash_attn_3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash_attn_4": ("flash_attn.cute", "flash_attn_varlen_func"),
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
 }
@@ -57,7 +59,8 @@ def _usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False  # flash kernels support half precision only
-    if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
+    major = torch.cuda.get_device_capability(device)[0]
+    if (name == "flash_attn_3" and major != 9) or (name == "flash_attn_4" and major < 9):
         return False
     module, function = KERNELS[name]
     try:
@@ -121,9 +124,13 @@ def _window_size(layout: AttentionLayout, window: int | None) -> tuple[int, int]
 def _flash_attn(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, scale: float | None, window: int | None
 ) -> Tensor:
-    """FA2's and FA3's varlen call. FA3 has no dropout, and some of its versions return the log-sum-exp as well."""
+    """The varlen call of FA2, FA3 and FA4. Some versions return the log-sum-exp as well."""
     module, name = KERNELS[layout.backend]
     function = getattr(importlib.import_module(module), name)
+    options: dict[str, Any] = {"window_size": _window_size(layout, window)}
+    if layout.backend == "flash_attn_4":  # None: all keys; splits would add up in an order of their own
+        sizes = (None if size < 0 else size for size in options["window_size"])
+        options = {"window_size": (None, None) if window is None else tuple(sizes), "num_splits": 1}
     out = function(
         query,
         key,
@@ -134,7 +141,7 @@ def _flash_attn(
         max_seqlen_k=layout.max_keys,
         softmax_scale=scale,
         causal=layout.causal,
-        window_size=_window_size(layout, window),
+        **options,
         **flash_attn_kwargs(function),
     )
     return out[0] if isinstance(out, tuple) else out
