@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from launchers import outside_ranks
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +22,22 @@ def test_every_package_is_listed(monkeypatch):
     runpy.run_path("setup.py")
     on_disk = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("vtfast/**/*.py")}
     assert set(given["packages"]) == on_disk | {"vtfast_kernels"}
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "docs/constraints-vllm.txt"])
+def test_constraints_are_within_what_is_required(monkeypatch, file):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    required = map(Requirement, given["install_requires"])
+    admitted = {requirement.name: requirement.specifier for requirement in required}
+    lines = [line.partition(" #")[0] for line in (ROOT / file).read_text().splitlines() if line[:1] != "#"]
+    pinned = [Requirement(line) for line in lines]
+    assert {"torch", "transformers", "deepspeed"} <= {pin.name for pin in pinned}
+    for pin in pinned:
+        (version,) = pin.specifier
+        assert version.operator == "==" and admitted.get(pin.name, SpecifierSet()).contains(version.version), pin
 
 
 def test_kernels_has_no_init():
