@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from launchers import ROOT, SHORT, assert_close_runs, deepspeed_launcher, free_port, outside_ranks, run
 
@@ -71,11 +72,11 @@ def test_two_hosts_train_as_one(tmp_path, hosts):
 
 
 def test_the_interface_is_that_of_the_way_to_the_master(monkeypatch):
-    names = interface.psutil.net_if_addrs()
+    names = psutil.net_if_addrs()
     assert interface.find_interface("127.0.0.1", 1234) in {None, *names.keys() - {"lo"}}, "never the loopback"
     monkeypatch.setattr(interface, "_own_address", lambda host, port: {"near": "10.0.0.7", "me": "127.0.1.1"}.get(host))
     addresses = {"lo": [Address("127.0.1.1")], "eth0": [Address("fe80::1%eth0"), Address("10.0.0.7")]}
-    monkeypatch.setattr(interface.psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
     assert interface.find_interface("near", 1) == "eth0"
     assert interface.find_interface("me", 1) is None
 

@@ -182,6 +182,10 @@ class PlainEngine:
 
     get_global_grad_norm = scaled_global_norm
 
+    @property
+    def state(self):
+        return self.adam.state
+
     def step(self):
         self.adam.step()
 

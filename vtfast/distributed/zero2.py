@@ -41,7 +41,9 @@ def zero2_engine(config: RunConfig, objective: nn.Module) -> DeepSpeedEngine:
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
         "gradient_accumulation_steps": 1,  # the trainer marks the last micro-batch of a step
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": trained[0].dtype == torch.bfloat16},
+        # `GuardedOptimizer` skips steps that are not finite; DeepSpeed's own scan would wait for the device once more
+        "bf16": {"enabled": trained[0].dtype == torch.bfloat16, "check_grad_overflow": False},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         "data_types": {"grad_accum_dtype": "fp32"},  # bf16 sums over micro-batches would lose small gradients
         "zero_optimization": {
             "stage": 2,

@@ -41,7 +41,7 @@ def _shares(engine: DeepSpeedEngine) -> Iterator[tuple[nn.Parameter, torch.Tenso
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:
     """Steps that AdamW has begun."""
-    return max(int(state["step"]) for state in engine.optimizer.optimizer.state.values())
+    return max((int(state["step"]) for state in engine.optimizer.optimizer.state.values()), default=0)
 
 
 def drop_gradients(engine: DeepSpeedEngine) -> None:
