@@ -83,12 +83,17 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_one_of_two_ranks_is_killed(whole, tmp_path):
-    done = run(tmp_path / "run", 2, script=killer(tmp_path, rank=1, step=3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_of_two_ranks_is_killed(whole, tmp_path, dtype):
+    expected, flags = whole / "2", ["--dtype", dtype]
+    if dtype == "bfloat16":  # the dtype of every GPU run
+        expected = tmp_path / "whole"
+        assert run(expected, 2, *flags).returncode == 0
+    done = run(tmp_path / "run", 2, *flags, script=killer(tmp_path, rank=1, step=3))
     assert done.returncode != 0 and len(rows(tmp_path / "run")) == 2
-    done = run(tmp_path / "run", 2, "--resume_from_checkpoint", "last")
+    done = run(tmp_path / "run", 2, *flags, "--resume_from_checkpoint", "last")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(whole / "2", tmp_path / "run")
+    assert_same_run(expected, tmp_path / "run")
 
 
 def optimizer(step: Path) -> dict[str, torch.Tensor]:
