@@ -2,23 +2,20 @@
 
 The trainer of `train.py`, with a reference model, on Qwen2-VL-2B's sizes with random weights (on the CPU: mid). Before
 the first update policy, reference and sampler are one model: KL and drift in step 1 are rounding, and nothing else.
-Memory is
-what PyTorch's allocator held at most, beside `--dry-run`'s estimate without its allowance for CUDA itself. Rows are
-appended to results/first_steps.csv.
+Memory is what PyTorch's allocator held at most, beside `--dry-run`'s estimate without its allowance for CUDA itself.
+Rows are appended to results/first_steps.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 
-import torch
-
 from bench._harness import GOALS_MISSED, append, device_name, versions
 from bench._ours import Ours
 from bench._phases import Phases
 from bench._task import make_task
-from bench._workload import SIZES
-from bench.step import quiet
+from bench.step import parse_one_run
+from vtfast.config import load_config
 from vtfast.cost.memory import estimate_memory
 from vtfast.cost.verdict import find_device
 
@@ -30,19 +27,13 @@ MOST_DRIFT = 0.02
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench first_steps", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=SIZES, help="mid; 2B on a GPU")
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    quiet()
-    on_gpu = options.device == "cuda"
-    shape = SIZES[options.size or ("2B" if on_gpu else "mid")]
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    options, shape, dtype = parse_one_run(parser, argv)
+    device = find_device(
+        load_config(overrides={"device": options.device})
+    )  # before the model is loaded, as the trainer
     with make_task(shape, options.device, options.threads, dtype) as task:
         player = Ours(task, Phases(device=options.device))
         trainer = player.trainer
-        device = find_device(trainer.config)
         memory = estimate_memory(trainer.session.policy, trainer.config, 1, device.kind, device.bytes)
         estimate = (memory.peak - memory.overhead) / 1e9
         seen = [dict(trainer.step(step, next(player.questions)).metrics) for step in range(1, STEPS + 1)]

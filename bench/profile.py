@@ -16,8 +16,7 @@ from bench._harness import device_name
 from bench._ours import Ours
 from bench._phases import Phases
 from bench._task import make_task
-from bench._workload import SIZES
-from bench.step import quiet
+from bench.step import parse_one_run
 
 WARM_UP = 2
 KERNELS = 15
@@ -39,18 +38,9 @@ def costliest(recorded: profile, device: str) -> list[tuple[str, int, float, flo
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__.split("\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--size", choices=SIZES, help="mid; 2B on a GPU")
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="default gpu-results")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    quiet()
-    on_gpu = options.device == "cuda"
-    shape = SIZES[options.size or ("2B" if on_gpu else "mid")]
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    options, shape, dtype = parse_one_run(parser, argv)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
     with make_task(shape, options.device, options.threads, dtype) as task:
         player = Ours(task, Phases(device=options.device))
         for _ in range(WARM_UP):

@@ -237,6 +237,20 @@ def quiet() -> None:
         importlib.import_module("datasets").disable_progress_bars()
 
 
+def parse_one_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Shape, torch.dtype]:
+    """Options, shape and dtype of a bench that runs our trainer alone; sets the threads."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--size", choices=SIZES, help="mid; 2B on a GPU")
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    quiet()
+    on_gpu = options.device == "cuda"
+    shape = SIZES[options.size or ("2B" if on_gpu else "mid")]
+    return options, shape, torch.bfloat16 if on_gpu else torch.float32
+
+
 def _row(shape: Shape, device: str, peer: str, metric: str, seconds: Sequence[float]) -> dict[str, object]:
     values = [1e3 * value for value in quantiles(seconds)] if seconds else []
     return {

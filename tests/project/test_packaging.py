@@ -15,21 +15,23 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_package_is_listed(monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """The arguments of setup.py."""
     given = {}
     monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
+    return given
+
+
+def test_every_package_is_listed(given):
     on_disk = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("vtfast/**/*.py")}
     assert set(given["packages"]) == on_disk | {"vtfast_kernels"}
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "docs/constraints-vllm.txt"])
-def test_constraints_are_within_what_is_required(monkeypatch, file):
-    given = {}
-    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
+def test_constraints_are_within_what_is_required(given, file):
     required = map(Requirement, given["install_requires"])
     admitted = {requirement.name: requirement.specifier for requirement in required}
     lines = [line.partition(" #")[0] for line in (ROOT / file).read_text().splitlines() if line[:1] != "#"]

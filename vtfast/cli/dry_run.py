@@ -39,11 +39,12 @@ def estimate(config: RunConfig, gpu_memory_gb: str | None = None) -> Iterator[st
         + f"; completions of {load.completion:,}."
     )
     yield ""
-    yield from _parameters(count_parameters(policy))
+    parts = count_parameters(policy)
+    yield from _parameters(parts)
     yield ""
     yield from _memory(memory, load, config)
     yield from verdict(memory, policy, config, device, ranks)
-    yield _disk(config, checkpoint_bytes(count_parameters(policy), config))
+    yield _disk(config, checkpoint_bytes(parts, config))
     yield ""
     yield from _batch(config, load, ranks)
 

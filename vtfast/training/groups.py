@@ -87,6 +87,11 @@ class MicroBatch:
     """By `GroupPart.group`."""
     policy: Policy
 
+    @property
+    def tokens(self) -> int:
+        """Of its packed row."""
+        return sum(part.tokens for part in self.parts)
+
     @functools.cached_property
     def pack(self) -> Pack:
         return self.policy.pack(

@@ -140,7 +140,7 @@ class TokenBudget:
             yield
         if caught.reason is None:
             return
-        tokens, before = max(map(_tokens, micro_batches)), self.tokens
+        tokens, before = max(micro_batch.tokens for micro_batch in micro_batches), self.tokens
         self.tokens = self.by_first_step[step] = self._next(tokens, least=max(map(_least, micro_batches)))
         self._write()
         raise RankError(
@@ -151,7 +151,7 @@ class TokenBudget:
 
     def _halve(self, batches: StepBatches, step: int, reason: str) -> StepBatches:
         """The same batch in micro-batches of half the size. `reason`: of this rank, or OTHER_RANK."""
-        sizes = [(_tokens(micro_batch), _least(micro_batch)) for micro_batch in batches.micro_batches]
+        sizes = [(micro_batch.tokens, _least(micro_batch)) for micro_batch in batches.micro_batches]
         everyone = self.ranks.gather((sizes, reason))
         largest = max(tokens for sizes, _ in everyone for tokens, _ in sizes)
         least = max(least for sizes, _ in everyone for _, least in sizes)
@@ -186,10 +186,6 @@ class TokenBudget:
     def _next(self, largest: int, least: int) -> int:
         """Half of the largest micro-batch, because the budget may be larger than every micro-batch."""
         return max(1, least, min(self.tokens, largest) // 2)
-
-
-def _tokens(micro_batch: MicroBatch) -> int:
-    return sum(part.tokens for part in micro_batch.parts)
 
 
 def _least(micro_batch: MicroBatch) -> int:

@@ -65,8 +65,7 @@ class Updater:
             self.engine.set_gradient_accumulation_boundary(micro_batch is last)
             with self.budget.agree_on_oom():
                 loss, *rest = self.engine(micro_batch, *loss_denominators)
-            tokens = sum(part.tokens for part in micro_batch.parts)
-            with self.budget.oom_is_fatal([micro_batch], step, f"the backward pass of {tokens} tokens"):
+            with self.budget.oom_is_fatal([micro_batch], step, f"the backward pass of {micro_batch.tokens} tokens"):
                 # ZeRO averages gradients over the ranks. The loss is divided by the global count already, so its
                 # gradients must be summed.
                 self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
